@@ -1,0 +1,165 @@
+"""Which column holds the images, which one the labels."""
+
+import logging
+
+import datasets
+
+logger = logging.getLogger(__name__)
+
+_LABEL_NAMES = ("labels", "fine_label", "cls", "class", "target")
+
+
+def image_and_label(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    source: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Brings a data set to the columns `image` and, where it is labelled, `label`.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Any data set with an image column.
+        source (`str`):
+            Where it comes from, for the errors.
+        image_column (`str`, *optional*):
+            Column of the images; by default the only one.
+        label_column (`str`, *optional*):
+            Column of the labels, `"outer.inner"` for a nested one; by default guessed.
+
+    Returns:
+        The data set with `image` (`datasets.Image(decode=False)`) and, where it is labelled, `label` (`ClassLabel` or `int64`).
+
+    Raises:
+        ValueError: a column that is not there, or columns that cannot be told apart (they are listed).
+    """
+    features = dataset.features
+    if features is None:
+        dataset = dataset._resolve_features()
+        features = dataset.features
+    image_column = _image_column(features, image_column, source)
+    asked_for = label_column is not None
+    label_column = _label_column(features, image_column, label_column, source)
+    feature = None if label_column is None else _feature(features, label_column)
+    if label_column is not None and not _is_label(feature):
+        if asked_for:
+            raise ValueError(
+                f"Column '{label_column}' of '{source}' is of type {feature} and cannot be read as a label; "
+                "labels are class labels, integers or strings."
+            )
+        label_column = None
+
+    if label_column is None:
+        dataset = dataset.select_columns(image_column)
+    else:
+        dataset = _take_label(dataset, image_column, label_column)
+    if image_column != "image":
+        dataset = dataset.rename_column(image_column, "image")
+    if features[image_column] != datasets.Image(decode=False):
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    return _number_labels(dataset, label_column, feature, source)
+
+
+def _image_column(features: datasets.Features, column: str | None, source: str) -> str:
+    if column is not None:
+        if column not in features:
+            raise ValueError(f"'{source}' has no column '{column}' for `image_column`; it has {_names(features)}.")
+        if not _can_be_image(features[column]):
+            raise ValueError(
+                f"Column '{column}' of '{source}' holds no images but {features[column]}; it has {_names(features)}."
+            )
+        return column
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    found = found or [name for name, feature in features.items() if _is_encoded_image(feature)]
+    if len(found) == 1:
+        return found[0]
+    if "image" in found:
+        return "image"
+    problem = f"has several image columns ({', '.join(found)})" if found else "has no image column"
+    raise ValueError(f"'{source}' {problem}; name one with `image_column`. Its columns are {_names(features)}.")
+
+
+def _label_column(features: datasets.Features, image_column: str, column: str | None, source: str) -> str | None:
+    if column is not None:
+        if _feature(features, column) is None or column == image_column:
+            others = {name: feature for name, feature in features.items() if name != image_column}
+            if not others:
+                raise ValueError(
+                    f"Labels were asked for (`label_column` '{column}'), but '{source}' is unlabelled: it has no column but "
+                    f"'{image_column}'. Put the images into class folders, or leave `label_column` out."
+                )
+            raise ValueError(f"'{source}' has no column '{column}' for `label_column`; it has {_names(features)}.")
+        return column
+    if "label" in features:
+        return "label"
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    found = found or [name for name in _LABEL_NAMES if name in features]
+    if not found and isinstance(features.get("json"), dict):
+        found = [f"json.{name}" for name in ("label", *_LABEL_NAMES) if name in features["json"]]
+    if len(found) > 1:
+        raise ValueError(
+            f"'{source}' has several columns that may be the label ({', '.join(found)}); name one with `label_column`. "
+            f"Its columns are {_names(features)}."
+        )
+    return found[0] if found else None
+
+
+def _feature(features: datasets.Features, column: str):
+    if column in features:
+        return features[column]
+    outer, _, inner = column.partition(".")
+    nested = features.get(outer)
+    return nested.get(inner) if inner and isinstance(nested, dict) else None
+
+
+def _take_label(dataset, image_column: str, label_column: str):
+    if label_column in dataset.features:
+        dataset = dataset.select_columns([image_column, label_column])
+        return dataset if label_column == "label" else dataset.rename_column(label_column, "label")
+    outer, _, inner = label_column.partition(".")
+    dataset = dataset.select_columns([image_column, outer])
+    features = datasets.Features(
+        {image_column: dataset.features[image_column], "label": _feature(dataset.features, label_column)}
+    )
+
+    def lift(batch: dict) -> dict:
+        return {"label": [None if row is None else row[inner] for row in batch[outer]]}
+
+    return dataset.map(lift, batched=True, remove_columns=outer, features=features)
+
+
+def _number_labels(dataset, label_column: str | None, feature, source: str):
+    if label_column is None or isinstance(feature, datasets.ClassLabel):
+        return dataset
+    if feature.dtype in ("string", "large_string"):
+        if isinstance(dataset, datasets.IterableDataset):
+            raise ValueError(
+                f"Column '{label_column}' of '{source}' holds class names, which cannot be numbered while streaming as not all are known; "
+                "load it without `streaming`, or give a column of integers."
+            )
+        return dataset.class_encode_column("label")
+    return dataset if feature.dtype == "int64" else dataset.cast_column("label", datasets.Value("int64"))
+
+
+def _is_label(feature) -> bool:
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    if not isinstance(feature, datasets.Value):
+        return False
+    return feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
+
+
+def _is_encoded_image(feature) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _can_be_image(feature) -> bool:
+    is_path = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, datasets.Image) or is_path or _is_encoded_image(feature)
+
+
+def _names(features) -> str:
+    return ", ".join(f"'{name}'" for name in features)

@@ -1,0 +1,271 @@
+"""Data sets of views: what a DataLoader reads in pretraining."""
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+
+import datasets
+import torch
+from PIL import Image
+
+from hf_msn.data.decoding import BrokenImageError, decode_image
+
+logger = logging.getLogger(__name__)
+
+_MOST_BROKEN_IN_SUCCESSION = 1000
+_MOST_WORKERS = 1024
+_MASK = (1 << 64) - 1
+
+
+def multi_view_dataset(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    transform: Callable[[Image.Image], dict[str, torch.Tensor]],
+    *,
+    seed: int = 0,
+    on_broken_image: str = "skip",
+    shuffle_buffer: int = 1000,
+) -> "MultiViewDataset | StreamingMultiViewDataset":
+    """Makes the data set of views that fits: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a streamed source.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Result of [`~hf_msn.data.load_images`].
+        transform (`Callable`):
+            Makes the views of one image, such as [`~hf_msn.data.MultiViewTransform`].
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the views.
+        on_broken_image (`str`, *optional*, defaults to `"skip"`):
+            `"skip"` or `"raise"`.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            Images among which a streamed source is shuffled; 0 keeps the source's order. Others are shuffled by their sampler.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamingMultiViewDataset(
+            dataset, transform, seed=seed, on_broken_image=on_broken_image, shuffle_buffer=shuffle_buffer
+        )
+    return MultiViewDataset(dataset, transform, seed=seed, on_broken_image=on_broken_image)
+
+
+class MultiViewDataset(torch.utils.data.Dataset):
+    """The views of each image of a data set; labels are not read.
+
+    The views of row i in epoch e depend on (`seed`, e, i) alone: the three are hashed into the seed of torch's generator, whose state is put back
+    after the row. The number of workers, the order, the rank and a resumed run cannot change them. An unreadable image is replaced by the next
+    readable row, so that batches keep their size.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data set with a column `image`, as [`~hf_msn.data.load_images`] gives it.
+        transform (`Callable`):
+            Makes the views of one image from torch's global generator.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the views.
+        on_broken_image (`str`, *optional*, defaults to `"skip"`):
+            `"skip"` warns once for each broken row, counts it and takes the next readable one; `"raise"` stops.
+
+    Raises:
+        ValueError: no rows, no column `image`, another `on_broken_image`.
+        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` none of the rows (or of 1000 in succession)
+            can be read.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        transform: Callable[[Image.Image], dict[str, torch.Tensor]],
+        *,
+        seed: int = 0,
+        on_broken_image: str = "skip",
+    ):
+        _check_settings(dataset, seed, on_broken_image)
+        if len(dataset) == 0:
+            raise ValueError("The data set has no images, but at least one is needed; check the source and the split.")
+        self._dataset = dataset.select_columns("image")
+        self.transform = transform
+        self.seed = seed
+        self.on_broken_image = on_broken_image
+        # shared memory: workers that outlive an epoch see the new number, and the main process sees what they found broken
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._is_broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves on to the views of an epoch, in running workers too; Trainer and Accelerate call it."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def num_broken(self) -> int:
+        """Number of rows found broken so far, by all workers of this process."""
+        return int(self._is_broken.sum())
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Reads a batch of rows at once, which is what a DataLoader calls: one access to the table instead of one for each row."""
+        indices = [self._row(index) for index in indices]
+        values = self._dataset[indices]["image"]
+        return [self._views(row, value) for row, value in zip(indices, values)]
+
+    def _row(self, index: int) -> int:
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Row {index} is not there; the data set has {len(self)} rows.")
+        return index % len(self)
+
+    def _views(self, row: int, value) -> dict[str, torch.Tensor]:
+        image = self._readable_image(row, value)
+        with _seeded(_hash(self.seed, self.epoch, row)):
+            return self.transform(image)
+
+    def _readable_image(self, row: int, value) -> Image.Image:
+        limit = min(len(self), _MOST_BROKEN_IN_SUCCESSION)
+        for step in range(limit):
+            candidate = (row + step) % len(self)
+            try:
+                return decode_image(value if step == 0 else self._dataset[candidate]["image"], row=candidate)
+            except BrokenImageError as error:
+                if self.on_broken_image == "raise":
+                    raise
+                last = error
+                if not self._is_broken[candidate]:
+                    self._is_broken[candidate] = True
+                    logger.warning("Skipped: %s", error)
+        which = "not one image of the data set" if limit == len(self) else f"none of {limit} rows in succession"
+        raise BrokenImageError(f"{which} can be read; this one: {last.reason}", row=last.row, path=last.path) from last
+
+
+class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
+    """The views of each image of a stream; labels are not read.
+
+    The views of an image depend on (`seed`, epoch, the image's path and bytes) alone, so that neither the workers nor the order can change them.
+    `datasets` shares the shards out over the workers of a DataLoader; with fewer shards than workers some stay idle. The order is that of
+    `datasets`' shuffle buffer, a function of (`seed`, epoch, number of workers). Broken images are dropped.
+
+    Args:
+        dataset (`datasets.IterableDataset`):
+            Stream with a column `image`, as `load_images(..., streaming=True)` gives it.
+        transform (`Callable`):
+            Makes the views of one image from torch's global generator.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the views and of the order.
+        on_broken_image (`str`, *optional*, defaults to `"skip"`):
+            `"skip"` warns, counts and drops; `"raise"` stops. The row in the message counts within the worker's part of the stream.
+        shuffle_buffer (`int`, *optional*, defaults to 1000):
+            Images held in memory by each worker to shuffle among; 0 keeps the source's order.
+
+    Raises:
+        ValueError: no column `image`, another `on_broken_image`, a negative buffer.
+        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` 1000 in succession, or all of a worker's part.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        transform: Callable[[Image.Image], dict[str, torch.Tensor]],
+        *,
+        seed: int = 0,
+        on_broken_image: str = "skip",
+        shuffle_buffer: int = 1000,
+    ):
+        _check_settings(dataset, seed, on_broken_image)
+        if shuffle_buffer < 0:
+            raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
+        dataset = dataset.select_columns("image")
+        self._dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer > 0 else dataset
+        self.transform = transform
+        self.seed = seed
+        self.on_broken_image = on_broken_image
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # one place for each worker, as adding to a shared number from several is not safe
+        self._broken = torch.zeros(_MOST_WORKERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves on to the views and the order of an epoch, in running workers too; Trainer and Accelerate call it."""
+        self._epoch.fill_(epoch)
+        self._dataset.set_epoch(epoch)
+
+    @property
+    def num_broken(self) -> int:
+        """Number of images found broken since the last pass began, by all workers of this process."""
+        return int(self._broken.sum())
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        place = 0 if worker is None else worker.id
+        self._broken[place] = 0
+        in_succession, last = 0, None
+        for row, value in enumerate(self._dataset):
+            try:
+                image = decode_image(value["image"], row=row)
+            except BrokenImageError as error:
+                if self.on_broken_image == "raise":
+                    raise
+                logger.warning("Skipped: %s", error)
+                self._broken[place] += 1
+                in_succession, last = in_succession + 1, error
+                if in_succession == _MOST_BROKEN_IN_SUCCESSION:
+                    break
+                continue
+            in_succession = 0
+            with _seeded(_hash(self.seed, self.epoch, _fingerprint(value["image"]))):
+                views = self.transform(image)
+            yield views
+            last = None
+        if last is not None and in_succession in (row + 1, _MOST_BROKEN_IN_SUCCESSION):
+            raise BrokenImageError(
+                f"none of {in_succession} images in succession can be read; this one: {last.reason}",
+                row=last.row,
+                path=last.path,
+            ) from last
+
+
+def _check_settings(dataset, seed: int, on_broken_image: str) -> None:
+    if on_broken_image not in ("skip", "raise"):
+        raise ValueError(f"`on_broken_image` is 'skip' or 'raise', but is {on_broken_image!r}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be >= 0, but is {seed}.")
+    columns = list(dataset.features or ())
+    if "image" not in columns:
+        raise ValueError(
+            f"The data set has no column 'image'; it has {', '.join(columns) or 'none that are known'}. Load it with `load_images`."
+        )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # torch.manual_seed would seed the accelerators too; a view needs the CPU's generator alone
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _hash(*numbers: int) -> int:
+    """Mixes whole numbers into 64 bits with the finaliser of SplitMix64, so that neighbouring rows get unrelated seeds."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def _fingerprint(value: dict) -> int:
+    path = zlib.crc32((value.get("path") or "").encode())
+    return path << 32 | zlib.crc32(value.get("bytes") or b"")

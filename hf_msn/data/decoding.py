@@ -1,0 +1,180 @@
+"""One image of any kind to RGB, by one stated rule."""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_WIDE_GRAY_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+_HIGHEST_FLOAT = 2.0
+
+
+class BrokenImageError(ValueError):
+    """An image that cannot be read, with the place to look at.
+
+    A DataLoader hands an error of a worker on as text alone; the row, the path and the reason are found in that text again.
+
+    Args:
+        reason (`str`):
+            Why the image cannot be read, in a few words.
+        row (`int`, *optional*):
+            Row of the data set.
+        path (`str`, *optional*):
+            File of the image, or the name it has in its shard.
+    """
+
+    _FORM = re.compile(r"The image in row (None|\d+) \(path (None|'.*?')\) cannot be read: (.*)", re.DOTALL)
+
+    def __init__(self, reason: str, *, row: int | None = None, path: str | None = None):
+        from_worker = self._FORM.search(reason)
+        if from_worker:
+            row_text, path_text, reason = from_worker.groups()
+            row = None if row_text == "None" else int(row_text)
+            path = None if path_text == "None" else path_text[1:-1]
+        self.reason = reason.strip()
+        self.row = row
+        self.path = path
+        quoted = None if path is None else f"'{path}'"
+        super().__init__(f"The image in row {row} (path {quoted}) cannot be read: {self.reason}")
+
+    def __reduce__(self):
+        return (_rebuild_broken_image_error, (self.reason, self.row, self.path))
+
+
+def _rebuild_broken_image_error(reason: str, row: int | None, path: str | None) -> BrokenImageError:
+    return BrokenImageError(reason, row=row, path=path)
+
+
+def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
+    """Decodes an image of any kind to 8-bit RGB.
+
+    The rule, by Pillow's mode or the array's type:
+
+    | what the image is | how it becomes RGB |
+    |---|---|
+    | RGB | as it is (16-bit RGB files: the high byte, which Pillow takes on opening) |
+    | gray (`L`, `1`) | the gray value in all three channels |
+    | 16-bit gray (`I;16`, `I;16B`, `uint16` arrays) | value / 257, rounded, in all three channels |
+    | 32-bit gray (`I`) | read as 16-bit gray: clipped to 0..65535, then value / 257 |
+    | float gray (`F`, float arrays) | 0..1 to 0..255, clipped, NaN as 0; a value above 2 is an error: the range is unknown |
+    | palette (`P`) | the palette's colours |
+    | transparency of any kind (`RGBA`, `LA`, `PA`, a transparent colour) | composited over white |
+    | `CMYK`, `YCbCr`, `LAB`, `HSV` | Pillow's `convert("RGB")` |
+    | several frames | the first one |
+    | EXIF orientation | applied, as `datasets.Image` does |
+
+    Args:
+        value (`dict`, `PIL.Image.Image`, `str`, `os.PathLike` or `numpy.ndarray`):
+            A `{"bytes", "path"}` row of `datasets.Image(decode=False)` (the bytes win), an image, a file, or an array
+            of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in `uint8`, `uint16`, `bool` or float.
+        row (`int`, *optional*):
+            Row of the data set, for the error.
+
+    Returns:
+        `PIL.Image.Image`: the image in mode RGB, its pixels loaded.
+
+    Raises:
+        BrokenImageError: the file is absent, empty, truncated, no image, too large (Pillow's decompression bomb limit),
+            or of a type that the rule does not cover.
+    """
+    path = _path_of(value)
+    try:
+        return _to_rgb(_open(value))
+    except Exception as error:  # Pillow's format readers raise nearly every built-in error on broken bytes
+        raise BrokenImageError(_reason(error), row=row, path=path) from error
+
+
+def _path_of(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, Image.Image):
+        value = getattr(value, "filename", None) or None
+    return os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, np.ndarray):
+        return _from_array(value)
+    if isinstance(value, (str, os.PathLike)):
+        value = {"bytes": None, "path": value}
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"an image is a dict of bytes and path, a PIL image, a file or an array, not {type(value).__name__}"
+        )
+    data, path = value.get("bytes"), value.get("path")
+    if data is None and path is None:
+        raise ValueError("the row holds neither bytes nor a path")
+    if data is None:
+        data = Path(path).read_bytes()
+    if not data:
+        raise ValueError("it has no bytes")
+    return Image.open(io.BytesIO(data))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(
+            f"an array of shape {array.shape} is no image; (H, W), (H, W, 1), (H, W, 3) and (H, W, 4) are"
+        )
+    if array.dtype == np.uint16:
+        array = _narrow(array)
+    elif array.dtype.kind == "f":
+        array = _from_unit_range(array)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        raise ValueError(
+            f"an array of type {array.dtype} has no known range; uint8, uint16, bool and float (0..1) have"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if 0 in image.size:
+        raise ValueError(f"its size is {image.width} x {image.height}")
+    # small images come by the tens of thousands a second: nothing is looked up that a plain one cannot have
+    if not image.info and image.mode in ("RGB", "L"):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in _WIDE_GRAY_MODES:
+        image = Image.fromarray(_narrow(np.asarray(image)))
+    elif image.mode == "F":
+        image = Image.fromarray(_from_unit_range(np.asarray(image)))
+    elif image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    values = np.clip(values.astype(np.int64), 0, 65535)
+    return ((values + 128) // 257).astype(np.uint8)
+
+
+def _from_unit_range(values: np.ndarray) -> np.ndarray:
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=np.inf, neginf=0.0)
+    if values.max() > _HIGHEST_FLOAT:
+        raise ValueError(f"its float values go up to {values.max():g}, but floats are read as 0..1")
+    return np.round(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is not there"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format known to Pillow"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too many pixels ({error})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:200]

@@ -1,0 +1,111 @@
+"""What a folder of images means: which of its folders are splits, which are classes."""
+
+import os
+from dataclasses import dataclass, field
+
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+_SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
+_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
+
+
+@dataclass
+class FolderSplit:
+    """One split of a folder of images.
+
+    Args:
+        folders (`list[str]`):
+            Every folder that directly holds images or metadata of this split, sorted.
+        class_names (`list[str]`):
+            Names of the classes over all labelled splits, sorted; empty where this split has no labels.
+        has_metadata (`bool`):
+            Whether a `metadata.csv`, `.jsonl` or `.parquet` goes with the images.
+    """
+
+    folders: list[str] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+    has_metadata: bool = False
+
+
+def is_image_file(path: str | os.PathLike) -> bool:
+    """Whether the extension, in any letter case, is one that `datasets`' image folders read."""
+    return os.path.splitext(path)[1].lower() in _EXTENSIONS
+
+
+def image_folder_layout(root: str) -> dict[str, FolderSplit]:
+    """Reads the splits and classes of a folder of images from the names of its folders.
+
+    The folders directly under `root` are splits if all of those with images are called like splits (`train`, `val`, `test` and the other names
+    that `datasets` knows), or at least two are: a class may be called `train` as well. Otherwise all is one split, `train`.
+
+    Args:
+        root (`str`):
+            The folder.
+
+    Returns:
+        `dict[str, FolderSplit]`: the splits by name (`val` is found as `val` and as `validation`); empty where there is no image.
+    """
+    folders = [folder for folder in _walk(root) if folder.num_images or folder.has_metadata]
+    if not any(folder.num_images for folder in folders):
+        return {}
+    tops = {folder.parts[0] for folder in folders if folder.parts and folder.num_images}
+    named = [top for top in sorted(tops) if top.lower() in _SPLIT_NAMES]
+    flat = any(not folder.parts for folder in folders if folder.num_images)
+    has_splits = not flat and bool(named) and (len(named) == len(tops) or len(named) > 1)
+    by_split: dict[str, list[_Folder]] = {}
+    for folder in folders:
+        if has_splits and not folder.parts:
+            continue
+        by_split.setdefault(folder.parts[0] if has_splits else "train", []).append(folder)
+    by_split = {name: parts for name, parts in by_split.items() if any(part.num_images for part in parts)}
+
+    depth_of_split = 1 if has_splits else 0
+    labelled = {name for name, parts in by_split.items() if _is_labelled(parts, depth_of_split)}
+    class_names = sorted({part.parts[-1] for name in labelled for part in by_split[name] if part.num_images})
+    layout = {
+        name: FolderSplit(
+            folders=sorted(part.path for part in parts),
+            class_names=class_names if name in labelled else [],
+            has_metadata=any(part.has_metadata for part in parts),
+        )
+        for name, parts in by_split.items()
+    }
+    for name in list(layout):
+        layout.setdefault(_SPLIT_NAMES.get(name.lower(), name), layout[name])
+    return layout
+
+
+@dataclass
+class _Folder:
+    path: str
+    parts: tuple[str, ...]
+    num_images: int
+    has_metadata: bool
+
+
+def _walk(root: str) -> list[_Folder]:
+    found, seen = [], set()
+    # links are followed, as data sets are often linked into place; `seen` ends a link that leads back up
+    for path, names, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
+        relative = os.path.relpath(path, root)
+        found.append(
+            _Folder(
+                path=path,
+                parts=() if relative == "." else tuple(relative.split(os.sep)),
+                num_images=sum(is_image_file(name) and not name.startswith(".") for name in files),
+                has_metadata=any(name in ImageFolder.METADATA_FILENAMES for name in files),
+            )
+        )
+    return found
+
+
+def _is_labelled(folders: list[_Folder], depth_of_split: int) -> bool:
+    depths = {len(folder.parts) for folder in folders if folder.num_images}
+    return len(depths) == 1 and depths.pop() > depth_of_split and not any(folder.has_metadata for folder in folders)
