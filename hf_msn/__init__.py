@@ -1,0 +1,38 @@
+"""Label-efficient vision pretraining for transformers.Trainer and accelerate."""
+
+from .callbacks import LowShotCallback
+from .data import (
+    BrokenImageError,
+    MultiViewCollator,
+    MultiViewDataset,
+    MultiViewTransform,
+    evaluation_image_processor,
+    load_images,
+    multi_view_dataset,
+)
+from .hub import export_backbone
+from .losses import msn_loss, sharpen, sinkhorn, soft_nearest_neighbor
+from .models import MSNConfig, MSNForPreTraining
+from .trainers import MSNTrainer, MSNTrainingArguments
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BrokenImageError",
+    "LowShotCallback",
+    "MSNConfig",
+    "MSNForPreTraining",
+    "MSNTrainer",
+    "MSNTrainingArguments",
+    "MultiViewCollator",
+    "MultiViewDataset",
+    "MultiViewTransform",
+    "evaluation_image_processor",
+    "export_backbone",
+    "load_images",
+    "msn_loss",
+    "multi_view_dataset",
+    "sharpen",
+    "sinkhorn",
+    "soft_nearest_neighbor",
+]

@@ -63,9 +63,7 @@ def sharpen(probabilities: torch.Tensor, temperature: float) -> torch.Tensor:
         return powers / powers.sum(dim=-1, keepdim=True)
 
 
-def sinkhorn(
-    probabilities: torch.Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
-) -> torch.Tensor:
+def sinkhorn(probabilities: torch.Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Balances assignments so that every prototype gets the same mass, by Sinkhorn-Knopp iterations.
 
     Each iteration scales the columns to equal sums over the batches of **all** ranks, then each row to 1.

@@ -72,7 +72,9 @@ class MSNForPreTraining(PreTrainedModel):
         self.prototypes = nn.Parameter(torch.empty(config.num_prototypes, config.projection_dim))
         # Seed of the masks and number of draws so far. In the state dict, so that a resumed run draws what comes next.
         self.register_buffer("mask_state", torch.zeros(2, dtype=torch.int64))
-        self._mask_draw = None  # the host's copy of mask_state, read lazily: reading a GPU tensor each step would stall it
+        self._mask_draw = (
+            None  # the host's copy of mask_state, read lazily: reading a GPU tensor each step would stall it
+        )
         self.register_load_state_dict_post_hook(_forget_mask_draw)
         self.post_init()
         self.update_target(0.0)
@@ -176,7 +178,9 @@ class MSNForPreTraining(PreTrainedModel):
         batch_size = pixel_values.shape[0]
         views = [view for view in (anchor_pixel_values, focal_pixel_values) if view is not None and view.shape[1] > 0]
         if not views or any(view.ndim != 5 or view.shape[0] != batch_size for view in views):
-            shapes = [None if view is None else tuple(view.shape) for view in (anchor_pixel_values, focal_pixel_values)]
+            shapes = [
+                None if view is None else tuple(view.shape) for view in (anchor_pixel_values, focal_pixel_values)
+            ]
             raise ValueError(
                 "MSN needs at least one anchor or focal view an image, `anchor_pixel_values` (B, V, C, H, W) or "
                 f"`focal_pixel_values` (B, F, C, h, w), with B = {batch_size} as in `pixel_values`, but got {shapes}."
@@ -197,7 +201,9 @@ class MSNForPreTraining(PreTrainedModel):
             target_projections,
             self.prototypes,
             temperature=self.config.temperature,
-            sharpen_temperature=self.config.sharpen_temperature if sharpen_temperature is None else sharpen_temperature,
+            sharpen_temperature=self.config.sharpen_temperature
+            if sharpen_temperature is None
+            else sharpen_temperature,
             use_sinkhorn=self.config.use_sinkhorn,
             me_max_weight=self.config.me_max_weight,
             entropy_weight=self.config.entropy_weight,

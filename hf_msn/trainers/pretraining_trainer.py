@@ -1,0 +1,359 @@
+"""What every pretraining method needs of a Trainer: schedules, whole checkpoints, a stop on NaN, a log of the method."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length, rotate_checkpoints
+from transformers.utils import logging
+
+from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
+from ..distributed.collectives import all_reduce_mean, all_reduce_sum
+from ..schedules import cosine, warmup_cosine
+from .checkpoints import STAGING_FOLDER, find_fault, find_last_checkpoint, list_checkpoints, saved_world_size
+from .pretraining_arguments import PretrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or a weight became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or is not fit to resume from."""
+
+
+class PretrainingTrainer(Trainer):
+    """Base of the pretraining trainers. A method adds `compute_loss`, and calls `record` with what it wants logged."""
+
+    args: PretrainingArguments
+
+    def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
+        if args.sync_batch_norm and args.world_size > 1 and args.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        super().__init__(model=model, args=args, **kwargs)
+        self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
+        self._staging = False
+        self._recorded: dict[str, torch.Tensor] = {}
+        self._num_recorded = 0
+        self._num_images = 0
+        self._clock_started: float | None = None
+        self._non_finite_step = torch.tensor(-1, device=args.device)
+        self.add_callback(DatasetEpochCallback(self.train_dataset))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ThroughputProgressCallback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`, but resumes from the last checkpoint that is whole, and checks the data first.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last whole one of
+                `output_dir`. By default `args.resume_from_checkpoint`.
+
+        Raises:
+            ValueError: If the data does not fill one batch, or `output_dir` has checkpoints and no resume is asked.
+            CheckpointError: If there is no whole checkpoint to resume from.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self.check_before_training()
+        resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint or None)
+        if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
+            present = list_checkpoints(self.args.output_dir)
+            if present:
+                raise ValueError(
+                    f"`output_dir` '{self.args.output_dir}' has checkpoints of an earlier run, the last of them "
+                    f"'{present[-1].name}'. Go on from it with `resume_from_checkpoint=True`, start anew with "
+                    "`overwrite_output_dir=True`, or choose another `output_dir`."
+                )
+        self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def check_before_training(self) -> None:
+        """Raises a `ValueError` if the training set cannot fill one update. Methods add their own checks."""
+        if self.train_dataset is None:
+            raise ValueError(
+                "There is no `train_dataset`. Pass one, for example `MultiViewDataset(images, transform)`."
+            )
+        if not has_length(self.train_dataset):
+            return
+        needed = self.args.per_device_train_batch_size * self.args.world_size
+        if len(self.train_dataset) < max(needed, 2):
+            raise ValueError(
+                f"The training set has {len(self.train_dataset)} images, but one batch takes {max(needed, 2)}: "
+                f"{self.args.per_device_train_batch_size} on each of {self.args.world_size} ranks. Lower "
+                "`per_device_train_batch_size` or give more images."
+            )
+
+    def images_per_update(self) -> int:
+        """Images that one optimizer step sees, over all ranks and micro-batches."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    # Optimizer and schedules
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay: all but biases, norms (any 1-D tensor) and prototypes."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name != "prototypes"]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        decayed, *others = optimizer.param_groups
+        decayed["scheduled_weight_decay"] = True
+        for group in others:
+            group["scheduled_weight_decay"] = False
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            args = self.args
+            scale = self.images_per_update() / args.learning_rate_batch_size if args.learning_rate_batch_size else 1.0
+            horizon = num_training_steps * args.schedule_stretch
+            warmup = self._warmup_steps(num_training_steps) / horizon
+
+            def factor(step: int) -> float:
+                # The first update already has gone one step of the warm-up, as in the authors' code.
+                progress = min((step + 1) / horizon, 1.0)
+                value = warmup_cosine(
+                    progress,
+                    warmup=warmup,
+                    start=args.start_learning_rate,
+                    peak=args.learning_rate,
+                    end=args.final_learning_rate,
+                )
+                return value * scale / args.learning_rate
+
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _warmup_steps(self, num_training_steps: int) -> int:
+        if self.args.warmup_steps:
+            steps = self.args.get_warmup_steps(num_training_steps)
+        elif has_length(self.train_dataset):
+            steps = round(self.args.warmup_epochs * len(self.train_dataset) / self.images_per_update())
+        else:
+            raise ValueError(
+                "`warmup_epochs` needs to know how many images there are, which a streamed data set does not tell. Give "
+                "`warmup_steps`."
+            )
+        if steps >= num_training_steps:
+            logger.warning(
+                f"The warm-up takes {steps} steps, but training has {num_training_steps}: it ends before the peak learning "
+                "rate. Lower `warmup_epochs`."
+            )
+        return steps
+
+    def stretched_progress(self) -> float:
+        """Part of the stretched horizon that lies before the next update, in [0, 1]."""
+        return min(self.state.global_step / (max(self.state.max_steps, 1) * self.args.schedule_stretch), 1.0)
+
+    def weight_decay_now(self) -> float:
+        """Weight decay of the next update."""
+        args = self.args
+        if args.final_weight_decay is None:
+            return args.weight_decay
+        horizon = max(self.state.max_steps, 1) * args.schedule_stretch
+        return cosine(min((self.state.global_step + 1) / horizon, 1.0), args.weight_decay, args.final_weight_decay)
+
+    def parameters_to_clip(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters whose gradients are clipped: encoder and head, not the prototypes."""
+        return [parameter for name, parameter in model.named_parameters() if not name.endswith("prototypes")]
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        return self.accelerator.clip_grad_norm_(self.parameters_to_clip(model), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        if grad_norm is None:
+            grad_norm = self.accelerator.clip_grad_norm_(self.parameters_to_clip(model), float("inf"))
+        return grad_norm
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        weight_decay = self.weight_decay_now()
+        for group in self.optimizer.param_groups:
+            if group["scheduled_weight_decay"]:
+                group["weight_decay"] = weight_decay
+        if self._clock_started is None:
+            self._clock_started = time.perf_counter()
+        self._num_images += len(inputs["pixel_values"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        first = (self._non_finite_step < 0) & ~torch.isfinite(loss)
+        self._non_finite_step = torch.where(first, self.state.global_step + 1, self._non_finite_step)
+        if loss.device.type == "cpu":  # elsewhere looking each step would wait for the device: it is done at each log
+            self._stop_if_not_finite(all_ranks=False)
+        return loss
+
+    # Log
+
+    @torch.no_grad()
+    def record(self, **values: torch.Tensor) -> None:
+        """Adds a micro-batch's values to the means of the next log. Nothing is read from the device here."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._recorded[name] = self._recorded[name] + value if name in self._recorded else value
+        self._num_recorded += 1
+
+    def extra_logs(self) -> dict[str, float]:
+        """What else to log at each logging step; called on all ranks. Methods add to it."""
+        return {"weight_decay": self.weight_decay_now()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._num_recorded:
+            self._stop_if_not_finite()
+            names = sorted(self._recorded)
+            means = torch.stack([self._recorded[name] for name in names]) / self._num_recorded
+            logs.update(zip(names, all_reduce_mean(means).tolist()))
+            images = all_reduce_sum(torch.tensor(float(self._num_images), device=self.args.device)).item()
+            logs["images_per_second"] = images / max(time.perf_counter() - self._clock_started, 1e-9)
+            logs.update(self.extra_logs())
+            self._recorded, self._num_recorded = {}, 0
+            self._num_images, self._clock_started = 0, time.perf_counter()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self._clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Keeps what happens inside out of the images per second, which are those of training alone."""
+        stopped = time.perf_counter()
+        yield
+        if self._clock_started is not None:
+            self._clock_started += time.perf_counter() - stopped
+
+    def _stop_if_not_finite(self, all_ranks: bool = True) -> None:
+        step = self._non_finite_step.clone()
+        if all_ranks and dist.is_initialized():
+            dist.all_reduce(step, op=dist.ReduceOp.MAX)
+        if step >= 0:
+            self._raise_not_finite(f"The loss became NaN or infinite at step {int(step)}.")
+
+    def _raise_not_finite(self, what: str) -> None:
+        last = find_last_checkpoint(self.args.output_dir)
+        raise NonFiniteLossError(
+            f"{what} Training stops; "
+            + (f"the last good checkpoint is '{last}'. " if last else "no checkpoint had been saved yet. ")
+            + "Lower `learning_rate`, lengthen the warm-up, use bf16 instead of fp16, or, for a large model, raise "
+            "`mask_ratio` (the authors saw NaN for L/16 at 0.15 and 0.3, not at 0.5)."
+        )
+
+    # Checkpoints: written beside, then renamed, so that a folder `checkpoint-<step>` is always whole
+
+    def _get_output_dir(self, trial) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # what is not whole yet is pushed after its rename
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with self._clock_stopped():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
+        self._stop_if_not_finite()
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            self._raise_not_finite(f"A weight is NaN or infinite after step {self.state.global_step}.")
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run_dir / STAGING_FOLDER
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._correct_best_checkpoint(run_dir, staging, name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+                os.replace(staging / name, run_dir / name)
+        except Exception as error:
+            last = list_checkpoints(run_dir)
+            free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
+            raise CheckpointError(
+                f"Saving '{run_dir / name}' failed: {error}. {free / 2**20:.0f} MiB are free on that disk. "
+                + (f"The earlier checkpoint '{last[-1]}' is as it was; " if last else "")
+                + "free some space or lower `save_total_limit`, then resume."
+            ) from error
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(run_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+
+    def _resolve_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        if resume_from_checkpoint is None:
+            return None
+        if resume_from_checkpoint is True:
+            checkpoint = find_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise CheckpointError(
+                    f"'{self.args.output_dir}' has no whole checkpoint to resume from. Start without "
+                    "`resume_from_checkpoint`."
+                )
+        else:
+            checkpoint = resume_from_checkpoint
+            fault = find_fault(checkpoint)
+            if fault is not None:
+                raise CheckpointError(
+                    f"Cannot resume from '{checkpoint}': {fault}. Give another checkpoint, or "
+                    "`resume_from_checkpoint=True` for the last whole one."
+                )
+        saved, now = saved_world_size(checkpoint), self.args.world_size
+        if saved != now:
+            logger.warning(
+                f"'{checkpoint}' was saved by {saved} ranks and goes on with {now}: one update now has "
+                f"{self.images_per_update()} images, and the order of the images and the masks differ from those of the "
+                "first run. Adapt `per_device_train_batch_size` or `gradient_accumulation_steps` to keep the batch."
+            )
+        logger.info(f"Resuming from '{checkpoint}'.")
+        return str(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer would load what fits by name and only warn of the rest.
+        model = self.model if model is None else model
+        config = type(model.config).from_pretrained(resume_from_checkpoint)
+        names = (set(config.to_dict()) & set(model.config.to_dict())) - {
+            "transformers_version",
+            "dtype",
+            "architectures",
+        }
+        differing = sorted(name for name in names if getattr(config, name) != getattr(model.config, name))
+        if differing:
+            values = ", ".join(
+                f"{n} {getattr(config, n)} there, {getattr(model.config, n)} here" for n in differing[:5]
+            )
+            raise CheckpointError(
+                f"'{resume_from_checkpoint}' is a checkpoint of another configuration: {values}. Give the same "
+                "configuration, or start a new run in another `output_dir`."
+            )
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the best model from {self.state.best_model_checkpoint}.")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
