@@ -22,8 +22,8 @@ class MultiViewCollator:
                 What [`~hf_msn.data.MultiViewTransform`] gives for each image.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with focal views,
-            `focal_pixel_values` (B, F, C, h, w).
+            `dict[str, torch.Tensor]`: `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with
+            focal views, `focal_pixel_values` (B, F, C, h, w).
 
         Raises:
             ValueError: no items, or items with different names or shapes.

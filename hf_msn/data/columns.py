@@ -29,7 +29,8 @@ def image_and_label(
             Column of the labels, `"outer.inner"` for a nested one; by default guessed.
 
     Returns:
-        The data set with `image` (`datasets.Image(decode=False)`) and, where it is labelled, `label` (`ClassLabel` or `int64`).
+        The data set with `image` (`datasets.Image(decode=False)`) and, where it is labelled, `label` (`ClassLabel` or
+        `int64`).
 
     Raises:
         ValueError: a column that is not there, or columns that cannot be told apart (they are listed).
@@ -86,8 +87,8 @@ def _label_column(features: datasets.Features, image_column: str, column: str | 
             others = {name: feature for name, feature in features.items() if name != image_column}
             if not others:
                 raise ValueError(
-                    f"Labels were asked for (`label_column` '{column}'), but '{source}' is unlabelled: it has no column but "
-                    f"'{image_column}'. Put the images into class folders, or leave `label_column` out."
+                    f"Labels were asked for (`label_column` '{column}'), but '{source}' is unlabelled: its only "
+                    f"column is '{image_column}'. Put the images into class folders, or leave `label_column` out."
                 )
             raise ValueError(f"'{source}' has no column '{column}' for `label_column`; it has {_names(features)}.")
         return column
@@ -99,8 +100,8 @@ def _label_column(features: datasets.Features, image_column: str, column: str | 
         found = [f"json.{name}" for name in ("label", *_LABEL_NAMES) if name in features["json"]]
     if len(found) > 1:
         raise ValueError(
-            f"'{source}' has several columns that may be the label ({', '.join(found)}); name one with `label_column`. "
-            f"Its columns are {_names(features)}."
+            f"'{source}' has several columns that may be the label ({', '.join(found)}); name one with "
+            f"`label_column`. Its columns are {_names(features)}."
         )
     return found[0] if found else None
 
@@ -135,8 +136,8 @@ def _number_labels(dataset, label_column: str | None, feature, source: str):
     if feature.dtype in ("string", "large_string"):
         if isinstance(dataset, datasets.IterableDataset):
             raise ValueError(
-                f"Column '{label_column}' of '{source}' holds class names, which cannot be numbered while streaming as not all are known; "
-                "load it without `streaming`, or give a column of integers."
+                f"Column '{label_column}' of '{source}' holds class names, which cannot be numbered while streaming, "
+                "as not all are known yet; load it without `streaming`, or give a column of integers."
             )
         return dataset.class_encode_column("label")
     return dataset if feature.dtype == "int64" else dataset.cast_column("label", datasets.Value("int64"))

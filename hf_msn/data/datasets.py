@@ -26,7 +26,7 @@ def multi_view_dataset(
     on_broken_image: str = "skip",
     shuffle_buffer: int = 1000,
 ) -> "MultiViewDataset | StreamingMultiViewDataset":
-    """Makes the data set of views that fits: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a streamed source.
+    """Makes the data set of views: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a streamed source.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -38,7 +38,8 @@ def multi_view_dataset(
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
             `"skip"` or `"raise"`.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Images among which a streamed source is shuffled; 0 keeps the source's order. Others are shuffled by their sampler.
+            Images among which a streamed source is shuffled; 0 keeps the source's order. Others are shuffled by their
+            sampler.
     """
     if isinstance(dataset, datasets.IterableDataset):
         return StreamingMultiViewDataset(
@@ -50,9 +51,9 @@ def multi_view_dataset(
 class MultiViewDataset(torch.utils.data.Dataset):
     """The views of each image of a data set; labels are not read.
 
-    The views of row i in epoch e depend on (`seed`, e, i) alone: the three are hashed into the seed of torch's generator, whose state is put back
-    after the row. The number of workers, the order, the rank and a resumed run cannot change them. An unreadable image is replaced by the next
-    readable row, so that batches keep their size.
+    The views of row i in epoch e depend on (`seed`, e, i) alone: the three are hashed into the seed of torch's
+    generator, whose state is put back after the row. The number of workers, the order, the rank and a resumed run
+    cannot change them. An unreadable image is replaced by the next readable row, so that batches keep their size.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -66,8 +67,8 @@ class MultiViewDataset(torch.utils.data.Dataset):
 
     Raises:
         ValueError: no rows, no column `image`, another `on_broken_image`.
-        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` none of the rows (or of 1000 in succession)
-            can be read.
+        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` none of the rows (or of 1000
+            in succession) can be read.
     """
 
     def __init__(
@@ -78,14 +79,13 @@ class MultiViewDataset(torch.utils.data.Dataset):
         seed: int = 0,
         on_broken_image: str = "skip",
     ):
-        _check_settings(dataset, seed, on_broken_image)
+        self._dataset = _encoded_images(dataset, seed, on_broken_image)
         if len(dataset) == 0:
             raise ValueError("The data set has no images, but at least one is needed; check the source and the split.")
-        self._dataset = dataset.select_columns("image")
         self.transform = transform
         self.seed = seed
         self.on_broken_image = on_broken_image
-        # shared memory: workers that outlive an epoch see the new number, and the main process sees what they found broken
+        # shared memory: workers that outlive an epoch see its number, and the main process what they found broken
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._is_broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
@@ -109,7 +109,7 @@ class MultiViewDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
-        """Reads a batch of rows at once, which is what a DataLoader calls: one access to the table instead of one for each row."""
+        """Reads a batch of rows, which is what a DataLoader calls: one access to the table instead of one for each."""
         indices = [self._row(index) for index in indices]
         values = self._dataset[indices]["image"]
         return [self._views(row, value) for row, value in zip(indices, values)]
@@ -138,16 +138,17 @@ class MultiViewDataset(torch.utils.data.Dataset):
                 if not self._is_broken[candidate]:
                     self._is_broken[candidate] = True
                     logger.warning("Skipped: %s", error)
-        which = "not one image of the data set" if limit == len(self) else f"none of {limit} rows in succession"
+        which = "no image of the data set" if limit == len(self) else f"none of {limit} rows in succession"
         raise BrokenImageError(f"{which} can be read; this one: {last.reason}", row=last.row, path=last.path) from last
 
 
 class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
     """The views of each image of a stream; labels are not read.
 
-    The views of an image depend on (`seed`, epoch, the image's path and bytes) alone, so that neither the workers nor the order can change them.
-    `datasets` shares the shards out over the workers of a DataLoader; with fewer shards than workers some stay idle. The order is that of
-    `datasets`' shuffle buffer, a function of (`seed`, epoch, number of workers). Broken images are dropped.
+    The views of an image depend on (`seed`, epoch, the image's path and bytes) alone, so that neither the workers nor
+    the order can change them. `datasets` shares the shards out over the workers of a DataLoader; with fewer shards
+    than workers some stay idle. The order is that of `datasets`' shuffle buffer, a function of (`seed`, epoch, number
+    of workers). Broken images are dropped.
 
     Args:
         dataset (`datasets.IterableDataset`):
@@ -157,13 +158,15 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         seed (`int`, *optional*, defaults to 0):
             Seed of the views and of the order.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` warns, counts and drops; `"raise"` stops. The row in the message counts within the worker's part of the stream.
+            `"skip"` warns, counts and drops; `"raise"` stops. The row in the message counts within the worker's part
+            of the stream.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
             Images held in memory by each worker to shuffle among; 0 keeps the source's order.
 
     Raises:
-        ValueError: no column `image`, another `on_broken_image`, a negative buffer.
-        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` 1000 in succession, or all of a worker's part.
+        ValueError: no images, no column `image`, another `on_broken_image`, a negative buffer.
+        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` 1000 in succession, or all
+            of a worker's part.
     """
 
     def __init__(
@@ -175,10 +178,9 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         on_broken_image: str = "skip",
         shuffle_buffer: int = 1000,
     ):
-        _check_settings(dataset, seed, on_broken_image)
+        dataset = _encoded_images(dataset, seed, on_broken_image)
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
-        dataset = dataset.select_columns("image")
         self._dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer > 0 else dataset
         self.transform = transform
         self.seed = seed
@@ -205,7 +207,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         place = 0 if worker is None else worker.id
         self._broken[place] = 0
-        in_succession, last = 0, None
+        row, in_succession, last = -1, 0, None
         for row, value in enumerate(self._dataset):
             try:
                 image = decode_image(value["image"], row=row)
@@ -222,8 +224,9 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             with _seeded(_hash(self.seed, self.epoch, _fingerprint(value["image"]))):
                 views = self.transform(image)
             yield views
-            last = None
-        if last is not None and in_succession in (row + 1, _MOST_BROKEN_IN_SUCCESSION):
+        if row < 0 and worker is None:
+            raise ValueError("The stream has no images, but at least one is needed; check the source and the split.")
+        if in_succession > 0 and in_succession in (row + 1, _MOST_BROKEN_IN_SUCCESSION):
             raise BrokenImageError(
                 f"none of {in_succession} images in succession can be read; this one: {last.reason}",
                 row=last.row,
@@ -231,7 +234,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             ) from last
 
 
-def _check_settings(dataset, seed: int, on_broken_image: str) -> None:
+def _encoded_images(dataset, seed: int, on_broken_image: str):
     if on_broken_image not in ("skip", "raise"):
         raise ValueError(f"`on_broken_image` is 'skip' or 'raise', but is {on_broken_image!r}.")
     if seed < 0:
@@ -239,8 +242,13 @@ def _check_settings(dataset, seed: int, on_broken_image: str) -> None:
     columns = list(dataset.features or ())
     if "image" not in columns:
         raise ValueError(
-            f"The data set has no column 'image'; it has {', '.join(columns) or 'none that are known'}. Load it with `load_images`."
+            f"The data set has no column 'image'; it has {', '.join(columns) or 'none that are known'}. "
+            "Load it with `load_images`."
         )
+    if isinstance(dataset.features["image"], datasets.Image) and dataset.features["image"].decode:
+        # decoded by `datasets`, a broken image would end the run without its row
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    return dataset.with_format(None).select_columns("image")
 
 
 @contextlib.contextmanager
@@ -256,7 +264,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _hash(*numbers: int) -> int:
-    """Mixes whole numbers into 64 bits with the finaliser of SplitMix64, so that neighbouring rows get unrelated seeds."""
+    """Mixes whole numbers into 64 bits by SplitMix64's finaliser, so that neighbouring rows get unrelated seeds."""
     state = 0
     for number in numbers:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK

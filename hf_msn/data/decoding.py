@@ -17,7 +17,8 @@ _HIGHEST_FLOAT = 2.0
 class BrokenImageError(ValueError):
     """An image that cannot be read, with the place to look at.
 
-    A DataLoader hands an error of a worker on as text alone; the row, the path and the reason are found in that text again.
+    A DataLoader hands an error of a worker on as text alone; the row, the path and the reason are found in that text
+    again.
 
     Args:
         reason (`str`):
@@ -61,7 +62,7 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
     | gray (`L`, `1`) | the gray value in all three channels |
     | 16-bit gray (`I;16`, `I;16B`, `uint16` arrays) | value / 257, rounded, in all three channels |
     | 32-bit gray (`I`) | read as 16-bit gray: clipped to 0..65535, then value / 257 |
-    | float gray (`F`, float arrays) | 0..1 to 0..255, clipped, NaN as 0; a value above 2 is an error: the range is unknown |
+    | float gray (`F`, float arrays) | 0..1 to 0..255, clipped, NaN as 0; a value above 2 is an error |
     | palette (`P`) | the palette's colours |
     | transparency of any kind (`RGBA`, `LA`, `PA`, a transparent colour) | composited over white |
     | `CMYK`, `YCbCr`, `LAB`, `HSV` | Pillow's `convert("RGB")` |
@@ -79,8 +80,8 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
         `PIL.Image.Image`: the image in mode RGB, its pixels loaded.
 
     Raises:
-        BrokenImageError: the file is absent, empty, truncated, no image, too large (Pillow's decompression bomb limit),
-            or of a type that the rule does not cover.
+        BrokenImageError: the file is absent, empty, truncated, no image, too large (Pillow's decompression bomb
+            limit), or of a type that the rule does not cover.
     """
     path = _path_of(value)
     try:

@@ -1,6 +1,7 @@
 """What a folder of images means: which of its folders are splits, which are classes."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from datasets.data_files import SPLIT_KEYWORDS
@@ -33,22 +34,28 @@ def is_image_file(path: str | os.PathLike) -> bool:
     return os.path.splitext(path)[1].lower() in _EXTENSIONS
 
 
-def image_folder_layout(root: str) -> dict[str, FolderSplit]:
-    """Reads the splits and classes of a folder of images from the names of its folders.
+def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str, FolderSplit], list[str]]:
+    """Reads from the names in a folder which splits and classes of images it holds, and which shards.
 
-    The folders directly under `root` are splits if all of those with images are called like splits (`train`, `val`, `test` and the other names
-    that `datasets` knows), or at least two are: a class may be called `train` as well. Otherwise all is one split, `train`.
+    The folders directly under `root` are splits if all of those with images are called like splits (`train`, `val`,
+    `test` and the other names that `datasets` knows), or at least two are: a class may be called `train` as well.
+    Otherwise all is one split, `train`.
 
     Args:
         root (`str`):
             The folder.
+        shard_extensions (`Collection[str]`):
+            Extensions of shards, in lower case, such as `".tar"`.
 
     Returns:
-        `dict[str, FolderSplit]`: the splits by name (`val` is found as `val` and as `validation`); empty where there is no image.
+        `tuple[dict[str, FolderSplit], list[str]]`: the splits of images by name (`val` is found as `val` and as
+        `validation`), empty where there is no image; and the shards.
     """
-    folders = [folder for folder in _walk(root) if folder.num_images or folder.has_metadata]
+    folders = _walk(root, shard_extensions)
+    shards = [shard for folder in folders for shard in folder.shards]
+    folders = [folder for folder in folders if folder.num_images or folder.has_metadata]
     if not any(folder.num_images for folder in folders):
-        return {}
+        return {}, shards
     tops = {folder.parts[0] for folder in folders if folder.parts and folder.num_images}
     named = [top for top in sorted(tops) if top.lower() in _SPLIT_NAMES]
     flat = any(not folder.parts for folder in folders if folder.num_images)
@@ -73,7 +80,7 @@ def image_folder_layout(root: str) -> dict[str, FolderSplit]:
     }
     for name in list(layout):
         layout.setdefault(_SPLIT_NAMES.get(name.lower(), name), layout[name])
-    return layout
+    return layout, shards
 
 
 @dataclass
@@ -82,9 +89,10 @@ class _Folder:
     parts: tuple[str, ...]
     num_images: int
     has_metadata: bool
+    shards: list[str]
 
 
-def _walk(root: str) -> list[_Folder]:
+def _walk(root: str, shard_extensions: Collection[str]) -> list[_Folder]:
     found, seen = [], set()
     # links are followed, as data sets are often linked into place; `seen` ends a link that leads back up
     for path, names, files in os.walk(root, followlinks=True):
@@ -95,12 +103,19 @@ def _walk(root: str) -> list[_Folder]:
         seen.add(real)
         names[:] = sorted(name for name in names if not name.startswith((".", "__")))
         relative = os.path.relpath(path, root)
+        files = [name for name in files if not name.startswith(".")]
+        metadata = [name for name in files if name in ImageFolder.METADATA_FILENAMES]
         found.append(
             _Folder(
                 path=path,
                 parts=() if relative == "." else tuple(relative.split(os.sep)),
-                num_images=sum(is_image_file(name) and not name.startswith(".") for name in files),
-                has_metadata=any(name in ImageFolder.METADATA_FILENAMES for name in files),
+                num_images=sum(is_image_file(name) for name in files),
+                has_metadata=bool(metadata),
+                shards=[
+                    os.path.join(path, name)
+                    for name in files
+                    if os.path.splitext(name)[1].lower() in shard_extensions and name not in metadata
+                ],
             )
         )
     return found

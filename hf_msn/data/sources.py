@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from hf_msn.data.columns import image_and_label
 from hf_msn.data.decoding import BrokenImageError, decode_image
-from hf_msn.data.folders import image_folder_layout, is_image_file
+from hf_msn.data.folders import FolderSplit, is_image_file, read_folder
 
 __all__ = ["BrokenImageError", "decode_image", "image_file_names", "load_images"]
 
@@ -45,19 +45,20 @@ def load_images(
     |---|---|
     | `"digits"` | scikit-learn's 1,797 handwritten digits, 8 x 8, gray: 1,437 train and 360 test, no download |
     | folder made by `save_to_disk` | that `Dataset` or `DatasetDict` |
-    | folder with images | `imagefolder`: sub-folders `train`, `val`, `test`, ... are splits, the folders of the images are classes |
-    | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset` shards; splits as `datasets` reads them from names |
+    | folder with images | `imagefolder`: folders `train`, `val`, `test`, ... are splits, those below classes |
+    | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by file names |
     | anything else | a Hub id for `datasets.load_dataset` |
 
-    A folder of images is labelled if, in the split that is asked for, every image lies in a class folder at the same depth (one class is
-    enough). The class names are those of all labelled splits together, so that a class that one split lacks moves no number. With a
-    `metadata.csv` or `.jsonl`, the labels are its columns.
+    A folder of images is labelled if, in the split that is asked for, every image lies in a class folder at the same
+    depth (one class is enough). The class names are those of all labelled splits together, so that a class that one
+    split lacks moves no number. With a `metadata.csv` or `.jsonl`, the labels are its columns.
 
     Args:
         source (`str` or `os.PathLike`):
             Where the images are, see above.
         split (`str`, *optional*, defaults to `"train"`):
-            The split, also a part of it (`"train[:10%]"`) except where the data is streamed. What knows no splits is `"train"`.
+            The split, also a part of it (`"train[:10%]"`) except where the data is streamed. What knows no splits is
+            `"train"`.
         config (`str`, *optional*):
             Configuration of a Hub data set that has several.
         revision (`str`, *optional*):
@@ -67,21 +68,24 @@ def load_images(
         image_column (`str`, *optional*):
             Column of the images. By default the only image column there is.
         label_column (`str`, *optional*):
-            Column of the labels; `"json.label"` reaches into a nested column. By default `label`, else the only column of class labels, else
-            one named `labels`, `fine_label`, `cls`, `class` or `target`; without any the result has no labels.
+            Column of the labels; `"json.label"` reaches into a nested column. By default `label`, else the only column
+            of class labels, else one named `labels`, `fine_label`, `cls`, `class` or `target`; without any the result
+            has no labels.
         data_files (`str`, `list[str]` or `dict`, *optional*):
             Files of a Hub data set or of a folder, as for `datasets.load_dataset`.
         token (`str` or `bool`, *optional*):
             Hub token for gated data such as `ILSVRC/imagenet-1k`.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: the columns `image` (`datasets.Image(decode=False)`: `{"bytes", "path"}`, for
-        [`decode_image`]) and, where the data is labelled, `label` (`ClassLabel` where the names are known, else `int64`).
+        `datasets.Dataset` or `datasets.IterableDataset`: the columns `image` (`datasets.Image(decode=False)`:
+        `{"bytes", "path"}`, for [`decode_image`]) and, where the data is labelled, `label` (`ClassLabel` where the
+        names are known, else `int64`).
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without images.
         ConnectionError: a Hub id, and the Hub cannot be reached.
-        ValueError: no such split or column, columns that cannot be told apart, labels asked of unlabelled data, no rows.
+        ValueError: no such split or column, columns that cannot be told apart, labels asked of unlabelled data, no
+            rows.
     """
     source = os.path.expanduser(os.fspath(source))
     if not source:
@@ -155,15 +159,20 @@ def _load_local(source: str, split: str, config: str | None, streaming: bool, da
             return _select_split({name: dataset}, split, source)
         if config is not None or data_files is not None:
             return _load(source, split, streaming, source, name=config, data_files=data_files)
-        files = [path for path in Path(source).rglob("*") if path.suffix.lower() in _SHARD_BUILDERS]
-        layout = image_folder_layout(source)
+        layout, shards = read_folder(source, _SHARD_BUILDERS)
+        if layout and shards:
+            raise ValueError(
+                f"'{source}' holds both images and shards (such as '{shards[0]}'); give the folder of the images, or "
+                "the shards as a glob."
+            )
         if layout:
             return _load_image_folder(layout, split, streaming, source)
-        if not files:
+        if not shards:
             raise FileNotFoundError(
-                f"'{source}' holds no images: no image file, no .parquet or .tar shard, no saved data set. Check the path."
+                f"'{source}' holds no images: no image file, no .parquet or .tar shard, no saved data set. "
+                "Check the path."
             )
-        builder = _shard_builder(source, {path.suffix.lower() for path in files})
+        builder = _shard_builder(source, {Path(shard).suffix.lower() for shard in shards})
         return _load(builder, split, streaming, source, data_dir=source)
     files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     suffixes = {Path(path).suffix.lower() for path in files}
@@ -191,8 +200,14 @@ def _shard_builder(source: str, suffixes: set[str]) -> str:
     return _SHARD_BUILDERS[next(iter(suffixes))]
 
 
-def _load_image_folder(layout, split: str, streaming: bool, source: str) -> datasets.Dataset:
-    name = re.split(r"[\[+]", split)[0]
+def _load_image_folder(
+    layout: dict[str, FolderSplit], split: str, streaming: bool, source: str
+) -> datasets.Dataset | datasets.IterableDataset:
+    if "+" in split:
+        return datasets.concatenate_datasets(
+            [_load_image_folder(layout, part.strip(), streaming, source) for part in split.split("+")]
+        )
+    name = split.split("[")[0]
     if name not in layout:
         raise _unknown_split(split, source, layout)
     part = layout[name]
@@ -218,11 +233,11 @@ def _load_from_hub(source, split, config, revision, streaming, data_files, token
         return _load(
             source, split, streaming, source, name=config, revision=revision, data_files=data_files, token=token
         )
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError) as error:
         kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
         raise kind(
-            f"'{source}' is no folder or file here, and as a Hub id it cannot be loaded: {error}. Check the spelling and the network "
-            "(HF_HUB_OFFLINE must not be set), log in for gated data, or give a local folder."
+            f"'{source}' is no folder or file here, and as a Hub id it cannot be loaded: {error}. Check the spelling "
+            "and the network (HF_HUB_OFFLINE must not be set), log in for gated data, or give a local folder."
         ) from error
 
 
@@ -233,7 +248,7 @@ def _load(builder: str, split: str, streaming: bool, source: str, **settings) ->
         # the two messages of datasets for a split that is not there, eager and streamed
         if not re.match(r"Unknown split|Bad split", str(error)):
             raise
-        names = re.findall(r"'([^']+)'", str(error).split("split", 1)[1].split(".", 1)[1])
+        names = re.findall(r"'([^']+)'", str(error).rsplit("[", 1)[-1])
         raise _unknown_split(split, source, names) from error
 
 

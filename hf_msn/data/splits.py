@@ -25,8 +25,8 @@ def low_shot_indices(
 ) -> np.ndarray:
     """Draws a stratified split: `images_per_class` images of each class, or a `fraction` of each class.
 
-    Each class has its own order, a function of (`seed`, class, size of the class) alone; the split takes the first k of it. So with one seed
-    the images at k = 1 are among those at k = 2, and the same on any machine.
+    Each class has its own order, a function of (`seed`, class, size of the class) alone; the split takes the first k
+    of it. So with one seed the images at k = 1 are among those at k = 2, and the same on any machine.
 
     Args:
         labels (`Sequence[int]` or `numpy.ndarray`):
@@ -44,8 +44,8 @@ def low_shot_indices(
         `numpy.ndarray`: rows of the split, ascending, int64.
 
     Raises:
-        ValueError: no images, a label that is None or negative, k < 1, a fraction outside (0, 1], both or neither given, or classes with fewer
-            than k images (named, with how many they have).
+        ValueError: no images, a label that is None or negative, k < 1, a fraction outside (0, 1], both or neither
+            given, or classes with fewer than k images (named, with how many they have).
     """
     if (images_per_class is None) == (fraction is None):
         raise ValueError(
@@ -139,8 +139,8 @@ def read_list_file(path: str | os.PathLike) -> list[str]:
     wrong = [name for name in names if not re.fullmatch(r"[^_\s]+_\S+", _base(name))]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(names)} lines of the list file '{path}' are not <class>_<image>, such as n01440764_10026.JPEG: "
-            f"{_first(wrong)}."
+            f"{len(wrong)} of {len(names)} lines of the list file '{path}' are not <class>_<image>, such as "
+            f"n01440764_10026.JPEG: {_first(wrong)}."
         )
     return names
 
@@ -171,9 +171,9 @@ def match_list_file(
 ) -> np.ndarray:
     """Finds the rows of a data set that a list file names, and says how many images a class it holds.
 
-    Names are compared without folder and extension: first as they are, then without the `_<class>` that the Hub's ImageNet rows end in
-    (`n01440764_10026_n01440764.JPEG`). Counts a class are logged; uneven ones, and ones that differ from the number in the file's name, as a
-    warning (one published list named for 3 images a class holds 5).
+    Names are compared without folder and extension: first as they are, then without the `_<class>` that the Hub's
+    ImageNet rows end in (`n01440764_10026_n01440764.JPEG`). Counts a class are logged; uneven ones, and ones that
+    differ from the number in the file's name, as a warning (one published list named for 3 images a class holds 5).
 
     Args:
         path (`str` or `os.PathLike`):
@@ -197,8 +197,8 @@ def match_list_file(
         unknown = sorted({_class(name) for name in names} - set(class_names))
         if unknown:
             raise ValueError(
-                f"{len(unknown)} classes of the list file '{path}' are not among the data set's {len(class_names)}: {_first(unknown)}. "
-                "Check that list and data set belong together."
+                f"{len(unknown)} classes of the list file '{path}' are not among the data set's {len(class_names)}: "
+                f"{_first(unknown)}. Check that list and data set belong together."
             )
     exact: dict[str, list[int]] = {}
     shortened: dict[str, list[int]] = {}
@@ -213,7 +213,7 @@ def match_list_file(
     matches = {name: exact.get(name) or shortened.get(name) or [] for name in names}
     missing = [name for name, rows in matches.items() if not rows]
     if missing:
-        text = f"{len(missing)} of {len(names)} names of the list file '{path}' are in no row of the data set: {_first(missing)}"
+        text = f"{len(missing)} of {len(names)} names of the list file '{path}' are in no row: {_first(missing)}"
         if not allow_missing or len(missing) == len(names):
             raise ValueError(f"{text}. Check that list and data set belong together, or set `allow_missing`.")
         logger.warning("%s; left out.", text)
@@ -250,8 +250,8 @@ def _checked_labels(labels: Sequence[int] | np.ndarray) -> np.ndarray:
     if values.min() < 0:
         row = int(np.argmax(values < 0))
         raise ValueError(
-            f"Row {row} has label {values[row]}, but class numbers are >= 0 (-1 marks unlabelled rows, as in ImageNet's test split). "
-            "Use a labelled split."
+            f"Row {row} has label {values[row]}, but class numbers are >= 0 (-1 marks unlabelled rows, as in "
+            "ImageNet's test split). Use a labelled split."
         )
     return values.astype(np.int64)
 

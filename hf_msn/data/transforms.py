@@ -1,6 +1,7 @@
-"""The views of an image: one target, the anchors, the focal views; and the processor that evaluates the same encoder."""
+"""The views of an image (target, anchors, focal views), and the processor that evaluates the same encoder."""
 
 import math
+import numbers
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +28,9 @@ def evaluation_image_processor(
     crop_fraction: float = 224 / 256,
     interpolation: str = "bilinear",
 ) -> BitImageProcessor:
-    """Makes the image processor of the paper's evaluation: shortest edge to `image_size / crop_fraction`, centre crop, normalisation.
+    """Makes the image processor of the paper's evaluation: resize, centre crop, normalisation.
+
+    The shortest edge becomes `image_size / crop_fraction` pixels, of which the middle `image_size` are kept.
 
     It saves and loads with plain `transformers` (`preprocessor_config.json`, `AutoImageProcessor`).
 
@@ -50,7 +53,7 @@ def evaluation_image_processor(
     _check_size("image_size", image_size)
     if not 0 < crop_fraction <= 1:
         raise ValueError(
-            f"`crop_fraction` is the crop over the resized shortest edge and must be in (0, 1], but is {crop_fraction}. "
+            f"`crop_fraction` is crop over resized shortest edge and must be in (0, 1], but is {crop_fraction}. "
             "The paper uses 224 / 256; 1.0 crops nothing off a square image."
         )
     _check_interpolation(interpolation)
@@ -65,12 +68,13 @@ def evaluation_image_processor(
 
 @dataclass
 class MultiViewTransform:
-    """Makes the views of one image: the target view, the anchor views and the focal views, each drawn by itself.
+    """Makes the views of one image, each drawn by itself: the target view, the anchor views, the focal views.
 
-    A view is, in this order: a crop of random area and aspect ratio resized to a square (with the optional rotation and shift), a flip, colour
-    jitter (brightness, contrast, saturation, hue in random order), gray, blur, normalisation. The defaults are the paper's. Crops are not
-    rounded to whole pixels, which matters for images of 8 pixels. All randomness comes from torch's global generator, and each view takes the
-    same amount of it whatever the settings, so that one setting does not change what the others draw.
+    A view is, in this order: a crop of random area and aspect ratio resized to a square (with the optional rotation
+    and shift), a flip, colour jitter (brightness, contrast, saturation, hue in random order), gray, blur,
+    normalisation. The defaults are the paper's. Crops are not rounded to whole pixels, which matters for images of 8
+    pixels. All randomness comes from torch's global generator, and each view takes the same amount of it whatever the
+    settings, so that one setting does not change what the others draw.
 
     The class is a dataclass whose fields carry their help text, so that an argument parser can be made from it.
 
@@ -170,7 +174,7 @@ class MultiViewTransform:
 
     @classmethod
     def for_small_grayscale(cls, image_size: int = 8, **settings) -> "MultiViewTransform":
-        """The recipe for small gray images such as digits, on CPU: crops, small rotations and shifts; no flip, no colour, no blur.
+        """The recipe for small gray images such as digits: crops, small turns and shifts; no flip, colour or blur.
 
         Args:
             image_size (`int`, *optional*, defaults to 8):
@@ -196,7 +200,7 @@ class MultiViewTransform:
         return cls(image_size=image_size, **{**recipe, **settings})
 
     def evaluation_image_processor(self, crop_fraction: float = 224 / 256) -> BitImageProcessor:
-        """The evaluation's processor at this transform's size and normalisation; see [`evaluation_image_processor`]."""
+        """Makes the evaluation's processor at this size and normalisation; see [`evaluation_image_processor`]."""
         return evaluation_image_processor(
             self.image_size,
             image_mean=self.image_mean,
@@ -213,8 +217,8 @@ class MultiViewTransform:
                 The image, in mode RGB ([`~hf_msn.data.decode_image`] gives that).
 
         Returns:
-            `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view; `anchor_pixel_values` (V, 3, H, H);
-            `focal_pixel_values` (F, 3, h, h), absent if there are none.
+            `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
+            `anchor_pixel_values` (V, 3, H, H); `focal_pixel_values` (F, 3, h, h), absent if there are none.
         """
         if image.mode != "RGB":
             image = image.convert("RGB")
@@ -257,7 +261,7 @@ class MultiViewTransform:
             if width <= image_width and height <= image_height:
                 left = random[attempt + 2] * (image_width - width)
                 top = random[attempt + 3] * (image_height - height)
-                return left, top, left + width, top + height
+                return left, top, min(left + width, image_width), min(top + height, image_height)
         # no crop fits a very long image: the middle, as near to the allowed ratios as can be
         ratio = min(max(image_width / image_height, self.aspect_ratio[0]), self.aspect_ratio[1])
         width, height = min(image_width, image_height * ratio), min(image_height, image_width / ratio)
@@ -272,12 +276,12 @@ class MultiViewTransform:
         shift_x = _between((-self.translation, self.translation), random[_SHIFT]) * (right - left)
         shift_y = _between((-self.translation, self.translation), random[_SHIFT + 1]) * (bottom - top)
         center_x, center_y = (left + right) / 2 - shift_x, (top + bottom) / 2 - shift_y
-        # an affine transform samples without smoothing: larger crops are turned at the image's own resolution, then made small
+        # an affine transform samples without smoothing: larger crops are turned at full resolution, then made small
         reduces = max(right - left, bottom - top) > size
         out = (max(1, round(right - left)), max(1, round(bottom - top))) if reduces else (size, size)
         step_x, step_y = (right - left) / out[0], (bottom - top) / out[1]
         cos, sin = math.cos(angle), math.sin(angle)
-        # source = center + rotation @ (step * (out - out_center)), as Pillow asks for the map from the result to the source
+        # Pillow asks for the map from result to source: center + rotation @ (step * (out - out_center))
         a, b = cos * step_x, -sin * step_y
         d, e = sin * step_x, cos * step_y
         coefficients = (
@@ -315,7 +319,7 @@ def _between(bounds: tuple[float, float], share: float) -> float:
 
 
 def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_size(name: str, value) -> None:

@@ -1,0 +1,46 @@
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def picture():
+    """Makes an RGB image whose pixels tell its number."""
+
+    def make(number: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
+        pixels = np.random.RandomState(number).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+        return Image.fromarray(pixels)
+
+    return make
+
+
+@pytest.fixture
+def encoded(picture):
+    def make(number: int, kind: str = "PNG", size: tuple[int, int] = (8, 6)) -> bytes:
+        buffer = io.BytesIO()
+        picture(number, size).save(buffer, kind)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def image_rows(encoded):
+    """A data set of n images as `load_images` gives it; the rows in `broken` are cut off."""
+
+    def make(count: int, broken: tuple[int, ...] = ()) -> datasets.Dataset:
+        rows = [
+            {"bytes": encoded(row)[: 40 if row in broken else None], "path": f"photo_{row}.png"} for row in range(count)
+        ]
+        features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
+        return datasets.Dataset.from_dict({"image": rows, "label": list(range(count))}, features)
+
+    return make

@@ -1,0 +1,206 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_msn.data import BrokenImageError, decode_image
+
+
+def _row(image: Image.Image, kind: str, **settings) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return {"bytes": buffer.getvalue(), "path": f"some/image.{kind.lower()}"}
+
+
+def _pixels(value) -> np.ndarray:
+    image = decode_image(value)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_rgb_pixels_stay_as_they_are(picture):
+    np.testing.assert_array_equal(_pixels(_row(picture(1), "PNG")), np.asarray(picture(1)))
+
+
+def test_gray_is_repeated_in_all_channels():
+    gray = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    expected = np.stack([gray] * 3, axis=-1)
+    np.testing.assert_array_equal(_pixels(_row(Image.fromarray(gray), "PNG")), expected)
+    np.testing.assert_array_equal(_pixels(gray), expected)
+    np.testing.assert_array_equal(_pixels(gray[:, :, None]), expected)
+
+
+def test_black_and_white_becomes_0_and_255():
+    bits = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    np.testing.assert_array_equal(_pixels(_row(bits, "PNG"))[:, :, 1], [[0, 255], [255, 0]])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_gray_is_divided_by_257(kind):
+    wide = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)
+    expected = [[0, 0, 1], [1, 128, 255]]
+    pixels = _pixels(_row(Image.fromarray(wide), kind))
+    np.testing.assert_array_equal(pixels, np.stack([expected] * 3, axis=-1))
+    np.testing.assert_array_equal(_pixels(wide)[:, :, 0], expected)
+
+
+def test_16_bit_big_endian_gray_is_divided_by_257():
+    wide = np.array([[0, 257], [32768, 65535]], ">u2")
+    image = Image.frombytes("I;16B", (2, 2), wide.tobytes())
+    np.testing.assert_array_equal(_pixels(image)[:, :, 2], [[0, 1], [128, 255]])
+
+
+def test_32_bit_gray_is_clipped_to_16_bits():
+    image = Image.fromarray(np.array([[-5, 257], [65535, 70000]], np.int32))
+    assert image.mode == "I"
+    np.testing.assert_array_equal(_pixels(_row(image, "TIFF"))[:, :, 0], [[0, 1], [255, 255]])
+
+
+def test_float_gray_is_read_as_0_to_1():
+    values = np.array([[-0.1, 0.0, np.nan], [0.5, 1.0, 1.1]], np.float32)
+    expected = [[0, 0, 0], [128, 255, 255]]
+    np.testing.assert_array_equal(_pixels(_row(Image.fromarray(values), "TIFF"))[:, :, 0], expected)
+    np.testing.assert_array_equal(_pixels(values.astype(np.float64))[:, :, 0], expected)
+
+
+def test_floats_of_unknown_range_are_refused():
+    with pytest.raises(BrokenImageError, match="float values go up to 254, but floats are read as 0..1"):
+        decode_image(np.full((2, 2), 254.0))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_composited_over_white(mode):
+    alpha = np.array([[0, 51, 255]], np.uint8)
+    gray = np.array([[100, 100, 100]], np.uint8)
+    bands = [gray] * (len(mode) - 1) + [alpha]
+    image = Image.merge(mode, [Image.fromarray(band) for band in bands])
+    expected = [255, round(0.2 * 100 + 0.8 * 255), 100]
+    np.testing.assert_allclose(_pixels(_row(image, "PNG"))[0, :, 0], expected, atol=1)
+
+
+def test_palette_colours_are_looked_up_and_its_transparent_one_is_white():
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    np.testing.assert_array_equal(_pixels(_row(image, "PNG"))[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]])
+    seen = _pixels(_row(image, "PNG", transparency=1))
+    np.testing.assert_array_equal(seen[0], [[10, 20, 30], [255, 255, 255], [70, 80, 90]])
+
+
+def test_transparent_colour_of_gray_and_rgb_files_is_white(picture):
+    gray = Image.fromarray(np.array([[7, 9]], np.uint8))
+    np.testing.assert_array_equal(_pixels(_row(gray, "PNG", transparency=7))[0, :, 0], [255, 9])
+    colour = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    np.testing.assert_array_equal(_pixels(_row(colour, "PNG", transparency=(4, 5, 6)))[0], [[1, 2, 3], [255] * 3])
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
+def test_other_colour_spaces_are_converted_back(mode, picture):
+    image = picture(3).convert(mode)
+    np.testing.assert_array_equal(_pixels(image), np.asarray(image.convert("RGB")))
+    np.testing.assert_allclose(_pixels(image), np.asarray(picture(3)), atol=8)
+
+
+def test_cmyk_jpeg_and_lab_tiff_are_read(picture):
+    smooth = picture(2).resize((32, 24), Image.Resampling.BILINEAR)
+    pixels = _pixels(_row(smooth.convert("CMYK"), "JPEG", quality=100))
+    assert np.abs(pixels.astype(int) - np.asarray(smooth)).mean() < 4
+    lab = Image.frombytes("LAB", (1, 1), bytes([255, 0, 0]))
+    assert _pixels(_row(lab, "TIFF")).min() > 245
+
+
+def test_16_bit_colour_keeps_the_high_byte():
+    # a 1 x 1 RGB PNG with 16 bits a channel, which Pillow can read but not write
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(_pixels({"bytes": png, "path": None})[0, 0], [0x12, 0x80, 0xFF])
+
+
+def test_exif_orientation_is_applied(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = _pixels(_row(picture(4), "PNG", exif=exif))
+    np.testing.assert_array_equal(turned, np.rot90(np.asarray(picture(4)), -1))
+
+
+def test_first_frame_of_an_animation_is_taken(picture):
+    row = _row(picture(5).convert("L"), "GIF", save_all=True, append_images=[picture(6).convert("L")])
+    np.testing.assert_array_equal(_pixels(row)[:, :, 0], np.asarray(picture(5).convert("L")))
+
+
+def test_files_and_arrays_with_alpha_are_read(tmp_path, picture):
+    picture(7).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(_pixels(tmp_path / "a.png"), np.asarray(picture(7)))
+    np.testing.assert_array_equal(_pixels({"bytes": None, "path": str(tmp_path / "a.png")}), np.asarray(picture(7)))
+    clear = np.zeros((2, 2, 4), np.uint8)
+    np.testing.assert_array_equal(_pixels(clear), np.full((2, 2, 3), 255))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no bytes"),
+        (b"this is text", "no image format"),
+        ("truncated", "truncated"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "."),
+    ],
+)
+def test_broken_bytes_are_named_with_row_path_and_reason(data, reason, encoded):
+    if data == "truncated":
+        data = encoded(0, "JPEG", (64, 64))[:-300]
+    with pytest.raises(BrokenImageError, match=reason) as caught:
+        decode_image({"bytes": data, "path": "photos/it's (1).jpg"}, row=17)
+    error = caught.value
+    assert (error.row, error.path) == (17, "photos/it's (1).jpg")
+    assert "row 17" in str(error) and "photos/it's (1).jpg" in str(error) and error.reason in str(error)
+
+
+def test_absent_file_and_empty_row_are_named():
+    with pytest.raises(BrokenImageError, match="the file is not there"):
+        decode_image({"bytes": None, "path": "/nowhere/a.png"}, row=1)
+    with pytest.raises(BrokenImageError, match="neither bytes nor a path"):
+        decode_image({"bytes": None, "path": None}, row=1)
+    with pytest.raises(BrokenImageError, match="not NoneType"):
+        decode_image(None, row=1)
+
+
+def test_decompression_bomb_is_refused(encoded, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(BrokenImageError, match="too many pixels"):
+        decode_image({"bytes": encoded(0), "path": "bomb.png"})
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2, 2), np.uint8), np.zeros((0, 2), np.uint8), np.zeros((2, 2), int)])
+def test_arrays_that_are_no_images_are_refused(array):
+    with pytest.raises(BrokenImageError, match="array of"):
+        decode_image(array)
+
+
+def test_error_keeps_its_fields_through_pickle():
+    error = pickle.loads(pickle.dumps(BrokenImageError("truncated", row=3, path="a (b).png")))
+    assert (error.reason, error.row, error.path) == ("truncated", 3, "a (b).png")
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, row):
+        return decode_image({"bytes": b"junk", "path": "it's (1).png"}, row=row)
+
+
+def test_error_keeps_its_fields_out_of_a_worker():
+    with pytest.raises(BrokenImageError) as caught:
+        list(torch.utils.data.DataLoader(_Broken(), num_workers=1))
+    error = caught.value
+    assert (error.row, error.path, error.reason) == (0, "it's (1).png", "no image format known to Pillow")
+    assert "Traceback" not in str(error)

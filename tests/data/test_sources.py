@@ -1,0 +1,336 @@
+import io
+import json
+import os
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hf_msn.data import decode_image, image_file_names, load_images
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    """Makes image files: `{"train/cat/1.png": 5}` puts picture 5 there."""
+
+    def make(files: dict[str, int], name: str = "photos [1]") -> str:
+        for path, number in files.items():
+            target = tmp_path / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture(number).save(target)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def parquet(tmp_path, image_rows):
+    def make(path: str, count: int = 3, **columns) -> str:
+        dataset = image_rows(count)
+        for name, values in columns.items():
+            dataset = dataset.add_column(name, values)
+        target = tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        dataset.to_parquet(str(target))
+        return str(target)
+
+    return make
+
+
+def _tar(path, examples: list[dict[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for number, example in enumerate(examples):
+            for extension, data in example.items():
+                info = tarfile.TarInfo(f"{number:05d}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def _pixels(dataset) -> list[np.ndarray]:
+    return [np.asarray(decode_image(row["image"])) for row in dataset]
+
+
+def _assert_pictures(dataset, numbers, picture):
+    pixels = _pixels(dataset)
+    assert len(pixels) == len(numbers)
+    for seen, number in zip(pixels, numbers):
+        np.testing.assert_array_equal(seen, np.asarray(picture(number)))
+
+
+def test_digits_are_all_there_in_a_fixed_stratified_split():
+    train, test = load_images("digits"), load_images("digits", split="test")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.features["label"].names == [str(digit) for digit in range(10)]
+    assert train.features["image"] == datasets.Image(decode=False)
+    rows = [int(name[7:11]) for name in image_file_names(train) + image_file_names(test)]
+    assert sorted(rows) == list(range(1797))
+    digits = load_digits()
+    np.testing.assert_array_equal(np.concatenate([train["label"][:], test["label"][:]]), digits.target[rows])
+    share = np.bincount(test["label"][:]) / np.bincount(digits.target)
+    assert np.abs(share - 360 / 1797).max() < 0.006
+    assert image_file_names(test)[:3] == ["digits/0012.png", "digits/0014.png", "digits/0017.png"]
+
+
+def test_digits_pixels_are_the_values_scaled_to_255():
+    row = load_images("digits", split="test")[5]
+    number = int(row["image"]["path"][7:11])
+    expected = np.round(load_digits().images[number] / 16 * 255)
+    np.testing.assert_array_equal(np.asarray(decode_image(row["image"]))[:, :, 0], expected)
+
+
+def test_digits_can_be_sliced_and_streamed():
+    whole = load_images("digits")
+    assert image_file_names(load_images("digits", split="train[:100]")) == image_file_names(whole)[:100]
+    assert len(load_images("digits", split="train+test")) == 1797
+    streamed = list(load_images("digits", streaming=True))
+    assert [row["label"] for row in streamed] == whole["label"][:]
+
+
+def test_class_folders_are_labels_in_alphabetical_order(folder, picture):
+    root = folder({"dog/1.png": 0, "cat/1.PNG": 1, "cat/2.bmp": 2})
+    dataset = load_images(root)
+    assert dataset.column_names == ["image", "label"]
+    assert dataset.features["label"].names == ["cat", "dog"]
+    assert dataset["label"][:] == [0, 0, 1]
+    _assert_pictures(dataset, [1, 2, 0], picture)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.WebP", "a.bmp", "a.tif", "a.TIFF"])
+def test_image_files_are_found_by_extension_in_any_case(folder, name):
+    dataset = load_images(folder({name: 1}))
+    assert len(dataset) == 1
+    assert decode_image(dataset[0]["image"]).size == (8, 6)
+
+
+def test_one_class_folder_is_one_class(folder):
+    dataset = load_images(folder({"cat/1.png": 1, "cat/2.png": 2}))
+    assert dataset.features["label"].names == ["cat"]
+    assert dataset["label"][:] == [0, 0]
+
+
+@pytest.mark.parametrize("files", [{"1.png": 1, "2.png": 2}, {"1.png": 1, "cat/2.png": 2, "dog/3.png": 3}])
+def test_flat_and_mixed_folders_have_no_labels(folder, files):
+    dataset = load_images(folder(files))
+    assert dataset.column_names == ["image"]
+    assert len(dataset) == len(files)
+
+
+def test_folders_called_like_splits_are_splits(folder, picture):
+    root = folder({"train/a/1.png": 1, "train/b/2.png": 2, "train/c/3.png": 3, "val/b/4.png": 4, "val/c/5.png": 5})
+    train, val = load_images(root), load_images(root, split="val")
+    _assert_pictures(train, [1, 2, 3], picture)
+    _assert_pictures(val, [4, 5], picture)
+    assert val.features["label"].names == train.features["label"].names == ["a", "b", "c"]
+    assert val["label"][:] == [1, 2]
+    assert load_images(root, split="validation")["label"][:] == [1, 2]
+    assert len(load_images(root, split="train[:2]")) == 2
+    assert load_images(root, split="train+val")["label"][:] == [0, 1, 2, 1, 2]
+
+
+def test_labelled_train_folder_with_flat_test_folder(folder):
+    root = folder({"train/a/1.png": 1, "train/b/2.png": 2, "test/4.png": 4})
+    assert load_images(root)["label"][:] == [0, 1]
+    assert load_images(root, split="test").column_names == ["image"]
+
+
+def test_class_called_train_stays_a_class(folder):
+    dataset = load_images(folder({"bus/1.png": 1, "train/2.png": 2, "car/3.png": 3}))
+    assert dataset.features["label"].names == ["bus", "car", "train"]
+
+
+def test_file_names_do_not_make_splits(folder):
+    assert len(load_images(folder({"test_1.png": 1, "train_1.png": 2, "other.png": 3}))) == 3
+
+
+def test_linked_class_folders_are_read(folder, tmp_path):
+    real = folder({"cat/1.png": 1, "dog/2.png": 2}, name="real")
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        os.symlink(os.path.join(real, name), tmp_path / "linked" / name)
+    os.symlink(tmp_path / "linked", tmp_path / "linked" / "cat" / "round")
+    assert load_images(tmp_path / "linked")["label"][:] == [0, 1]
+
+
+def test_metadata_file_gives_the_labels(folder):
+    root = folder({"1.png": 1, "2.png": 2})
+    with open(os.path.join(root, "metadata.csv"), "w") as file:
+        file.write("file_name,label\n1.png,dog\n2.png,cat\n")
+    dataset = load_images(root)
+    assert [dataset.features["label"].int2str(label) for label in dataset["label"]] == ["dog", "cat"]
+
+
+def test_folder_can_be_streamed(folder, picture):
+    dataset = load_images(folder({"cat/1.png": 1, "dog/2.png": 2}), streaming=True)
+    assert isinstance(dataset, datasets.IterableDataset)
+    assert [row["label"] for row in dataset] == [0, 1]
+    _assert_pictures(dataset, [1, 2], picture)
+
+
+def test_new_files_in_a_folder_are_seen(folder):
+    root = folder({"a/1.png": 1, "b/2.png": 2})
+    assert len(load_images(root)) == 2
+    assert len(load_images(folder({"c/3.png": 3}))) == 3
+
+
+def test_saved_dataset_and_dict_are_read(tmp_path, image_rows, picture):
+    image_rows(3).save_to_disk(str(tmp_path / "one"))
+    _assert_pictures(load_images(tmp_path / "one"), [0, 1, 2], picture)
+    both = datasets.DatasetDict(train=image_rows(3), test=image_rows(2))
+    both.save_to_disk(str(tmp_path / "both"))
+    assert len(load_images(tmp_path / "both", split="test")) == 2
+    with pytest.raises(ValueError, match=r"no split 'val'; it has 'train', 'test'"):
+        load_images(tmp_path / "both", split="val")
+    with pytest.raises(ValueError, match=r"no split 'test'; it has 'train'"):
+        load_images(tmp_path / "one", split="test")
+
+
+def test_parquet_is_read_by_file_glob_and_folder(parquet, tmp_path, picture):
+    file = parquet("shards/train-00000-of-00001.parquet")
+    parquet("shards/test-00000-of-00001.parquet", count=2)
+    _assert_pictures(load_images(file), [0, 1, 2], picture)
+    _assert_pictures(load_images(tmp_path / "shards", split="test"), [0, 1], picture)
+    assert len(load_images(str(tmp_path / "shards" / "*.parquet"))) == 5
+    with pytest.raises(ValueError, match=r"no split 'val'; it has 'train', 'test'"):
+        load_images(tmp_path / "shards", split="val")
+    with pytest.raises(ValueError, match=r"no split 'val'; it has 'train', 'test'"):
+        load_images(tmp_path / "shards", split="val", streaming=True)
+
+
+def test_parquet_of_plain_bytes_is_read(tmp_path, encoded, picture):
+    plain = datasets.Dataset.from_dict({"picture": [encoded(4), encoded(5)], "target": [3, 4]})
+    plain.to_parquet(str(tmp_path / "plain.parquet"))
+    dataset = load_images(tmp_path / "plain.parquet")
+    _assert_pictures(dataset, [4, 5], picture)
+    assert dataset["label"][:] == [3, 4]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_extensions_are_columns(tmp_path, encoded, picture, streaming):
+    examples = [{"png": encoded(number), "cls": str(number + 3).encode()} for number in range(3)]
+    dataset = load_images(_tar(tmp_path / "shard-0.tar", examples), streaming=streaming)
+    _assert_pictures(dataset, [0, 1, 2], picture)
+    assert [row["label"] for row in dataset] == [3, 4, 5]
+    assert next(iter(dataset))["image"]["path"].endswith("00000.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_label_is_found_in_json(tmp_path, encoded, streaming):
+    examples = [
+        {"jpg": encoded(number, "JPEG"), "json": json.dumps({"label": number + 7, "caption": "a"}).encode()}
+        for number in range(3)
+    ]
+    (tmp_path / "shards").mkdir()
+    _tar(tmp_path / "shards" / "0.tar", examples)
+    dataset = load_images(tmp_path / "shards", streaming=streaming)
+    assert [row["label"] for row in dataset] == [7, 8, 9]
+    named = load_images(tmp_path / "shards", streaming=streaming, label_column="json.label")
+    assert [row["label"] for row in named] == [7, 8, 9]
+
+
+def test_columns_can_be_named(parquet):
+    file = parquet("a.parquet", breed=["x", "y", "x"])
+    dataset = load_images(file, label_column="breed")
+    assert dataset.features["label"].names == ["x", "y"]
+    assert dataset["label"][:] == [0, 1, 0]
+
+
+def test_columns_that_are_not_there_are_listed(parquet):
+    file = parquet("a.parquet")
+    with pytest.raises(ValueError, match="no column 'klass' for `label_column`; it has 'image', 'label'"):
+        load_images(file, label_column="klass")
+    with pytest.raises(ValueError, match="no column 'img' for `image_column`; it has 'image', 'label'"):
+        load_images(file, image_column="img")
+    with pytest.raises(ValueError, match="Column 'label' of .* holds no images"):
+        load_images(file, image_column="label")
+
+
+def test_labels_asked_of_unlabelled_data_are_refused(folder):
+    with pytest.raises(ValueError, match="Labels were asked for .* is unlabelled"):
+        load_images(folder({"1.png": 1}), label_column="label")
+
+
+def test_glob_of_image_files_is_read_without_labels(folder, picture):
+    root = folder({"a/1.png": 1, "a/2.jpg": 2, "b/3.png": 3}, name="photos")
+    _assert_pictures(load_images(f"{root}/**/*.png"), [1, 3], picture)
+
+
+def test_absent_empty_and_foreign_sources_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        load_images(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"shard.parquet' does not exist"):
+        load_images("shard.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        load_images(tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        load_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"neither images nor .parquet or .tar shards \(.txt\)"):
+        load_images(tmp_path / "empty" / "notes.txt")
+    with pytest.raises(ValueError, match="`source` is empty"):
+        load_images("")
+
+
+def test_images_beside_shards_are_refused(folder, encoded):
+    root = folder({"1.png": 1})
+    _tar(os.path.join(root, "more.tar"), [{"png": encoded(1)}])
+    with pytest.raises(ValueError, match="both images and shards"):
+        load_images(root)
+
+
+def test_table_without_rows_is_refused(parquet):
+    with pytest.raises(ValueError, match="holds no images"):
+        load_images(parquet("a.parquet"), split="train[:0]")
+
+
+@pytest.mark.parametrize("split", ["val", "train2[:10%]"])
+def test_absent_split_is_named_with_those_there_are(folder, split):
+    root = folder({"train/1.png": 1, "test/2.png": 2})
+    with pytest.raises(ValueError, match=r"no split '.*'; it has .*'train'"):
+        load_images(root, split=split)
+    with pytest.raises(ValueError, match="'digits' has no split '.*'; it has 'train', 'test'"):
+        load_images("digits", split=split)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_id_without_network_is_named(monkeypatch, streaming):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="'someone/photos' is no folder or file here, and as a Hub id"):
+        load_images("someone/photos", streaming=streaming)
+
+
+def test_hub_settings_are_handed_on(monkeypatch, image_rows):
+    seen = {}
+
+    def load_dataset(path, **settings):
+        seen.update(path=path, **settings)
+        return image_rows(2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_images("ILSVRC/imagenet-1k", split="validation", config="default", revision="abc", token="secret")
+    assert seen == {
+        "path": "ILSVRC/imagenet-1k",
+        "split": "validation",
+        "streaming": False,
+        "name": "default",
+        "revision": "abc",
+        "data_files": None,
+        "token": "secret",
+    }
+
+
+def test_file_names_are_read_in_the_order_of_the_rows(image_rows):
+    dataset = image_rows(5).select([3, 1])
+    assert image_file_names(dataset) == ["photo_3.png", "photo_1.png"]
+
+
+def test_images_saved_as_jpeg_come_near_the_original(folder):
+    root = folder({"1.png": 1})
+    smooth = Image.fromarray(np.full((16, 16, 3), 77, np.uint8))
+    smooth.save(os.path.join(root, "2.jpg"))
+    np.testing.assert_allclose(_pixels(load_images(root))[1], 77, atol=1)
