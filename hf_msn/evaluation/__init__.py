@@ -1,0 +1,25 @@
+"""Measuring representations with few labels: features, probes, and accuracy over splits."""
+
+from .backbones import load_vision_model
+from .features import Features, extract_features, pixel_features
+from .low_shot import LowShotEvaluator
+from .metrics import TopKAccuracy, rank_classes
+from .probes import KNNProbe, LinearProbe, LogisticProbe, Probe
+from .results import LowShotResults, SplitResult, TaskResult
+
+__all__ = [
+    "Features",
+    "KNNProbe",
+    "LinearProbe",
+    "LogisticProbe",
+    "LowShotEvaluator",
+    "LowShotResults",
+    "Probe",
+    "SplitResult",
+    "TaskResult",
+    "TopKAccuracy",
+    "extract_features",
+    "load_vision_model",
+    "pixel_features",
+    "rank_classes",
+]

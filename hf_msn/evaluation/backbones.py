@@ -1,0 +1,241 @@
+"""Any vision model as a function from pixels to one vector an image: which part of it, which output, which input."""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
+
+from .. import models  # noqa: F401  registers the hf_msn checkpoints with the Auto classes
+
+_CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
+
+
+def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str | None = None) -> nn.Module:
+    """Loads a model to evaluate, ready for `extract_features`.
+
+    Args:
+        name (`str`):
+            - a folder or Hub id of an `MSNForPreTraining`, of which the target encoder is evaluated;
+            - a folder or Hub id of any vision model of transformers: `AutoModel`;
+            - `"timm:resnet18"`: a timm architecture with its released weights;
+            - `"timm:/folder"` or `"timm:./folder"`: a folder as `timm.models.save_for_hf` writes it.
+        checkpoint (`str`, *optional*):
+            For timm architectures: a local weights file in place of the released weights; nothing is downloaded.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub; not for timm.
+
+    Raises:
+        `ValueError`: if the name, or the checkpoint with this name, cannot be loaded; says why.
+    """
+    if not name.startswith("timm:"):
+        if checkpoint is not None:
+            raise ValueError(
+                f"`checkpoint` goes with a timm architecture, but the model is {name!r}. Give the folder of the "
+                "checkpoint as the model, or the model as 'timm:ARCHITECTURE'."
+            )
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        auto_class = AutoModelForPreTraining if config.model_type == "msn" else AutoModel
+        return auto_class.from_pretrained(name, revision=revision).eval()
+    name = name.removeprefix("timm:")
+    if Path(name).is_dir():
+        return timm.create_model(
+            f"local-dir:{name}", pretrained=checkpoint is None, checkpoint_path=checkpoint or ""
+        ).eval()
+    if not timm.is_model(name):
+        raise ValueError(
+            f"'timm:{name}' must name an architecture of timm or a folder of `timm.models.save_for_hf`, but {name!r} "
+            "is neither. `timm.list_models()` lists the architectures."
+        )
+    return timm.create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint or "").eval()
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The part of `model` whose features are evaluated.
+
+    The target encoder of `MSNForPreTraining`; the vision tower of an image-text model; the base model under a head of
+    transformers; a timm model as it is. `DistributedDataParallel` and `torch.compile` wrappers are taken off.
+
+    Raises:
+        `ValueError`: if the model is neither of these.
+    """
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    for part in ("target_encoder", "vision_model"):
+        if isinstance(getattr(model, part, None), nn.Module):
+            return find_backbone(getattr(model, part))
+    if is_timm_model(model):
+        return model
+    if isinstance(model, PreTrainedModel):
+        # DINOv3 calls its stack of blocks, which takes no pixels, its base model
+        return model.base_model if "pixel_values" in _arguments(model.base_model) else model
+    raise ValueError(
+        f"The model must be MSNForPreTraining, a vision model of transformers or a timm model, but is {type(model)}. "
+        "For another model extract the features yourself and give them to `LowShotEvaluator.evaluate_features`."
+    )
+
+
+def is_timm_model(model: nn.Module) -> bool:
+    """Whether `model` has timm's interface: `forward_features`, `forward_head` and `pretrained_cfg`."""
+    return all(hasattr(model, name) for name in ("forward_features", "forward_head", "pretrained_cfg"))
+
+
+def feature_function(backbone: nn.Module, num_last_layers: int = 1) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function (B, C, H, W) -> (B, D) that a backbone is evaluated by.
+
+    | backbone | features |
+    |---|---|
+    | transformers, with a [CLS] token | `hidden_states[-1][:, 0]`: of the last block, before the final LayerNorm |
+    | transformers, without | `pooler_output`, flattened; where there is none the mean of `last_hidden_state` |
+    | timm | `forward_head(forward_features(x), pre_logits=True)`: what the classifier would get |
+
+    [CLS] is before the final LayerNorm for every pre-norm model (ViTMSN, ViT, DeiT, DINOv2, DINOv3, MAE, CLIP); BEiT
+    and Data2VecVision apply none to [CLS]. ViTMAE sees all patches. Images of another size than the model was made for
+    get interpolated position embeddings where the model can.
+
+    Args:
+        backbone (`nn.Module`): As `find_backbone` returns it.
+        num_last_layers (`int`, *optional*, defaults to 1):
+            [CLS] of the last n blocks, concatenated from the earliest to the last: `D = n * hidden_size`.
+
+    Raises:
+        `ValueError`: if `num_last_layers` is not between 1 and the number of blocks, or more than 1 without [CLS].
+    """
+    has_cls = not is_timm_model(backbone) and any(
+        _CLS_PARAMETER.fullmatch(name) for name, _ in backbone.named_parameters()
+    )
+    if num_last_layers < 1:
+        raise ValueError(
+            f"`num_last_layers` counts blocks and must be >= 1, but is {num_last_layers}. The paper uses 1."
+        )
+    if not has_cls and num_last_layers > 1:
+        raise ValueError(
+            f"`num_last_layers` is {num_last_layers}, but more than 1 needs a transformers model with a [CLS] token, "
+            f"and {type(backbone).__name__} is none. Use num_last_layers=1."
+        )
+    if is_timm_model(backbone):
+        return lambda pixels: backbone.forward_head(backbone.forward_features(pixels), pre_logits=True).flatten(1)
+
+    def transformers_features(pixels: torch.Tensor) -> torch.Tensor:
+        arguments = {"pixel_values": pixels, "return_dict": True}
+        if getattr(backbone.config, "model_type", None) == "vit_mae":
+            # it shuffles its patches by this noise, which it would else draw from the global generator
+            num_patches = pixels.shape[2] * pixels.shape[3] // backbone.config.patch_size**2
+            arguments["noise"] = torch.arange(num_patches, device=pixels.device).expand(len(pixels), -1)
+        if _needs_interpolation(backbone, pixels):
+            arguments["interpolate_pos_encoding"] = True
+        if not has_cls:
+            output = backbone(**arguments)
+            pooled = getattr(output, "pooler_output", None)
+            if pooled is not None:
+                return pooled.flatten(1)
+            last = output.last_hidden_state
+            return last.mean(dim=1) if last.ndim == 3 else last.flatten(2).mean(dim=2)
+        blocks = backbone(**arguments, output_hidden_states=True).hidden_states[1:]
+        if num_last_layers > len(blocks):
+            raise ValueError(
+                f"`num_last_layers` must be at most the model's {len(blocks)} blocks, but is {num_last_layers}. "
+                "The paper uses 1."
+            )
+        return torch.cat([block[:, 0] for block in blocks[-num_last_layers:]], dim=1)
+
+    return transformers_features
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _needs_interpolation(backbone: PreTrainedModel, pixels: torch.Tensor) -> bool:
+    trained = getattr(backbone.config, "image_size", None)
+    trained = tuple(trained) if isinstance(trained, (list, tuple)) else (trained, trained)
+    can = "interpolate_pos_encoding" in _arguments(backbone)
+    return can and trained[0] is not None and tuple(pixels.shape[-2:]) != trained
+
+
+@contextmanager
+def evaluation_mode(backbone: nn.Module, device: str | torch.device | None = None) -> Iterator[torch.device]:
+    """The backbone in eval mode, without gradients, on `device`; each module's training flag and device come back.
+
+    ViTMAE, which drops patches in eval mode too, sees all of them meanwhile. Yields the device.
+    """
+    flags = [(module, module.training) for module in backbone.modules()]
+    home = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    device = torch.device(device) if device is not None else home
+    config = getattr(backbone, "config", None)
+    mask_ratio = config.mask_ratio if getattr(config, "model_type", None) == "vit_mae" else None
+    try:
+        backbone.eval()
+        backbone.to(device)
+        if mask_ratio is not None:
+            config.mask_ratio = 0.0
+        # no_grad, not inference_mode: a table that the model caches meanwhile must still work in training
+        with torch.no_grad():
+            yield device
+    finally:
+        if mask_ratio is not None:
+            config.mask_ratio = mask_ratio
+        backbone.to(home)
+        for module, training in flags:
+            module.training = training
+
+
+def resolve_image_processor(model: nn.Module) -> Any:
+    """The image processor that belongs to a model: saved beside its weights, or timm's own transform.
+
+    Raises:
+        `ValueError`: if the model does not know where it came from or nothing was saved there; says what to give.
+    """
+    backbone = find_backbone(model)
+    if is_timm_model(backbone):
+        return timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
+    candidates = [getattr(model, "module", model), backbone]
+    paths = [getattr(part, "name_or_path", "") or getattr(part.config, "_name_or_path", "") for part in candidates]
+    path = next((path for path in paths if path), None)
+    remedy = (
+        "Pass `image_processor=`, for example `evaluation_image_processor(image_size=...)` with the mean and standard "
+        "deviation of training, or save one beside the model: `image_processor.save_pretrained(folder)`."
+    )
+    if path is None:
+        raise ValueError(
+            f"An image processor is needed, but {type(model).__name__} was not loaded from anywhere. {remedy}"
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"An image processor is needed, but none can be loaded from {path!r}: {error} {remedy}"
+        ) from error
+
+
+def describe_image_processor(image_processor: Any) -> str:
+    """All settings of an image processor as one string, equal for equal settings; the cache is keyed by it."""
+    if hasattr(image_processor, "to_dict"):
+        return json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+    return repr(image_processor)
+
+
+def weights_sha256(backbone: nn.Module) -> str:
+    """SHA-256 of what the features of a backbone depend on: its parameters, buffers, structure and config."""
+    digest = hashlib.sha256(repr(backbone).encode())
+    if isinstance(backbone, PreTrainedModel):
+        config = {key: value for key, value in backbone.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}

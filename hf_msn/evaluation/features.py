@@ -1,0 +1,374 @@
+"""One pass of a frozen backbone over images: shared by all ranks, given to all ranks, cached on request."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from ..data.decoding import BrokenImageError, decode_image
+from ..distributed.collectives import rank, world_size
+from .backbones import (
+    describe_image_processor,
+    evaluation_mode,
+    feature_function,
+    find_backbone,
+    resolve_image_processor,
+    weights_sha256,
+)
+from .feature_cache import cache_path, read_cache, write_cache
+from .gathering import gather_objects, gather_rows, run_on_every_rank
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = -1
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the images of a data set, in the order of its rows.
+
+    Args:
+        features (`np.ndarray` of shape `(N, D)`): float32.
+        labels (`np.ndarray` of shape `(N,)`, *optional*): int64; `None` if the data has none. -1: this row has none.
+        rows (`np.ndarray` of shape `(N,)`): Row of each image in the data set. Rows that were skipped are missing.
+        skipped (`list[BrokenImageError]`): The images that could not be read.
+        weights_sha256 (`str`, *optional*): Of the backbone; `None` for pixels.
+        data_fingerprint (`str`, *optional*): Of the data set; `None` for streams.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray | None
+    rows: np.ndarray
+    skipped: list[BrokenImageError] = field(default_factory=list)
+    weights_sha256: str | None = None
+    data_fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def extract_features(
+    model: nn.Module,
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    image_processor: Any = None,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    num_last_layers: int = 1,
+    rows: np.ndarray | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    on_broken_image: Literal["skip", "raise"] = "skip",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Features:
+    """Features of all images, as `feature_function` defines them.
+
+    With `torch.distributed` initialised every rank must call this; it takes the rows `rank::world_size`, and all ranks
+    get all features. The model leaves as it came: training flags, device and the random state are untouched.
+
+    Args:
+        model (`nn.Module`):
+            `MSNForPreTraining` (its target encoder is used), a vision model of transformers or a timm model.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            With a column `image` and, if labelled, `label`, as `load_images` gives it. Of a stream, each rank reads
+            everything but decodes only its rows; `num_workers` above 1 counts as 1, and nothing is cached.
+        image_processor (*optional*):
+            An image processor of transformers or a function from an RGB `PIL.Image` to a tensor (C, H, W). By default
+            the one saved with the model, or timm's own.
+        batch_size (`int`, *optional*, defaults to 64):
+            Images at a time on each rank.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode images, on each rank.
+        num_last_layers (`int`, *optional*, defaults to 1):
+            Concatenates [CLS] of the last n blocks, the earliest first.
+        rows (`np.ndarray`, *optional*):
+            Only these rows of `dataset`, each once; not for streams. By default all.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Folder for the features, keyed by weights, data, image processor and the settings here. Only rank 0 reads
+            and writes it.
+        on_broken_image (`"skip"` or `"raise"`, *optional*, defaults to `"skip"`):
+            "skip" leaves the row out, names it in a warning and in `Features.skipped`; "raise" stops at it.
+        device (`str` or `torch.device`, *optional*):
+            Where to compute; by default where the model is.
+        dtype (`torch.dtype`, *optional*):
+            By default that of the weights. `torch.bfloat16` or `torch.float16` on float32 weights: under autocast. The
+            result is float32 in every case.
+
+    Raises:
+        `BrokenImageError`: on all ranks, if an image cannot be read and `on_broken_image="raise"`.
+        `ValueError`: if there are no images or none is readable, the images of a batch differ in size, or an argument
+            is out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` counts images and must be >= 1, but is {batch_size}. The default is 64.")
+    backbone = find_backbone(model)
+    image_processor = resolve_image_processor(model) if image_processor is None else image_processor
+    forward = feature_function(backbone, num_last_layers)
+    weights_dtype = next((parameter.dtype for parameter in backbone.parameters()), torch.float32)
+    if dtype is not None and weights_dtype != torch.float32 and dtype != weights_dtype:
+        raise ValueError(
+            f"`dtype` must be that of the weights, {weights_dtype}, unless they are float32, but is {dtype}. Load the "
+            "model with dtype=torch.float32."
+        )
+    images = _images(dataset)
+    rows = _rows(images, rows)
+    fingerprint = getattr(images, "_fingerprint", None)
+    sha256 = gather_objects(weights_sha256(backbone) if rank() == 0 else None)[0]
+    processor = describe_image_processor(image_processor)
+    key = {
+        "weights": sha256,
+        "data": fingerprint,
+        "rows": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
+        "image_processor": processor,
+        "num_last_layers": num_last_layers,
+        "dtype": str(dtype or weights_dtype),
+        "format": 1,
+    }
+    path = None
+    if cache_dir is not None and fingerprint is not None and " at 0x" not in processor:
+        path = cache_path(cache_dir, key)
+    elif cache_dir is not None and rank() == 0:
+        logger.warning("Features of a stream, or through a function that cannot be told apart, are not cached.")
+
+    def compute(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(device_now, weights_dtype)
+        with torch.autocast(device_now.type, dtype=dtype or weights_dtype, enabled=dtype not in (None, weights_dtype)):
+            return forward(pixels)
+
+    with evaluation_mode(backbone, device) as device_now:
+        return _extract(images, rows, image_processor, compute, batch_size, num_workers, on_broken_image, path, sha256)
+
+
+def pixel_features(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    image_processor: Any = None,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    on_broken_image: Literal["skip", "raise"] = "skip",
+) -> Features:
+    """The pixels themselves as features: the baseline that a representation has to beat.
+
+    Args:
+        dataset: As for `extract_features`.
+        image_processor (*optional*):
+            As for `extract_features`. By default RGB values in [0, 1] of the images as they are, all of one size.
+
+    Returns:
+        [`Features`] of dimension `3 * H * W`.
+    """
+    image_processor = _unit_range if image_processor is None else image_processor
+    images = _images(dataset)
+    return _extract(
+        images,
+        _rows(images),
+        image_processor,
+        lambda pixels: pixels.flatten(1),
+        batch_size,
+        num_workers,
+        on_broken_image,
+    )
+
+
+def _unit_range(image: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def _images(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise ValueError(
+            f"`dataset` must be a datasets.Dataset or IterableDataset, but is {type(dataset)}. Use `load_images`."
+        )
+    columns = dataset.column_names
+    if columns is not None and "image" not in columns:
+        raise ValueError(
+            f"The data must have a column 'image', but has {columns}. `load_images` finds and renames it."
+        )
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+        raise ValueError("The data has no images, so there are no features to extract. Look at its split and filters.")
+    feature = (dataset.features or {}).get("image")
+    if isinstance(feature, datasets.Image) and feature.decode:
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    return dataset
+
+
+def _rows(images: datasets.Dataset | datasets.IterableDataset, rows: np.ndarray | None = None) -> np.ndarray | None:
+    """The rows to extract, in ascending order; `None` for a stream, of which all are."""
+    if isinstance(images, datasets.IterableDataset):
+        if rows is not None:
+            raise ValueError("`rows` picks rows by number, which a stream does not have. Load with streaming=False.")
+        return None
+    if rows is None:
+        return np.arange(len(images))
+    rows = np.unique(np.asarray(rows, dtype=np.int64))
+    if len(rows) == 0 or rows[0] < 0 or rows[-1] >= len(images):
+        raise ValueError(f"`rows` must be at least one number from 0 to {len(images) - 1}, but is {rows[:5]}...")
+    return rows
+
+
+def _extract(
+    images: datasets.Dataset | datasets.IterableDataset,
+    rows: np.ndarray | None,
+    image_processor: Any,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int,
+    num_workers: int,
+    on_broken_image: str,
+    path: os.PathLike | None = None,
+    sha256: str | None = None,
+) -> Features:
+    if on_broken_image not in ("skip", "raise"):
+        raise ValueError(f"`on_broken_image` must be 'skip' or 'raise', but is {on_broken_image!r}.")
+    # rank 0 hands on what it found in the cache as if it alone had computed all rows
+    cached = read_cache(path) if path is not None and rank() == 0 else None
+    hit = gather_objects(cached is not None)[0]
+
+    def work() -> _RankRows:
+        if hit:
+            return _RankRows.from_cache(cached)
+        return _pass(images, rows, image_processor, compute, batch_size, num_workers, on_broken_image == "raise")
+
+    own, summaries = run_on_every_rank(work, lambda own: (len(own.features), own.features.shape[1], own.skipped))
+    counts, widths, skipped_by_rank = zip(*summaries)
+    skipped = sorted((error for errors in skipped_by_rank for error in errors), key=lambda error: error.row)
+    if skipped and on_broken_image == "raise":
+        raise skipped[0]
+    if sum(counts) == 0:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"Features need at least one readable image, but there is none among {len(skipped)}{first}")
+    if skipped and rank() == 0:
+        shown = "; ".join(str(error) for error in skipped[:_SHOWN])
+        logger.warning("%d images are skipped, %d remain. The first skipped: %s", len(skipped), sum(counts), shown)
+    # a rank without rows does not know the width
+    own_features = own.features if len(own.features) else np.zeros((0, max(widths)), dtype=np.float32)
+    features = gather_rows(own_features, list(counts))
+    rows_and_labels = gather_rows(own.rows_and_labels, list(counts))
+    order = np.argsort(rows_and_labels[:, 0])
+    features, rows_and_labels = features[order], rows_and_labels[order]
+    if path is not None and not hit and rank() == 0:
+        skipped_in_json = [(error.row, error.path, error.reason) for error in skipped]
+        write_cache(path, {"features": features, "rows_and_labels": rows_and_labels}, skipped_in_json)
+    rows, labels = rows_and_labels.T
+    return Features(
+        features=features,
+        labels=labels if (labels != NO_LABEL).any() else None,
+        rows=rows,
+        skipped=skipped,
+        weights_sha256=sha256,
+        data_fingerprint=getattr(images, "_fingerprint", None),
+    )
+
+
+@dataclass(frozen=True)
+class _RankRows:
+    """What one rank contributes: features (n, D), row numbers and labels (n, 2), the rows that could not be read."""
+
+    features: np.ndarray
+    rows_and_labels: np.ndarray
+    skipped: list[BrokenImageError]
+
+    @classmethod
+    def from_cache(cls, cached: tuple[dict[str, np.ndarray], list[Any]] | None) -> "_RankRows":
+        if cached is None:
+            return cls(np.zeros((0, 0), dtype=np.float32), np.zeros((0, 2), dtype=np.int64), [])
+        arrays, skipped = cached
+        errors = [BrokenImageError(reason, row=row, path=path) for row, path, reason in skipped]
+        return cls(arrays["features"], arrays["rows_and_labels"], errors)
+
+
+def _pass(
+    images: datasets.Dataset | datasets.IterableDataset,
+    rows: np.ndarray | None,
+    image_processor: Any,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int,
+    num_workers: int,
+    stop_at_broken: bool,
+) -> _RankRows:
+    if rows is not None:
+        own = _MapRows(images, rows[rank() :: world_size()], image_processor)
+    else:
+        own, num_workers = _StreamRows(images, rank(), world_size(), image_processor), min(num_workers, 1)
+    # the loader draws a seed for its workers; drawn from the global generator it would change the training around it
+    loader = DataLoader(
+        own, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate, generator=torch.Generator()
+    )
+    # None: no bar where nobody looks at a terminal
+    progress = tqdm(loader, desc="Features", unit="batch", leave=False, disable=None if rank() == 0 else True)
+    features, rows_and_labels, skipped = [], [], []
+    for pixels, of_batch, broken in progress:
+        skipped += broken
+        if broken and stop_at_broken:
+            break
+        if pixels is not None:
+            features.append(compute(pixels).float().cpu().numpy())
+            rows_and_labels.append(of_batch)
+    if not features:
+        empty = _RankRows.from_cache(None)
+        return _RankRows(empty.features, empty.rows_and_labels, skipped)
+    return _RankRows(np.concatenate(features), np.concatenate(rows_and_labels), skipped)
+
+
+class _MapRows(Dataset):
+    """Item i is the decoded image in row `rows[i]`."""
+
+    def __init__(self, images: datasets.Dataset, rows: np.ndarray, image_processor: Any):
+        self.images, self.rows, self.image_processor = images, rows, image_processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, int, torch.Tensor | BrokenImageError]:
+        row = int(self.rows[index])
+        return _read(self.images[row], row, self.image_processor)
+
+
+class _StreamRows(IterableDataset):
+    """Every `world_size`-th row of a stream, from row `rank` on, decoded."""
+
+    def __init__(self, images: datasets.IterableDataset, rank: int, world_size: int, image_processor: Any):
+        self.images, self.rank, self.world_size, self.image_processor = images, rank, world_size, image_processor
+
+    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor | BrokenImageError]]:
+        for row, example in enumerate(self.images):
+            if row % self.world_size == self.rank:
+                yield _read(example, row, self.image_processor)
+
+
+def _read(example: dict[str, Any], row: int, image_processor: Any) -> tuple[int, int, torch.Tensor | BrokenImageError]:
+    label = example.get("label")
+    label = NO_LABEL if label is None else int(label)
+    try:
+        image = decode_image(example["image"], row=row)
+    except BrokenImageError as error:
+        return row, label, error
+    # an AutoProcessor of an image-text model carries its image processor
+    image_processor = getattr(image_processor, "image_processor", image_processor)
+    if hasattr(image_processor, "preprocess"):
+        return row, label, image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return row, label, image_processor(image)
+
+
+def _collate(
+    items: list[tuple[int, int, torch.Tensor | BrokenImageError]],
+) -> tuple[torch.Tensor | None, np.ndarray, list[BrokenImageError]]:
+    broken = [pixels for *_, pixels in items if isinstance(pixels, BrokenImageError)]
+    good = [item for item in items if not isinstance(item[2], BrokenImageError)]
+    sizes = sorted({tuple(pixels.shape) for *_, pixels in good})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The image processor must bring all images to one size, but gave {sizes[0]} and {sizes[1]} in a batch. "
+            "Use an image processor that resizes and crops, such as `evaluation_image_processor(image_size=...)`."
+        )
+    rows_and_labels = np.array([(row, label) for row, label, _ in good], dtype=np.int64).reshape(-1, 2)
+    return torch.stack([pixels for *_, pixels in good]) if good else None, rows_and_labels, broken

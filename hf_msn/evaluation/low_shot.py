@@ -1,0 +1,373 @@
+"""Low-shot evaluation: how well do frozen features classify with a few labelled images a class?"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.sources import image_file_names
+from ..data.splits import low_shot_indices, match_list_file
+from ..distributed.collectives import rank, world_size
+from .backbones import describe_image_processor, find_backbone, resolve_image_processor
+from .features import Features, extract_features
+from .gathering import run_on_every_rank
+from .metrics import TopKAccuracy, rank_classes
+from .probes import LogisticProbe, Probe
+from .results import LowShotResults, SplitResult, TaskResult
+
+_PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Rows of one split, from a seed or from a list file."""
+
+    rows: np.ndarray
+    seed: int | None = None
+    list_file: str | None = None
+
+
+class LowShotEvaluator:
+    r"""Fits a probe on a few labelled images of each class and measures it on all test images, over several splits.
+
+    A task is a number of images a class, a share of the images or a list file; each of its splits is one draw.
+    Features are extracted once, of the images that some split needs and of the test images; splits only fit the probe
+    again. Everything is seeded: two calls give identical numbers.
+
+    Args:
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Labelled images that splits are drawn from, as `load_images` gives them. Of a stream all are extracted.
+        test_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Labelled images that accuracy is measured on.
+        image_processor (*optional*):
+            As for `extract_features`; normalise as in training. By default what is saved with the model.
+        images_per_class (`Sequence[int]`, *optional*, defaults to `(1, 2, 5)`):
+            One task each, named "5_per_class".
+        fractions (`Sequence[float]`, *optional*, defaults to `()`):
+            Shares of each class, one task each: 0.01 is named "1_percent".
+        list_files (`Sequence[path]` or `Mapping[str, Sequence[path]]`, *optional*, defaults to `()`):
+            Files that name the labelled images, one a line. Files of one name in different folders are splits of one
+            task, named as the files are without suffix; a mapping names the tasks itself.
+        num_splits (`int`, *optional*, defaults to 3):
+            Seeded splits of each task that is not a list file.
+        probe ([`Probe`], *optional*, defaults to `LogisticProbe()`):
+            What is fitted.
+        seed (`int`, *optional*, defaults to 0):
+            Split i is drawn with `seed + i`.
+        batch_size, num_workers, num_last_layers, cache_dir, on_broken_image, device, dtype:
+            As for `extract_features`.
+        name (`str`, *optional*, defaults to `"low_shot"`):
+            Prefix of the metrics.
+
+    Calling it with a model returns flat metrics in per cent: `low_shot/5_per_class/top1` (mean over splits),
+    `.../top1_std` (`ddof=1`; 0 for one split), `.../top1_ci95` (half-width by Student's t; 0 for one split),
+    `.../num_splits`, and `.../top5`, `.../top5_std`, `.../top5_ci95` where there are at least 6 classes.
+    `primary_metric` names the top-1 of the largest number of images a class. `results` holds the last call's
+    [`LowShotResults`]: every split, what the numbers depend on, `table()` and `save(path)`.
+
+    With `torch.distributed` initialised every rank must call it; ranks share the extraction and the fits, and all get
+    the same metrics.
+
+    Raises:
+        `ValueError`: when made, if labels are missing, a class has too few images, the classes of train and test do
+            not agree, there are no test images or there is no task; when called, as `extract_features` and the probe.
+
+    Example:
+
+    ```python
+    >>> from hf_msn import LowShotEvaluator, load_images, load_vision_model
+
+    >>> evaluator = LowShotEvaluator(load_images("digits"), load_images("digits", split="test"))
+    >>> metrics = evaluator(load_vision_model("runs/demo/model"))
+    >>> metrics[evaluator.primary_metric]
+    ```
+    """
+
+    def __init__(
+        self,
+        train_dataset: datasets.Dataset | datasets.IterableDataset,
+        test_dataset: datasets.Dataset | datasets.IterableDataset,
+        *,
+        image_processor: Any = None,
+        images_per_class: Sequence[int] = (1, 2, 5),
+        fractions: Sequence[float] = (),
+        list_files: Sequence[str | os.PathLike] | Mapping[str, Sequence[str | os.PathLike]] = (),
+        num_splits: int = 3,
+        probe: Probe | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        num_last_layers: int = 1,
+        cache_dir: str | os.PathLike | None = None,
+        on_broken_image: Literal["skip", "raise"] = "skip",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        name: str = "low_shot",
+    ):
+        if num_splits < 1:
+            raise ValueError(f"`num_splits` counts draws and must be >= 1, but is {num_splits}. The paper uses 3.")
+        self.images_per_class = tuple(dict.fromkeys(images_per_class))
+        self.fractions = tuple(dict.fromkeys(fractions))
+        self.list_files = _by_task(list_files)
+        if not (self.images_per_class or self.fractions or self.list_files):
+            raise ValueError(
+                "Low-shot evaluation needs a task, but `images_per_class`, `fractions` and `list_files` are empty. "
+                "The paper uses images_per_class=(1, 2, 5) and fractions=(0.01,)."
+            )
+        self.train_dataset, self.test_dataset = train_dataset, test_dataset
+        self.image_processor, self.num_splits, self.seed, self.name = image_processor, num_splits, seed, name
+        self.probe = LogisticProbe() if probe is None else probe
+        self._extraction = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "num_last_layers": num_last_layers,
+            "cache_dir": cache_dir,
+            "on_broken_image": on_broken_image,
+            "device": device,
+            "dtype": dtype,
+        }
+        self.results: LowShotResults | None = None
+        self._class_names = _common_class_names(train_dataset, test_dataset)
+        self._splits: dict[str, list[_Split]] | None = None
+        train_labels, test_labels = _labels(train_dataset, "train"), _labels(test_dataset, "test")
+        if train_labels is not None:
+            self._splits = self._draw_splits(train_labels)
+        elif self.list_files:
+            raise ValueError(
+                "`list_files` name rows, which a stream does not have. Load the train data with streaming=False."
+            )
+        if train_labels is not None and test_labels is not None:
+            self._check_seen(train_labels, test_labels, "train data")
+
+    @property
+    def primary_metric(self) -> str:
+        """Top-1 of the most images a class; without such a task of the largest fraction, else of the last list."""
+        if self.images_per_class:
+            return f"{self.name}/{_task_of_count(max(self.images_per_class))}/top1"
+        if self.fractions:
+            return f"{self.name}/{_task_of_fraction(max(self.fractions))}/top1"
+        return f"{self.name}/{list(self.list_files)[-1]}/top1"
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Evaluates a model; see the class for the metrics.
+
+        Args:
+            model (`nn.Module`):
+                `MSNForPreTraining` (its target encoder is used), a vision model of transformers or a timm model.
+        """
+        image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
+        rows = None
+        if self._splits is not None:
+            rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
+        train = extract_features(model, self.train_dataset, image_processor, rows=rows, **self._extraction)
+        test = extract_features(model, self.test_dataset, image_processor, **self._extraction)
+        origin = getattr(model, "name_or_path", "") or None
+        about = {
+            "class": type(model).__name__,
+            "backbone": type(find_backbone(model)).__name__,
+            "name_or_path": origin,
+        }
+        settings = {
+            "image_processor": describe_image_processor(image_processor),
+            "num_last_layers": self._extraction["num_last_layers"],
+            "dtype": str(self._extraction["dtype"] or "that of the weights"),
+        }
+        return self.evaluate_features(train, test, model=about, settings=settings)
+
+    def evaluate_features(
+        self,
+        train: Features,
+        test: Features,
+        *,
+        model: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> dict[str, float]:
+        """The same splits, probe and metrics on features from elsewhere: `pixel_features`, or a model not known here.
+
+        Args:
+            train ([`Features`]): Of `train_dataset`, at least the rows that the splits need.
+            test ([`Features`]): Of `test_dataset`.
+            model (`dict`, *optional*): What `results.model` says besides the weights hash.
+            settings (`dict`, *optional*): What `results.settings` says besides seed and number of splits.
+        """
+        for features, which in ((train, "train"), (test, "test")):
+            if features.labels is None:
+                raise ValueError(f"The {which} features have no labels, but accuracy needs one for each image.")
+        splits = self._splits if self._splits is not None else self._draw_splits(train.labels, train.rows)
+        jobs = [(task, split) for task, of_task in splits.items() for split in of_task]
+
+        def fit_own_share() -> list[tuple[int, SplitResult, int]]:
+            own = range(rank(), len(jobs), world_size())
+            return [(job, *self._fit(jobs[job][0], jobs[job][1], train, test)) for job in own]
+
+        _, shares = run_on_every_rank(fit_own_share, lambda share: share)
+        done = {job: (result, num_classes) for share in shares for job, result, num_classes in share}
+        tasks = []
+        for task in splits:
+            of_task = [done[job] for job in range(len(jobs)) if jobs[job][0] == task]
+            tasks.append(TaskResult(task, of_task[0][1], [result for result, _ in of_task]))
+        self.results = LowShotResults(
+            name=self.name,
+            primary_metric=self.primary_metric,
+            tasks=tasks,
+            model={**(model or {}), "weights_sha256": train.weights_sha256},
+            probe=dict(self.probe.settings),
+            data={"train": _about_data(train), "test": _about_data(test), "class_names": self._class_names},
+            settings={**(settings or {}), "seed": self.seed, "num_splits": self.num_splits},
+            versions={package: version(package) for package in _PACKAGES},
+        )
+        return self.results.metrics
+
+    def _draw_splits(self, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, list[_Split]]:
+        rows = np.arange(len(labels)) if rows is None else rows
+        seeds = [self.seed + index for index in range(self.num_splits)]
+        draws = {_task_of_count(k): {"images_per_class": k} for k in self.images_per_class}
+        draws |= {_task_of_fraction(fraction): {"fraction": fraction} for fraction in self.fractions}
+        present = np.unique(labels)
+        # a class of the names that no image has is left out: a part of a data set keeps the names of the whole
+        names = self._class_names if self._class_names and len(present) == len(self._class_names) else None
+        splits = {
+            task: [
+                _Split(rows[low_shot_indices(labels, **size, seed=seed, class_names=names)], seed=seed)
+                for seed in seeds
+            ]
+            for task, size in draws.items()
+        }
+        if self.list_files:
+            file_names = image_file_names(self.train_dataset)
+            for task, paths in self.list_files.items():
+                splits[task] = [_Split(np.sort(match_list_file(path, file_names)), list_file=path) for path in paths]
+        return splits
+
+    def _fit(self, task: str, split: _Split, train: Features, test: Features) -> tuple[SplitResult, int]:
+        found = np.isin(train.rows, split.rows)
+        missing = len(split.rows) - int(found.sum())
+        broken = {error.row for error in train.skipped}
+        if missing > len(broken.intersection(split.rows.tolist())):
+            raise ValueError(
+                f"The train features must hold every row of the splits, but {missing} of {len(split.rows)} rows of a "
+                f"split of {task!r} are missing. Extract them from the whole of `train_dataset`."
+            )
+        labels = train.labels[found]
+        self._check_seen(labels, test.labels, f"readable images of a split of {task!r}")
+        probe = self.probe.fit(train.features[found], labels)
+        scores = probe.predict_scores(test.features)
+        columns = np.searchsorted(probe.classes_, test.labels)
+        num_classes = len(probe.classes_)
+        ks = (1, 5) if num_classes > 5 else (1,)
+        ranked, accuracy = rank_classes(scores, max(ks)), TopKAccuracy()
+        values = {
+            k: 100 * accuracy.compute(predictions=ranked, references=columns, k=k)[f"top{k}_accuracy"] for k in ks
+        }
+        counts = np.unique(labels, return_counts=True)[1]
+        result = SplitResult(
+            seed=split.seed,
+            list_file=split.list_file,
+            num_images=len(labels),
+            fewest_per_class=int(counts.min()),
+            most_per_class=int(counts.max()),
+            num_skipped=missing,
+            fit=dict(probe.fit_report),
+            top1=values[1],
+            top5=values.get(5),
+        )
+        return result, num_classes
+
+    def _check_seen(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
+        unseen = np.setdiff1d(test_labels, train_labels)
+        if len(unseen):
+            named = ", ".join(
+                self._class_names[label] if self._class_names else str(label) for label in unseen[:_SHOWN]
+            )
+            raise ValueError(
+                f"Every class of the test data must be among the {where}, but {len(unseen)} are not: {named}"
+                f"{', ...' if len(unseen) > _SHOWN else ''}. Give train and test data of the same classes."
+            )
+
+
+def _by_task(
+    list_files: Sequence[str | os.PathLike] | Mapping[str, Sequence[str | os.PathLike]],
+) -> dict[str, list[str]]:
+    if isinstance(list_files, (str, os.PathLike)):
+        list_files = [list_files]
+    if isinstance(list_files, Mapping):
+        return {task: [str(path) for path in paths] for task, paths in list_files.items()}
+    tasks: dict[str, list[str]] = {}
+    for path in list_files:
+        tasks.setdefault(Path(path).stem, []).append(str(path))
+    return tasks
+
+
+def _task_of_count(images_per_class: int) -> str:
+    return f"{images_per_class}_per_class"
+
+
+def _task_of_fraction(fraction: float) -> str:
+    return f"{100 * fraction:.6g}_percent"
+
+
+def _class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
+    feature = (dataset.features or {}).get("label")
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _common_class_names(
+    train: datasets.Dataset | datasets.IterableDataset, test: datasets.Dataset | datasets.IterableDataset
+) -> list[str] | None:
+    names, test_names = _class_names(train), _class_names(test)
+    if names and test_names and names != test_names:
+        position = next((i for i, pair in enumerate(zip(names, test_names)) if pair[0] != pair[1]), None)
+        which = (
+            f"{len(names)} and {len(test_names)} classes"
+            if position is None
+            else f"{names[position]!r} and {test_names[position]!r} at number {position}"
+        )
+        raise ValueError(
+            "Train and test data must have the same class names in the same order, but have "
+            f"{which}. Load both splits from one source, or cast one's label column to the other's names."
+        )
+    return names
+
+
+def _labels(dataset: datasets.Dataset | datasets.IterableDataset, which: str) -> np.ndarray | None:
+    """All labels of a data set, checked; `None` for a stream, whose labels come with its features."""
+    columns = dataset.column_names
+    if columns is not None and "label" not in columns:
+        raise ValueError(
+            f"Low-shot evaluation needs labels, but the {which} data is unlabelled: its columns are {columns}. Name "
+            "the column with `load_images(..., label_column=...)`, or put the images into one folder a class."
+        )
+    if isinstance(dataset, datasets.IterableDataset):
+        return None
+    if len(dataset) == 0:
+        raise ValueError(
+            f"Low-shot evaluation needs {which} images, but the {which} data has no rows. Look at its split."
+        )
+    labels = np.asarray(dataset["label"][:])
+    missing = np.array([label is None or label < 0 for label in labels]) if labels.dtype == object else labels < 0
+    if missing.any():
+        raise ValueError(
+            f"Low-shot evaluation needs a label of every image, but {int(missing.sum())} of {len(labels)} rows of the "
+            f"{which} data have none (None or -1), the first is row {int(missing.argmax())}. Use a labelled split."
+        )
+    return labels.astype(np.int64)
+
+
+def _about_data(features: Features) -> dict[str, Any]:
+    labels_and_rows = np.stack([features.rows, features.labels]).astype(np.int64)
+    return {
+        "fingerprint": features.data_fingerprint,
+        "rows_and_labels_sha256": hashlib.sha256(labels_and_rows.tobytes()).hexdigest(),
+        "num_images": len(features),
+        "num_skipped": len(features.skipped),
+        "skipped": [str(error) for error in features.skipped[:20]],
+    }

@@ -1,0 +1,135 @@
+"""What a low-shot evaluation found: per split, in summary, as a table and as JSON."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student_t
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """One probe on one split.
+
+    Args:
+        seed (`int`, *optional*): That the split was drawn with.
+        list_file (`str`, *optional*): That the split was read from.
+        num_images (`int`): Labelled images the probe was fitted on, without skipped ones.
+        fewest_per_class (`int`), most_per_class (`int`): Of these images.
+        num_skipped (`int`): Images of the split that could not be read.
+        fit (`dict`): `fit_report` of the probe, with the penalty that was used.
+        top1 (`float`), top5 (`float`, *optional*): Accuracy on the test images, in per cent.
+    """
+
+    seed: int | None
+    list_file: str | None
+    num_images: int
+    fewest_per_class: int
+    most_per_class: int
+    num_skipped: int
+    fit: dict[str, Any]
+    top1: float
+    top5: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All splits of one task, such as "5_per_class"."""
+
+    name: str
+    num_classes: int
+    splits: list[SplitResult]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Mean, standard deviation (`ddof=1`) and half-width of the 95 % interval over splits, in per cent."""
+        summary: dict[str, float] = {"num_splits": float(len(self.splits))}
+        for name in ("top1", "top5"):
+            accuracies = [getattr(split, name) for split in self.splits]
+            if None in accuracies:
+                continue
+            mean, std, half_width = mean_std_ci95(accuracies)
+            summary |= {name: mean, f"{name}_std": std, f"{name}_ci95": half_width}
+        return summary
+
+
+@dataclass
+class LowShotResults:
+    """Everything a reader needs to trust or repeat the numbers.
+
+    Args:
+        name (`str`): Prefix of the metrics.
+        primary_metric (`str`): The one to compare models by.
+        tasks (`list[TaskResult]`): With every split.
+        model (`dict`): Class, origin and weights hash.
+        probe (`dict`): Settings of the probe.
+        data (`dict`): Fingerprints and counts of the train and test images.
+        settings (`dict`): Image processor, layers, seed.
+        versions (`dict`): Of the packages that the numbers depend on.
+    """
+
+    name: str
+    primary_metric: str
+    tasks: list[TaskResult]
+    model: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Flat, in per cent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../top1_ci95`, `.../num_splits`, ..."""
+        return {f"{self.name}/{task.name}/{key}": value for task in self.tasks for key, value in task.summary.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole as plain JSON types; `summary` of each task beside its splits."""
+        result = {"metrics": self.metrics, **asdict(self)}
+        for task, plain in zip(self.tasks, result["tasks"]):
+            plain["summary"] = task.summary
+        return result
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_dict()` as JSON: beside `path`, then renamed, so that no reader sees half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            beside.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def table(self) -> str:
+        """One aligned line a task: top-1 as mean ± standard deviation, its 95 % interval, top-5, number of splits."""
+        rows = [("task", "top-1 [%]", "95 % interval", "top-5 [%]", "splits")]
+        for task in self.tasks:
+            summary, several = task.summary, len(task.splits) > 1
+            low, high = summary["top1"] - summary["top1_ci95"], summary["top1"] + summary["top1_ci95"]
+            rows.append(
+                (
+                    task.name.replace("_", " "),
+                    f"{summary['top1']:.1f}" + (f" ± {summary['top1_std']:.1f}" if several else ""),
+                    f"{low:.1f} to {high:.1f}" if several else "-",
+                    f"{summary['top5']:.1f}" if "top5" in summary else "-",
+                    str(len(task.splits)),
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def mean_std_ci95(values: list[float]) -> tuple[float, float, float]:
+    """Mean, standard deviation (`ddof=1`) and half-width of the 95 % interval of the mean by Student's t.
+
+    With one value neither of the latter can be estimated; both are 0 then.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, 0.0, 0.0
+    std = float(np.std(values, ddof=1))
+    return mean, std, float(student_t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
