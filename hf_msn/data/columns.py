@@ -51,14 +51,15 @@ def image_and_label(
             )
         label_column = None
 
+    if features[image_column] != datasets.Image(decode=False):
+        # first of all: whatever comes after would decode the images of a stream, and stop at a broken one
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if label_column is None:
         dataset = dataset.select_columns(image_column)
     else:
         dataset = _take_label(dataset, image_column, label_column)
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
-    if features[image_column] != datasets.Image(decode=False):
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
     return _number_labels(dataset, label_column, feature, source)
 
 

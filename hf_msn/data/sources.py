@@ -103,7 +103,7 @@ def load_images(
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
     dataset = image_and_label(dataset, source, image_column=image_column, label_column=label_column)
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
-        raise ValueError(f"Split '{split}' of '{source}' holds no images; give another split or source.")
+        raise _no_images(split, source)
     return dataset
 
 
@@ -245,6 +245,8 @@ def _load(builder: str, split: str, streaming: bool, source: str, **settings) ->
     try:
         return datasets.load_dataset(builder, split=split, streaming=streaming, **settings)
     except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise _no_images(split, source) from error
         # the two messages of datasets for a split that is not there, eager and streamed
         if not re.match(r"Unknown split|Bad split", str(error)):
             raise
@@ -266,6 +268,10 @@ def _unknown_split(split: str, source: str, names) -> ValueError:
     return ValueError(
         f"'{source}' has no split '{split}'; it has {', '.join(repr(str(name)) for name in names) or 'none'}."
     )
+
+
+def _no_images(split: str, source: str) -> ValueError:
+    return ValueError(f"Split '{split}' of '{source}' holds no images; give another split or source.")
 
 
 def _refuse_missing_path(source: str) -> None:

@@ -38,7 +38,8 @@ def image_rows(encoded):
 
     def make(count: int, broken: tuple[int, ...] = ()) -> datasets.Dataset:
         rows = [
-            {"bytes": encoded(row)[: 40 if row in broken else None], "path": f"photo_{row}.png"} for row in range(count)
+            {"bytes": encoded(row)[: 40 if row in broken else None], "path": f"photo_{row}.png"}
+            for row in range(count)
         ]
         features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
         return datasets.Dataset.from_dict({"image": rows, "label": list(range(count))}, features)

@@ -67,7 +67,7 @@ def test_float_gray_is_read_as_0_to_1():
 
 
 def test_floats_of_unknown_range_are_refused():
-    with pytest.raises(BrokenImageError, match="float values go up to 254, but floats are read as 0..1"):
+    with pytest.raises(BrokenImageError, match=r"float values go up to 254, but floats are read as 0..1"):
         decode_image(np.full((2, 2), 254.0))
 
 

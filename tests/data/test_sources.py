@@ -244,12 +244,12 @@ def test_columns_that_are_not_there_are_listed(parquet):
         load_images(file, label_column="klass")
     with pytest.raises(ValueError, match="no column 'img' for `image_column`; it has 'image', 'label'"):
         load_images(file, image_column="img")
-    with pytest.raises(ValueError, match="Column 'label' of .* holds no images"):
+    with pytest.raises(ValueError, match=r"Column 'label' of .* holds no images"):
         load_images(file, image_column="label")
 
 
 def test_labels_asked_of_unlabelled_data_are_refused(folder):
-    with pytest.raises(ValueError, match="Labels were asked for .* is unlabelled"):
+    with pytest.raises(ValueError, match=r"Labels were asked for .* is unlabelled"):
         load_images(folder({"1.png": 1}), label_column="label")
 
 
@@ -292,7 +292,7 @@ def test_absent_split_is_named_with_those_there_are(folder, split):
     root = folder({"train/1.png": 1, "test/2.png": 2})
     with pytest.raises(ValueError, match=r"no split '.*'; it has .*'train'"):
         load_images(root, split=split)
-    with pytest.raises(ValueError, match="'digits' has no split '.*'; it has 'train', 'test'"):
+    with pytest.raises(ValueError, match=r"'digits' has no split '.*'; it has 'train', 'test'"):
         load_images("digits", split=split)
 
 
@@ -334,3 +334,10 @@ def test_images_saved_as_jpeg_come_near_the_original(folder):
     smooth = Image.fromarray(np.full((16, 16, 3), 77, np.uint8))
     smooth.save(os.path.join(root, "2.jpg"))
     np.testing.assert_allclose(_pixels(load_images(root))[1], 77, atol=1)
+
+
+def test_broken_images_of_a_stream_come_through_undecoded(tmp_path, encoded):
+    examples = [{"png": encoded(0)[:50], "cls": b"1"}, {"png": encoded(1), "cls": b"2"}]
+    rows = list(load_images(_tar(tmp_path / "0.tar", examples), streaming=True))
+    assert rows[0]["image"] == {"bytes": encoded(0)[:50], "path": "00000.png"}
+    assert rows[1]["label"] == 2

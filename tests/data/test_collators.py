@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from hf_msn.data import MultiViewCollator, MultiViewTransform
+
+
+def test_views_are_stacked_batch_first(picture):
+    transform = MultiViewTransform(image_size=8, focal_size=4, anchor_views=2, focal_views=3)
+    items = [transform(picture(number)) for number in range(5)]
+    batch = MultiViewCollator()(items)
+    assert {name: tuple(views.shape) for name, views in batch.items()} == {
+        "pixel_values": (5, 3, 8, 8),
+        "anchor_pixel_values": (5, 2, 3, 8, 8),
+        "focal_pixel_values": (5, 3, 3, 4, 4),
+    }
+    for name in batch:
+        for position in range(5):
+            assert torch.equal(batch[name][position], items[position][name])
+
+
+def test_items_with_other_views_are_refused():
+    one = {"pixel_values": torch.zeros(3, 8, 8)}
+    with pytest.raises(ValueError, match=r"`pixel_values` of item 1 has shape \(3, 4, 4\), but that of item 0"):
+        MultiViewCollator()([one, {"pixel_values": torch.zeros(3, 4, 4)}])
+    with pytest.raises(ValueError, match="Item 1 of the batch holds"):
+        MultiViewCollator()([one, {"other": torch.zeros(3, 8, 8)}])
+
+
+def test_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        MultiViewCollator()([])

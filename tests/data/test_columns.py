@@ -1,0 +1,83 @@
+import datasets
+import pytest
+
+from hf_msn.data.columns import image_and_label
+
+
+@pytest.fixture
+def table(encoded):
+    def make(images: tuple[str, ...] = ("image",), **columns) -> datasets.Dataset:
+        features = datasets.Features({name: datasets.Image() for name in images})
+        values = {name: [{"bytes": encoded(0), "path": None}] * 2 for name in images}
+        for name, (feature, content) in columns.items():
+            features[name], values[name] = feature, content
+        return datasets.Dataset.from_dict(values, features)
+
+    return make
+
+
+CLASSES = datasets.ClassLabel(names=["cat", "dog"])
+INTEGER = datasets.Value("int32")
+TEXT = datasets.Value("string")
+
+
+def test_only_image_column_is_taken_whatever_its_name(table):
+    dataset = image_and_label(table(("img",), caption=(TEXT, ["a", "b"])), "x")
+    assert dataset.features == datasets.Features(image=datasets.Image(decode=False))
+
+
+def test_column_called_image_is_taken_among_several(table, encoded):
+    assert image_and_label(table(("mask", "image")), "x").column_names == ["image"]
+
+
+def test_several_image_columns_need_a_name(table):
+    with pytest.raises(ValueError, match=r"several image columns \(left, right\).*'left', 'right'"):
+        image_and_label(table(("left", "right")), "x")
+    assert image_and_label(table(("left", "right")), "x", image_column="right").column_names == ["image"]
+
+
+def test_table_without_images_is_refused():
+    table = datasets.Dataset.from_dict({"text": ["a"], "score": [1]})
+    with pytest.raises(ValueError, match=r"'x' has no image column.*'text', 'score'"):
+        image_and_label(table, "x")
+
+
+def test_only_class_label_column_is_the_label(table):
+    dataset = image_and_label(table(breed=(CLASSES, [1, 0]), age=(INTEGER, [3, 4])), "x")
+    assert dataset.features["label"] == CLASSES
+    assert dataset["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "fine_label", "cls", "class", "target"])
+def test_label_is_found_by_its_usual_names(table, name):
+    dataset = image_and_label(table(**{name: (INTEGER, [4, 2]), "age": (INTEGER, [3, 4])}), "x")
+    assert dataset.features["label"] == datasets.Value("int64")
+    assert dataset["label"][:] == [4, 2]
+
+
+def test_label_column_wins_over_other_class_labels(table):
+    dataset = image_and_label(table(label=(INTEGER, [4, 2]), breed=(CLASSES, [1, 0])), "x")
+    assert dataset["label"][:] == [4, 2]
+
+
+def test_labels_that_cannot_be_told_apart_are_listed(table):
+    both = table(fine_label=(CLASSES, [1, 0]), coarse_label=(CLASSES, [0, 0]))
+    with pytest.raises(ValueError, match=r"may be the label \(fine_label, coarse_label\).*'coarse_label'"):
+        image_and_label(both, "x")
+    assert image_and_label(both, "x", label_column="coarse_label")["label"][:] == [0, 0]
+
+
+def test_text_labels_are_numbered_in_alphabetical_order_but_not_while_streaming(table):
+    named = table(label=(TEXT, ["dog", "cat"]))
+    dataset = image_and_label(named, "x")
+    assert dataset.features["label"].names == ["cat", "dog"]
+    assert dataset["label"][:] == [1, 0]
+    with pytest.raises(ValueError, match="cannot be numbered while streaming"):
+        image_and_label(named.to_iterable_dataset(), "x")
+
+
+def test_column_that_is_no_label_is_left_out_or_refused(table):
+    scores = table(label=(datasets.Value("float32"), [0.5, 0.25]))
+    assert image_and_label(scores, "x").column_names == ["image"]
+    with pytest.raises(ValueError, match="Column 'label' of 'x' is of type"):
+        image_and_label(scores, "x", label_column="label")

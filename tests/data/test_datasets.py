@@ -1,0 +1,220 @@
+import logging
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hf_msn.data import (
+    BrokenImageError,
+    MultiViewCollator,
+    MultiViewDataset,
+    MultiViewTransform,
+    StreamingMultiViewDataset,
+    decode_image,
+    multi_view_dataset,
+)
+
+TRANSFORM = MultiViewTransform(image_size=8, focal_size=4, focal_views=1)
+
+
+def _batches(dataset, workers: int = 0, **settings) -> dict[str, torch.Tensor]:
+    loader = DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=MultiViewCollator(), **settings)
+    return _joined(loader)
+
+
+def _joined(loader: DataLoader) -> dict[str, torch.Tensor]:
+    batches = list(loader)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _assert_same(first: dict, second: dict) -> None:
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _sorted(batch: dict) -> torch.Tensor:
+    """The target views in an order of their own, to compare streams whose order may differ."""
+    views = batch["pixel_values"]
+    return views[sorted(range(len(views)), key=lambda row: views[row].flatten().tolist())]
+
+
+def test_views_do_not_depend_on_the_workers(image_rows):
+    first = _batches(MultiViewDataset(image_rows(7), TRANSFORM, seed=3))
+    second = _batches(MultiViewDataset(image_rows(7), TRANSFORM, seed=3), workers=2)
+    _assert_same(first, second)
+    assert set(first) == {"pixel_values", "anchor_pixel_values", "focal_pixel_values"}
+
+
+def test_views_do_not_depend_on_what_was_read_before(image_rows):
+    dataset = MultiViewDataset(image_rows(5), TRANSFORM)
+    alone = dataset[3]
+    torch.manual_seed(77)
+    for row in range(3):
+        _ = dataset[row]
+    _assert_same(dataset[3], alone)
+    _assert_same(dataset.__getitems__([0, 3])[1], alone)
+    _assert_same(dataset[-2], alone)
+
+
+def test_rows_epochs_and_seeds_draw_apart(image_rows):
+    one_image = image_rows(1)
+    twins = datasets.concatenate_datasets([one_image, one_image])
+    dataset = MultiViewDataset(twins, TRANSFORM, seed=0)
+    views = [dataset[0], dataset[1]]
+    dataset.set_epoch(1)
+    views.append(dataset[0])
+    views.append(MultiViewDataset(twins, TRANSFORM, seed=1)[0])
+    for first in range(4):
+        for second in range(first):
+            assert not torch.equal(views[first]["pixel_values"], views[second]["pixel_values"])
+    dataset.set_epoch(0)
+    _assert_same(dataset[0], views[0])
+
+
+def test_epoch_reaches_workers_that_stay(image_rows):
+    dataset = MultiViewDataset(image_rows(6), TRANSFORM)
+    loader = DataLoader(dataset, 3, num_workers=2, persistent_workers=True, collate_fn=MultiViewCollator())
+    epochs = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        epochs.append(_joined(loader))
+    for epoch in range(3):
+        alone = MultiViewDataset(image_rows(6), TRANSFORM)
+        alone.set_epoch(epoch)
+        _assert_same(epochs[epoch], _batches(alone))
+    assert not torch.equal(epochs[0]["pixel_values"], epochs[1]["pixel_values"])
+
+
+def test_state_of_the_generator_is_put_back(image_rows):
+    dataset = MultiViewDataset(image_rows(2), TRANSFORM)
+    torch.manual_seed(11)
+    expected = torch.rand(4)
+    torch.manual_seed(11)
+    _ = dataset[0]
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_views_are_those_of_the_rows_own_image(image_rows, picture):
+    dataset = MultiViewDataset(image_rows(4), lambda image: {"pixel_values": torch.tensor(list(image.tobytes()))})
+    for row in range(4):
+        assert dataset[row]["pixel_values"].tolist() == list(picture(row).tobytes())
+
+
+def test_broken_row_gives_the_next_readable_one_and_is_named_once(image_rows, picture, caplog):
+    dataset = MultiViewDataset(
+        image_rows(5, broken=(1, 2, 4)), lambda image: {"pixel_values": torch.tensor(list(image.tobytes()))}
+    )
+    with caplog.at_level(logging.WARNING):
+        seen = [dataset[row]["pixel_values"].tolist() for row in (0, 1, 2, 3, 4, 1)]
+    assert seen == [list(picture(number).tobytes()) for number in (0, 3, 3, 3, 0, 3)]
+    assert dataset.num_broken == 3
+    assert sorted(record.args[0].row for record in caplog.records) == [1, 2, 4]
+    assert "row 1 (path 'photo_1.png') cannot be read" in caplog.text
+
+
+def test_replacement_has_views_of_its_own(image_rows):
+    dataset = MultiViewDataset(image_rows(3, broken=(1,)), TRANSFORM)
+    assert not torch.equal(dataset[1]["pixel_values"], dataset[2]["pixel_values"])
+
+
+def test_broken_rows_are_counted_over_the_workers(image_rows):
+    dataset = MultiViewDataset(image_rows(8, broken=(0, 3, 7)), TRANSFORM)
+    assert len(_batches(dataset, workers=2)["pixel_values"]) == 8
+    assert dataset.num_broken == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_row_can_stop_the_run(image_rows, workers):
+    dataset = MultiViewDataset(image_rows(6, broken=(4,)), TRANSFORM, on_broken_image="raise")
+    with pytest.raises(BrokenImageError) as caught:
+        _batches(dataset, workers)
+    assert (caught.value.row, caught.value.path) == (4, "photo_4.png")
+
+
+def test_data_without_one_readable_image_is_an_error(image_rows):
+    dataset = MultiViewDataset(image_rows(3, broken=(0, 1, 2)), TRANSFORM)
+    with pytest.raises(BrokenImageError, match="no image of the data set can be read"):
+        _ = dataset[1]
+
+
+def test_images_decoded_by_datasets_are_taken_undecoded(image_rows):
+    decoding = image_rows(3, broken=(1,)).cast_column("image", datasets.Image(decode=True)).with_format("torch")
+    dataset = MultiViewDataset(decoding, TRANSFORM)
+    _assert_same(dataset[0], MultiViewDataset(image_rows(3), TRANSFORM)[0])
+    _ = dataset[1]
+    assert dataset.num_broken == 1
+
+
+def test_bad_settings_are_refused(image_rows):
+    with pytest.raises(ValueError, match="has no images"):
+        MultiViewDataset(image_rows(1).select([]), TRANSFORM)
+    with pytest.raises(ValueError, match="`on_broken_image` is 'skip' or 'raise', but is 'ignore'"):
+        MultiViewDataset(image_rows(1), TRANSFORM, on_broken_image="ignore")
+    with pytest.raises(ValueError, match="`seed` must be >= 0, but is -1"):
+        MultiViewDataset(image_rows(1), TRANSFORM, seed=-1)
+    with pytest.raises(ValueError, match="no column 'image'; it has photo"):
+        MultiViewDataset(image_rows(1).rename_column("image", "photo").select_columns("photo"), TRANSFORM)
+    with pytest.raises(ValueError, match="`shuffle_buffer`"):
+        StreamingMultiViewDataset(image_rows(1).to_iterable_dataset(), TRANSFORM, shuffle_buffer=-1)
+    with pytest.raises(IndexError, match="Row 3 is not there; the data set has 3 rows"):
+        _ = MultiViewDataset(image_rows(3), TRANSFORM)[3]
+
+
+def test_streams_get_the_streaming_kind(image_rows):
+    assert isinstance(multi_view_dataset(image_rows(2), TRANSFORM), MultiViewDataset)
+    assert isinstance(multi_view_dataset(image_rows(2).to_iterable_dataset(), TRANSFORM), StreamingMultiViewDataset)
+
+
+def test_stream_is_shared_out_over_workers_with_the_same_views(image_rows):
+    def stream():
+        return StreamingMultiViewDataset(image_rows(8).to_iterable_dataset(num_shards=4), TRANSFORM, seed=5)
+
+    one, two = _sorted(_batches(stream())), _sorted(_batches(stream(), workers=2))
+    assert one.shape == (8, 3, 8, 8)
+    assert torch.equal(one, two)
+    _assert_same(_batches(stream(), workers=2), _batches(stream(), workers=2))
+
+
+def test_stream_has_other_views_and_another_order_in_each_epoch(image_rows):
+    def first_pixels(image):
+        return {"pixel_values": torch.cat([torch.tensor(list(image.tobytes()[:3])), torch.rand(1)])}
+
+    dataset = StreamingMultiViewDataset(image_rows(8).to_iterable_dataset(num_shards=2), first_pixels)
+    loader = DataLoader(dataset, 4, num_workers=2, persistent_workers=True, collate_fn=MultiViewCollator())
+    epochs = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        epochs.append(_joined(loader)["pixel_values"])
+    assert torch.equal(epochs[0], epochs[2])
+    order = [epoch[:, :3].tolist() for epoch in epochs]
+    assert order[0] != order[1] and sorted(order[0]) == sorted(order[1])
+    assert not set(epochs[0][:, 3].tolist()) & set(epochs[1][:, 3].tolist())
+
+
+def test_stream_drops_and_counts_broken_images(image_rows, picture, caplog):
+    def content(image):
+        return {"pixel_values": torch.tensor(list(image.tobytes()))}
+
+    rows = image_rows(5, broken=(1, 4)).to_iterable_dataset()
+    dataset = StreamingMultiViewDataset(rows, content, shuffle_buffer=0)
+    for _ in range(2):
+        seen = [item["pixel_values"].tolist() for item in dataset]
+        assert seen == [list(picture(number).tobytes()) for number in (0, 2, 3)]
+        assert dataset.num_broken == 2
+    assert "row 4 (path 'photo_4.png')" in caplog.text
+
+
+def test_stream_of_broken_images_or_of_none_is_an_error(image_rows):
+    broken = image_rows(2, broken=(0, 1)).to_iterable_dataset()
+    with pytest.raises(BrokenImageError, match="none of 2 images in succession"):
+        list(StreamingMultiViewDataset(broken, TRANSFORM))
+    with pytest.raises(BrokenImageError, match="photo_"):
+        list(StreamingMultiViewDataset(broken, TRANSFORM, on_broken_image="raise"))
+    none = image_rows(2).to_iterable_dataset().filter(lambda row: False)
+    with pytest.raises(ValueError, match="stream has no images"):
+        list(StreamingMultiViewDataset(none, TRANSFORM))
+
+
+def test_stand_in_rows_are_readable(image_rows, picture):
+    assert decode_image(image_rows(1)[0]["image"]).tobytes() == picture(0).tobytes()

@@ -1,0 +1,295 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from transformers import AutoImageProcessor
+
+from hf_msn.data import MultiViewTransform, evaluation_image_processor
+
+PLAIN = {
+    "horizontal_flip": 0.0,
+    "color_jitter_probability": 0.0,
+    "grayscale": 0.0,
+    "blur_probability": 0.0,
+    "focal_views": 0,
+    "image_mean": (0.0, 0.0, 0.0),
+    "image_std": (1.0, 1.0, 1.0),
+}
+WHOLE = {"global_scale": (1.0, 1.0), "aspect_ratio": (1.0, 1.0)}
+
+
+def _ramp(width: int, height: int) -> Image.Image:
+    """Red tells the column, green the row, so that a crop can be read off its pixels."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, :, 0] = np.arange(width)
+    pixels[:, :, 1] = np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def _bytes(views: torch.Tensor) -> np.ndarray:
+    return (views * 255).round().permute(*range(views.dim() - 3), -2, -1, -3).numpy().astype(np.uint8)
+
+
+def test_defaults_are_the_papers():
+    transform = MultiViewTransform()
+    assert dataclasses.asdict(transform) == {
+        "image_size": 224,
+        "focal_size": 96,
+        "anchor_views": 1,
+        "focal_views": 10,
+        "global_scale": (0.3, 1.0),
+        "focal_scale": (0.05, 0.3),
+        "aspect_ratio": (0.75, 4 / 3),
+        "horizontal_flip": 0.5,
+        "color_jitter": 0.5,
+        "color_jitter_probability": 0.8,
+        "grayscale": 0.2,
+        "blur_probability": 0.5,
+        "blur_radius": (0.1, 2.0),
+        "rotation": 0.0,
+        "translation": 0.0,
+        "interpolation": "bilinear",
+        "image_mean": (0.485, 0.456, 0.406),
+        "image_std": (0.229, 0.224, 0.225),
+    }
+    assert all(field.metadata["help"] for field in dataclasses.fields(transform))
+
+
+def test_views_have_the_stated_shapes(picture):
+    views = MultiViewTransform(image_size=32, focal_size=16, anchor_views=2, focal_views=3)(picture(1, (50, 40)))
+    assert {name: tuple(view.shape) for name, view in views.items()} == {
+        "pixel_values": (3, 32, 32),
+        "anchor_pixel_values": (2, 3, 32, 32),
+        "focal_pixel_values": (3, 3, 16, 16),
+    }
+    assert all(view.dtype == torch.float32 for view in views.values())
+
+
+def test_without_focal_views_there_is_no_such_entry(picture):
+    assert set(MultiViewTransform(image_size=8, focal_views=0)(picture(1))) == {"pixel_values", "anchor_pixel_values"}
+    only_focal = MultiViewTransform(image_size=8, focal_size=4, anchor_views=0, focal_views=2)(picture(1))
+    assert only_focal["anchor_pixel_values"].shape == (0, 3, 8, 8)
+
+
+def test_whole_image_without_changes_is_the_normalised_image(picture):
+    settings = {**PLAIN, **WHOLE, "image_mean": (0.1, 0.2, 0.3), "image_std": (0.5, 0.6, 0.7)}
+    view = MultiViewTransform(image_size=8, **settings)(picture(3, (8, 8)))["pixel_values"]
+    pixels = np.asarray(picture(3, (8, 8)))
+    for channel in range(3):
+        for y in range(8):
+            for x in range(8):
+                expected = (pixels[y, x, channel] / 255 - settings["image_mean"][channel]) / settings["image_std"][
+                    channel
+                ]
+                assert view[channel, y, x].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_views_are_drawn_apart(picture):
+    views = MultiViewTransform(image_size=8, focal_size=8, anchor_views=2, focal_views=2)(picture(1, (64, 64)))
+    drawn = [views["pixel_values"], *views["anchor_pixel_values"], *views["focal_pixel_values"]]
+    for first in range(5):
+        for second in range(first):
+            assert not torch.equal(drawn[first], drawn[second])
+
+
+def test_same_state_of_the_generator_gives_the_same_views(picture):
+    transform = MultiViewTransform(image_size=8, focal_size=4)
+    torch.manual_seed(5)
+    first = transform(picture(1, (20, 20)))
+    torch.manual_seed(5)
+    second = transform(picture(1, (20, 20)))
+    third = transform(picture(1, (20, 20)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["pixel_values"], third["pixel_values"])
+
+
+@pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.3)])
+def test_crops_have_the_stated_areas_and_ratios_and_lie_inside(scale):
+    transform = MultiViewTransform(global_scale=scale)
+    torch.manual_seed(0)
+    areas, ratios = [], []
+    for random in torch.rand(3000, 56, dtype=torch.float64).tolist():
+        left, top, right, bottom = transform._crop_box((100, 80), scale, random)
+        assert 0 <= left < right <= 100 and 0 <= top < bottom <= 80
+        areas.append((right - left) * (bottom - top) / 8000)
+        ratios.append((right - left) / (bottom - top))
+    assert scale[0] - 1e-9 <= min(areas) and max(areas) <= scale[1] + 1e-9
+    assert min(ratios) >= 0.75 - 1e-9 and max(ratios) <= 4 / 3 + 1e-9
+    if scale[1] < 0.5:
+        # small crops always fit, so that nothing is redrawn: area uniform, ratio log-uniform
+        assert np.mean(areas) == pytest.approx(sum(scale) / 2, abs=0.005)
+        assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.02)
+        assert np.std(np.log(ratios)) == pytest.approx(2 * math.log(4 / 3) / math.sqrt(12), rel=0.05)
+
+
+def test_very_long_image_gives_its_middle():
+    transform = MultiViewTransform(global_scale=(1.0, 1.0))
+    box = transform._crop_box((1000, 10), (1.0, 1.0), [0.5] * 56)
+    assert box == pytest.approx((500 - 20 / 3, 0, 500 + 20 / 3, 10))
+
+
+def test_flip_probability_is_kept():
+    transform = MultiViewTransform(image_size=8, anchor_views=600, **{**PLAIN, **WHOLE, "horizontal_flip": 0.3})
+    torch.manual_seed(0)
+    views = _bytes(transform(_ramp(8, 8))["anchor_pixel_values"])
+    flipped = views[:, 0, 0, 0] == 7
+    assert flipped.mean() == pytest.approx(0.3, abs=0.06)
+    np.testing.assert_array_equal(views[flipped][0], np.asarray(_ramp(8, 8))[:, ::-1])
+
+
+def test_gray_views_have_equal_channels_at_the_stated_rate(picture):
+    transform = MultiViewTransform(image_size=8, anchor_views=600, **{**PLAIN, **WHOLE, "grayscale": 0.2})
+    torch.manual_seed(0)
+    views = _bytes(transform(picture(2, (8, 8)))["anchor_pixel_values"]).astype(int)
+    gray = (views.max(axis=-1) == views.min(axis=-1)).all(axis=(1, 2))
+    assert gray.mean() == pytest.approx(0.2, abs=0.05)
+    luma = np.asarray(picture(2, (8, 8))) @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(views[gray][0][:, :, 0], luma, atol=1)
+
+
+def test_colour_jitter_keeps_its_bounds():
+    # on a gray image contrast acts around its own value, saturation and hue do nothing: only brightness is left
+    flat = Image.new("RGB", (4, 4), (100, 100, 100))
+    transform = MultiViewTransform(image_size=4, anchor_views=2000, **{**PLAIN, "color_jitter_probability": 1.0})
+    torch.manual_seed(0)
+    values = transform(flat)["anchor_pixel_values"][:, 0, 0, 0].numpy() * 255
+    assert 59 <= values.min() < 62 and 138 < values.max() <= 141
+    assert values.mean() == pytest.approx(100, abs=1.5)
+
+
+def test_hue_turns_by_at_most_a_fifth_of_the_strength():
+    red = Image.new("RGB", (2, 2), (200, 40, 40))
+    transform = MultiViewTransform(image_size=2, anchor_views=500, **{**PLAIN, "color_jitter_probability": 1.0})
+    torch.manual_seed(0)
+    views = _bytes(transform(red)["anchor_pixel_values"])
+    hues = np.array([Image.fromarray(view).convert("HSV").getpixel((0, 0))[0] for view in views]) / 255
+    hues = np.where(hues > 0.5, hues - 1, hues)
+    assert -0.125 < hues.min() < -0.08 and 0.08 < hues.max() < 0.125
+
+
+def test_blur_happens_at_its_rate_with_radii_over_the_whole_range():
+    point = np.zeros((33, 33, 3), np.uint8)
+    point[16, 16] = 255
+    settings = {**PLAIN, **WHOLE, "blur_probability": 0.5, "blur_radius": (0.5, 1.5)}
+    transform = MultiViewTransform(image_size=33, anchor_views=400, **settings)
+    torch.manual_seed(0)
+    peaks = _bytes(transform(Image.fromarray(point))["anchor_pixel_values"])[:, 16, 16, 0]
+    by_radius = {
+        radius: Image.fromarray(point).filter(ImageFilter.GaussianBlur(radius)).getpixel((16, 16))[0]
+        for radius in (0.5, 1.0, 1.5)
+    }
+    blurred = peaks[peaks < 255]
+    assert len(blurred) / 400 == pytest.approx(0.5, abs=0.08)
+    assert by_radius[1.5] <= blurred.min() < by_radius[1.5] + 3
+    assert by_radius[0.5] - 10 < blurred.max() <= by_radius[0.5]
+    # uniform radii: as many blur more than the middle radius as less
+    assert (blurred < by_radius[1.0]).mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_rotation_turns_about_the_middle_and_fills_with_black():
+    image = Image.new("RGB", (9, 9), "white")
+    settings = {**PLAIN, **WHOLE, "rotation": 45.0}
+    transform = MultiViewTransform(image_size=9, anchor_views=100, **settings)
+    torch.manual_seed(0)
+    views = _bytes(transform(image)["anchor_pixel_values"])
+    assert (views[:, 4, 4] == 255).all()
+    assert (views[:, 0, 0].min(axis=-1) == 0).mean() > 0.5
+
+
+@pytest.mark.parametrize("image_size", [8, 20])
+def test_quarter_turn_is_exact_at_either_resolution(image_size):
+    transform = MultiViewTransform(image_size=image_size, **{**PLAIN, "rotation": 180.0})
+    random = [0.0] * 56
+    random[53] = 0.75  # an angle of -180 + 0.75 * 360 = 90 degrees
+    image = _ramp(20, 20)
+    turned = np.asarray(transform._turned_crop(image, (0.0, 0.0, 20.0, 20.0), image_size, random)).astype(int)
+    resized = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR)).astype(int)
+    np.testing.assert_allclose(turned, np.rot90(resized), atol=1)
+
+
+def test_translation_moves_by_the_share_of_the_side():
+    transform = MultiViewTransform(image_size=20, **{**PLAIN, "translation": 0.5})
+    random = [0.5] * 56
+    random[54] = 0.7  # a shift of -0.5 + 0.7 * 1.0 = 0.2 of 20 pixels to the right
+    moved = np.asarray(transform._turned_crop(_ramp(20, 20), (0.0, 0.0, 20.0, 20.0), 20, random))
+    np.testing.assert_array_equal(moved[:, 4:, 0], np.asarray(_ramp(20, 20))[:, :-4, 0])
+    assert (moved[:, :4] == 0).all()
+
+
+def test_one_setting_does_not_change_what_the_others_draw():
+    plain = MultiViewTransform(image_size=8, **PLAIN)
+    flipping = MultiViewTransform(image_size=8, **{**PLAIN, "horizontal_flip": 1.0})
+    torch.manual_seed(3)
+    straight = plain(_ramp(40, 40))["anchor_pixel_values"]
+    torch.manual_seed(3)
+    assert torch.equal(flipping(_ramp(40, 40))["anchor_pixel_values"].flip(-1), straight)
+
+
+def test_recipe_for_small_gray_images_keeps_them_gray_and_takes_overrides():
+    transform = MultiViewTransform.for_small_grayscale(image_size=8, anchor_views=2, rotation=0.0)
+    assert (transform.anchor_views, transform.rotation, transform.horizontal_flip) == (2, 0.0, 0.0)
+    gray = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB")
+    views = transform(gray)["anchor_pixel_values"]
+    assert torch.equal(views[:, 0], views[:, 1]) and torch.equal(views[:, 0], views[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 0}, "`image_size` is a side in pixels and must be a whole number >= 1, but is 0"),
+        ({"focal_size": 0}, "`focal_size`"),
+        ({"anchor_views": -1}, "`anchor_views` .* must be >= 0, but is -1"),
+        ({"anchor_views": 0, "focal_views": 0}, "both 0"),
+        ({"global_scale": (0.0, 1.0)}, r"`global_scale` .*\(0, 1\]"),
+        ({"global_scale": (0.9, 0.3)}, "`global_scale`"),
+        ({"focal_scale": (0.1, 1.5)}, "`focal_scale`"),
+        ({"focal_scale": 0.3}, "`focal_scale` is a pair"),
+        ({"aspect_ratio": (-1, 1)}, "`aspect_ratio`"),
+        ({"horizontal_flip": 1.5}, r"`horizontal_flip` is a probability and must be in \[0, 1\], but is 1.5"),
+        ({"grayscale": -0.1}, "`grayscale`"),
+        ({"blur_probability": 2}, "`blur_probability`"),
+        ({"blur_radius": (0.0, 2.0)}, "`blur_radius`"),
+        ({"color_jitter": -1}, "`color_jitter`"),
+        ({"rotation": 200}, "`rotation`"),
+        ({"translation": 1.0}, "`translation`"),
+        ({"interpolation": "lanczos"}, "`interpolation` is one of bilinear, bicubic, but is 'lanczos'"),
+        ({"image_std": (1.0, 0.0, 1.0)}, "`image_std`"),
+        ({"image_mean": (0.5,)}, "`image_mean`"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MultiViewTransform(**settings)
+
+
+def test_evaluation_resizes_crops_and_normalises_as_the_paper():
+    image = _ramp(80, 60)
+    processor = evaluation_image_processor(28, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
+    seen = processor(image, return_tensors="pt")["pixel_values"][0].double().numpy()
+    resized = image.resize((int(80 * 32 / 60), 32), Image.Resampling.BILINEAR)
+    left, top = (resized.width - 28) // 2, 2
+    crop = np.asarray(resized, np.float64)[top : top + 28, left : left + 28]
+    expected = (crop / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
+    np.testing.assert_allclose(seen, expected.transpose(2, 0, 1), atol=1.01 / 255 / 0.5)
+
+
+def test_evaluation_processor_matches_the_transform_and_loads_without_us(tmp_path, picture):
+    transform = MultiViewTransform.for_small_grayscale(image_size=8, global_scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
+    transform.rotation = transform.translation = 0.0
+    processor = transform.evaluation_image_processor(crop_fraction=1.0)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    image = picture(1, (8, 8))
+    seen = loaded(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(seen, transform(image)["pixel_values"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"crop_fraction": 0}, "crop_fraction"), ({"image_size": 0}, "image_size")]
+)
+def test_evaluation_settings_out_of_range_are_refused(settings, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        evaluation_image_processor(**settings)
