@@ -1,0 +1,28 @@
+"""What holds for all tests: nothing leaves this machine, one thread, no progress bars; and a tiny model with a batch."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_batch, tiny_model
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def msn_model():
+    """A new tiny `MSNForPreTraining` in training mode, the same weights in every test."""
+    return tiny_model()
+
+
+@pytest.fixture
+def msn_batch():
+    """The views of 4 images, for `msn_model(**msn_batch)`."""
+    return tiny_batch()

@@ -1,0 +1,105 @@
+"""Runs a function on n gloo ranks, with a deadline that leaves no process behind."""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
+    """Calls `function(rank, *args)` on every rank of a new gloo process group.
+
+    Args:
+        function (`Callable`): At the top level of a test module: the ranks import it by name.
+        world_size (`int`): Number of ranks.
+        args: For every rank the same; pickled.
+        timeout (`float`, *optional*, defaults to 60): Seconds for all. The ranks that still run are then killed, and the
+            error shows where they stood.
+
+    Returns:
+        `list`: What each rank returned, rank 0 first. It travels through `torch.save`.
+
+    Raises:
+        AssertionError: If a rank raised, with its traceback, or the time was up.
+    """
+    # The server imports torch and hf_msn once; its forks start in milliseconds and hold nothing of the parent.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "hf_msn"])
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        ranks = [
+            context.Process(
+                target=_run_rank, args=(function, rank, world_size, port, folder, timeout, args), daemon=True
+            )
+            for rank in range(world_size)
+        ]
+        deadline = time.monotonic() + timeout
+        try:
+            for process in ranks:
+                process.start()
+            while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+                if any(process.exitcode not in (None, 0) for process in ranks):
+                    break
+                time.sleep(0.01)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        if not all(process.exitcode == 0 for process in ranks):
+            raise AssertionError(_describe_failure(function, ranks, Path(folder), timeout))
+        return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(world_size)]
+
+
+def _run_rank(function, rank, world_size, port, folder, timeout, args) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        HF_HUB_OFFLINE="1",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    torch.set_num_threads(1)
+    with open(Path(folder, f"{rank}.stacks"), "w") as stacks:
+        faulthandler.dump_traceback_later(max(timeout - 1.0, 0.5), file=stacks)
+        try:
+            # A file needs no free port; the port is for what reads the environment, such as accelerate.
+            dist.init_process_group(
+                "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+            )
+            torch.save(function(rank, *args), Path(folder, f"{rank}.result"))
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+            os._exit(1)  # at once: the other ranks wait for this one
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _describe_failure(function, ranks, folder: Path, timeout: float) -> str:
+    # One failing rank makes the others lose their connection: the first error is the cause.
+    errors = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+    if errors:
+        return f"rank {errors[0].stem} of {len(ranks)} failed in `{function.__name__}`:\n{errors[0].read_text()}"
+    codes = [process.exitcode for process in ranks]
+    stacks = "\n".join(f"rank {file.stem}:\n{file.read_text()}" for file in sorted(folder.glob("*.stacks")))
+    return (
+        f"`{function.__name__}` did not end within {timeout} s on {len(ranks)} ranks (exit codes {codes}):\n{stacks}"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
