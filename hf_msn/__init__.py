@@ -13,6 +13,7 @@ from .data import (
 from .hub import export_backbone
 from .losses import msn_loss, sharpen, sinkhorn, soft_nearest_neighbor
 from .models import MSNConfig, MSNForPreTraining
+from .recipe_parsing import parse_recipe, read_recipe
 from .trainers import MSNTrainer, MSNTrainingArguments
 
 __version__ = "0.1.0.dev0"
@@ -32,6 +33,8 @@ __all__ = [
     "load_images",
     "msn_loss",
     "multi_view_dataset",
+    "parse_recipe",
+    "read_recipe",
     "sharpen",
     "sinkhorn",
     "soft_nearest_neighbor",

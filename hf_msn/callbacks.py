@@ -1,6 +1,7 @@
 """Thin adapters between the events of a Trainer and the objects of the layers above."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -69,4 +70,6 @@ class LowShotCallback(TrainerCallback):
     def _evaluate(self, state, model):
         if self._last_step != state.global_step:
             self._last_step = state.global_step
-            self.trainer.log({f"eval_{name}": value for name, value in self.evaluator(model).items()})
+            with getattr(self.trainer, "clock_stopped", nullcontext)():
+                metrics = self.evaluator(model)
+            self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})

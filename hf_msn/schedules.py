@@ -32,17 +32,18 @@ def warmup_cosine(progress: float, *, warmup: float, start: float, peak: float, 
 
     Args:
         progress (`float`): Part of training that is done, in [0, 1].
-        warmup (`float`): Part of training that the warm-up takes, in [0, 1].
+        warmup (`float`): Part of training that the warm-up takes, >= 0. From 1 on it does not reach the peak before the
+            end.
         start (`float`): Value at progress 0, if there is a warm-up. The MSN paper starts from 2e-4, not from 0.
         peak (`float`): Value where the warm-up ends.
         end (`float`): Value at progress 1.
 
     Raises:
-        ValueError: If `progress` or `warmup` is outside [0, 1].
+        ValueError: If `progress` is outside [0, 1], or `warmup` is below 0.
     """
     _check_progress(progress)
-    if not 0.0 <= warmup <= 1.0:
-        raise ValueError(f"`warmup` is a part of training and must be in [0, 1], but is {warmup}.")
+    if not warmup >= 0.0:
+        raise ValueError(f"`warmup` is a part of training and must be >= 0, but is {warmup}.")
     if progress < warmup:
         return linear(progress / warmup, start, peak)
     if warmup == 1.0:

@@ -16,14 +16,15 @@ def export_backbone(
     which: Literal["target", "online"] = "target",
     image_processor: BaseImageProcessor | None = None,
 ) -> Path:
-    """Writes one encoder as a plain `ViTMSNModel`, which `AutoModel.from_pretrained` loads where hf_msn is not installed.
+    """Writes one encoder as a plain `ViTMSNModel`, which loads where hf_msn is not installed.
 
     Args:
         model ([`MSNForPreTraining`]): The pretrained model. Heads and prototypes are left behind.
         path (`str` or `Path`): Folder to write. It must not exist or be empty.
         which (`str`, *optional*, defaults to `"target"`): `"target"`, which the paper evaluates, or `"online"`.
-        image_processor (`BaseImageProcessor`, *optional*): Saved beside it as `preprocessor_config.json`. Features are only
-            right for images that are normalised as in training: `MultiViewTransform.evaluation_image_processor()`.
+        image_processor (`BaseImageProcessor`, *optional*): Saved beside it as `preprocessor_config.json`. Features are
+            only right for images that are normalised as in training:
+            `MultiViewTransform.evaluation_image_processor()`.
 
     Returns:
         `Path`: The folder.

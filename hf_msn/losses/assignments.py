@@ -69,8 +69,8 @@ def sinkhorn(probabilities: torch.Tensor, iterations: int = 3, group: dist.Proce
     Each iteration scales the columns to equal sums over the batches of **all** ranks, then each row to 1.
 
     Args:
-        probabilities (`torch.Tensor` of shape `(B, K)`): Assignments of this rank's images. An entry of 0 counts as the
-            smallest normal number, so that a prototype that nobody uses gives no 0 / 0.
+        probabilities (`torch.Tensor` of shape `(B, K)`): Assignments of this rank's images. An entry of 0 counts as
+            the smallest normal number, so that a prototype that nobody uses gives no 0 / 0.
         iterations (`int`, *optional*, defaults to 3): At least 1.
         group (`ProcessGroup`, *optional*): The ranks whose images share the prototypes.
 

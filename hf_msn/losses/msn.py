@@ -16,8 +16,8 @@ class MSNLossOutput(NamedTuple):
     Args:
         loss (`torch.Tensor`): Scalar: cross_entropy + me_max_weight * me_max + entropy_weight * entropy.
         cross_entropy (`torch.Tensor`): Scalar: of this rank's anchors against their targets.
-        me_max (`torch.Tensor`): Scalar: log K minus the entropy of the mean anchor assignment over all ranks; 0 when all
-            prototypes are used alike, log K when all images share one.
+        me_max (`torch.Tensor`): Scalar: log K minus the entropy of the mean anchor assignment over all ranks; 0 when
+            all prototypes are used alike, log K when all images share one.
         entropy (`torch.Tensor`): Scalar: mean entropy of this rank's anchor assignments.
         anchor_probabilities (`torch.Tensor` of shape `(V*B, K)`): p, with gradient.
         target_probabilities (`torch.Tensor` of shape `(B, K)`): The sharpened targets, without gradient.
@@ -45,26 +45,26 @@ def msn_loss(
 ) -> MSNLossOutput:
     """Cross-entropy between the prototype assignments of anchors and targets, with mean-entropy maximisation.
 
-    With p = softmax(normalize(z) normalize(Q)^T / temperature) for anchors and, sharpened by 1 / sharpen_temperature and
-    without gradient, for targets (arXiv 2204.07141, equation 1 and section 3):
+    With p = softmax(normalize(z) normalize(Q)^T / temperature) for anchors and, sharpened by 1 / sharpen_temperature
+    and without gradient, for targets (arXiv 2204.07141, equation 1 and section 3):
 
         loss = mean_{b,v} H(target_b, p_bv) + me_max_weight * (log K - H(mean_{b,v} p_bv)) + entropy_weight * mean H(p)
 
-    The mean inside the second term runs over the batches of all ranks; its gradient is such that averaging over ranks, as
-    `DistributedDataParallel` does, gives the gradient of one rank with the concatenated batch. All ranks must hold batches
-    of the same size.
+    The mean inside the second term runs over the batches of all ranks; its gradient is such that averaging over ranks,
+    as `DistributedDataParallel` does, gives the gradient of one rank with the concatenated batch. All ranks must hold
+    batches of the same size.
 
-    Computed in logarithms and in at least float32, also under autocast: a sharpened probability underflows long before its
-    logarithm does.
+    Computed in logarithms and in at least float32, also under autocast: a sharpened probability underflows long before
+    its logarithm does.
 
     Args:
-        anchor_projections (`torch.Tensor` of shape `(V*B, D)`): View-major: all images of the first view, then the second.
-        target_projections (`torch.Tensor` of shape `(B, D)`): Gets no gradient.
+        anchor_projections (`torch.Tensor` of shape `(V*B, D)`): View-major: all images of the first view, then the
+        second. target_projections (`torch.Tensor` of shape `(B, D)`): Gets no gradient.
         prototypes (`torch.Tensor` of shape `(K, D)`): Gets its gradient through the anchors only.
         temperature (`float`, *optional*, defaults to 0.1): tau, above 0.
         sharpen_temperature (`float`, *optional*, defaults to 0.25): T, above 0; smaller is sharper.
-        use_sinkhorn (`bool`, *optional*, defaults to `False`): Balance the targets over the prototypes, 3 iterations over
-            all ranks.
+        use_sinkhorn (`bool`, *optional*, defaults to `False`): Balance the targets over the prototypes, 3 iterations
+            over all ranks.
         me_max_weight (`float`, *optional*, defaults to 1.0): lambda. The paper has 5 without Sinkhorn.
         entropy_weight (`float`, *optional*, defaults to 0.0): Weight of the entropy of single assignments.
         group (`ProcessGroup`, *optional*): The ranks that share the mean and the Sinkhorn marginals. By default all.
@@ -115,6 +115,7 @@ def _check_shapes(anchors: torch.Tensor, targets: torch.Tensor, prototypes: torc
         )
     if len(anchors) == 0 or len(targets) == 0 or len(prototypes) == 0 or len(anchors) % len(targets) != 0:
         raise ValueError(
-            f"There are {len(anchors)} anchors for {len(targets)} targets and {len(prototypes)} prototypes, but each must "
-            "be at least one and the anchors a whole number of views of the targets' images, all of the first view first."
+            f"There are {len(anchors)} anchors for {len(targets)} targets and {len(prototypes)} prototypes, but each "
+            "must be at least one and the anchors a whole number of views of the targets' images, all of the first "
+            "view first."
         )

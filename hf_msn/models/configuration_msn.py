@@ -1,5 +1,6 @@
 """Configuration of MSN: what changes the forward pass. What changes over training is in `MSNTrainingArguments`."""
 
+from dataclasses import field
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,13 +12,13 @@ from .patch_dropping import num_kept_patches
 @strict
 class MSNConfig(ViTMSNConfig):
     r"""
-    Configuration of an [`MSNForPreTraining`]. The fields of `ViTMSNConfig` describe the encoder (by default ViT-B/16); those
-    below describe masking, head, prototypes and loss, as in Masked Siamese Networks (arXiv 2204.07141).
+    Configuration of an [`MSNForPreTraining`]. The fields of `ViTMSNConfig` describe the encoder (by default ViT-B/16);
+    those below describe masking, head, prototypes and loss, as in Masked Siamese Networks (arXiv 2204.07141).
 
     Args:
         mask_ratio (`float`, *optional*, defaults to 0.3):
-            Part of the patches that each anchor loses, in [0, 1); floor(N * (1 - mask_ratio)) are kept. The paper: S/16 0.15,
-            B/16 0.3, L/16 0.5, B/8 0.3, B/4 0.7, L/7 0.7. Focal views keep all.
+            Part of the patches that each anchor loses, in [0, 1); floor(N * (1 - mask_ratio)) are kept. The paper:
+            S/16 0.15, B/16 0.3, L/16 0.5, B/8 0.3, B/4 0.7, L/7 0.7. Focal views keep all.
         shared_mask (`bool`, *optional*, defaults to `False`):
             One mask for the whole batch and all ranks, as in the authors' code, instead of one an image.
         projection_hidden_dim (`int`, *optional*, defaults to 2048): Width of the projection head's two hidden layers.
@@ -29,11 +30,14 @@ class MSNConfig(ViTMSNConfig):
             T of the targets, > 0, where `forward` is not given another.
         use_sinkhorn (`bool`, *optional*, defaults to `True`): Balance the targets over the prototypes.
         me_max_weight (`float`, *optional*, defaults to 1.0):
-            lambda of the mean-entropy maximisation. The authors' recipe has 1 with Sinkhorn, the paper's best 5 without.
+            lambda of the mean-entropy maximisation. The authors' recipe has 1 with Sinkhorn, the paper's best 5
+            without.
         entropy_weight (`float`, *optional*, defaults to 0.0): Weight of the entropy of the single assignments.
 
     Raises:
-        StrictDataclassClassValidationError: If a value breaks its rule; the message has value, rule and remedy.
+        ValueError: If a value breaks its rule; the message has value, rule and remedy. (A value of the wrong type
+            raises
+            transformers' own `StrictDataclassFieldValidationError`.)
     """
 
     model_type = "msn"
@@ -52,17 +56,34 @@ class MSNConfig(ViTMSNConfig):
         "entropy_weight",
     )
 
-    mask_ratio: float | int = 0.3
-    shared_mask: bool = False
-    projection_hidden_dim: int = 2048
-    projection_dim: int = 256
-    projection_batch_norm: bool = True
-    num_prototypes: int = 1024
-    temperature: float | int = 0.1
-    sharpen_temperature: float | int = 0.25
-    use_sinkhorn: bool = True
-    me_max_weight: float | int = 1.0
-    entropy_weight: float | int = 0.0
+    mask_ratio: float | int = field(default=0.3, metadata={"help": "Part of the patches that each anchor loses."})
+    shared_mask: bool = field(
+        default=False, metadata={"help": "One mask for the whole batch and all ranks, instead of one an image."}
+    )
+    projection_hidden_dim: int = field(
+        default=2048, metadata={"help": "Width of the projection head's hidden layers."}
+    )
+    projection_dim: int = field(default=256, metadata={"help": "Dimension of projections and prototypes."})
+    projection_batch_norm: bool = field(default=True, metadata={"help": "Batch normalisation in the projection head."})
+    num_prototypes: int = field(default=1024, metadata={"help": "Number of prototypes, K."})
+    temperature: float | int = field(default=0.1, metadata={"help": "tau of the assignments."})
+    sharpen_temperature: float | int = field(
+        default=0.25, metadata={"help": "T of the targets, unless it is scheduled (see training)."}
+    )
+    use_sinkhorn: bool = field(default=True, metadata={"help": "Balance the targets over the prototypes."})
+    me_max_weight: float | int = field(
+        default=1.0, metadata={"help": "lambda of the mean-entropy maximisation. Without Sinkhorn the paper has 5."}
+    )
+    entropy_weight: float | int = field(
+        default=0.0, metadata={"help": "Weight of the entropy of the single assignments."}
+    )
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_image_and_patch_size()
+        self._check_heads()
+        self._check_masking()
+        self._check_head_and_loss()
 
     @property
     def num_patches(self) -> int:
@@ -76,28 +97,25 @@ class MSNConfig(ViTMSNConfig):
             fields.pop(key, None)
         return ViTMSNConfig(**fields)
 
-    def validate_image_and_patch_size(self):
-        """Part of `@strict`-powered validation."""
+    def _check_image_and_patch_size(self) -> None:
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if not isinstance(value, int):
                 raise ValueError(f"`{name}` must be one number, for square images and patches, but is {value}.")
         if not 1 <= self.patch_size <= self.image_size or self.image_size % self.patch_size:
             raise ValueError(
-                f"`image_size` must be a multiple of `patch_size`, at least one patch, but they are {self.image_size} and "
-                f"{self.patch_size}. Change one of them."
+                f"`image_size` must be a multiple of `patch_size`, at least one patch, but they are {self.image_size} "
+                f"and {self.patch_size}. Change one of them."
             )
 
-    def validate_heads(self):
-        """Part of `@strict`-powered validation."""
+    def _check_heads(self) -> None:
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_attention_heads`, but they are {self.hidden_size} and "
                 f"{self.num_attention_heads}. ViTs have 64 dimensions a head."
             )
 
-    def validate_masking(self):
-        """Part of `@strict`-powered validation."""
+    def _check_masking(self) -> None:
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(
                 f"`mask_ratio` is the part of the patches to drop and must be in [0, 1), but is {self.mask_ratio}. "
@@ -105,12 +123,11 @@ class MSNConfig(ViTMSNConfig):
             )
         if num_kept_patches(self.num_patches, self.mask_ratio) < 1:
             raise ValueError(
-                f"`mask_ratio` {self.mask_ratio} leaves none of the {self.num_patches} patches of an image. Lower it, or "
-                "choose a smaller `patch_size`."
+                f"`mask_ratio` {self.mask_ratio} leaves none of the {self.num_patches} patches of an image. Lower it, "
+                "or choose a smaller `patch_size`."
             )
 
-    def validate_head_and_loss(self):
-        """Part of `@strict`-powered validation."""
+    def _check_head_and_loss(self) -> None:
         for name in ("num_prototypes", "projection_dim", "projection_hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, but is {getattr(self, name)}.")

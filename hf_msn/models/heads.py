@@ -5,7 +5,7 @@ from torch import nn
 
 
 class ProjectionHead(nn.Module):
-    """Three linear layers, the first two followed by batch normalisation and GELU: `(N, input_dim)` -> `(N, output_dim)`.
+    """Three linear layers, the first two with batch normalisation and GELU: `(N, input_dim)` -> `(N, output_dim)`.
 
     Args:
         input_dim (`int`): Width of the encoder.

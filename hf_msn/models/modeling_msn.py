@@ -36,8 +36,9 @@ class MSNForPreTrainingOutput(ModelOutput):
 class MSNForPreTraining(PreTrainedModel):
     """Online and target encoder, their projection heads and the prototypes, with the loss of MSN.
 
-    Two calls are enough for any loop: `model(**batch).loss`, and after the optimizer step `model.update_target(momentum)`.
-    All that a run needs to go on is in the state dict, the state of the mask draws included.
+    Two calls are enough for any loop: `model(**batch).loss`, and after the optimizer step
+    `model.update_target(momentum)`. All that a run needs to go on is in the state dict, the state of the mask draws
+    included.
 
     Attributes:
         encoder, target_encoder ([`PatchDroppingViTMSNModel`]): f and its exponential moving average.
@@ -106,7 +107,8 @@ class MSNForPreTraining(PreTrainedModel):
             missing = sorted(info["missing_keys"])
             raise ValueError(
                 f"'{pretrained_model_name_or_path}' is not a checkpoint of {cls.__name__}: {len(missing)} tensors are "
-                f"missing, first {missing[:3]}. To start from the trunk of another ViTMSN, call `{cls.__name__}.from_backbone`."
+                f"missing, first {missing[:3]}. To start from the trunk of another ViTMSN, call "
+                f"`{cls.__name__}.from_backbone`."
             )
         model._freeze_target()  # loading makes every floating-point parameter trainable
         return (model, info) if output_loading_info else model
@@ -116,8 +118,8 @@ class MSNForPreTraining(PreTrainedModel):
         """Starts from a released trunk: both encoders get its weights; heads and prototypes are fresh.
 
         Args:
-            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of an
-                `MSNForPreTraining`, whose target encoder is then taken.
+            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of
+                an `MSNForPreTraining`, whose target encoder is then taken.
             **config_fields: Fields of [`MSNConfig`] that differ from the trunk's or from the defaults. With another
                 `image_size` the position embeddings are interpolated.
 
@@ -131,8 +133,8 @@ class MSNForPreTraining(PreTrainedModel):
             trunk = ViTMSNModel.from_pretrained(name_or_path)
         else:
             raise ValueError(
-                f"'{name_or_path}' is a checkpoint of type '{source.model_type}', but the trunk must be of type 'vit_msn' or "
-                f"'{MSNConfig.model_type}'."
+                f"'{name_or_path}' is a checkpoint of type '{source.model_type}', but the trunk must be of type "
+                f"'vit_msn' or '{MSNConfig.model_type}'."
             )
         fields = {key: value for key, value in source.to_dict().items() if hasattr(MSNConfig, key)}
         for key in ("model_type", "architectures", "transformers_version"):
@@ -150,8 +152,8 @@ class MSNForPreTraining(PreTrainedModel):
         wrong = [key for key in expected if key not in weights or weights[key].shape != expected[key].shape]
         if wrong or len(weights) != len(expected):
             raise ValueError(
-                f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape or are "
-                f"missing, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, `num_hidden_layers` and "
+                f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape "
+                f"or are missing, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, `num_hidden_layers` and "
                 "`intermediate_size` as the checkpoint has them."
             )
         model.encoder.load_state_dict(weights)
@@ -242,7 +244,7 @@ class MSNForPreTraining(PreTrainedModel):
         self._mask_draw = None
 
     def compile_encoders(self, **kwargs) -> None:
-        """`torch.compile` on both encoders, in place; state dict and pickling stay as they are. kwargs go to `compile`."""
+        """`torch.compile` on both encoders, in place: the state dict stays as it is. `kwargs` go to `compile`."""
         self.encoder.compile(**kwargs)
         self.target_encoder.compile(**kwargs)
 

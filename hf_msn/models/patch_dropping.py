@@ -17,8 +17,8 @@ from transformers.utils.output_capturing import capture_outputs
 class PatchDroppingViTMSNModel(ViTMSNModel):
     """`ViTMSNModel` with the same weights under the same names, that can drop patches and takes images of any size.
 
-    A dropped patch costs nothing after the patch embedding: the transformer sees shorter sequences. Position embeddings
-    are interpolated (bicubic) wherever the image has another number of patches than `config.image_size`.
+    A dropped patch costs nothing after the patch embedding: the transformer sees shorter sequences. Position
+    embeddings are interpolated (bicubic) wherever the image has another number of patches than `config.image_size`.
     """
 
     @torch.no_grad()
@@ -42,10 +42,10 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): H and W are multiples of the patch size.
-            kept_patches (`torch.LongTensor` of shape `(B, K)`, *optional*): Indices of the patches to keep, a row for each
-                image, row-major over the grid of patches. By default all are kept.
-            interpolate_pos_encoding (`bool`, *optional*): Accepted for the signature of `ViTMSNModel`; positions are always
-                interpolated where they must be.
+            kept_patches (`torch.LongTensor` of shape `(B, K)`, *optional*): Indices of the patches to keep, a row for
+                each image, row-major over the grid of patches. By default all are kept.
+            interpolate_pos_encoding (`bool`, *optional*): Accepted for the signature of `ViTMSNModel`; positions are
+                always interpolated where they must be.
             attention_mask (`torch.Tensor`, *optional*): As in `ViTMSNModel`, over the [CLS] and the kept patches.
 
         Returns:
@@ -66,8 +66,8 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         patch_size = self.config.patch_size
         if height % patch_size or width % patch_size or not height or not width:
             raise ValueError(
-                f"The images are {height} x {width} pixels, but both sides must be multiples of `patch_size`, which is "
-                f"{patch_size}. Resize or crop them, or choose another `image_size` or `focal_size`."
+                f"The images are {height} x {width} pixels, but both sides must be multiples of `patch_size`, which "
+                f"is {patch_size}. Resize or crop them, or choose another `image_size` or `focal_size`."
             )
         patches = self.embeddings.patch_embeddings(pixel_values)
         num_patches, hidden_size = patches.shape[1:]

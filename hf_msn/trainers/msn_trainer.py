@@ -88,13 +88,14 @@ class MSNTrainer(PretrainingTrainer):
                 continue
             if size is not None and (size < config.patch_size or size % config.patch_size):
                 raise ValueError(
-                    f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, which is "
-                    f"{config.patch_size}, at least one patch."
+                    f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, "
+                    f"which is {config.patch_size}, at least one patch."
                 )
         if config.projection_batch_norm and self.args.per_device_train_batch_size < 2:
             raise ValueError(
-                f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, but batch normalisation in the "
-                "projection head needs at least 2 images a batch. Raise it, or set `projection_batch_norm` to False."
+                f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, but batch normalisation "
+                "in the projection head needs at least 2 images a batch. Raise it, or set `projection_batch_norm` to "
+                "False."
             )
 
 
@@ -110,14 +111,14 @@ def describe_collapse(logs: dict[str, float], num_prototypes: int) -> str | None
     used, confidence = logs["prototypes_in_use"], logs["mean_max_target_probability"]
     if used <= max(1, num_prototypes // 100):
         return (
-            f"only {used:.0f} of {num_prototypes} prototypes are the target of any image (me_max {logs['me_max']:.3f} of at "
-            f"most {math.log(num_prototypes):.3f}): the images collapse onto few prototypes. Use Sinkhorn "
+            f"only {used:.0f} of {num_prototypes} prototypes are the target of any image (me_max {logs['me_max']:.3f} "
+            f"of at most {math.log(num_prototypes):.3f}): the images collapse onto few prototypes. Use Sinkhorn "
             "(`use_sinkhorn`), raise `me_max_weight` (the paper has 5 without Sinkhorn), or enlarge the batch."
         )
     if confidence < 1.5 / num_prototypes:
         return (
-            f"the largest target probability is {confidence:.2e} on average, hardly more than 1 / {num_prototypes}: all "
-            "images get the same flat assignment. Lower `sharpen_temperature` or `temperature`, lower `learning_rate`, or "
-            "lower `ema_momentum` if the run is short."
+            f"the largest target probability is {confidence:.2e} on average, hardly more than 1 / {num_prototypes}: "
+            "all images get the same flat assignment. Lower `sharpen_temperature` or `temperature`, lower "
+            "`learning_rate`, or lower `ema_momentum` if the run is short."
         )
     return None

@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 class PretrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the schedules of pretraining, and with defaults that fit it.
 
-    Learning rate: from `start_learning_rate` in a straight line to `learning_rate` during `warmup_epochs`, then a cosine to
-    `final_learning_rate`. Weight decay: a cosine from `weight_decay` to `final_weight_decay`, not on biases, norms and other
-    1-D tensors, nor on prototypes. The fields below are those that `TrainingArguments` lacks or has another default for.
+    Learning rate: from `start_learning_rate` in a straight line to `learning_rate` during `warmup_epochs`, then a
+    cosine to `final_learning_rate`. Weight decay: a cosine from `weight_decay` to `final_weight_decay`, not on biases,
+    norms and other 1-D tensors, nor on prototypes. The fields below are those that `TrainingArguments` lacks or has
+    another default for.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate at the end of the warm-up."})
@@ -20,11 +21,18 @@ class PretrainingArguments(TrainingArguments):
     warmup_epochs: float = field(
         default=15.0, metadata={"help": "Epochs of warm-up. `warmup_steps`, if not 0, takes its place."}
     )
+    warmup_steps: float = field(
+        default=0, metadata={"help": "Steps of warm-up, or below 1 their part of all steps. 0: see `warmup_epochs`."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint folder; true: the last whole one of `output_dir`; auto: so if there is one."},
+    )
     learning_rate_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "If given, the three learning rates are meant for this many images an update over all ranks and are "
-            "scaled in proportion to the real number. The paper's are for 1024."
+            "help": "If given, the three learning rates are meant for this many images an update over all ranks and "
+            "are scaled in proportion to the real number. The paper's are for 1024."
         },
     )
     weight_decay: float = field(default=0.04, metadata={"help": "Weight decay at the first step."})
@@ -34,8 +42,8 @@ class PretrainingArguments(TrainingArguments):
     schedule_stretch: float = field(
         default=1.25,
         metadata={
-            "help": "The schedules of learning rate, weight decay and momentum are laid out for this many times the length "
-            "of training, so that they never reach their end values. The paper has 1.25; 1 reaches them."
+            "help": "The schedules of learning rate, weight decay and momentum are laid out for this many times the "
+            "length of training, so that they never reach their end values. The paper has 1.25; 1 reaches them."
         },
     )
     max_grad_norm: float = field(
@@ -86,6 +94,6 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError("`remove_unused_columns` must be False: the columns of a batch are its views.")
         if self.torch_compile:
             raise ValueError(
-                "`torch_compile` would compile the drawing of masks and the collectives of the loss too, which break the "
-                "graph. Use `compile_encoder`."
+                "`torch_compile` would compile the drawing of masks and the collectives of the loss too, which break "
+                "the graph. Use `compile_encoder`."
             )

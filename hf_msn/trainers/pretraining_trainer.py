@@ -1,4 +1,4 @@
-"""What every pretraining method needs of a Trainer: schedules, whole checkpoints, a stop on NaN, a log of the method."""
+"""What every pretraining method needs of a Trainer: schedules, whole checkpoints, a stop on NaN, a log."""
 
 import os
 import shutil
@@ -58,8 +58,8 @@ class PretrainingTrainer(Trainer):
         """As `Trainer.train`, but resumes from the last checkpoint that is whole, and checks the data first.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last whole one of
-                `output_dir`. By default `args.resume_from_checkpoint`.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, `True` for the last whole one of
+                `output_dir`, or `"auto"` for that one if there is any. By default `args.resume_from_checkpoint`.
 
         Raises:
             ValueError: If the data does not fill one batch, or `output_dir` has checkpoints and no resume is asked.
@@ -145,13 +145,13 @@ class PretrainingTrainer(Trainer):
             steps = round(self.args.warmup_epochs * len(self.train_dataset) / self.images_per_update())
         else:
             raise ValueError(
-                "`warmup_epochs` needs to know how many images there are, which a streamed data set does not tell. Give "
-                "`warmup_steps`."
+                "`warmup_epochs` needs to know how many images there are, which a streamed data set does not tell. "
+                "Give `warmup_steps`."
             )
         if steps >= num_training_steps:
             logger.warning(
-                f"The warm-up takes {steps} steps, but training has {num_training_steps}: it ends before the peak learning "
-                "rate. Lower `warmup_epochs`."
+                f"The warm-up takes {steps} steps, but training has {num_training_steps}: it ends before the peak "
+                "learning rate. Lower `warmup_epochs`."
             )
         return steps
 
@@ -222,11 +222,11 @@ class PretrainingTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self._clock_stopped():
+        with self.clock_stopped():
             return super().evaluate(*args, **kwargs)
 
     @contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
+    def clock_stopped(self) -> Iterator[None]:
         """Keeps what happens inside out of the images per second, which are those of training alone."""
         stopped = time.perf_counter()
         yield
@@ -260,7 +260,7 @@ class PretrainingTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
-        with self._clock_stopped():
+        with self.clock_stopped():
             self._save_whole_checkpoint(model, trial)
 
     def _save_whole_checkpoint(self, model, trial) -> None:
@@ -300,6 +300,23 @@ class PretrainingTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, but each file appears whole or not at all."""
+        if _internal_call:  # a checkpoint, which is renamed as a whole
+            return super().save_model(output_dir, _internal_call=True)
+        final = Path(output_dir or self.args.output_dir)
+        staging = final / STAGING_FOLDER
+        try:
+            super().save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                for file in staging.iterdir():
+                    os.replace(file, final / file.name)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
         if self.state.best_model_checkpoint == str(staging / name):
             self.state.best_model_checkpoint = str(run_dir / name)
@@ -309,8 +326,10 @@ class PretrainingTrainer(Trainer):
     def _resolve_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if resume_from_checkpoint is None:
             return None
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint in (True, "auto"):
             checkpoint = find_last_checkpoint(self.args.output_dir)
+            if checkpoint is None and resume_from_checkpoint == "auto":
+                return None
             if checkpoint is None:
                 raise CheckpointError(
                     f"'{self.args.output_dir}' has no whole checkpoint to resume from. Start without "
@@ -328,8 +347,9 @@ class PretrainingTrainer(Trainer):
         if saved != now:
             logger.warning(
                 f"'{checkpoint}' was saved by {saved} ranks and goes on with {now}: one update now has "
-                f"{self.images_per_update()} images, and the order of the images and the masks differ from those of the "
-                "first run. Adapt `per_device_train_batch_size` or `gradient_accumulation_steps` to keep the batch."
+                f"{self.images_per_update()} images, and the order of the images and the masks differ from those of "
+                "the first run. Adapt `per_device_train_batch_size` or `gradient_accumulation_steps` to keep the "
+                "batch."
             )
         logger.info(f"Resuming from '{checkpoint}'.")
         return str(checkpoint)
