@@ -18,10 +18,6 @@ def option(help: str, default=None):
     return field(default=default, metadata={"help": help})
 
 
-def options(help: str):
-    return field(default_factory=list, metadata={"help": help})
-
-
 @dataclass
 class EvaluationArguments:
     model: str = field(
@@ -36,9 +32,17 @@ class EvaluationArguments:
     image_column: str | None = option("Column of the images, where it cannot be guessed.")
     label_column: str | None = option("Column of the labels, where it cannot be guessed.")
     image_size: int | None = option("Resize and crop as the paper does, to this size, not as saved with the model.")
-    images_per_class: list[int] = options("Labelled images a class, one task each. 1 2 5 if no other task is given.")
-    fractions: list[float] = options("Shares of the labelled images, one task each: 0.01 is 1 percent.")
-    list_files: list[str] = options("Lists of labelled images; files of one name are the splits of one task.")
+    images_per_class: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Labelled images a class, one task each. 1 2 5 if no other task is given."},
+    )
+    fractions: list[float] = field(
+        default_factory=list, metadata={"help": "Shares of the labelled images, one task each: 0.01 is 1 percent."}
+    )
+    list_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Lists of labelled images; files of one name are the splits of one task."},
+    )
     num_splits: int = option("Random splits of each task that is not a list.", 3)
     seed: int = option("Split i is drawn with seed + i.", 0)
     probe: Literal["logistic", "knn", "linear"] = option("Classifier on the features.", "logistic")

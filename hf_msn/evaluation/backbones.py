@@ -42,9 +42,15 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
                 f"`checkpoint` goes with a timm architecture, but the model is {name!r}. Give the folder of the "
                 "checkpoint as the model, or the model as 'timm:ARCHITECTURE'."
             )
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        auto_class = AutoModelForPreTraining if config.model_type == "msn" else AutoModel
-        return auto_class.from_pretrained(name, revision=revision).eval()
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            auto_class = AutoModelForPreTraining if config.model_type == "msn" else AutoModel
+            return auto_class.from_pretrained(name, revision=revision).eval()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The model must be a folder of `save_pretrained`, a Hub id or 'timm:...', but {name!r} cannot be "
+                f"loaded: {error}"
+            ) from error
     name = name.removeprefix("timm:")
     if Path(name).is_dir():
         return timm.create_model(
@@ -67,10 +73,7 @@ def find_backbone(model: nn.Module) -> nn.Module:
     Raises:
         `ValueError`: if the model is neither of these.
     """
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            break
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     for part in ("target_encoder", "vision_model"):
         if isinstance(getattr(model, part, None), nn.Module):
@@ -201,7 +204,10 @@ def resolve_image_processor(model: nn.Module) -> Any:
     if is_timm_model(backbone):
         return timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
     candidates = [getattr(model, "module", model), backbone]
-    paths = [getattr(part, "name_or_path", "") or getattr(part.config, "_name_or_path", "") for part in candidates]
+    paths = [
+        getattr(part, "name_or_path", "") or getattr(getattr(part, "config", None), "_name_or_path", "")
+        for part in candidates
+    ]
     path = next((path for path in paths if path), None)
     remedy = (
         "Pass `image_processor=`, for example `evaluation_image_processor(image_size=...)` with the mean and standard "

@@ -1,5 +1,6 @@
 """Extracted features on disk, so that another probe on the same weights and images costs nothing."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -48,4 +49,5 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray], skipped: list[Any]) -
         os.replace(beside, path)
     except (SafetensorError, OSError) as error:
         logger.warning("The features cannot be cached in %s (%s); evaluation goes on without.", path, error)
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()

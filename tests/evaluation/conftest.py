@@ -1,0 +1,65 @@
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import ViTMSNConfig, ViTMSNModel
+
+from hf_msn.data import evaluation_image_processor, load_images
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """(train, test) of the bundled digits."""
+    return load_images("digits"), load_images("digits", split="test")
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return evaluation_image_processor(8, crop_fraction=1.0)
+
+
+@pytest.fixture
+def tiny_vit():
+    """An untrained ViTMSN in which no two blocks, norms or positions are alike."""
+    torch.manual_seed(0)
+    config = ViTMSNConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=2,
+        hidden_dropout_prob=0.1,
+    )
+    model = ViTMSNModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def with_broken():
+    """A copy of a data set with unreadable bytes in some rows."""
+
+    def make(dataset: datasets.Dataset, rows: tuple[int, ...]) -> datasets.Dataset:
+        columns = dataset.to_dict()
+        for row in rows:
+            columns["image"][row] = {"bytes": b"no image", "path": f"broken_{row}.png"}
+        return datasets.Dataset.from_dict(columns, features=dataset.features)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clusters():
+    """Features and labels of three overlapping classes: (60, 6) and (60,)."""
+    random = np.random.RandomState(0)
+    labels = np.repeat([0, 1, 2], 20)
+    centres = random.normal(size=(3, 6))
+    return centres[labels] + 0.8 * random.normal(size=(60, 6)), labels

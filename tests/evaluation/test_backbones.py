@@ -1,0 +1,285 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    ConvNextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
+)
+
+from hf_msn.evaluation import load_vision_model
+from hf_msn.evaluation.backbones import (
+    evaluation_mode,
+    feature_function,
+    find_backbone,
+    resolve_image_processor,
+    weights_sha256,
+)
+from hf_msn.models import MSNConfig, MSNForPreTraining
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 2,
+}
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def tiny_msn():
+    torch.manual_seed(0)
+    model = MSNForPreTraining(MSNConfig(**SMALL)).eval()
+    with torch.no_grad():
+        for parameter in model.target_encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def outputs_of(blocks, run):
+    """What each block returned while `run` ran."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda *args: seen.append(args[2])) for block in blocks]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return [output[0] if isinstance(output, tuple) else output for output in seen]
+
+
+def features_of(model, pixels, **settings):
+    backbone = find_backbone(model)
+    with evaluation_mode(backbone):
+        return feature_function(backbone, **settings)(pixels)
+
+
+def test_features_are_cls_of_the_last_block_before_the_final_norm(tiny_vit, pixels):
+    blocks = outputs_of(tiny_vit.layers, lambda: tiny_vit(pixels))
+    features = features_of(tiny_vit, pixels)
+    torch.testing.assert_close(features, blocks[-1][:, 0])
+    assert not torch.allclose(features, tiny_vit.layernorm(blocks[-1])[:, 0], atol=1e-2)
+
+
+def test_last_layers_are_concatenated_the_earliest_first(tiny_vit, pixels):
+    blocks = outputs_of(tiny_vit.layers, lambda: tiny_vit(pixels))
+    expected = torch.cat([blocks[1][:, 0], blocks[2][:, 0]], dim=1)
+    torch.testing.assert_close(features_of(tiny_vit, pixels, num_last_layers=2), expected)
+
+
+def test_msn_is_evaluated_by_its_target_encoder(tiny_msn, pixels):
+    encoder = tiny_msn.target_encoder
+    blocks = outputs_of(encoder.layers, lambda: encoder(pixel_values=pixels))
+    torch.testing.assert_close(features_of(tiny_msn, pixels), blocks[-1][:, 0])
+    assert find_backbone(tiny_msn) is encoder
+
+
+def test_all_patches_are_seen_whatever_the_mask_ratio(tiny_msn, pixels):
+    tiny_msn.config.mask_ratio = 0.7
+    first = features_of(tiny_msn.train(), pixels)
+    torch.testing.assert_close(features_of(tiny_msn, pixels), first, rtol=0, atol=0)
+
+
+def test_the_base_of_a_classifier_gives_the_features(tiny_vit, pixels):
+    classifier = ViTMSNForImageClassification(tiny_vit.config)
+    classifier.vit.load_state_dict(tiny_vit.state_dict())
+    torch.testing.assert_close(features_of(classifier, pixels), features_of(tiny_vit, pixels))
+
+
+def test_images_of_another_size_get_interpolated_positions(tiny_vit, pixels):
+    larger = torch.nn.functional.interpolate(pixels, size=12)
+    blocks = outputs_of(tiny_vit.layers, lambda: tiny_vit(larger, interpolate_pos_encoding=True))
+    torch.testing.assert_close(features_of(tiny_vit, larger), blocks[-1][:, 0])
+
+
+def test_wrappers_are_taken_off(tiny_vit):
+    class Parallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    assert find_backbone(Parallel(torch.compile(tiny_vit))) is tiny_vit
+
+
+def test_an_image_text_model_is_evaluated_by_its_vision_tower(pixels):
+    text = {**SMALL, "vocab_size": 10, "max_position_embeddings": 4}
+    text.pop("image_size"), text.pop("patch_size")
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=SMALL, projection_dim=8)).eval()
+    with torch.no_grad():
+        expected = model.vision_model(pixels, output_hidden_states=True).hidden_states[-1][:, 0]
+    torch.testing.assert_close(features_of(model, pixels), expected)
+
+
+def test_dinov3_whose_base_model_takes_no_pixels_is_evaluated_whole(pixels):
+    model = DINOv3ViTModel(DINOv3ViTConfig(**SMALL)).eval()
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True).hidden_states[-1][:, 0]
+    torch.testing.assert_close(features_of(model, pixels), expected)
+
+
+def test_mae_sees_all_patches_and_draws_no_random_numbers(pixels):
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            **SMALL, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, mask_ratio=0.75
+        )
+    )
+    state = torch.get_rng_state()
+    blocks = outputs_of(model.vit.layers, lambda: features_of(model, pixels))
+    assert blocks[-1].shape[1] == 1 + 16
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.vit.config.mask_ratio == 0.75
+
+
+@pytest.mark.parametrize(
+    ("model", "dim"),
+    [
+        (
+            lambda: ResNetModel(
+                ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+            ),
+            12,
+        ),
+        (lambda: ConvNextModel(ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2)), 12),
+        (
+            lambda: SwinModel(
+                SwinConfig(image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+            ),
+            16,
+        ),
+    ],
+    ids=["resnet", "convnext", "swin"],
+)
+def test_models_without_cls_give_their_pooled_output(model, dim, pixels):
+    model = model().eval()
+    with torch.no_grad():
+        expected = model(pixels).pooler_output.flatten(1)
+    features = features_of(model, pixels)
+    assert features.shape == (3, dim)
+    torch.testing.assert_close(features, expected)
+    with pytest.raises(ValueError, match=f"`num_last_layers` is 2, .* {type(model).__name__} is none"):
+        feature_function(model, num_last_layers=2)
+
+
+def test_without_pooled_output_the_last_tokens_are_averaged(pixels):
+    model = SwinModel(
+        SwinConfig(image_size=8, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=2),
+        add_pooling_layer=False,
+    ).eval()
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state.mean(dim=1)
+    torch.testing.assert_close(features_of(model, pixels), expected)
+
+
+def test_timm_models_give_what_their_classifier_gets():
+    model = timm.create_model("resnet10t").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_classifier()(features_of(model, pixels)), model(pixels))
+
+
+@pytest.mark.parametrize("num_last_layers", [0, 4])
+def test_a_number_of_layers_that_is_not_there_is_refused(tiny_vit, pixels, num_last_layers):
+    with pytest.raises(ValueError, match=f"`num_last_layers` .* is {num_last_layers}"):
+        features_of(tiny_vit, pixels, num_last_layers=num_last_layers)
+
+
+def test_a_model_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"Linear.*evaluate_features"):
+        find_backbone(torch.nn.Linear(2, 2))
+
+
+def test_every_training_flag_and_the_mode_come_back(tiny_vit):
+    tiny_vit.train()
+    tiny_vit.layers[0].eval()
+    flags = [module.training for module in tiny_vit.modules()]
+    with pytest.raises(RuntimeError, match="inside"), evaluation_mode(tiny_vit):
+        assert not any(module.training for module in tiny_vit.modules())
+        assert not torch.is_grad_enabled()
+        raise RuntimeError("inside")
+    assert [module.training for module in tiny_vit.modules()] == flags
+    assert torch.is_grad_enabled()
+
+
+def test_the_weights_hash_changes_with_one_weight_and_with_the_config_only(tiny_vit):
+    before = weights_sha256(tiny_vit)
+    assert weights_sha256(tiny_vit.train()) == before
+    tiny_vit.config.num_attention_heads = 4
+    assert weights_sha256(tiny_vit) != before
+    tiny_vit.config.num_attention_heads = 2
+    with torch.no_grad():
+        tiny_vit.layers[1].mlp.fc1.bias[3] += 1e-6
+    assert weights_sha256(tiny_vit) != before
+
+
+def test_the_image_processor_saved_with_a_model_is_found(tmp_path, tiny_vit, processor):
+    tiny_vit.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = resolve_image_processor(ViTMSNModel.from_pretrained(tmp_path))
+    assert found.to_dict() == processor.to_dict()
+
+
+def test_no_image_processor_beside_the_model_is_an_error_with_a_remedy(tmp_path, tiny_vit):
+    with pytest.raises(ValueError, match=r"ViTMSNModel was not loaded from anywhere.*Pass `image_processor=`"):
+        resolve_image_processor(tiny_vit)
+    tiny_vit.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"none can be loaded from .*Pass `image_processor=`"):
+        resolve_image_processor(ViTMSNModel.from_pretrained(tmp_path))
+
+
+def test_timm_models_bring_their_own_transform():
+    transform = resolve_image_processor(timm.create_model("resnet10t"))
+    image = Image.fromarray(np.full((200, 200, 3), 124, dtype=np.uint8))
+    pixels = transform(image)
+    assert pixels.shape == (3, 176, 176)
+    torch.testing.assert_close(pixels[0, 0, 0], torch.tensor((124 / 255 - 0.485) / 0.229))
+
+
+def test_checkpoints_of_every_kind_load(tmp_path, tiny_vit, tiny_msn, pixels):
+    tiny_vit.save_pretrained(tmp_path / "vit")
+    tiny_msn.save_pretrained(tmp_path / "msn")
+    for folder, model in (("vit", tiny_vit), ("msn", tiny_msn)):
+        loaded = load_vision_model(str(tmp_path / folder))
+        assert type(loaded) is type(model)
+        torch.testing.assert_close(features_of(loaded, pixels), features_of(model, pixels), rtol=0, atol=0)
+
+
+def test_timm_checkpoints_load_from_a_folder_and_from_a_file(tmp_path):
+    model = timm.create_model("resnet10t").eval()
+    timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    pixels = torch.randn(2, 3, 32, 32)
+    folder = load_vision_model(f"timm:{tmp_path / 'folder'}")
+    file = load_vision_model("timm:resnet10t", checkpoint=str(tmp_path / "weights.pth"))
+    for loaded in (folder, file):
+        torch.testing.assert_close(features_of(loaded, pixels), features_of(model, pixels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "message"),
+    [
+        ("timm:no_such_net", None, "'no_such_net' is neither"),
+        ("/no/such/folder", None, "'/no/such/folder' cannot be loaded"),
+        ("some/model", "weights.pth", "`checkpoint` goes with a timm architecture, but the model is 'some/model'"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_named(name, checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        load_vision_model(name, checkpoint=checkpoint)

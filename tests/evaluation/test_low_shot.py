@@ -1,0 +1,254 @@
+import logging
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hf_msn.data import low_shot_indices
+from hf_msn.evaluation import Features, KNNProbe, LogisticProbe, LowShotEvaluator, extract_features, pixel_features
+
+
+@pytest.fixture(scope="module")
+def pixels(digits):
+    return pixel_features(digits[0]), pixel_features(digits[1])
+
+
+@pytest.fixture
+def few(digits):
+    """(train, test) with 12 and 4 images a class."""
+    train, test = digits
+    return [
+        part.select(low_shot_indices(part["label"][:], images_per_class=k, seed=0))
+        for part, k in ((train, 12), (test, 4))
+    ]
+
+
+@pytest.fixture
+def listed(few):
+    """The images of `few`, named as in ImageNet: class, underscore, number."""
+    train = few[0].to_dict()
+    seen = {}
+    for image, label in zip(train["image"], train["label"]):
+        seen[label] = seen.get(label, -1) + 1
+        image["path"] = f"c{label}_{seen[label]}.png"
+    return datasets.Dataset.from_dict(train, features=few[0].features), few[1]
+
+
+def write_list(path, images_per_class, offset=0):
+    path.parent.mkdir(exist_ok=True)
+    names = [f"c{label}_{i + offset}.png" for label in range(10) for i in range(images_per_class)]
+    path.write_text("\n".join(names) + "\n")
+    return path
+
+
+def test_raw_pixels_of_the_digits_reach_88_percent_at_5_labels_a_class(digits, pixels):
+    evaluator = LowShotEvaluator(*digits, images_per_class=(1, 5, 10), num_splits=5)
+    metrics = evaluator.evaluate_features(*pixels)
+    assert metrics["low_shot/5_per_class/top1"] == pytest.approx(88, abs=2)
+    assert 60 < metrics["low_shot/1_per_class/top1"] < 70
+    assert metrics["low_shot/10_per_class/top1"] > 90
+    assert metrics["low_shot/5_per_class/top5"] > 98
+
+
+def test_an_untrained_encoder_is_far_below_raw_pixels(digits, pixels, tiny_vit, processor):
+    evaluator = LowShotEvaluator(*digits, images_per_class=(5,), image_processor=processor)
+    untrained = evaluator(tiny_vit)[evaluator.primary_metric]
+    assert 10 < untrained < evaluator.evaluate_features(*pixels)[evaluator.primary_metric] - 30
+
+
+def test_accuracy_of_each_split_is_that_of_its_probe(digits, pixels):
+    evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=3, seed=7)
+    metrics = evaluator.evaluate_features(*pixels)
+    train, test = pixels
+    accuracies = []
+    for seed in (7, 8, 9):
+        rows = low_shot_indices(train.labels, images_per_class=2, seed=seed)
+        probe = LogisticProbe().fit(train.features[rows], train.labels[rows])
+        hits = 0
+        for scores, label in zip(probe.predict_scores(test.features), test.labels):
+            hits += int(scores.argmax()) == label
+        accuracies.append(100 * hits / len(test))
+    splits = evaluator.results.tasks[0].splits
+    assert [split.top1 for split in splits] == pytest.approx(accuracies)
+    assert [split.seed for split in splits] == [7, 8, 9]
+    mean = sum(accuracies) / 3
+    assert metrics["low_shot/2_per_class/top1"] == pytest.approx(mean)
+    std = math.sqrt(sum((accuracy - mean) ** 2 for accuracy in accuracies) / 2)
+    assert metrics["low_shot/2_per_class/top1_std"] == pytest.approx(std)
+
+
+def test_two_calls_give_identical_numbers(few, tiny_vit, processor):
+    evaluator = LowShotEvaluator(*few, image_processor=processor, fractions=(0.5,))
+    assert evaluator(tiny_vit.train()) == evaluator(tiny_vit)
+
+
+def test_features_are_extracted_only_of_the_rows_that_splits_need(few, tiny_vit, processor):
+    evaluator = LowShotEvaluator(*few, image_processor=processor, images_per_class=(1, 2), num_splits=2)
+    metrics = evaluator(tiny_vit)
+    seeds = (0, 1)
+    labels = np.array(few[0]["label"][:])
+    needed = set().union(*(low_shot_indices(labels, images_per_class=2, seed=seed).tolist() for seed in seeds))
+    assert evaluator.results.data["train"]["num_images"] == len(needed) < len(few[0])
+    everything = [extract_features(tiny_vit, part, processor) for part in few]
+    again = evaluator.evaluate_features(*everything)
+    assert again == pytest.approx(metrics)
+
+
+def test_tasks_and_the_primary_metric_are_named_after_the_sizes(few, pixels):
+    evaluator = LowShotEvaluator(*few, images_per_class=(5, 1), fractions=(0.5, 0.125), name="shots")
+    assert evaluator.primary_metric == "shots/5_per_class/top1"
+    assert (
+        LowShotEvaluator(*few, images_per_class=(), fractions=(0.1, 0.5)).primary_metric == "low_shot/50_percent/top1"
+    )
+    metrics = evaluator.evaluate_features(*(pixel_features(part) for part in few))
+    assert {name.split("/")[1] for name in metrics} == {"5_per_class", "1_per_class", "50_percent", "12.5_percent"}
+    counts = {task.name: task.splits[0].num_images for task in evaluator.results.tasks}
+    assert counts == {"5_per_class": 50, "1_per_class": 10, "50_percent": 60, "12.5_percent": 20}
+
+
+def test_lists_of_one_name_are_the_splits_of_one_task(listed, tmp_path):
+    files = [write_list(tmp_path / f"subset{i}" / "2imgs_class.txt", 2, offset=i) for i in range(3)]
+    evaluator = LowShotEvaluator(*listed, images_per_class=(), list_files=files)
+    metrics = evaluator.evaluate_features(*(pixel_features(part) for part in listed))
+    assert evaluator.primary_metric == "low_shot/2imgs_class/top1"
+    assert metrics["low_shot/2imgs_class/num_splits"] == 3
+    splits = evaluator.results.tasks[0].splits
+    assert [split.list_file for split in splits] == [str(file) for file in files]
+    train = pixel_features(listed[0])
+    names = [image["path"] for image in listed[0]["image"]]
+    rows = [row for row, name in enumerate(names) if int(name.split("_")[1][:-4]) in (2, 3)]
+    test = pixel_features(listed[1])
+    probe = LogisticProbe().fit(train.features[rows], train.labels[rows])
+    accuracy = 100 * (probe.predict_scores(test.features).argmax(axis=1) == test.labels).mean()
+    assert splits[2].top1 == pytest.approx(accuracy)
+
+
+def test_a_list_that_holds_another_number_than_its_name_says_is_told(listed, tmp_path, caplog):
+    file = write_list(tmp_path / "subset" / "3imgs_class.txt", 5)
+    with caplog.at_level(logging.WARNING):
+        evaluator = LowShotEvaluator(*listed, images_per_class=(), list_files={"three": [file]})
+    assert "5 a class, although its name says 3" in caplog.text
+    evaluator.evaluate_features(*(pixel_features(part) for part in listed))
+    (split,) = evaluator.results.tasks[0].splits
+    assert (split.fewest_per_class, split.most_per_class, split.num_images) == (5, 5, 50)
+
+
+def test_streams_give_the_numbers_of_the_same_data_at_rest(few, tiny_vit, processor):
+    at_rest = LowShotEvaluator(*few, image_processor=processor)(tiny_vit)
+    streams = [part.to_iterable_dataset() for part in few]
+    assert LowShotEvaluator(*streams, image_processor=processor)(tiny_vit) == pytest.approx(at_rest)
+
+
+def test_skipped_images_are_missing_from_their_split_and_counted(few, with_broken, tiny_vit, processor):
+    labels = np.array(few[0]["label"][:])
+    row = int(low_shot_indices(labels, images_per_class=5, seed=0)[3])
+    evaluator = LowShotEvaluator(
+        with_broken(few[0], (row,)), few[1], image_processor=processor, images_per_class=(5,), num_splits=1
+    )
+    evaluator(tiny_vit)
+    (split,) = evaluator.results.tasks[0].splits
+    assert (split.num_images, split.num_skipped, split.fewest_per_class, split.most_per_class) == (49, 1, 4, 5)
+    assert evaluator.results.data["train"]["num_skipped"] == 1
+    assert f"row {row} " in evaluator.results.data["train"]["skipped"][0]
+
+
+def test_a_class_whose_only_image_cannot_be_read_is_named(few, with_broken, tiny_vit, processor):
+    labels = np.array(few[0]["label"][:])
+    row = int(low_shot_indices(labels, images_per_class=1, seed=0)[0])
+    broken = with_broken(few[0], (row,))
+    evaluator = LowShotEvaluator(broken, few[1], image_processor=processor, images_per_class=(1,), num_splits=1)
+    with pytest.raises(ValueError, match=f"readable images of a split of '1_per_class', but 1 are not: {labels[row]}"):
+        evaluator(tiny_vit)
+
+
+def test_top5_is_given_from_6_classes_on(few):
+    labels = [np.array(part["label"][:]) for part in few]
+    for num_classes in (5, 6):
+        part = [part.select(np.flatnonzero(of_part < num_classes)) for part, of_part in zip(few, labels)]
+        metrics = LowShotEvaluator(*part).evaluate_features(*(pixel_features(images) for images in part))
+        assert ("low_shot/5_per_class/top5" in metrics) == (num_classes == 6)
+
+
+def test_results_say_what_the_numbers_depend_on(few, tiny_vit, processor):
+    evaluator = LowShotEvaluator(*few, image_processor=processor, probe=KNNProbe(k=3), cache_dir=None)
+    evaluator(tiny_vit)
+    results = evaluator.results.to_dict()
+    assert results["probe"] == {"probe": "knn", "k": 3, "temperature": 0.07}
+    assert results["model"]["backbone"] == "ViTMSNModel"
+    assert len(results["model"]["weights_sha256"]) == 64
+    assert results["data"]["train"]["fingerprint"] == few[0]._fingerprint
+    assert results["data"]["test"]["num_images"] == 40
+    assert results["data"]["class_names"] == [str(digit) for digit in range(10)]
+    assert '"shortest_edge": 8' in results["settings"]["image_processor"]
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert results["tasks"][0]["splits"][0]["fit"] == {"k": 3}
+
+
+def test_unlabelled_data_is_refused_when_the_evaluator_is_made(few):
+    train, test = few
+    with pytest.raises(ValueError, match=r"the train data is unlabelled: its columns are \['image'\]"):
+        LowShotEvaluator(train.remove_columns("label"), test)
+    with pytest.raises(ValueError, match="the test data is unlabelled"):
+        LowShotEvaluator(train, test.to_iterable_dataset().remove_columns("label"))
+
+
+def test_rows_without_a_label_are_refused(few):
+    train, test = few
+    hidden = test.cast_column("label", datasets.Value("int64")).map(
+        lambda row: {"label": -1}, new_fingerprint="hidden"
+    )
+    with pytest.raises(
+        ValueError, match=r"40 of 40 rows of the test data have none \(None or -1\), the first is row 0"
+    ):
+        LowShotEvaluator(train, hidden)
+
+
+def test_a_class_with_too_few_images_is_named(few):
+    labels = np.array(few[0]["label"][:])
+    rows = np.concatenate([np.flatnonzero(labels != 4), np.flatnonzero(labels == 4)[:3]])
+    with pytest.raises(ValueError, match="fewer than `images_per_class` = 5 images: 4 has 3"):
+        LowShotEvaluator(few[0].select(rows), few[1], images_per_class=(1, 5))
+
+
+def test_classes_of_train_and_test_must_agree(few):
+    train, test = few
+    other = test.cast_column("label", datasets.ClassLabel(names=[*"012345687", "9"]))
+    with pytest.raises(ValueError, match="'7' and '8' at number 7"):
+        LowShotEvaluator(train, other)
+    fewer = train.select(np.flatnonzero(np.array(train["label"][:]) != 6))
+    with pytest.raises(ValueError, match="among the train data, but 1 are not: 6"):
+        LowShotEvaluator(fewer, test)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images_per_class": ()}, "`images_per_class`, `fractions` and `list_files` are empty"),
+        ({"num_splits": 0}, "`num_splits` .* but is 0"),
+        ({"images_per_class": (0,)}, "`images_per_class` .* but is 0"),
+        ({"images_per_class": (), "fractions": (1.5,)}, "`fraction` .* but is 1.5"),
+        ({"list_files": ["/no/list.txt"]}, "'/no/list.txt' does not exist"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_the_evaluator_is_made(few, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        LowShotEvaluator(*few, **arguments)
+
+
+def test_no_test_images_is_an_error(few):
+    with pytest.raises(ValueError, match="the test data has no rows"):
+        LowShotEvaluator(few[0], few[1].select([]))
+
+
+def test_features_that_lack_rows_of_the_splits_are_refused(few):
+    train, test = (pixel_features(part) for part in few)
+    half = Features(train.features[::2], train.labels[::2], train.rows[::2])
+    with pytest.raises(ValueError, match="must hold every row of the splits"):
+        LowShotEvaluator(*few).evaluate_features(half, test)
+
+
+def test_lists_for_a_stream_are_refused(few, tmp_path):
+    with pytest.raises(ValueError, match="streaming=False"):
+        LowShotEvaluator(few[0].to_iterable_dataset(), few[1], list_files=[write_list(tmp_path / "a" / "l.txt", 1)])

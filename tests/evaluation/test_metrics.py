@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from hf_msn.evaluation import TopKAccuracy, rank_classes
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_top_k_accuracy_counts_labels_among_the_k_best_scores(k):
+    random = np.random.RandomState(0)
+    scores, labels = random.normal(size=(50, 8)), random.randint(0, 8, 50)
+    hits = 0
+    for row, label in zip(scores, labels):
+        better = sum(1 for score in row if score > row[label])
+        hits += better < k
+    result = TopKAccuracy().compute(predictions=rank_classes(scores, k), references=labels, k=k)
+    assert result == {f"top{k}_accuracy": pytest.approx(hits / 50)}
+
+
+def test_more_ranked_classes_than_k_change_nothing():
+    ranked = np.array([[2, 0, 1], [1, 2, 0]])
+    assert TopKAccuracy().compute(predictions=ranked, references=[2, 0], k=1) == {"top1_accuracy": 0.5}
+
+
+def test_equal_scores_rank_the_lower_class_first():
+    np.testing.assert_array_equal(rank_classes(np.zeros((1, 4)), 3), [[0, 1, 2]])
+
+
+def test_k_beyond_the_ranked_classes_is_refused():
+    with pytest.raises(
+        ValueError, match="`k` must be between 1 and the 2 ranked classes given for each image, but is 5"
+    ):
+        TopKAccuracy().compute(predictions=[[0, 1]], references=[0], k=5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "k", "message"),
+    [
+        (np.zeros(3), 1, r"has shape \(3,\)"),
+        (np.zeros((2, 3)), 0, "`k` .* but is 0"),
+        (np.array([[0.0, 1.0], [np.nan, 1.0]]), 1, "row 1"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused(scores, k, message):
+    with pytest.raises(ValueError, match=message):
+        rank_classes(scores, k)
+
+
+def test_metric_computes_without_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    metric = TopKAccuracy(cache_dir=str(tmp_path))
+    metric.add_batch(predictions=[[0], [1]], references=[0, 1])
+    metric.add_batch(predictions=[[1]], references=[0])
+    assert metric.compute(k=1) == {"top1_accuracy": pytest.approx(2 / 3)}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,0 +1,225 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_msn.evaluation import KNNProbe, LinearProbe, LogisticProbe
+from hf_msn.evaluation.probes import centre_and_normalize
+
+PROBES = [LogisticProbe, KNNProbe, LinearProbe]
+
+
+def prepared(features):
+    rows = []
+    for row in features.astype(np.float64):
+        row = row - sum(row) / len(row)
+        rows.append(row / math.sqrt(sum(value * value for value in row)))
+    return np.array(rows)
+
+
+def objective(weights, inputs, labels, l2):
+    """(1/N) sum_i -log softmax(W x_i)[y_i] + (l2/N)/2 ||W||^2, with loops."""
+    total = 0.0
+    for x, y in zip(inputs, labels):
+        scores = [float(np.dot(row, x)) for row in weights]
+        top = max(scores)
+        total += top + math.log(sum(math.exp(score - top) for score in scores)) - scores[y]
+    penalty = sum(float(value) ** 2 for row in weights for value in row)
+    return total / len(labels) + l2 / len(labels) / 2 * penalty
+
+
+def minimum(inputs, labels, l2):
+    """The minimiser of `objective` by Newton's method in float64, from W = 0."""
+    num_samples, dim = inputs.shape
+    num_classes = labels.max() + 1
+    weights = np.zeros((num_classes, dim))
+    for _ in range(100):
+        scores = inputs @ weights.T
+        probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        gradient = (probabilities - np.eye(num_classes)[labels]).T @ inputs / num_samples + l2 / num_samples * weights
+        hessian = l2 / num_samples * np.eye(num_classes * dim)
+        for x, p in zip(inputs, probabilities):
+            hessian += np.kron(np.diag(p) - np.outer(p, p), np.outer(x, x)) / num_samples
+        step = np.linalg.solve(hessian, gradient.ravel()).reshape(weights.shape)
+        size = 1.0
+        while objective(weights - size * step, inputs, labels, l2) > objective(weights, inputs, labels, l2):
+            size /= 2
+            if size < 1e-9:
+                return weights
+        weights = weights - size * step
+    return weights
+
+
+@pytest.mark.parametrize("l2", [0.0025, 0.075, 3.0])
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_logistic_probe_finds_the_minimum_of_the_multinomial_objective(clusters, l2, num_classes):
+    features, labels = clusters[0][clusters[1] < num_classes], clusters[1][clusters[1] < num_classes]
+    probe = LogisticProbe(l2=l2).fit(features, labels)
+    inputs = prepared(features)
+    best = minimum(inputs, labels, l2)
+    assert objective(probe.coef_, inputs, labels, l2) == pytest.approx(objective(best, inputs, labels, l2), rel=1e-8)
+    np.testing.assert_allclose(probe.coef_, best, atol=2e-3 * np.abs(best).max())
+    assert probe.fit_report["converged"]
+
+
+def test_two_classes_have_opposite_weights_and_scores(clusters):
+    features, labels = clusters[0][:40], clusters[1][:40]
+    scores = LogisticProbe().fit(features, labels).predict_scores(features)
+    np.testing.assert_allclose(scores[:, 0], -scores[:, 1])
+    assert ((scores[:, 1] > 0) == (labels == 1)).mean() > 0.9
+
+
+def test_logistic_probe_stops_at_max_iter_and_says_so(clusters):
+    probe = LogisticProbe(max_iter=2).fit(*clusters)
+    assert probe.fit_report == {"l2": 0.075, "iterations": 2, "converged": False}
+
+
+@pytest.mark.parametrize(("images_per_class", "l2"), [(1, 0.0025), (5, 0.0025), (6, 0.075), (13, 0.075)])
+def test_default_penalty_is_that_of_the_paper(clusters, images_per_class, l2):
+    features, labels = clusters
+    rows = np.concatenate([np.flatnonzero(labels == label)[:images_per_class] for label in range(3)])
+    assert LogisticProbe().fit(features[rows], labels[rows]).fit_report["l2"] == l2
+
+
+def test_a_penalty_that_is_given_is_used_for_any_number_of_images(clusters):
+    assert LogisticProbe(l2=0.5).fit(*clusters).fit_report["l2"] == 0.5
+
+
+def test_features_are_centred_each_by_itself_and_get_unit_length(clusters):
+    np.testing.assert_allclose(centre_and_normalize(clusters[0]), prepared(clusters[0]), rtol=1e-12)
+
+
+def test_a_constant_feature_vector_becomes_zero_not_noise():
+    features = np.array([[0.1, 0.1, 0.1], [3.0, 4.0, 5.0]], dtype=np.float32)
+    np.testing.assert_array_equal(centre_and_normalize(features)[0], [0, 0, 0])
+
+
+def test_logistic_scores_ignore_the_offset_and_scale_of_each_vector(clusters):
+    features, labels = clusters
+    probe = LogisticProbe().fit(features, labels)
+    np.testing.assert_allclose(probe.predict_scores(3 * features + 7), probe.predict_scores(features), atol=1e-9)
+
+
+def test_knn_scores_are_the_weighted_vote_of_the_nearest(clusters):
+    features, labels = clusters
+    queries = np.random.RandomState(1).normal(size=(5, 6))
+    scores = KNNProbe(k=7, temperature=0.2).fit(features, labels).predict_scores(queries)
+    for query, row in zip(queries, scores):
+        similarities = [float(np.dot(query, x) / math.sqrt(np.dot(query, query) * np.dot(x, x))) for x in features]
+        nearest = sorted(range(len(features)), key=lambda i: -similarities[i])[:7]
+        votes = [0.0, 0.0, 0.0]
+        for i in nearest:
+            votes[labels[i]] += math.exp(similarities[i] / 0.2)
+        np.testing.assert_allclose(row, np.array(votes) / sum(votes), rtol=1e-9)
+
+
+def test_knn_uses_all_images_when_there_are_fewer_than_k(clusters):
+    probe = KNNProbe(k=20).fit(clusters[0][::20], clusters[1][::20])
+    assert probe.fit_report == {"k": 3}
+    assert (probe.predict_scores(clusters[0]) > 0).all()
+
+
+def sgd_reference(features, labels, *, batches, learning_rate, momentum):
+    """Nesterov SGD of a softmax classifier on l2-normalised LayerNorm outputs, with loops, in float64."""
+    inputs = []
+    for row in features.astype(np.float64):
+        row = (row - row.mean()) / math.sqrt(row.var() + 1e-5)
+        inputs.append(row / math.sqrt((row * row).sum()))
+    num_classes = labels.max() + 1
+    weights = np.zeros((num_classes, features.shape[1] + 1))
+    velocity = np.zeros_like(weights)
+    for step, rows in enumerate(batches):
+        gradient = np.zeros_like(weights)
+        for i in rows:
+            x = np.append(inputs[i], 1.0)
+            p = np.exp(weights @ x)
+            gradient += np.outer(p / p.sum() - np.eye(num_classes)[labels[i]], x) / len(rows)
+        rate = learning_rate * (1 + math.cos(math.pi * step / len(batches))) / 2
+        velocity = momentum * velocity + gradient
+        weights = weights - rate * (gradient + momentum * velocity)
+    return np.array([weights @ np.append(x, 1.0) for x in inputs])
+
+
+def test_linear_probe_with_few_images_takes_all_of_them_each_step(clusters):
+    features, labels = clusters
+    probe = LinearProbe(epochs=10, device="cpu").fit(features, labels)
+    expected = sgd_reference(features, labels, batches=[range(60)] * 10, learning_rate=6.4, momentum=0.9)
+    np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-3, atol=1e-3)
+    assert probe.fit_report["steps"] == 10
+
+
+def test_linear_probe_goes_through_batches_in_the_seeded_order(clusters):
+    features, labels = clusters
+    probe = LinearProbe(batch_size=25, epochs=2, seed=3, learning_rate=1.0, device="cpu").fit(features, labels)
+    generator = torch.Generator().manual_seed(3)
+    epochs = [torch.randperm(60, generator=generator).tolist() for _ in range(2)]
+    batches = [order[start : start + 25] for order in epochs for start in (0, 25, 50)]
+    expected = sgd_reference(features, labels, batches=batches, learning_rate=1.0, momentum=0.9)
+    np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_linear_probe_leaves_the_global_random_state_alone(clusters):
+    state = torch.get_rng_state()
+    LinearProbe(epochs=2).fit(*clusters)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("make", PROBES)
+def test_fitting_twice_gives_identical_scores(make, clusters):
+    probe = make()
+    first = probe.fit(*clusters).predict_scores(clusters[0])
+    np.testing.assert_array_equal(probe.fit(*clusters).predict_scores(clusters[0]), first)
+
+
+@pytest.mark.parametrize("make", PROBES)
+def test_columns_are_the_sorted_labels_that_were_seen(make, clusters):
+    features, labels = clusters
+    probe = make().fit(features, np.array([40, 7, 12])[labels])
+    np.testing.assert_array_equal(probe.classes_, [7, 12, 40])
+    guesses = probe.classes_[probe.predict_scores(features).argmax(axis=1)]
+    assert (guesses == np.array([40, 7, 12])[labels]).mean() > 0.8
+
+
+@pytest.mark.parametrize("make", PROBES)
+@pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (np.ones((3, 2)), [1, 1, 1], "at least 2, but all 3 labels are 1"),
+        (np.array([[1.0, 2.0], [np.nan, 1.0]]), [0, 1], "1 of 2 rows hold NaN or infinity, the first is row 1"),
+        (np.zeros((0, 2)), [], "has no rows"),
+        (np.ones((3, 2)), [0, 1], r"each of the 3 rows of `features`, but has shape \(2,\)"),
+        (np.ones(3), [0, 1, 1], r"has shape \(3,\)"),
+    ],
+)
+def test_input_that_cannot_be_fitted_is_refused(make, features, labels, message):
+    with pytest.raises(ValueError, match=message):
+        make().fit(features, np.array(labels))
+
+
+@pytest.mark.parametrize("make", PROBES)
+def test_nan_in_the_features_to_classify_is_refused(make, clusters):
+    probe = make().fit(*clusters)
+    with pytest.raises(ValueError, match="row 0"):
+        probe.predict_scores(np.full((1, 6), np.nan))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogisticProbe(l2=0), "`l2` .* > 0, but is 0"),
+        (lambda: LogisticProbe(l2=float("nan")), "`l2` .* but is nan"),
+        (lambda: LogisticProbe(max_iter=0), "`max_iter` .* but is 0"),
+        (lambda: LogisticProbe(tol=0), "`tol` .* but is 0"),
+        (lambda: KNNProbe(k=0), "`k` .* but is 0"),
+        (lambda: KNNProbe(temperature=0), "`temperature` .* but is 0"),
+        (lambda: LinearProbe(batch_size=0), "`batch_size` .* are 0 and 100"),
+        (lambda: LinearProbe(learning_rate=-1), "`learning_rate` .* but is -1"),
+        (lambda: LinearProbe(momentum=1), "`momentum` .* but is 1"),
+        (lambda: LinearProbe(weight_decay=-1), "`weight_decay` .* but is -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

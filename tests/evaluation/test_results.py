@@ -1,0 +1,85 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hf_msn.evaluation import LowShotResults, SplitResult, TaskResult
+from hf_msn.evaluation.results import mean_std_ci95
+
+
+def split(top1, top5=None, seed=0):
+    return SplitResult(
+        seed=seed,
+        list_file=None,
+        num_images=10,
+        fewest_per_class=1,
+        most_per_class=1,
+        num_skipped=0,
+        fit={"l2": 0.0025},
+        top1=top1,
+        top5=top5,
+    )
+
+
+@pytest.fixture
+def results():
+    tasks = [
+        TaskResult("1_per_class", 10, [split(60.0, 90.0), split(70.0, 94.0), split(62.0, 92.0)]),
+        TaskResult("published", 3, [split(80.5)]),
+    ]
+    return LowShotResults(name="low_shot", primary_metric="low_shot/1_per_class/top1", tasks=tasks)
+
+
+def test_mean_deviation_and_interval_are_those_of_the_textbook():
+    mean, std, half_width = mean_std_ci95([60.0, 70.0, 62.0])
+    assert mean == pytest.approx(64)
+    assert std == pytest.approx(math.sqrt((16 + 36 + 4) / 2))
+    # 4.302653 is the 97.5 % point of Student's t with 2 degrees of freedom
+    assert half_width == pytest.approx(4.302653 * std / math.sqrt(3), rel=1e-6)
+
+
+def test_one_split_has_no_deviation():
+    assert mean_std_ci95([81.0]) == (81.0, 0.0, 0.0)
+
+
+def test_metrics_are_flat_and_in_per_cent(results):
+    assert results.metrics["low_shot/1_per_class/top1"] == pytest.approx(64)
+    assert results.metrics["low_shot/1_per_class/top5"] == pytest.approx(92)
+    assert results.metrics["low_shot/1_per_class/num_splits"] == 3
+    published = {name: value for name, value in results.metrics.items() if "published" in name}
+    assert published == {
+        "low_shot/published/top1": 80.5,
+        "low_shot/published/top1_std": 0.0,
+        "low_shot/published/top1_ci95": 0.0,
+        "low_shot/published/num_splits": 1.0,
+    }
+
+
+def test_the_table_is_aligned_and_leaves_out_what_is_not_known(results):
+    lines = results.table().splitlines()
+    assert lines[2].split("  ")[0] == "1 per class"
+    assert "64.0 ± 5.3" in lines[2] and "50.9 to 77.1" in lines[2] and "92.0" in lines[2]
+    assert lines[3].split() == ["published", "80.5", "-", "-", "1"]
+    assert len({line.index(cell) for line, cell in zip(lines[2:], ("64.0", "80.5"))}) == 1
+
+
+def test_saved_json_holds_every_split(results, tmp_path):
+    path = tmp_path / "new" / "results.json"
+    results.save(path)
+    saved = json.loads(path.read_text())
+    assert [one["top1"] for one in saved["tasks"][0]["splits"]] == [60.0, 70.0, 62.0]
+    assert saved["metrics"] == results.metrics
+    assert saved["tasks"][1]["summary"]["top1"] == 80.5
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_results_that_cannot_be_json_leave_the_old_file(results, tmp_path):
+    path = tmp_path / "results.json"
+    results.save(path)
+    before = path.read_text()
+    results.model["norm"] = np.float64("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        results.save(path)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
