@@ -11,7 +11,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture():
     """Makes an RGB image whose pixels tell its number."""
 
@@ -22,7 +22,7 @@ def picture():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encoded(picture):
     def make(number: int, kind: str = "PNG", size: tuple[int, int] = (8, 6)) -> bytes:
         buffer = io.BytesIO()
@@ -32,7 +32,7 @@ def encoded(picture):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def image_rows(encoded):
     """A data set of n images as `load_images` gives it; the rows in `broken` are cut off."""
 

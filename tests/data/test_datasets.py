@@ -127,8 +127,12 @@ def test_broken_rows_are_counted_over_the_workers(image_rows):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_row_can_stop_the_run(image_rows, workers):
     dataset = MultiViewDataset(image_rows(6, broken=(4,)), TRANSFORM, on_broken_image="raise")
+    batches = iter(DataLoader(dataset, 3, num_workers=workers, collate_fn=MultiViewCollator()))
     with pytest.raises(BrokenImageError) as caught:
-        _batches(dataset, workers)
+        list(batches)
+    if workers:
+        # torch waits five seconds for a worker that raised if the garbage collector ends it
+        batches._shutdown_workers()
     assert (caught.value.row, caught.value.path) == (4, "photo_4.png")
 
 

@@ -1,5 +1,7 @@
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -113,9 +115,6 @@ def test_cmyk_jpeg_and_lab_tiff_are_read(picture):
 
 def test_16_bit_colour_keeps_the_high_byte():
     # a 1 x 1 RGB PNG with 16 bits a channel, which Pillow can read but not write
-    import struct
-    import zlib
-
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -199,8 +198,11 @@ class _Broken(torch.utils.data.Dataset):
 
 
 def test_error_keeps_its_fields_out_of_a_worker():
+    batches = iter(torch.utils.data.DataLoader(_Broken(), num_workers=1))
     with pytest.raises(BrokenImageError) as caught:
-        list(torch.utils.data.DataLoader(_Broken(), num_workers=1))
+        next(batches)
+    # torch waits five seconds for a worker that raised if the garbage collector ends it
+    batches._shutdown_workers()
     error = caught.value
     assert (error.row, error.path, error.reason) == (0, "it's (1).png", "no image format known to Pillow")
     assert "Traceback" not in str(error)
