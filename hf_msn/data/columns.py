@@ -1,10 +1,6 @@
 """Which column holds the images, which one the labels."""
 
-import logging
-
 import datasets
-
-logger = logging.getLogger(__name__)
 
 _LABEL_NAMES = ("labels", "fine_label", "cls", "class", "target")
 

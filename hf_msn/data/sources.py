@@ -2,7 +2,6 @@
 
 import glob
 import io
-import logging
 import os
 import re
 from pathlib import Path
@@ -17,8 +16,6 @@ from hf_msn.data.decoding import BrokenImageError, decode_image
 from hf_msn.data.folders import FolderSplit, is_image_file, read_folder
 
 __all__ = ["BrokenImageError", "decode_image", "image_file_names", "load_images"]
-
-logger = logging.getLogger(__name__)
 
 _SHARD_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _NUM_TEST_DIGITS = 360
@@ -43,7 +40,7 @@ def load_images(
 
     | source | read as |
     |---|---|
-    | `"digits"` | scikit-learn's 1,797 handwritten digits, 8 x 8, gray: 1,437 train and 360 test, no download |
+    | `"digits"` | scikit-learn's 1,797 handwritten digits, 8 x 8, gray: 1,437 train and 360 test (a folder is `./digits`) |
     | folder made by `save_to_disk` | that `Dataset` or `DatasetDict` |
     | folder with images | `imagefolder`: folders `train`, `val`, `test`, ... are splits, those below classes |
     | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by file names |
@@ -92,7 +89,7 @@ def load_images(
         raise ValueError(
             "`source` is empty; give a folder, shards, a Hub id such as 'ILSVRC/imagenet-1k', or 'digits'."
         )
-    if source == "digits" and not os.path.exists(source):
+    if source == "digits":
         dataset = _select_split(_digits(), split, source)
     elif os.path.exists(source) or glob.glob(source, recursive=True):
         dataset = _load_local(source, split, config, streaming, data_files)
