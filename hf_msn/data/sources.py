@@ -40,7 +40,7 @@ def load_images(
 
     | source | read as |
     |---|---|
-    | `"digits"` | scikit-learn's 1,797 handwritten digits, 8 x 8, gray: 1,437 train and 360 test (a folder is `./digits`) |
+    | `"digits"` | scikit-learn's 1,797 digits, 8 x 8, gray: 1,437 train and 360 test (a folder is `./digits`) |
     | folder made by `save_to_disk` | that `Dataset` or `DatasetDict` |
     | folder with images | `imagefolder`: folders `train`, `val`, `test`, ... are splits, those below classes |
     | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by file names |
