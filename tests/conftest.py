@@ -1,4 +1,4 @@
-"""What holds for all tests: nothing leaves this machine, one thread, no progress bars; and a tiny model with a batch."""
+"""What holds for all tests: no network, one thread, no progress bars; and a tiny model with a batch."""
 
 import os
 

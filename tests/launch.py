@@ -20,8 +20,8 @@ def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
         function (`Callable`): At the top level of a test module: the ranks import it by name.
         world_size (`int`): Number of ranks.
         args: For every rank the same; pickled.
-        timeout (`float`, *optional*, defaults to 60): Seconds for all. The ranks that still run are then killed, and the
-            error shows where they stood.
+        timeout (`float`, *optional*, defaults to 60): Seconds for all. The ranks that still run are then killed, and
+            the error shows where they stood.
 
     Returns:
         `list`: What each rank returned, rank 0 first. It travels through `torch.save`.

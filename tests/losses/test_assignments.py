@@ -1,0 +1,197 @@
+"""Soft assignments against float64 loops written from their equations."""
+
+import math
+
+import pytest
+import torch
+
+from hf_msn.losses import sharpen, sinkhorn, soft_nearest_neighbor
+from hf_msn.losses.assignments import log_sinkhorn
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softmax_rows(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.softmax(scale * normal(*shape, seed=seed), dim=-1)
+
+
+def loop_soft_nearest_neighbor(queries, supports, labels, temperature):
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b)) / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)))
+
+    rows = []
+    for query in queries.tolist():
+        weights = [math.exp(cosine(query, support) / temperature) for support in supports.tolist()]
+        rows.append(
+            [
+                sum(w * row[c] for w, row in zip(weights, labels.tolist())) / sum(weights)
+                for c in range(labels.shape[1])
+            ]
+        )
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def loop_sharpen(probabilities, temperature):
+    rows = []
+    for row in probabilities.tolist():
+        powers = [p ** (1 / temperature) for p in row]
+        rows.append([power / sum(powers) for power in powers])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def loop_sinkhorn(probabilities, iterations):
+    q = [list(row) for row in probabilities.tolist()]
+    images, prototypes = len(q), len(q[0])
+    for _ in range(iterations):
+        for k in range(prototypes):
+            column = sum(q[b][k] for b in range(images))
+            for b in range(images):
+                q[b][k] /= column * prototypes
+        for b in range(images):
+            row = sum(q[b])
+            for k in range(prototypes):
+                q[b][k] /= row * images
+    return images * torch.tensor(q, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_soft_nearest_neighbor_equals_the_loop(temperature):
+    queries, supports = normal(3, 5, seed=1), 4 * normal(7, 5, seed=2)
+    labels = softmax_rows(7, 4, seed=3)
+    expected = loop_soft_nearest_neighbor(queries, supports, labels, temperature)
+    torch.testing.assert_close(
+        soft_nearest_neighbor(queries, supports, labels, temperature), expected, rtol=1e-12, atol=1e-14
+    )
+    in_float32 = soft_nearest_neighbor(queries.float(), supports.float(), labels.float(), temperature)
+    torch.testing.assert_close(in_float32.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_soft_nearest_neighbor_gives_right_gradients_to_queries_and_supports():
+    labels = softmax_rows(6, 3, seed=3)
+    inputs = (normal(2, 4, seed=1).requires_grad_(), normal(6, 4, seed=2).requires_grad_())
+    assert torch.autograd.gradcheck(lambda q, s: soft_nearest_neighbor(q, s, labels, 0.1), inputs)
+
+
+def test_soft_nearest_neighbor_ignores_the_lengths_of_the_embeddings():
+    queries, supports, labels = normal(3, 5, seed=1), normal(7, 5, seed=2), softmax_rows(7, 4, seed=3)
+    lengths = torch.linspace(0.1, 30.0, 7, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(
+        soft_nearest_neighbor(9 * queries, lengths * supports, labels, 0.1),
+        soft_nearest_neighbor(queries, supports, labels, 0.1),
+        rtol=1e-12,
+        atol=1e-14,
+    )
+
+
+def test_integer_labels_of_supports_are_taken_as_one_hot_rows():
+    queries, supports = normal(3, 5, seed=1), normal(4, 5, seed=2)
+    one_hot = torch.eye(2, dtype=torch.int64)[[0, 1, 1, 0]]
+    expected = loop_soft_nearest_neighbor(queries, supports, one_hot, 0.1)
+    torch.testing.assert_close(
+        soft_nearest_neighbor(queries, supports, one_hot, 0.1), expected, rtol=1e-12, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.25, 0.5, 1.0, 2.0])
+def test_sharpen_equals_the_loop(temperature):
+    probabilities = softmax_rows(4, 6)
+    torch.testing.assert_close(
+        sharpen(probabilities, temperature), loop_sharpen(probabilities, temperature), rtol=1e-12, atol=0
+    )
+
+
+def test_sharpen_does_not_underflow_where_all_powers_would():
+    # 1000 entries of about 1 / 1000: to the power 1 / 0.05 they are 1e-60, which float32 does not hold.
+    probabilities = torch.full((1, 1000), 1e-3)
+    probabilities[0, 7] = 2e-3
+    sharpened = sharpen(probabilities, 0.05)
+    assert sharpened[0, 7].item() == pytest.approx(2**20 / (2**20 + 999), rel=1e-4)
+    assert sharpened.sum().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_sharpen_keeps_zeros_and_its_gradient_is_right():
+    assert sharpen(torch.tensor([[0.0, 0.75, 0.25]]), 0.5).tolist()[0] == pytest.approx([0.0, 0.9, 0.1])
+    probabilities = softmax_rows(2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: sharpen(p, 0.25), (probabilities,))
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn_equals_the_loop(iterations):
+    probabilities = softmax_rows(6, 4)
+    torch.testing.assert_close(
+        sinkhorn(probabilities, iterations), loop_sinkhorn(probabilities, iterations), rtol=1e-12, atol=0
+    )
+
+
+def test_sinkhorn_of_logarithms_equals_sinkhorn_of_probabilities():
+    probabilities = softmax_rows(6, 4)
+    torch.testing.assert_close(log_sinkhorn(probabilities.log(), 3).exp(), sinkhorn(probabilities, 3))
+
+
+def test_many_sinkhorn_iterations_give_each_prototype_the_same_mass():
+    balanced = sinkhorn(softmax_rows(6, 4), 200)
+    torch.testing.assert_close(balanced.sum(dim=1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(balanced.sum(dim=0), torch.full((4,), 6 / 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sinkhorn_gives_a_prototype_that_nobody_uses_to_all_images_alike(dtype):
+    # All images on prototype 0: the columns of the others are 0 / 0 without a floor, and equal with it.
+    probabilities = torch.zeros(4, 3, dtype=dtype)
+    probabilities[:, 0] = 1.0
+    torch.testing.assert_close(sinkhorn(probabilities, 3), torch.full((4, 3), 1 / 3, dtype=dtype), rtol=1e-5, atol=0)
+
+
+def test_sinkhorn_takes_an_unused_prototype_as_one_that_all_images_use_alike():
+    used, column = softmax_rows(5, 3), torch.full((5, 1), 0.37, dtype=torch.float64)
+    # The scale of a column does not matter to Sinkhorn, so that any constant stands for the limit to 0.
+    expected = loop_sinkhorn(torch.cat([used, column], dim=1), 3)
+    torch.testing.assert_close(sinkhorn(torch.cat([used, 0 * column], dim=1), 3), expected, rtol=1e-10, atol=0)
+
+
+def test_sinkhorn_gives_no_gradient():
+    assert not sinkhorn(softmax_rows(3, 2).requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    probabilities = softmax_rows(4, 6).to(dtype)
+    queries, supports, labels = normal(3, 5, seed=1).to(dtype), normal(4, 5, seed=2).to(dtype), probabilities
+    for half, full in (
+        (sharpen(probabilities, 0.25), sharpen(probabilities.float(), 0.25)),
+        (sinkhorn(probabilities), sinkhorn(probabilities.float())),
+        (
+            soft_nearest_neighbor(queries, supports, labels, 0.1),
+            soft_nearest_neighbor(queries.float(), supports.float(), labels.float(), 0.1),
+        ),
+    ):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, full)
+
+
+def test_autocast_changes_nothing():
+    queries, supports, labels = normal(3, 5, seed=1).float(), normal(4, 5, seed=2).float(), softmax_rows(4, 6).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = soft_nearest_neighbor(queries, supports, labels, 0.1)
+    assert torch.equal(under_autocast, soft_nearest_neighbor(queries, supports, labels, 0.1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan])
+def test_a_temperature_that_is_not_above_0_is_an_error(temperature):
+    with pytest.raises(ValueError, match=f"`temperature` .* must be > 0, but is {temperature}"):
+        sharpen(softmax_rows(2, 3), temperature)
+    with pytest.raises(ValueError, match=f"`temperature` .* must be > 0, but is {temperature}"):
+        soft_nearest_neighbor(normal(2, 3), normal(4, 3), softmax_rows(4, 2), temperature)
+
+
+def test_supports_without_a_row_of_labels_each_are_an_error():
+    with pytest.raises(ValueError, match=r"`supports` has 4 rows and `support_labels` 5, but each support needs"):
+        soft_nearest_neighbor(normal(2, 3), normal(4, 3), softmax_rows(5, 2), 0.1)
+
+
+@pytest.mark.parametrize("iterations", [0, -3])
+def test_fewer_than_one_sinkhorn_iteration_is_an_error(iterations):
+    with pytest.raises(ValueError, match=f"`iterations` of Sinkhorn must be >= 1, but is {iterations}. MSN uses 3"):
+        sinkhorn(softmax_rows(2, 3), iterations)

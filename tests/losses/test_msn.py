@@ -1,0 +1,301 @@
+"""The loss of MSN against golden numbers of the reference and a float64 loop written from its equations."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_msn.losses import msn_loss
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["msn_loss"]
+NUM_IMAGES, NUM_VIEWS, NUM_PROTOTYPES, DIM = 3, 2, 5, 4
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(dtype=torch.float64, requires_grad: bool = True) -> list[torch.Tensor]:
+    """Anchors, targets and prototypes."""
+    shapes = [(NUM_VIEWS * NUM_IMAGES, DIM), (NUM_IMAGES, DIM), (NUM_PROTOTYPES, DIM)]
+    tensors = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+    return [tensor.requires_grad_(requires_grad) for tensor in tensors]
+
+
+def loop_assignments(embedding, prototypes, temperature):
+    exponentials = []
+    for prototype in prototypes:
+        product = sum(z * q for z, q in zip(embedding, prototype))
+        lengths = sum(z * z for z in embedding).sqrt() * sum(q * q for q in prototype).sqrt()
+        exponentials.append((product / lengths / temperature).exp())
+    return [exponential / sum(exponentials) for exponential in exponentials]
+
+
+def loop_targets(targets, prototypes, temperature, sharpen_temperature, use_sinkhorn):
+    rows = []
+    for target in targets.detach():
+        powers = [p ** (1 / sharpen_temperature) for p in loop_assignments(target, prototypes.detach(), temperature)]
+        rows.append([power / sum(powers) for power in powers])
+    for _ in range(3 if use_sinkhorn else 0):
+        columns = [sum(row[k] for row in rows) for k in range(len(prototypes))]
+        rows = [[q / column for q, column in zip(row, columns)] for row in rows]
+        rows = [[q / sum(row) for q in row] for row in rows]
+    return rows
+
+
+def loop_msn_loss(
+    anchors,
+    targets,
+    prototypes,
+    temperature=0.1,
+    sharpen_temperature=0.25,
+    use_sinkhorn=False,
+    me_max_weight=1.0,
+    entropy_weight=0.0,
+):
+    target_rows = loop_targets(targets, prototypes, temperature, sharpen_temperature, use_sinkhorn)
+    anchor_rows = [loop_assignments(anchor, prototypes, temperature) for anchor in anchors]
+    cross_entropy = entropy = 0.0
+    for row, anchor in enumerate(anchor_rows):
+        target = target_rows[row % len(targets)]  # view-major: all images of the first view, then of the second
+        cross_entropy = cross_entropy - sum(t * p.log() for t, p in zip(target, anchor)) / len(anchor_rows)
+        entropy = entropy - sum(p * p.log() for p in anchor) / len(anchor_rows)
+    mean = [sum(row[k] for row in anchor_rows) / len(anchor_rows) for k in range(len(prototypes))]
+    me_max = math.log(len(prototypes)) + sum(p * p.log() for p in mean)
+    return cross_entropy + me_max_weight * me_max + entropy_weight * entropy, cross_entropy, me_max, entropy
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: "sinkhorn" if case["sinkhorn"] else "plain")
+def test_values_and_gradients_equal_the_golden_numbers(case):
+    anchors, targets, prototypes = (
+        torch.tensor(
+            np.random.Generator(np.random.Philox(case["input_seeds"][name]))
+            .standard_normal(case["input_shapes"][name])
+            .astype(np.float32),
+            requires_grad=True,
+        )
+        for name in ("anchors", "targets", "prototypes")
+    )
+    output = msn_loss(
+        anchors,
+        targets,
+        prototypes,
+        temperature=case["temperature"],
+        sharpen_temperature=case["sharpen"],
+        use_sinkhorn=case["sinkhorn"],
+    )
+    output.loss.backward()
+    for name in ("cross_entropy", "me_max", "entropy"):
+        assert getattr(output, name).item() == pytest.approx(case[name], rel=1e-5)
+    assert output.loss.item() == pytest.approx(case["cross_entropy"] + case["me_max"], rel=1e-5)
+    assert anchors.grad.norm().item() == pytest.approx(case["grad_anchor"], rel=1e-5)
+    assert prototypes.grad.norm().item() == pytest.approx(case["grad_prototypes"], rel=1e-5)
+    scale = case["grad_anchor"]
+    assert anchors.grad.flatten()[:4].tolist() == pytest.approx(case["grad_anchor_0"], rel=1e-5, abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_sinkhorn": True},
+        {"temperature": 0.5, "sharpen_temperature": 0.7},
+        {"temperature": 0.05, "sharpen_temperature": 1.0, "use_sinkhorn": True},
+        {"me_max_weight": 5.0},
+        {"me_max_weight": 0.0, "entropy_weight": 2.0},
+        {"me_max_weight": 0.3, "entropy_weight": 0.7, "use_sinkhorn": True},
+    ],
+    ids=str,
+)
+def test_values_and_gradients_equal_the_loop(settings):
+    anchors, targets, prototypes = inputs()
+    output = msn_loss(anchors, targets, prototypes, **settings)
+    expected = loop_msn_loss(anchors, targets, prototypes, **settings)
+    for value, reference in zip((output.loss, output.cross_entropy, output.me_max, output.entropy), expected):
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-13)
+    gradients = torch.autograd.grad(output.loss, (anchors, prototypes))
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected[0], (anchors, prototypes))):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-13)
+
+
+def test_probabilities_of_the_output_equal_the_loop():
+    anchors, targets, prototypes = inputs(requires_grad=False)
+    output = msn_loss(anchors, targets, prototypes, use_sinkhorn=True)
+    for rows, expected in (
+        (output.target_probabilities, loop_targets(targets, prototypes, 0.1, 0.25, True)),
+        (output.anchor_probabilities, [loop_assignments(anchor, prototypes, 0.1) for anchor in anchors]),
+    ):
+        expected = torch.tensor([[p.item() for p in row] for row in expected], dtype=torch.float64)
+        torch.testing.assert_close(rows, expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("use_sinkhorn", [False, True])
+def test_float32_values_and_gradients_are_within_1e_5_of_the_loop(use_sinkhorn):
+    anchors, targets, prototypes = inputs(torch.float32)
+    output = msn_loss(anchors, targets, prototypes, use_sinkhorn=use_sinkhorn, entropy_weight=0.5)
+    gradients = torch.autograd.grad(output.loss, (anchors, prototypes))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (anchors, targets, prototypes)]
+    expected = loop_msn_loss(*exact, use_sinkhorn=use_sinkhorn, entropy_weight=0.5)[0]
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, (exact[0], exact[2]))):
+        assert (gradient - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("use_sinkhorn", [False, True])
+def test_targets_get_no_gradient_and_pass_none_to_the_prototypes(use_sinkhorn):
+    anchors, targets, prototypes = inputs()
+    output = msn_loss(anchors.detach(), targets, prototypes, use_sinkhorn=use_sinkhorn)
+    assert not output.target_probabilities.requires_grad
+    output.loss.backward()
+    assert targets.grad is None
+    # With the assignments of the targets as constants, only the anchors' side of the loss depends on the prototypes.
+    again = prototypes.detach().requires_grad_()
+    log_p = torch.log_softmax(
+        torch.nn.functional.normalize(anchors.detach()) @ torch.nn.functional.normalize(again).T / 0.1, dim=-1
+    )
+    mean = log_p.exp().mean(dim=0)
+    constant = output.target_probabilities.repeat(NUM_VIEWS, 1)
+    (-(constant * log_p).sum(dim=-1).mean() + (mean * mean.log()).sum()).backward()
+    torch.testing.assert_close(prototypes.grad, again.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_anchors_are_view_major():
+    anchors, targets, prototypes = inputs(requires_grad=False)
+    image_major = anchors.view(NUM_VIEWS, NUM_IMAGES, DIM).transpose(0, 1).reshape(-1, DIM)
+    right = msn_loss(anchors, targets, prototypes)
+    wrong = msn_loss(image_major, targets, prototypes)
+    one_view_at_a_time = [
+        msn_loss(view, targets, prototypes).cross_entropy for view in anchors.view(NUM_VIEWS, NUM_IMAGES, DIM)
+    ]
+    torch.testing.assert_close(right.cross_entropy, torch.stack(one_view_at_a_time).mean(), rtol=1e-12, atol=0)
+    assert abs(wrong.cross_entropy - right.cross_entropy) > 0.1
+    torch.testing.assert_close(wrong.me_max, right.me_max)
+
+
+def test_me_max_is_0_for_even_use_and_log_k_for_one_prototype():
+    prototypes = torch.eye(NUM_PROTOTYPES)
+    even = msn_loss(prototypes, prototypes, prototypes, temperature=0.01)
+    assert even.me_max.item() == pytest.approx(0.0, abs=1e-6)
+    one = msn_loss(prototypes[:1].expand(NUM_PROTOTYPES, -1), prototypes, prototypes, temperature=0.01)
+    assert one.me_max.item() == pytest.approx(math.log(NUM_PROTOTYPES), rel=1e-5)
+    assert one.entropy.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_prototype_used_by_no_anchor_has_no_effect_on_value_or_gradient():
+    # exp(-2 / 0.01) underflows in float32: the mean assignment of the last prototype is exactly 0.
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.02]], requires_grad=True)
+    prototypes = torch.tensor([[1.0, 0.0], [1.0, 0.03], [-1.0, 0.0]], requires_grad=True)
+    with_unused = msn_loss(embeddings, embeddings.detach(), prototypes, temperature=0.01)
+    assert with_unused.anchor_probabilities[:, 2].max().item() == 0.0
+    gradients = torch.autograd.grad(with_unused.loss, (embeddings, prototypes))
+    without = msn_loss(embeddings, embeddings.detach(), prototypes[:2], temperature=0.01)
+    expected = torch.autograd.grad(without.loss, (embeddings, prototypes))
+    assert with_unused.loss.item() == pytest.approx(without.loss.item() + math.log(3 / 2), rel=1e-5)
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+
+
+def extreme_inputs(kind: str) -> list[torch.Tensor]:
+    anchors, targets, prototypes = (tensor.float() for tensor in inputs(requires_grad=False))
+    if kind == "identical rows":
+        anchors[:], targets[:], prototypes[:] = anchors[0], anchors[0], anchors[0]
+    elif kind == "opposite rows":
+        anchors[:], targets[:], prototypes[:] = anchors[0], -anchors[0], -anchors[0]
+        prototypes[0] = anchors[0]
+    elif kind == "rows of zeros":
+        anchors[0], targets[0], prototypes[0] = 0.0, 0.0, 0.0
+    elif kind == "all zeros":
+        anchors, targets, prototypes = 0 * anchors, 0 * targets, 0 * prototypes
+    elif kind == "huge":
+        anchors, targets, prototypes = 1e30 * anchors, 1e30 * targets, 1e15 * prototypes
+    elif kind == "tiny":
+        anchors, targets, prototypes = 1e-30 * anchors, 1e-30 * targets, 1e-15 * prototypes
+    return [anchors, targets, prototypes]
+
+
+@pytest.mark.parametrize("use_sinkhorn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", ["ordinary", "identical rows", "opposite rows", "rows of zeros", "all zeros", "huge", "tiny"]
+)
+def test_everything_is_finite_for_all_temperatures(kind, dtype, use_sinkhorn):
+    for temperature in (0.01, 0.05, 0.1, 1.0):
+        for sharpen_temperature in (0.05, 0.25, 1.0):
+            anchors, targets, prototypes = (tensor.to(dtype).requires_grad_() for tensor in extreme_inputs(kind))
+            output = msn_loss(
+                anchors,
+                targets,
+                prototypes,
+                temperature=temperature,
+                sharpen_temperature=sharpen_temperature,
+                use_sinkhorn=use_sinkhorn,
+                entropy_weight=1.0,
+            )
+            output.loss.backward()
+            where = f"temperature {temperature}, sharpen_temperature {sharpen_temperature}"
+            for name, value in output._asdict().items():
+                assert value.isfinite().all(), f"{name} at {where}"
+            for name, tensor in (("anchors", anchors), ("prototypes", prototypes)):
+                assert tensor.grad.isfinite().all(), f"gradient of {name} at {where}"
+            sums = output.target_probabilities.sum(dim=-1)
+            torch.testing.assert_close(sums, torch.ones(NUM_IMAGES), rtol=1e-4, atol=0, msg=where)
+
+
+@pytest.mark.parametrize("use_sinkhorn", [False, True])
+def test_bfloat16_inputs_lose_only_their_own_rounding(use_sinkhorn):
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs()]
+    full = [tensor.detach().float().requires_grad_() for tensor in half]
+    for output in (
+        low := msn_loss(*half, use_sinkhorn=use_sinkhorn),
+        high := msn_loss(*full, use_sinkhorn=use_sinkhorn),
+    ):
+        output.loss.backward()
+    assert low.loss.dtype == torch.float32
+    assert torch.equal(low.loss, high.loss)
+    assert torch.equal(half[0].grad, full[0].grad.bfloat16())
+    assert torch.equal(half[2].grad, full[2].grad.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    def run(enabled):
+        tensors = inputs(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = msn_loss(*tensors, use_sinkhorn=True)
+        output.loss.backward()
+        return output.loss, tensors[0].grad, tensors[2].grad
+
+    for under_autocast, plain in zip(run(True), run(False)):
+        assert under_autocast.dtype == plain.dtype
+        assert torch.equal(under_autocast, plain)
+
+
+@pytest.mark.parametrize("name", ["temperature", "sharpen_temperature"])
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
+def test_a_temperature_that_is_not_above_0_is_an_error(name, value):
+    with pytest.raises(ValueError, match=f"^`{name}` divides .* must be > 0, but is {value}"):
+        msn_loss(*inputs(), **{name: value})
+
+
+def test_inputs_that_are_no_matrices_are_an_error():
+    anchors, targets, prototypes = inputs()
+    with pytest.raises(ValueError, match=r"takes anchors \(V\*B, D\).*got shapes \(2, 3, 4\), \(3, 4\) and \(5, 4\)"):
+        msn_loss(anchors.view(NUM_VIEWS, NUM_IMAGES, DIM), targets, prototypes)
+
+
+def test_different_dimensions_are_an_error():
+    anchors, targets, prototypes = inputs()
+    with pytest.raises(ValueError, match="must share their last dimension, but have 4, 4 and 3"):
+        msn_loss(anchors, targets, prototypes[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("num_anchors", "num_targets", "num_prototypes"), [(5, 3, 5), (0, 3, 5), (6, 0, 5), (6, 3, 0)]
+)
+def test_anchors_that_are_no_whole_number_of_views_are_an_error(num_anchors, num_targets, num_prototypes):
+    anchors, targets, prototypes = inputs()
+    message = f"There are {num_anchors} anchors for {num_targets} targets and {num_prototypes} prototypes"
+    with pytest.raises(ValueError, match=message):
+        msn_loss(anchors[:num_anchors], targets[:num_targets], prototypes[:num_prototypes])

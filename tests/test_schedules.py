@@ -1,0 +1,104 @@
+"""Schedules against the golden numbers of the reference and against their equations."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from hf_msn.schedules import cosine, linear, warmup_cosine
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["schedule"]
+HORIZON = GOLDEN["steps_per_epoch"] * GOLDEN["epochs"] * GOLDEN["stretch"]
+
+
+def test_learning_rate_equals_the_golden_numbers():
+    warmup = GOLDEN["warmup_epochs"] * GOLDEN["steps_per_epoch"] / HORIZON
+    rates = [
+        warmup_cosine(
+            (step + 1) / HORIZON,
+            warmup=warmup,
+            start=GOLDEN["start_lr"],
+            peak=GOLDEN["lr"],
+            end=GOLDEN["final_lr"],
+        )
+        for step in range(len(GOLDEN["lr_at_step"]))
+    ]
+    assert rates == pytest.approx(GOLDEN["lr_at_step"], rel=1e-12, abs=0)
+
+
+def test_weight_decay_equals_the_golden_numbers():
+    decays = [
+        cosine((step + 1) / HORIZON, GOLDEN["wd"], GOLDEN["final_wd"]) for step in range(len(GOLDEN["wd_at_step"]))
+    ]
+    assert decays == pytest.approx(GOLDEN["wd_at_step"], rel=1e-12, abs=0)
+
+
+def test_momentum_equals_the_golden_numbers():
+    momenta = [linear(step / HORIZON, 0.996, 1.0) for step in range(len(GOLDEN["momentum_at_step"]))]
+    assert momenta == pytest.approx(GOLDEN["momentum_at_step"], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+def test_schedules_begin_and_end_at_their_end_points(schedule):
+    for start, end in [(0.04, 0.4), (0.996, 1.0), (1e-3, 1e-6), (0.3, 0.3)]:
+        assert schedule(0.0, start, end) == pytest.approx(start, rel=1e-12, abs=0)
+        assert schedule(1.0, start, end) == pytest.approx(end, rel=1e-12, abs=0)
+        assert schedule(0.5, start, end) == pytest.approx((start + end) / 2, rel=1e-12, abs=0)
+
+
+def test_cosine_is_half_a_wave():
+    # cos(pi / 3) = 1 / 2 and cos(pi / 4) = sqrt(1 / 2): a quarter and (1 - sqrt(1 / 2)) / 2 of the way.
+    assert cosine(1 / 3, 0.0, 1.0) == pytest.approx(0.25, rel=1e-12)
+    assert cosine(1 / 4, 2.0, 4.0) == pytest.approx(2.0 + 2.0 * (1 - math.sqrt(0.5)) / 2, rel=1e-12)
+
+
+def test_warmup_reaches_the_peak_where_it_ends_and_then_falls():
+    def rate(progress):
+        return warmup_cosine(progress, warmup=0.2, start=2e-4, peak=1e-3, end=1e-6)
+
+    assert rate(0.0) == 2e-4
+    assert rate(0.1) == pytest.approx(6e-4, rel=1e-12)
+    assert rate(0.2) == 1e-3
+    assert rate(0.6) == pytest.approx((1e-3 + 1e-6) / 2, rel=1e-12)
+    assert rate(1.0) == pytest.approx(1e-6, rel=1e-9)
+    after = [rate(0.2 + 0.01 * step) for step in range(81)]
+    assert after == sorted(after, reverse=True)
+
+
+def test_without_warmup_the_learning_rate_begins_at_its_peak():
+    assert warmup_cosine(0.0, warmup=0.0, start=2e-4, peak=1e-3, end=0.0) == 1e-3
+
+
+def test_a_warmup_of_the_whole_training_ends_at_the_peak():
+    assert warmup_cosine(1.0, warmup=1.0, start=2e-4, peak=1e-3, end=0.0) == 1e-3
+    assert warmup_cosine(0.5, warmup=1.0, start=0.0, peak=1e-3, end=0.0) == pytest.approx(5e-4, rel=1e-12)
+
+
+def test_a_stretched_horizon_stops_short_of_the_end_value():
+    # At the end of training the progress is 1 / 1.25 = 0.8.
+    assert linear(1.0 / 1.25, 0.996, 1.0) == pytest.approx(0.9992, rel=1e-12)
+    expected = 0.4 + (0.04 - 0.4) * (1 + math.cos(0.8 * math.pi)) / 2
+    assert cosine(1.0 / 1.25, 0.04, 0.4) == pytest.approx(expected, rel=1e-12)
+    assert expected < 0.37
+
+
+@pytest.mark.parametrize("progress", [-1e-9, 1 + 1e-9, 17.0, math.nan])
+def test_progress_outside_of_training_is_an_error(progress):
+    for schedule in (
+        lambda: linear(progress, 0.0, 1.0),
+        lambda: cosine(progress, 0.0, 1.0),
+        lambda: warmup_cosine(progress, warmup=0.1, start=0.0, peak=1.0, end=0.0),
+    ):
+        with pytest.raises(ValueError, match=r"`progress` .* must be in \[0, 1\], but is .* Divide the step"):
+            schedule()
+
+
+def test_a_warmup_longer_than_training_ends_below_the_peak():
+    assert warmup_cosine(1.0, warmup=2.0, start=2e-4, peak=1e-3, end=0.0) == pytest.approx(6e-4, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [-0.1, math.nan])
+def test_a_negative_warmup_is_an_error(warmup):
+    with pytest.raises(ValueError, match=f"`warmup` is a part of training and must be >= 0, but is {warmup}"):
+        warmup_cosine(0.5, warmup=warmup, start=0.0, peak=1.0, end=0.0)
