@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,7 +223,7 @@ class LowShotEvaluator:
             probe=dict(self.probe.settings),
             data={"train": _about_data(train), "test": _about_data(test), "class_names": self._class_names},
             settings={**(settings or {}), "seed": self.seed, "num_splits": self.num_splits},
-            versions={package: version(package) for package in _PACKAGES},
+            versions={package: _version(package) for package in _PACKAGES},
         )
         return self.results.metrics
 
@@ -371,3 +371,10 @@ def _about_data(features: Features) -> dict[str, Any]:
         "num_skipped": len(features.skipped),
         "skipped": [str(error) for error in features.skipped[:20]],
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,152 @@
+"""Several ranks must find together what one finds. Each spawn runs all checks, as starting ranks is slow."""
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import ViTMSNConfig, ViTMSNModel
+
+from hf_msn.data import evaluation_image_processor, load_images
+from hf_msn.evaluation import LowShotEvaluator, extract_features
+from hf_msn.evaluation.gathering import gather_objects, gather_rows, run_on_every_rank
+
+BROKEN_ROW = 10
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = ViTMSNConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=2
+    )
+    return ViTMSNModel(config)
+
+
+def make_data(broken=()):
+    """31 images, a number that neither 2 nor 3 ranks divide."""
+    columns = load_images("digits").select(range(31)).to_dict()
+    for row in broken:
+        columns["image"][row] = {"bytes": b"no image", "path": f"broken_{row}.png"}
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def error_of(action):
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def fails_on_rank_1():
+    if dist.is_initialized() and dist.get_rank() == 1:
+        raise OSError("disk is full")
+    return dist.get_rank()
+
+
+def findings(folder):
+    """Everything that must not depend on the number of ranks."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model, processor = make_model(), evaluation_image_processor(8, crop_fraction=1.0)
+    data = make_data()
+    train, test = load_images("digits"), load_images("digits", split="test")
+    evaluator = LowShotEvaluator(
+        train.select(range(600)), test.select(range(0, 360, 9)), image_processor=processor, images_per_class=(1, 3)
+    )
+    cache = Path(folder) / f"cache_of_rank_{rank}"
+    first = extract_features(model, data, processor, cache_dir=cache)
+    return {
+        "features": first,
+        "cached": extract_features(model, data, processor, cache_dir=cache),
+        "stream": extract_features(model, data.to_iterable_dataset(), processor),
+        "fewer images than ranks": extract_features(model, data, processor, rows=np.array([5])),
+        "broken": extract_features(model, make_data((BROKEN_ROW,)), processor),
+        "broken is fatal": error_of(
+            lambda: extract_features(model, make_data((BROKEN_ROW,)), processor, on_broken_image="raise")
+        ),
+        "metrics": evaluator(model),
+    }
+
+
+def run_rank(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        counts = [3 * (other == 1) + 1 for other in range(world_size)]
+        rows = np.full((counts[rank], 2), rank, dtype=np.int64)
+        found = findings(folder) | {
+            "gathered rows": gather_rows(rows, counts, chunk_rows=2),
+            "gathered objects": gather_objects({"rank": rank}),
+            "failure": error_of(lambda: run_on_every_rank(fails_on_rank_1, lambda result: result)),
+        }
+        (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return findings(str(tmp_path_factory.mktemp("one")))
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """What each of 2 and of 3 ranks found."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    # all ranks are forked off one process that has imported everything once and computed nothing
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_msn"])
+    mp.start_processes(run_rank, (request.param, folder), nprocs=request.param, start_method="forkserver")
+    found = [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
+    return found, Path(folder)
+
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+@pytest.mark.parametrize("what", ["features", "cached", "stream", "fewer images than ranks", "broken"])
+def test_all_ranks_get_the_features_of_one_rank_in_row_order(ranks, one_rank, what):
+    expected = one_rank[what]
+    for found in ranks[0]:
+        np.testing.assert_array_equal(found[what].rows, expected.rows)
+        np.testing.assert_array_equal(found[what].labels, expected.labels)
+        np.testing.assert_allclose(found[what].features, expected.features, atol=1e-6)
+        assert found[what].weights_sha256 == expected.weights_sha256
+        assert [str(error) for error in found[what].skipped] == [str(error) for error in expected.skipped]
+
+
+def test_cached_features_are_identical_and_only_rank_0_writes(ranks):
+    found, folder = ranks
+    for of_rank in found:
+        np.testing.assert_array_equal(of_rank["cached"].features, of_rank["features"].features)
+    assert [path.parent.name for path in folder.glob("*/*.safetensors")] == ["cache_of_rank_0"]
+
+
+def test_a_fatal_broken_image_of_one_rank_stops_all(ranks, one_rank):
+    assert f"row {BROKEN_ROW} " in one_rank["broken is fatal"]
+    assert {found["broken is fatal"] for found in ranks[0]} == {one_rank["broken is fatal"]}
+
+
+def test_ranks_share_the_fits_and_agree_with_one_rank(ranks, one_rank):
+    for found in ranks[0]:
+        assert found["metrics"] == pytest.approx(one_rank["metrics"])
+
+
+def test_rows_and_objects_come_in_rank_order(ranks):
+    for found in ranks[0]:
+        world_size = len(ranks[0])
+        expected = [rank for rank in range(world_size) for _ in range(3 * (rank == 1) + 1)]
+        np.testing.assert_array_equal(found["gathered rows"], np.stack([expected, expected], axis=1))
+        assert found["gathered objects"] == [{"rank": rank} for rank in range(world_size)]
+
+
+def test_a_failure_of_one_rank_is_raised_on_all(ranks):
+    messages = [found["failure"] for found in ranks[0]]
+    assert messages[1] == "OSError: disk is full"
+    others = messages[:1] + messages[2:]
+    assert all("failed on rank 1" in message and "OSError: disk is full" in message for message in others)
