@@ -43,6 +43,7 @@ class PretrainingTrainer(Trainer):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         super().__init__(model=model, args=args, **kwargs)
         self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
+        self.can_return_loss = True  # without labels: an eval_dataset of views gives eval_loss
         self._staging = False
         self._recorded: dict[str, torch.Tensor] = {}
         self._num_recorded = 0

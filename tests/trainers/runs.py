@@ -1,0 +1,74 @@
+"""Short runs of MSNTrainer on random views that depend on row and epoch alone."""
+
+import torch
+from tiny import tiny_model
+from transformers import TrainerCallback
+
+from hf_msn import MSNTrainer, MSNTrainingArguments
+
+
+class RandomViews(torch.utils.data.Dataset):
+    """Views of `num_images` random images: other ones in each epoch, the same in each run."""
+
+    def __init__(self, num_images: int = 20):
+        self.num_images, self.epoch = num_images, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, row):
+        generator = torch.Generator().manual_seed(1000 * self.epoch + row)
+        return {
+            "pixel_values": torch.randn(3, 16, 16, generator=generator),
+            "anchor_pixel_values": torch.randn(1, 3, 16, 16, generator=generator),
+            "focal_pixel_values": torch.randn(2, 3, 8, 8, generator=generator),
+        }
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after a step, as a user or a cluster does."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def make_trainer(
+    output_dir, dataset=None, callbacks=None, model_fields=None, eval_dataset=None, **arguments
+) -> MSNTrainer:
+    """A trainer of a tiny model, 4 images a batch, 8 steps, a checkpoint every 3."""
+    arguments = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 2,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        **arguments,
+    }
+    return MSNTrainer(
+        tiny_model(**(model_fields or {})),
+        MSNTrainingArguments(str(output_dir), **arguments),
+        train_dataset=RandomViews() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+    )
+
+
+def losses(trainer) -> dict[int, float]:
+    """The logged loss of each step."""
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def assert_same_weights(model, expected) -> None:
+    """Bitwise, buffers included."""
+    state, expected = model.state_dict(), expected.state_dict()
+    differing = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert not differing

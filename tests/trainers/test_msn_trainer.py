@@ -1,0 +1,270 @@
+"""What MSNTrainer does to the model and what it logs; resume is in test_resume.py."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runs import RandomViews, losses, make_trainer
+from tiny import tiny_model
+
+from hf_msn import MSNTrainingArguments, MultiViewCollator, MultiViewDataset, MultiViewTransform, load_images
+from hf_msn.trainers import CheckpointError, NonFiniteLossError
+from hf_msn.trainers.msn_trainer import describe_collapse
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["schedule"]
+
+
+def golden_trainer(tmp_path):
+    return make_trainer(
+        tmp_path,
+        dataset=RandomViews(GOLDEN["steps_per_epoch"] * 4),
+        max_steps=-1,
+        num_train_epochs=GOLDEN["epochs"],
+        warmup_steps=0,
+        warmup_epochs=GOLDEN["warmup_epochs"],
+        start_learning_rate=GOLDEN["start_lr"],
+        learning_rate=GOLDEN["lr"],
+        final_learning_rate=GOLDEN["final_lr"],
+        weight_decay=GOLDEN["wd"],
+        final_weight_decay=GOLDEN["final_wd"],
+        schedule_stretch=GOLDEN["stretch"],
+        save_strategy="no",
+    )
+
+
+def test_schedules_of_a_run_are_the_golden_ones(tmp_path):
+    seen = []
+    trainer = golden_trainer(tmp_path)
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        groups = trainer.optimizer.param_groups
+        assert groups[1]["weight_decay"] == 0.0
+        seen.append((groups[0]["lr"], groups[0]["weight_decay"], trainer.ema_momentum_now()))
+        return loss
+
+    trainer.training_step = watched
+    trainer.train()
+    assert len(seen) == GOLDEN["steps_per_epoch"] * GOLDEN["epochs"]
+    for name, column in (("lr_at_step", 0), ("wd_at_step", 1), ("momentum_at_step", 2)):
+        values = [entry[column] for entry in seen[: len(GOLDEN[name])]]
+        assert values == pytest.approx(GOLDEN[name], rel=1e-12)
+
+
+def test_learning_rates_scale_with_the_batch(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate_batch_size=16, gradient_accumulation_steps=2, save_strategy="no")
+    trainer.train()
+    plain = make_trainer(tmp_path, gradient_accumulation_steps=2, save_strategy="no")
+    plain.train()
+    rates = [
+        [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+        for run in (trainer, plain)
+    ]
+    assert rates[0] == pytest.approx([rate * 8 / 16 for rate in rates[1]], rel=1e-12)
+
+
+def test_prototypes_and_one_dimensional_parameters_do_not_decay(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        expected = parameter.ndim > 1 and name != "prototypes"
+        assert (name in decayed) == expected, name
+    optimizer = trainer.create_optimizer()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
+
+
+def test_clipping_leaves_the_prototypes_alone(tmp_path):
+    trainer = make_trainer(tmp_path, max_grad_norm=0.5)
+    model = trainer.model
+    model(**MultiViewCollator()([RandomViews()[row] for row in range(4)])).loss.mul(100).backward()
+    prototypes = model.prototypes.grad.clone()
+    others = [p for name, p in model.named_parameters() if p.grad is not None and name != "prototypes"]
+    expected_norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in others))
+    norm = trainer._clip_grad_norm(model)
+    assert float(norm) == pytest.approx(expected_norm, rel=1e-5)
+    assert math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in others)) == pytest.approx(0.5, rel=1e-4)
+    assert torch.equal(model.prototypes.grad, prototypes)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    # Without what mixes the images of a batch, two micro-batches of 4 are one batch of 8.
+    fields = {"mask_ratio": 0.0, "projection_batch_norm": False, "me_max_weight": 0.0}
+    settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "save_strategy": "no"}
+    dataset = RandomViews(24)
+    accumulated = make_trainer(tmp_path, dataset, model_fields=fields, gradient_accumulation_steps=2, **settings)
+    accumulated.train()
+    whole = make_trainer(tmp_path, dataset, model_fields=fields, per_device_train_batch_size=8, **settings)
+    whole.train()
+    assert list(losses(accumulated).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
+    for (name, parameter), expected in zip(accumulated.model.named_parameters(), whole.model.parameters()):
+        assert torch.allclose(parameter, expected, atol=2e-5), name
+
+
+def test_the_log_has_what_the_method_shows(tmp_path):
+    fields = {"mask_ratio": 0.0, "me_max_weight": 2.0}
+    arguments = {
+        "max_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "start_sharpen_temperature": 0.5,
+    }
+    trainer = make_trainer(tmp_path, model_fields=fields, **arguments)
+    trainer.train()
+    log = trainer.state.log_history[0]
+
+    batch = MultiViewCollator()([RandomViews()[row] for row in range(4)])
+    output = tiny_model(**fields)(**batch, sharpen_temperature=0.5)
+    assert log["cross_entropy"] == pytest.approx(output.cross_entropy.item(), rel=1e-5)
+    assert log["me_max"] == pytest.approx(output.me_max.item(), rel=1e-4)
+    assert log["entropy"] == pytest.approx(output.entropy.item(), rel=1e-5)
+    assert log["loss"] == pytest.approx(output.cross_entropy.item() + 2 * output.me_max.item(), rel=1e-5)
+    target = output.target_probabilities
+    assert log["mean_max_target_probability"] == pytest.approx(target.amax(-1).mean().item(), rel=1e-5)
+    assert log["prototypes_in_use"] == len(target.argmax(-1).unique())
+    assert log["sharpen_temperature"] == 0.5
+    assert log["images_per_second"] > 0
+    assert {"ema_momentum", "weight_decay", "learning_rate", "grad_norm"} <= set(log)
+
+
+def test_sharpening_goes_in_a_straight_line(tmp_path):
+    trainer = make_trainer(
+        tmp_path, start_sharpen_temperature=0.5, final_sharpen_temperature=0.1, max_steps=4, save_strategy="no"
+    )
+    trainer.train()
+    logged = [entry["sharpen_temperature"] for entry in trainer.state.log_history if "sharpen_temperature" in entry]
+    assert logged == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_values_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(tmp_path, report_to="tensorboard", max_steps=2)
+    trainer.train()
+    files = sorted(tmp_path.rglob("events.out.tfevents.*"))
+    assert files
+    reader = EventAccumulator(str(files[0]))
+    reader.Reload()
+    written = [event.value for event in reader.Scalars("train/cross_entropy")]
+    logged = [entry["cross_entropy"] for entry in trainer.state.log_history if "cross_entropy" in entry]
+    assert written == pytest.approx(logged, rel=1e-6)
+
+
+class NaNFrom(RandomViews):
+    """Views that are NaN in the second epoch (from step 6 on)."""
+
+    def __getitem__(self, row):
+        views = super().__getitem__(row)
+        if self.epoch == 1:
+            views["anchor_pixel_values"].fill_(float("nan"))
+        return views
+
+
+def test_nan_stops_and_names_step_and_last_good_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, NaNFrom())
+    with pytest.raises(NonFiniteLossError, match=r"at step 6.*checkpoint-3'"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.prototypes[0, 0] = float("inf")
+    with pytest.raises(NonFiniteLossError, match="A weight is NaN or infinite after step 8"):
+        trainer._save_checkpoint(trainer.model, None)
+    assert (tmp_path / "checkpoint-8").is_dir()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save = torch.save
+    calls = []
+
+    def full_disk(value, path, *args, **kwargs):
+        if "optimizer" in str(path):
+            calls.append(path)
+            if len(calls) == 2:
+                Path(path).write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6' failed: .*No space left.*checkpoint-3' is as it was"):
+        make_trainer(tmp_path).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
+
+
+def test_the_final_model_appears_whole(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    loaded = type(trainer.model).from_pretrained(tmp_path)
+    for (name, value), expected in zip(loaded.state_dict().items(), trainer.model.state_dict().values()):
+        assert torch.equal(value, expected), name
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "num_images, batch, message",
+    [(0, 4, "has 0 images"), (1, 1, "has 1 images, but one batch takes 2"), (3, 4, "has 3 images, but one batch")],
+)
+def test_too_few_images(tmp_path, num_images, batch, message):
+    trainer = make_trainer(tmp_path, RandomViews(num_images), per_device_train_batch_size=batch)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_a_batch_of_one_needs_no_batch_norm(tmp_path):
+    with pytest.raises(ValueError, match="needs at least 2 images a batch"):
+        make_trainer(tmp_path, per_device_train_batch_size=1).train()
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=1, model_fields={"projection_batch_norm": False})
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize("sizes, name", [({"focal_size": 6}, "focal_size"), ({"image_size": 18}, "image_size")])
+def test_views_must_be_whole_patches(tmp_path, sizes, name):
+    transform = MultiViewTransform(**{"image_size": 16, "focal_size": 8, "focal_views": 1, **sizes})
+    trainer = make_trainer(tmp_path, MultiViewDataset(load_images("digits"), transform))
+    with pytest.raises(ValueError, match=f"`{name}` of the views is .* multiple of the model's `patch_size`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"learning_rate": 0.0}, "`learning_rate` must be > 0"),
+        ({"schedule_stretch": 0.8}, "`schedule_stretch` must be >= 1"),
+        ({"ema_momentum": 1.2}, r"`ema_momentum` must be in \[0, 1\]"),
+        ({"final_sharpen_temperature": 0.0}, "`final_sharpen_temperature` must be > 0"),
+        ({"final_weight_decay": -1.0}, "`final_weight_decay` must be >= 0"),
+        ({"learning_rate_batch_size": 0}, "`learning_rate_batch_size` must be >= 1"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),
+        ({"torch_compile": True}, "Use `compile_encoder`"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MSNTrainingArguments(str(tmp_path), use_cpu=True, **arguments)
+
+
+def test_collapse_is_described():
+    healthy = {"prototypes_in_use": 60, "mean_max_target_probability": 0.7, "me_max": 0.1}
+    assert describe_collapse(healthy, 64) is None
+    assert "only 1 of 64 prototypes" in describe_collapse({**healthy, "prototypes_in_use": 1}, 64)
+    assert "flat assignment" in describe_collapse({**healthy, "mean_max_target_probability": 0.016}, 64)
+
+
+def test_a_collapsed_run_is_warned_of_once(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    with torch.no_grad():  # all projections are the bias of the last layer: every image gets the same assignment
+        for head in (trainer.model.projection_head, trainer.model.target_projection_head):
+            head.fc3.weight.zero_()
+    trainer.train()
+    assert caplog.text.count("of 8 prototypes are the target of any image") == 1
+    assert "use_sinkhorn" in caplog.text
