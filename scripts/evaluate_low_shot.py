@@ -1,7 +1,4 @@
-"""Low-shot evaluation of any vision model: python scripts/evaluate_low_shot.py --model MODEL --dataset digits
-
-On several processes: accelerate launch --num_processes 2 scripts/evaluate_low_shot.py --model MODEL ...
-"""
+"""Low-shot evaluation of any vision model. On several processes: accelerate launch scripts/evaluate_low_shot.py ..."""
 
 from dataclasses import dataclass, field
 from typing import Literal

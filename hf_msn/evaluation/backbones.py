@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from .. import models  # noqa: F401  registers the hf_msn checkpoints with the Auto classes
 
 _CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
+# fields of a config that do not change what the weights compute
+_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}
 
 
 def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str | None = None) -> nn.Module:
@@ -82,7 +84,9 @@ def find_backbone(model: nn.Module) -> nn.Module:
         return model
     if isinstance(model, PreTrainedModel):
         # DINOv3 calls its stack of blocks, which takes no pixels, its base model
-        return model.base_model if "pixel_values" in _arguments(model.base_model) else model
+        for part in (model.base_model, model):
+            if "pixel_values" in _arguments(part):
+                return part
     raise ValueError(
         f"The model must be MSNForPreTraining, a vision model of transformers or a timm model, but is {type(model)}. "
         "For another model extract the features yourself and give them to `LowShotEvaluator.evaluate_features`."
@@ -242,6 +246,3 @@ def weights_sha256(backbone: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}

@@ -1,6 +1,7 @@
 """Low-shot evaluation: how well do frozen features classify with a few labelled images a class?"""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class LowShotEvaluator:
             "name_or_path": origin,
         }
         settings = {
-            "image_processor": describe_image_processor(image_processor),
+            "image_processor": _readable(describe_image_processor(image_processor)),
             "num_last_layers": self._extraction["num_last_layers"],
             "dtype": str(self._extraction["dtype"] or "that of the weights"),
         }
@@ -285,9 +286,8 @@ class LowShotEvaluator:
     def _check_seen(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
         unseen = np.setdiff1d(test_labels, train_labels)
         if len(unseen):
-            named = ", ".join(
-                self._class_names[label] if self._class_names else str(label) for label in unseen[:_SHOWN]
-            )
+            names = dict(enumerate(self._class_names or ()))
+            named = ", ".join(names.get(label, str(label)) for label in unseen[:_SHOWN].tolist())
             raise ValueError(
                 f"Every class of the test data must be among the {where}, but {len(unseen)} are not: {named}"
                 f"{', ...' if len(unseen) > _SHOWN else ''}. Give train and test data of the same classes."
@@ -371,6 +371,14 @@ def _about_data(features: Features) -> dict[str, Any]:
         "num_skipped": len(features.skipped),
         "skipped": [str(error) for error in features.skipped[:20]],
     }
+
+
+def _readable(image_processor: str) -> Any:
+    """The settings as JSON holds them best: an object, or a string where they have no such form."""
+    try:
+        return json.loads(image_processor)
+    except json.JSONDecodeError:
+        return image_processor
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,8 @@ import timm
 import torch
 from PIL import Image
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPModel,
     ConvNextConfig,
@@ -204,6 +206,11 @@ def test_a_number_of_layers_that_is_not_there_is_refused(tiny_vit, pixels, num_l
 def test_a_model_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match=r"Linear.*evaluate_features"):
         find_backbone(torch.nn.Linear(2, 2))
+    text_config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+    )
+    with pytest.raises(ValueError, match=r"but is .*BertModel"):
+        find_backbone(BertModel(text_config))
 
 
 def test_every_training_flag_and_the_mode_come_back(tiny_vit):

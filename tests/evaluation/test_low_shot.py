@@ -1,5 +1,6 @@
 import logging
 import math
+import random
 
 import datasets
 import numpy as np
@@ -82,6 +83,22 @@ def test_accuracy_of_each_split_is_that_of_its_probe(digits, pixels):
 def test_two_calls_give_identical_numbers(few, tiny_vit, processor):
     evaluator = LowShotEvaluator(*few, image_processor=processor, fractions=(0.5,))
     assert evaluator(tiny_vit.train()) == evaluator(tiny_vit)
+
+
+def test_evaluation_leaves_all_random_states_alone(few, tiny_vit, processor):
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    LowShotEvaluator(*few, image_processor=processor, num_workers=1)(tiny_vit)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_unlabelled_rows_of_a_stream_are_refused(few, tiny_vit, processor):
+    hidden = few[1].cast_column("label", datasets.Value("int64"))
+    hidden = hidden.map(
+        lambda row, i: {"label": -1 if i == 3 else row["label"]}, with_indices=True, new_fingerprint="h"
+    )
+    evaluator = LowShotEvaluator(few[0], hidden.to_iterable_dataset(), image_processor=processor)
+    with pytest.raises(ValueError, match="1 are not: -1"):
+        evaluator(tiny_vit)
 
 
 def test_features_are_extracted_only_of_the_rows_that_splits_need(few, tiny_vit, processor):
@@ -181,7 +198,7 @@ def test_results_say_what_the_numbers_depend_on(few, tiny_vit, processor):
     assert results["data"]["train"]["fingerprint"] == few[0]._fingerprint
     assert results["data"]["test"]["num_images"] == 40
     assert results["data"]["class_names"] == [str(digit) for digit in range(10)]
-    assert '"shortest_edge": 8' in results["settings"]["image_processor"]
+    assert results["settings"]["image_processor"]["size"] == {"shortest_edge": 8}
     assert results["versions"]["torch"] == torch.__version__.split("+")[0]
     assert results["tasks"][0]["splits"][0]["fit"] == {"k": 3}
 
