@@ -84,12 +84,13 @@ class MSNForPreTraining(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, ProjectionHead):
+        # The encoders initialise their own layers, and transformers skips a module without parameters of its own, as a
+        # ProjectionHead is: the linear layers that come here are those of the heads.
+        if isinstance(module, nn.Linear):
             # As torch.nn.Linear does by itself; transformers' narrow normal distribution is meant for the encoder.
-            for linear in (module.fc1, module.fc2, module.fc3):
-                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.bias, -bound, bound)
+            bound = module.in_features**-0.5
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, MSNForPreTraining):
             bound = self.config.projection_dim**-0.5
             init.uniform_(module.prototypes, -bound, bound)
