@@ -1,0 +1,203 @@
+"""MSNForPreTraining: its loss by hand, the moving average, precision and speed modes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+from transformers import ViTMSNModel
+
+from hf_msn.losses import msn_loss
+
+
+def gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = model(**batch).loss
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), found
+
+
+def assert_gradients_close(found: dict, expected: dict, tolerance: float) -> None:
+    """Relative to the whole gradient: batch normalisation makes some of its parts cancel to noise."""
+    assert found.keys() == expected.keys()
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= tolerance * whole, name
+
+
+def projections_by_hand(model, views: list[torch.Tensor], prefix: str) -> torch.Tensor:
+    """One list entry a view (B, C, H, W), through the plain encoder of transformers and the head."""
+    plain = ViTMSNModel(model.config.to_vit_msn_config())
+    plain.load_state_dict(getattr(model, f"{prefix}encoder").state_dict())
+    cls_tokens = [plain(view, interpolate_pos_encoding=True).last_hidden_state[:, 0] for view in views]
+    return getattr(model, f"{prefix}projection_head")(torch.cat(cls_tokens))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_sinkhorn": True, "temperature": 0.2, "me_max_weight": 3.0, "entropy_weight": 0.5}], ids=str
+)
+def test_the_loss_is_that_of_anchors_then_focal_views_view_by_view(fields):
+    model = tiny_model(mask_ratio=0.0, **fields)
+    batch = tiny_batch(anchor_views=2, focal_views=3)
+    model.update_target(0.0)
+    with torch.no_grad():
+        model.encoder.embeddings.position_embeddings.add_(0.1)  # online and target must differ
+    views = [batch["anchor_pixel_values"][:, view] for view in range(2)]
+    views += [batch["focal_pixel_values"][:, view] for view in range(3)]
+    by_hand = copy.deepcopy(model)  # its batch statistics are its own
+    expected = msn_loss(
+        projections_by_hand(by_hand, views, ""),
+        projections_by_hand(by_hand, [batch["pixel_values"]], "target_"),
+        model.prototypes,
+        temperature=model.config.temperature,
+        sharpen_temperature=0.25,
+        use_sinkhorn=model.config.use_sinkhorn,
+        me_max_weight=model.config.me_max_weight,
+        entropy_weight=model.config.entropy_weight,
+    )
+    output = model(**batch)
+    for name in ("loss", "cross_entropy", "me_max", "entropy", "target_probabilities"):
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert output.loss.requires_grad
+    assert not output.target_probabilities.requires_grad
+
+
+def test_sharpening_can_be_given_for_one_call(msn_batch):
+    cold = tiny_model(sharpen_temperature=0.1)(**msn_batch)
+    given = tiny_model(sharpen_temperature=0.9)(**msn_batch, sharpen_temperature=0.1)
+    assert torch.equal(given.loss, cold.loss)
+    assert not torch.equal(tiny_model(sharpen_temperature=0.9)(**msn_batch).loss, cold.loss)
+
+
+@pytest.mark.parametrize("absent", ["anchor_pixel_values", "focal_pixel_values"])
+def test_a_kind_of_view_may_be_none_or_of_length_0(msn_batch, absent):
+    empty = {**msn_batch, absent: msn_batch[absent][:, :0]}
+    without = {name: views for name, views in msn_batch.items() if name != absent}
+    loss = tiny_model()(**without).loss
+    assert torch.equal(tiny_model()(**empty).loss, loss)
+    assert not torch.equal(tiny_model()(**msn_batch).loss, loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"anchor_pixel_values": None, "focal_pixel_values": None},
+        {"anchor_pixel_values": torch.zeros(4, 0, 3, 16, 16), "focal_pixel_values": None},
+        {"anchor_pixel_values": torch.zeros(4, 3, 16, 16)},
+        {"focal_pixel_values": torch.zeros(3, 2, 3, 8, 8)},
+    ],
+    ids=["neither", "no views", "no dimension of views", "another batch size"],
+)
+def test_views_that_do_not_fit_are_an_error(msn_model, msn_batch, change):
+    with pytest.raises(ValueError, match=r"at least one anchor or focal view .* with B = 4 .* but got \["):
+        msn_model(**{**msn_batch, **change})
+
+
+def test_target_equals_online_at_the_start(msn_model):
+    for target, online in zip(msn_model.target_encoder.parameters(), msn_model.encoder.parameters()):
+        assert torch.equal(target, online)
+    for target, online in zip(msn_model.target_projection_head.parameters(), msn_model.projection_head.parameters()):
+        assert torch.equal(target, online)
+
+
+def test_fresh_heads_and_prototypes_are_drawn_as_torch_draws_linear_layers():
+    model = tiny_model(projection_hidden_dim=256, projection_dim=64, num_prototypes=512)
+    for weight, bound in (
+        (model.projection_head.fc1.weight, 32**-0.5),
+        (model.projection_head.fc2.bias, 256**-0.5),
+        (model.projection_head.fc3.weight, 256**-0.5),
+        (model.prototypes, 64**-0.5),
+    ):
+        assert weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_the_target_gets_no_gradient_and_all_else_does(msn_model, msn_batch):
+    msn_model(**msn_batch).loss.backward()
+    for name, parameter in msn_model.named_parameters():
+        if name.startswith("target_"):
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0 or name.endswith("k_proj.bias"), name
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
+def test_update_target_equals_its_equation(momentum):
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.update_target(momentum)
+    after = model.state_dict()
+    moved = 0
+    for name, parameter in model.named_parameters():
+        if not name.startswith("target_"):
+            assert torch.equal(parameter, before[name]), name
+            continue
+        pairs = zip(before[name].flatten().tolist(), before[name.removeprefix("target_")].flatten().tolist())
+        expected = [momentum * target + (1 - momentum) * online for target, online in pairs]
+        assert after[name].flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6), name
+        moved += 1
+    assert moved == len(list(model.encoder.parameters())) + len(list(model.projection_head.parameters()))
+
+
+def test_update_target_leaves_all_buffers_alone(msn_model, msn_batch):
+    msn_model(**msn_batch)
+    buffers = {name: buffer.clone() for name, buffer in msn_model.named_buffers()}
+    assert not torch.equal(
+        buffers["target_projection_head.bn1.running_mean"], buffers["projection_head.bn1.running_mean"]
+    )
+    msn_model.update_target(0.0)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in msn_model.named_buffers())
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan])
+def test_a_momentum_outside_of_0_to_1_is_an_error(msn_model, momentum):
+    with pytest.raises(ValueError, match=rf"`momentum` must be in \[0, 1\], but is {momentum}"):
+        msn_model.update_target(momentum)
+
+
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(msn_batch):
+    plain, checkpointed = tiny_model(), tiny_model()
+    checkpointed.gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in checkpointed.encoder.layers)
+    calls = []
+    checkpointed.encoder.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
+    expected, found = gradients(plain, msn_batch), gradients(checkpointed, msn_batch)
+    assert len(calls) == 4  # anchors and focal views, each forward and again in backward
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-8)
+
+
+def test_eager_and_sdpa_attention_agree(msn_batch):
+    sdpa, eager = tiny_model(attn_implementation="sdpa"), tiny_model(attn_implementation="eager")
+    assert (sdpa.encoder.config._attn_implementation, eager.encoder.config._attn_implementation) == ("sdpa", "eager")
+    expected, found = gradients(sdpa, msn_batch), gradients(eager, msn_batch)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert_gradients_close(found[1], expected[1], 1e-5)
+
+
+@pytest.mark.parametrize("use_sinkhorn", [False, True])
+def test_bf16_autocast_is_within_2_percent_of_float32(msn_batch, use_sinkhorn):
+    full = tiny_model(use_sinkhorn=use_sinkhorn)(**msn_batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = tiny_model(use_sinkhorn=use_sinkhorn)(**msn_batch)
+    assert low.loss.dtype == torch.float32
+    assert low.loss.item() == pytest.approx(full.loss.item(), rel=0.02)
+    assert low.loss.item() != full.loss.item()
+
+
+def test_compiled_encoders_give_the_same_loss_and_keep_the_names_of_the_weights(msn_batch):
+    plain, compiled = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
+    compiled.compile_encoders(backend="aot_eager")
+    assert compiled.encoder._compiled_call_impl is not None
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    expected, found = gradients(plain, msn_batch), gradients(compiled, msn_batch)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert_gradients_close(found[1], expected[1], 1e-5)
+    assert torch.equal(copy.deepcopy(compiled).prototypes, plain.prototypes)
