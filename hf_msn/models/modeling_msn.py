@@ -150,11 +150,15 @@ class MSNForPreTraining(PreTrainedModel):
             like = weights[position_key].new_empty(1, num_tokens, source.hidden_size)
             weights[position_key] = trunk.embeddings.interpolate_pos_encoding(like, side, side).detach()
         expected = model.encoder.state_dict()
-        wrong = [key for key in expected if key not in weights or weights[key].shape != expected[key].shape]
-        if wrong or len(weights) != len(expected):
+        wrong = [
+            key
+            for key in {**expected, **weights}
+            if key not in expected or key not in weights or weights[key].shape != expected[key].shape
+        ]
+        if wrong:
             raise ValueError(
                 f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape "
-                f"or are missing, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, `num_hidden_layers` and "
+                f"or are only in one of them, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, `num_hidden_layers` and "
                 "`intermediate_size` as the checkpoint has them."
             )
         model.encoder.load_state_dict(weights)
