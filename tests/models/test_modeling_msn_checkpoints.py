@@ -1,0 +1,178 @@
+"""Saving, loading, and starting from a released trunk."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_batch, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForPreTraining, ViTConfig, ViTModel, ViTMSNConfig, ViTMSNModel
+
+from hf_msn import MSNConfig, MSNForPreTraining
+
+PRETRAINED_LOSS_STEPS = 2
+
+
+@pytest.fixture
+def trained():
+    """A model whose every tensor differs from a fresh one: trunk, target, head, batch statistics, mask state."""
+    model = tiny_model(seed=3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(PRETRAINED_LOSS_STEPS):
+        model(**tiny_batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_target(0.5)
+    return model
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "msn")
+    return tmp_path / "msn"
+
+
+@pytest.fixture
+def trunk(tmp_path):
+    """A plain ViTMSNModel with positions that are not zero, and the folder it is saved in."""
+    torch.manual_seed(5)
+    model = ViTMSNModel(tiny_config().to_vit_msn_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "trunk")
+    return model.eval(), tmp_path / "trunk"
+
+
+def assert_same_state(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+        assert found.state_dict()[name].dtype == value.dtype, name
+
+
+@pytest.mark.parametrize("loader", [MSNForPreTraining, AutoModelForPreTraining])
+def test_a_round_trip_is_exact(trained, folder, loader):
+    loaded = loader.from_pretrained(folder)
+    assert type(loaded) is MSNForPreTraining
+    assert not loaded.training
+    assert_same_state(loaded, trained)
+    assert loaded.mask_state.tolist() == [0, PRETRAINED_LOSS_STEPS]
+    batch = tiny_batch(seed=9)
+    assert torch.equal(loaded(**batch).loss, trained.eval()(**batch).loss)
+
+
+def test_the_auto_config_knows_the_configuration(trained, folder):
+    loaded = AutoConfig.from_pretrained(folder)
+    assert type(loaded) is MSNConfig
+    assert loaded.to_diff_dict() == trained.config.to_diff_dict()
+
+
+def test_everything_is_in_one_safetensors_file(trained, folder):
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    saved = load_file(folder / "model.safetensors")
+    elements = sum(value.numel() for value in trained.state_dict().values())
+    assert sum(value.numel() for value in saved.values()) == elements
+
+
+def test_the_target_stays_frozen_after_loading_and_the_rest_trainable(folder):
+    loaded = MSNForPreTraining.from_pretrained(folder)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.requires_grad != name.startswith("target_"), name
+
+
+def test_another_dtype_leaves_the_mask_state_whole(folder):
+    loaded = MSNForPreTraining.from_pretrained(folder, dtype=torch.bfloat16)
+    assert loaded.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert loaded.mask_state.dtype == torch.int64
+    assert loaded.mask_state.tolist() == [0, PRETRAINED_LOSS_STEPS]
+
+
+def test_loading_information_can_be_asked_for(folder):
+    model, info = MSNForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is MSNForPreTraining
+    assert not info["missing_keys"]
+
+
+def test_a_plain_trunk_is_refused_with_the_remedy(trunk):
+    with pytest.raises(
+        ValueError, match=r"is not a checkpoint of MSNForPreTraining: .* call `MSNForPreTraining.from_ba"
+    ):
+        MSNForPreTraining.from_pretrained(trunk[1])
+
+
+def test_a_checkpoint_without_prototypes_is_refused(folder):
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "prototypes"}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors are missing, first \['prototypes'\]"):
+        MSNForPreTraining.from_pretrained(folder)
+
+
+def test_both_encoders_start_from_a_released_trunk(trunk):
+    plain, path = trunk
+    model = MSNForPreTraining.from_backbone(path, num_prototypes=8, projection_dim=16, projection_hidden_dim=32)
+    images = tiny_batch()["pixel_values"]
+    expected = plain(images).last_hidden_state
+    for encoder in (model.encoder, model.target_encoder):
+        assert torch.equal(encoder.eval()(images).last_hidden_state, expected)
+    assert_same_state(model.target_projection_head, model.projection_head)
+    assert not any(p.requires_grad for p in model.target_encoder.parameters())
+    assert all(p.requires_grad for p in model.encoder.parameters())
+    assert (model.config.num_prototypes, model.config.hidden_size, model.config.image_size) == (8, 32, 16)
+    assert model.config.model_type == "msn"
+    assert model(**tiny_batch()).loss.isfinite()
+
+
+def test_a_pretrained_msn_model_gives_its_target_encoder(trained, folder):
+    model = MSNForPreTraining.from_backbone(folder, num_prototypes=20)
+    assert_same_state(model.encoder, trained.target_encoder)
+    assert_same_state(model.target_encoder, trained.target_encoder)
+    assert not torch.equal(model.encoder.layernorm.bias, trained.encoder.layernorm.bias)
+    assert model.prototypes.shape == (20, 16)
+    assert model.config.mask_ratio == trained.config.mask_ratio
+    assert model.mask_state.tolist() == [0, 0]
+
+
+def test_positions_are_interpolated_to_another_image_size(trunk):
+    plain, path = trunk
+    model = MSNForPreTraining.from_backbone(path, image_size=24)
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    assert model.config.num_patches == 36
+    expected = plain(images, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(model.encoder.eval()(images).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": 64}, {"patch_size": 8}, {"num_hidden_layers": 3}, {"intermediate_size": 48}], ids=str
+)
+def test_a_field_that_changes_the_shape_of_the_trunk_is_an_error(trunk, fields):
+    with pytest.raises(ValueError, match=r"does not fit the configuration: .* Leave `hidden_size`, `patch_size`"):
+        MSNForPreTraining.from_backbone(trunk[1], **fields)
+
+
+def test_fewer_layers_than_the_trunk_has_are_an_error_that_names_the_rest(trunk):
+    with pytest.raises(ValueError, match=r"16 tensors differ in shape or .* first \['layers.1.*Leave `hidden_size`"):
+        MSNForPreTraining.from_backbone(trunk[1], num_hidden_layers=1)
+
+
+def test_a_bad_field_is_an_error_of_the_configuration(trunk):
+    with pytest.raises(ValueError, match="`num_prototypes` must be >= 1, but is 0"):
+        MSNForPreTraining.from_backbone(trunk[1], num_prototypes=0)
+
+
+def test_a_trunk_of_another_architecture_is_an_error(tmp_path):
+    plain = tiny_config().to_vit_msn_config()
+    fields = {name: getattr(plain, name) for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")}
+    ViTModel(ViTConfig(**fields, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is a checkpoint of type 'vit', but the trunk must be of type 'vit_msn' or 'msn'"
+    ):
+        MSNForPreTraining.from_backbone(tmp_path)
+
+
+def test_other_settings_of_a_trunk_are_kept(tmp_path):
+    config = ViTMSNConfig(**{**tiny_config().to_vit_msn_config().to_dict(), "layer_norm_eps": 1e-3, "qkv_bias": False})
+    plain = ViTMSNModel(config).eval()
+    plain.save_pretrained(tmp_path)
+    model = MSNForPreTraining.from_backbone(tmp_path)
+    assert (model.config.layer_norm_eps, model.config.qkv_bias) == (1e-3, False)
+    images = tiny_batch()["pixel_values"]
+    assert torch.equal(model.encoder.eval()(images).last_hidden_state, plain(images).last_hidden_state)
