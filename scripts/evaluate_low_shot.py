@@ -7,7 +7,8 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from hf_msn import evaluation, evaluation_image_processor, load_images
+from hf_msn import evaluation_image_processor, load_images
+from hf_msn.evaluation import KNNProbe, LinearProbe, LogisticProbe, LowShotEvaluator, load_vision_model
 
 
 def option(help: str, default=None):
@@ -56,14 +57,14 @@ class EvaluationArguments:
 def main() -> None:
     (args,) = HfArgumentParser(EvaluationArguments, description=__doc__).parse_args_into_dataclasses()
     state = PartialState()
-    model = evaluation.load_vision_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
+    model = load_vision_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
     columns = {"config": args.dataset_config, "image_column": args.image_column, "label_column": args.label_column}
     probes = {
-        "logistic": lambda: evaluation.LogisticProbe(l2=args.l2),
-        "knn": lambda: evaluation.KNNProbe(k=args.neighbors),
-        "linear": lambda: evaluation.LinearProbe(device=state.device),
+        "logistic": lambda: LogisticProbe(l2=args.l2),
+        "knn": lambda: KNNProbe(k=args.neighbors),
+        "linear": lambda: LinearProbe(device=state.device),
     }
-    evaluator = evaluation.LowShotEvaluator(
+    evaluator = LowShotEvaluator(
         load_images(args.dataset, split=args.train_split, **columns),
         load_images(args.dataset, split=args.test_split, **columns),
         image_processor=evaluation_image_processor(args.image_size) if args.image_size else None,
