@@ -7,8 +7,15 @@ import torch
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from hf_msn import evaluation_image_processor, load_images
-from hf_msn.evaluation import KNNProbe, LinearProbe, LogisticProbe, LowShotEvaluator, load_vision_model
+from hf_msn import (
+    KNNProbe,
+    LinearProbe,
+    LogisticProbe,
+    LowShotEvaluator,
+    evaluation_image_processor,
+    load_images,
+    load_vision_model,
+)
 
 
 def option(help: str, default=None):
