@@ -10,6 +10,15 @@ from .data import (
     load_images,
     multi_view_dataset,
 )
+from .evaluation import (
+    KNNProbe,
+    LinearProbe,
+    LogisticProbe,
+    LowShotEvaluator,
+    extract_features,
+    load_vision_model,
+    pixel_features,
+)
 from .hub import export_backbone
 from .losses import msn_loss, sharpen, sinkhorn, soft_nearest_neighbor
 from .models import MSNConfig, MSNForPreTraining
@@ -20,7 +29,11 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BrokenImageError",
+    "KNNProbe",
+    "LinearProbe",
+    "LogisticProbe",
     "LowShotCallback",
+    "LowShotEvaluator",
     "MSNConfig",
     "MSNForPreTraining",
     "MSNTrainer",
@@ -30,10 +43,13 @@ __all__ = [
     "MultiViewTransform",
     "evaluation_image_processor",
     "export_backbone",
+    "extract_features",
     "load_images",
+    "load_vision_model",
     "msn_loss",
     "multi_view_dataset",
     "parse_recipe",
+    "pixel_features",
     "read_recipe",
     "sharpen",
     "sinkhorn",

@@ -32,8 +32,7 @@ def warmup_cosine(progress: float, *, warmup: float, start: float, peak: float, 
 
     Args:
         progress (`float`): Part of training that is done, in [0, 1].
-        warmup (`float`): Part of training that the warm-up takes, >= 0. From 1 on it does not reach the peak before the
-            end.
+        warmup (`float`): Part of training that the warm-up takes, >= 0. Above 1 it does not reach the peak.
         start (`float`): Value at progress 0, if there is a warm-up. The MSN paper starts from 2e-4, not from 0.
         peak (`float`): Value where the warm-up ends.
         end (`float`): Value at progress 1.

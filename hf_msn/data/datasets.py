@@ -1,6 +1,7 @@
 """Data sets of views: what a DataLoader reads in pretraining."""
 
 import contextlib
+import itertools
 import logging
 import zlib
 from collections.abc import Callable, Iterator
@@ -163,6 +164,11 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         shuffle_buffer (`int`, *optional*, defaults to 1000):
             Images held in memory by each worker to shuffle among; 0 keeps the source's order.
 
+    Attributes:
+        repeat (`bool`, defaults to `False`):
+            Go through the stream again and again, each pass as the next epoch. The pretraining trainers turn it on:
+            batches are then all whole, and a resumed run finds its place by counting batches.
+
     Raises:
         ValueError: no images, no column `image`, another `on_broken_image`, a negative buffer.
         BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` 1000 in succession, or all
@@ -178,10 +184,11 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         on_broken_image: str = "skip",
         shuffle_buffer: int = 1000,
     ):
-        dataset = _encoded_images(dataset, seed, on_broken_image)
+        self._dataset = _encoded_images(dataset, seed, on_broken_image)
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
-        self._dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer > 0 else dataset
+        self.shuffle_buffer = shuffle_buffer
+        self.repeat = False
         self.transform = transform
         self.seed = seed
         self.on_broken_image = on_broken_image
@@ -196,7 +203,6 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Moves on to the views and the order of an epoch, in running workers too; Trainer and Accelerate call it."""
         self._epoch.fill_(epoch)
-        self._dataset.set_epoch(epoch)
 
     @property
     def num_broken(self) -> int:
@@ -204,11 +210,24 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         return int(self._broken.sum())
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for epoch in itertools.count(self.epoch):
+            some = False
+            for views in self._pass(epoch):
+                some = True
+                yield views
+            if not (self.repeat and some):  # a worker without a shard would go round for ever
+                return
+
+    def _pass(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
         place = 0 if worker is None else worker.id
         self._broken[place] = 0
+        dataset = self._dataset
+        if self.shuffle_buffer > 0:
+            # not `datasets`' own epoch, which all workers share: they do not come to the next pass at the same time
+            dataset = dataset.shuffle(seed=_hash(self.seed, epoch) >> 32, buffer_size=self.shuffle_buffer)
         row, in_succession, last = -1, 0, None
-        for row, value in enumerate(self._dataset):
+        for row, value in enumerate(dataset):
             try:
                 image = decode_image(value["image"], row=row)
             except BrokenImageError as error:
@@ -221,7 +240,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
                     break
                 continue
             in_succession = 0
-            with _seeded(_hash(self.seed, self.epoch, _fingerprint(value["image"]))):
+            with _seeded(_hash(self.seed, epoch, _fingerprint(value["image"]))):
                 views = self.transform(image)
             yield views
         if row < 0 and worker is None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from transformers.utils import logging
 
 from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
+from ..data.datasets import StreamingMultiViewDataset
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..schedules import cosine, warmup_cosine
 from .checkpoints import STAGING_FOLDER, find_fault, find_last_checkpoint, list_checkpoints, saved_world_size
@@ -50,6 +51,8 @@ class PretrainingTrainer(Trainer):
         self._num_images = 0
         self._clock_started: float | None = None
         self._non_finite_step = torch.tensor(-1, device=args.device)
+        if isinstance(self.train_dataset, StreamingMultiViewDataset):
+            self.train_dataset.repeat = True  # one endless epoch, in which a resumed run finds its place
         self.add_callback(DatasetEpochCallback(self.train_dataset))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

@@ -1,3 +1,4 @@
+import itertools
 import logging
 
 import datasets
@@ -194,6 +195,19 @@ def test_stream_has_other_views_and_another_order_in_each_epoch(image_rows):
     order = [epoch[:, :3].tolist() for epoch in epochs]
     assert order[0] != order[1] and sorted(order[0]) == sorted(order[1])
     assert not set(epochs[0][:, 3].tolist()) & set(epochs[1][:, 3].tolist())
+
+
+def test_a_repeated_stream_goes_on_with_the_next_epoch(image_rows):
+    stream = StreamingMultiViewDataset(image_rows(5).to_iterable_dataset(), TRANSFORM, seed=5)
+    passes = []
+    for epoch in (2, 3):
+        stream.set_epoch(epoch)
+        passes += [views["pixel_values"] for views in stream]
+    stream.set_epoch(2)
+    stream.repeat = True
+    endless = [views["pixel_values"] for views in itertools.islice(stream, len(passes))]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(endless, passes))
+    assert stream.epoch == 2
 
 
 def test_stream_drops_and_counts_broken_images(image_rows, picture, caplog):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runs import RandomViews, StopAt, assert_same_weights, losses, make_trainer
 
-from hf_msn import MultiViewDataset, MultiViewTransform, load_images
+from hf_msn import MultiViewDataset, MultiViewTransform, load_images, multi_view_dataset
 from hf_msn.trainers import CheckpointError, find_last_checkpoint
 
 
@@ -43,6 +43,23 @@ def test_resume_is_bit_exact_with_drawn_views_and_workers(tmp_path, workers):
     resumed = trainer("parts")
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(resumed.model, whole.model)
+
+
+def test_resume_of_a_stream_is_bit_exact_beyond_its_first_pass(tmp_path):
+    transform = MultiViewTransform.for_small_grayscale(image_size=16, focal_views=1)
+
+    def trainer(folder, callbacks=None):
+        stream = load_images("digits").select(range(13)).to_iterable_dataset()  # not a whole number of batches
+        dataset = multi_view_dataset(stream, transform, seed=3)
+        return make_trainer(tmp_path / folder, dataset, callbacks, save_steps=1)
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("parts", [StopAt(5)]).train()
+    resumed = trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model, whole.model)
+    assert losses(resumed) == losses(whole)
 
 
 def test_every_epoch_has_its_own_views_and_masks(tmp_path):
