@@ -25,7 +25,8 @@ def write(tmp_path, **fields) -> str:
 def test_each_field_goes_to_its_home(out):
     recipe = parse_recipe(
         f"--output_dir {out} --mask_ratio 0.5 --global_scale 0.2 0.9 --learning_rate 1e-4 --image_size 32 "
-        "--patch_size 8 --use_sinkhorn false --streaming --dataset some/folder --low_shot_images_per_class 3 4 --use_cpu".split()
+        "--patch_size 8 --use_sinkhorn false --streaming --dataset some/folder --low_shot_images_per_class 3 4 "
+        "--use_cpu".split()
     )
     assert recipe.config_fields == {"mask_ratio": 0.5, "image_size": 32, "patch_size": 8, "use_sinkhorn": False}
     assert recipe.views.global_scale == (0.2, 0.9) and recipe.views.image_size == 32

@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 class MSNTrainer(PretrainingTrainer):
     """Trains an [`MSNForPreTraining`]: schedules, decay and clip groups, moving average and log as in the paper.
 
+    With gradient accumulation, mean-entropy maximisation and Sinkhorn see one micro-batch of all ranks at a time.
+
     Args:
         model ([`MSNForPreTraining`]): The model to train.
         args ([`MSNTrainingArguments`]): What changes over training.
