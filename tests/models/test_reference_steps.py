@@ -1,0 +1,178 @@
+"""Ten steps of MSNTrainer against a plain loop in float64, written from the equations with raw torch."""
+
+import copy
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+from torch import nn
+from transformers import ViTMSNModel
+
+from hf_msn import MSNTrainer, MSNTrainingArguments
+
+STEPS, WARMUP_STEPS, IMAGES = 10, 3, 4
+STRETCH = 1.25
+FIELDS = {"mask_ratio": 0.0, "me_max_weight": 2.0, "entropy_weight": 0.3}
+
+
+class Settings(NamedTuple):
+    learning_rates: tuple[float, float, float]  # start, peak, final
+    weight_decays: tuple[float, float]
+    momenta: tuple[float, float]
+    max_norm: float
+
+
+# So strong that forgetting any of it moves the losses by far more than the tolerance; float32 would drift apart.
+STRONG = Settings((2e-3, 1e-2, 1e-4), (0.5, 5.0), (0.5, 1.0), 0.5)
+PAPER = Settings((2e-4, 1e-3, 1e-6), (0.04, 0.4), (0.996, 1.0), 3.0)
+
+
+class Reference:
+    """One side of MSN, online or target: the plain encoder of transformers and a head of plain layers, in float64."""
+
+    def __init__(self, model, prefix: str):
+        width, hidden = model.config.hidden_size, model.config.projection_hidden_dim
+        self.encoder = ViTMSNModel(model.config.to_vit_msn_config())
+        self.encoder.load_state_dict(getattr(model, f"{prefix}encoder").state_dict())
+        self.head = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, model.config.projection_dim),
+        )
+        weights = getattr(model, f"{prefix}projection_head").state_dict()
+        names = {"0": "fc1", "1": "bn1", "3": "fc2", "4": "bn2", "6": "fc3"}
+        self.head.load_state_dict({name: weights[f"{names[name[0]]}{name[1:]}"] for name in self.head.state_dict()})
+        self.encoder.double().train()
+        self.head.double().train()
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [*self.encoder.parameters(), *self.head.parameters()]
+
+    def project(self, views: list[torch.Tensor]) -> torch.Tensor:
+        features = [self.encoder(view, interpolate_pos_encoding=True).last_hidden_state[:, 0] for view in views]
+        return self.head(torch.cat(features))
+
+
+def reference_loss(anchors, targets, prototypes, use_sinkhorn):
+    def assign(z):
+        z, q = z / z.norm(dim=1, keepdim=True), prototypes / prototypes.norm(dim=1, keepdim=True)
+        return torch.softmax(z @ q.T / 0.1, dim=1)
+
+    with torch.no_grad():
+        sharp = assign(targets) ** (1 / 0.25)
+        sharp = sharp / sharp.sum(dim=1, keepdim=True)
+        for _ in range(3 if use_sinkhorn else 0):
+            sharp = sharp / sharp.sum(dim=0)
+            sharp = sharp / sharp.sum(dim=1, keepdim=True)
+    p = assign(anchors)
+    mean = p.mean(dim=0)
+    views = len(anchors) // len(targets)
+    cross_entropy = -(sharp.repeat(views, 1) * p.log()).sum(dim=1).mean()
+    me_max = math.log(len(prototypes)) + (mean * mean.log()).sum()
+    return cross_entropy + 2.0 * me_max - 0.3 * (p * p.log()).sum(dim=1).mean()
+
+
+def half_cosine(progress: float, start: float, final: float) -> float:
+    return final + (start - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def reference_losses(model, batches: list[dict], accumulation: int, use_sinkhorn: bool, settings: Settings):
+    online, target = Reference(model, ""), Reference(model, "target_")
+    prototypes = model.prototypes.detach().double().clone().requires_grad_()
+    parameters = [*online.parameters(), prototypes]
+    first, second = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
+    start, peak, final = settings.learning_rates
+    losses = []
+    for update in range(STEPS):
+        for batch in batches[update * accumulation : (update + 1) * accumulation]:
+            batch = {name: views.double() for name, views in batch.items()}
+            views = [batch["anchor_pixel_values"][:, 0], *batch["focal_pixel_values"].unbind(1)]
+            with torch.no_grad():
+                targets = target.project([batch["pixel_values"]])
+            loss = reference_loss(online.project(views), targets, prototypes, use_sinkhorn) / accumulation
+            loss.backward()
+            losses.append(loss.item())
+
+        horizon, done = STRETCH * STEPS, update + 1
+        if done < WARMUP_STEPS:
+            rate = start + (peak - start) * done / WARMUP_STEPS
+        else:
+            progress = (done - WARMUP_STEPS) / (horizon - WARMUP_STEPS)
+            rate = half_cosine(progress, peak, final)
+        decay = half_cosine(done / horizon, *settings.weight_decays)
+        momentum = settings.momenta[0] + (settings.momenta[1] - settings.momenta[0]) * update / horizon
+
+        with torch.no_grad():
+            norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in online.parameters()))
+            assert norm > settings.max_norm, "the clip must be at work"
+            for parameter in online.parameters():
+                parameter.grad *= settings.max_norm / norm
+            for parameter, m, v in zip(parameters, first, second):
+                if parameter.ndim > 1 and parameter is not prototypes:
+                    parameter -= rate * decay * parameter
+                m.copy_(0.9 * m + 0.1 * parameter.grad)
+                v.copy_(0.999 * v + 0.001 * parameter.grad**2)
+                parameter -= rate * (m / (1 - 0.9**done)) / ((v / (1 - 0.999**done)).sqrt() + 1e-8)
+                parameter.grad = None
+            for theta_bar, theta in zip(target.parameters(), online.parameters()):
+                theta_bar.copy_(momentum * theta_bar + (1 - momentum) * theta)
+    return losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("use_sinkhorn", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "dtype", "tolerance"),
+    [(STRONG, torch.float64, 1e-6), (PAPER, torch.float32, 1e-4)],
+    ids=["strong settings in float64", "settings of the paper in float32"],
+)
+def test_ten_steps_give_the_losses_of_the_plain_loop(tmp_path, settings, dtype, tolerance, use_sinkhorn, accumulation):
+    model = tiny_model(use_sinkhorn=use_sinkhorn, **FIELDS)
+    batches = [tiny_batch(IMAGES, seed=number) for number in range(STEPS * accumulation)]
+    expected = reference_losses(copy.deepcopy(model), batches, accumulation, use_sinkhorn, settings)
+
+    trainer = MSNTrainer(
+        model.to(dtype),
+        MSNTrainingArguments(
+            str(tmp_path),
+            num_train_epochs=1,
+            per_device_train_batch_size=IMAGES,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            warmup_epochs=WARMUP_STEPS / STEPS,
+            start_learning_rate=settings.learning_rates[0],
+            learning_rate=settings.learning_rates[1],
+            final_learning_rate=settings.learning_rates[2],
+            weight_decay=settings.weight_decays[0],
+            final_weight_decay=settings.weight_decays[1],
+            ema_momentum=settings.momenta[0],
+            final_ema_momentum=settings.momenta[1],
+            schedule_stretch=STRETCH,
+            max_grad_norm=settings.max_norm,
+            collapse_warning=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=[
+            {name: views[row].to(dtype) for name, views in batch.items()} for batch in batches for row in range(IMAGES)
+        ],
+    )
+    step, losses = trainer.training_step, []
+
+    def watched(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    trainer.training_step = watched
+    trainer.train()
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert max(expected) / min(expected) > 1.2  # the steps change something
