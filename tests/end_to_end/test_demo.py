@@ -1,0 +1,132 @@
+"""The demo with a recipe that takes seconds: the same code and files, a model that has learnt next to nothing."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoConfig, AutoModel
+
+from hf_msn import MSNForPreTraining
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PICTURES = ("low_shot.png", "training.png", "neighbours.png", "embedding.png")
+TINY = {"max_steps": 6, "logging_steps": 2, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
+
+
+def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    overrides = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / "demo.py"), "--output_dir", str(folder), *overrides, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder that a short demo made, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    done = run_demo(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("demo")
+
+
+def test_low_shot_json_holds_mean_and_deviation_in_per_cent_for_all_three(finished):
+    scores = json.loads((finished[0] / "low_shot.json").read_text())
+    assert set(scores) == {"pixels", "untrained", "msn"}
+    for by_count in scores.values():
+        assert list(by_count) == ["1", "2", "5", "10"]
+        for entry in by_count.values():
+            assert set(entry) == {"mean", "std"}
+            assert 8 < entry["mean"] < 100 and 0 < entry["std"] < 15
+
+
+def test_raw_pixels_score_what_they_score_without_this_package(finished):
+    # scikit-learn's own arrays, its own solver and splits of its own: the same within the noise of five splits
+    pixels = json.loads((finished[0] / "low_shot.json").read_text())["pixels"]
+    assert [pixels[count]["mean"] for count in ("1", "2", "5", "10")] == pytest.approx([63, 75, 87, 91], abs=5)
+
+
+def test_pictures_are_wide_enough_for_a_readme_and_not_blank(finished):
+    for name in PICTURES:
+        with Image.open(finished[0] / name) as picture:
+            pixels = np.asarray(picture.convert("L"))
+        assert pixels.shape[1] >= 1000, name
+        assert pixels.std() > 5, name
+
+
+def test_exported_model_is_plain_and_has_the_weights_of_the_target_encoder(finished):
+    folder = finished[0]
+    assert AutoConfig.from_pretrained(folder / "model").model_type == "vit_msn"
+    exported = AutoModel.from_pretrained(folder / "model").state_dict()
+    target = MSNForPreTraining.from_pretrained(folder / "pretraining").target_encoder.state_dict()
+    assert exported.keys() == target.keys()
+    assert all((exported[name] == target[name]).all() for name in target)
+
+
+def test_output_has_the_table_of_the_json_and_no_noise(finished):
+    folder, printed = finished
+    scores = json.loads((folder / "low_shot.json").read_text())
+    lines = printed.splitlines()
+    for name, shown in (("msn", "MSN"), ("pixels", "raw pixels"), ("untrained", "untrained encoder")):
+        (row,) = [line for line in lines if line.startswith(shown)]
+        assert row.split()[-3:] == [f"{scores[name]['10']['mean']:.1f}", "±", f"{scores[name]['10']['std']:.1f}"]
+    assert "step     6" in printed
+    assert not any("Warning" in line or "it/s" in line or line.startswith("{") for line in lines)
+
+
+def test_second_demo_gives_the_same_numbers_and_replaces_the_first(finished):
+    folder = finished[0]
+    first = (folder / "low_shot.json").read_text()
+    (folder / "left_over.txt").write_text("of the first")
+    done = run_demo(folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "low_shot.json").read_text() == first
+    assert not (folder / "left_over.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_interrupted_demo_leaves_the_earlier_results_and_nothing_of_its_own(demo, tmp_path):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "low_shot.json").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt), demo.made_anew(folder) as unfinished:
+        (unfinished / "low_shot.json").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert (folder / "low_shot.json").read_text() == "earlier"
+
+
+def test_results_that_a_kill_left_aside_come_back(demo, tmp_path):
+    aside = tmp_path / ".demo.replaced"
+    aside.mkdir()
+    (aside / "low_shot.json").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt), demo.made_anew(tmp_path / "demo"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "demo" / "low_shot.json").read_text() == "earlier"
+
+
+def test_folder_of_something_else_is_not_replaced(demo, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else"), demo.made_anew(tmp_path):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_labels_of_close_curves_are_pushed_apart(demo):
+    placed = demo.figures._spread({"msn": 95.0, "pixels": 91.0, "untrained": 50.0}, gap=5.0)
+    assert placed == {"untrained": 50.0, "pixels": 91.0, "msn": 96.0}
