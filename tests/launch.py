@@ -40,21 +40,24 @@ def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
             )
             for rank in range(world_size)
         ]
-        deadline = time.monotonic() + timeout
         try:
             for process in ranks:
                 process.start()
+            deadline = time.monotonic() + timeout  # from here: the first start waits for the server's imports
             while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
                 if any(process.exitcode not in (None, 0) for process in ranks):
                     break
                 time.sleep(0.01)
+            # Judged before the others are killed: they lose their connection to those that go first.
+            failed = any(process.exitcode not in (None, 0) for process in ranks)
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
+            for process in ranks:
                 process.join()
         if not all(process.exitcode == 0 for process in ranks):
-            raise AssertionError(_describe_failure(function, ranks, Path(folder), timeout))
+            raise AssertionError(_describe_failure(function, ranks, Path(folder), None if failed else timeout))
         return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(world_size)]
 
 
@@ -87,16 +90,16 @@ def _run_rank(function, rank, world_size, port, folder, timeout, args) -> None:
             faulthandler.cancel_dump_traceback_later()
 
 
-def _describe_failure(function, ranks, folder: Path, timeout: float) -> str:
+def _describe_failure(function, ranks, folder: Path, timeout: float | None) -> str:
+    codes = [process.exitcode for process in ranks]
+    if timeout is not None:
+        stacks = "\n".join(f"rank {file.stem}:\n{file.read_text()}" for file in sorted(folder.glob("*.stacks")))
+        return f"`{function.__name__}` did not end within {timeout} s (exit codes {codes}):\n{stacks}"
     # One failing rank makes the others lose their connection: the first error is the cause.
     errors = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
-    if errors:
-        return f"rank {errors[0].stem} of {len(ranks)} failed in `{function.__name__}`:\n{errors[0].read_text()}"
-    codes = [process.exitcode for process in ranks]
-    stacks = "\n".join(f"rank {file.stem}:\n{file.read_text()}" for file in sorted(folder.glob("*.stacks")))
-    return (
-        f"`{function.__name__}` did not end within {timeout} s on {len(ranks)} ranks (exit codes {codes}):\n{stacks}"
-    )
+    if not errors:
+        return f"a rank of `{function.__name__}` died without a word (exit codes {codes})"
+    return f"rank {errors[0].stem} of {len(ranks)} failed in `{function.__name__}`:\n{errors[0].read_text()}"
 
 
 def _free_port() -> int:
