@@ -58,8 +58,9 @@ def msn_loss(
     its logarithm does.
 
     Args:
-        anchor_projections (`torch.Tensor` of shape `(V*B, D)`): View-major: all images of the first view, then the
-        second. target_projections (`torch.Tensor` of shape `(B, D)`): Gets no gradient.
+        anchor_projections (`torch.Tensor` of shape `(V*B, D)`): View-major: all images of the first view, then of
+            the second.
+        target_projections (`torch.Tensor` of shape `(B, D)`): Gets no gradient.
         prototypes (`torch.Tensor` of shape `(K, D)`): Gets its gradient through the anchors only.
         temperature (`float`, *optional*, defaults to 0.1): tau, above 0.
         sharpen_temperature (`float`, *optional*, defaults to 0.25): T, above 0; smaller is sharper.

@@ -36,8 +36,7 @@ class MSNConfig(ViTMSNConfig):
 
     Raises:
         ValueError: If a value breaks its rule; the message has value, rule and remedy. (A value of the wrong type
-            raises
-            transformers' own `StrictDataclassFieldValidationError`.)
+            raises transformers' own `StrictDataclassFieldValidationError`.)
     """
 
     model_type = "msn"
