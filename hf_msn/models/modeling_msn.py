@@ -158,8 +158,8 @@ class MSNForPreTraining(PreTrainedModel):
         if wrong:
             raise ValueError(
                 f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape "
-                f"or are only in one of them, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, `num_hidden_layers` "
-                "and `intermediate_size` as the checkpoint has them."
+                f"or are only in one of them, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, "
+                "`num_hidden_layers` and `intermediate_size` as the checkpoint has them."
             )
         model.encoder.load_state_dict(weights)
         model.update_target(0.0)
