@@ -52,7 +52,7 @@ class MSNForPreTraining(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must not rescale it
-    _no_split_modules = ("ViTMSNEmbeddings", "ViTMSNLayer")
+    _no_split_modules = PatchDroppingViTMSNModel._no_split_modules
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -255,7 +255,7 @@ class MSNForPreTraining(PreTrainedModel):
 
     @staticmethod
     def _cls(encoder: nn.Module, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None = None) -> torch.Tensor:
-        return encoder(pixel_values, kept_patches=kept_patches).last_hidden_state[:, 0]
+        return encoder(pixel_values, kept_patches=kept_patches, cls_only=True).last_hidden_state[:, 0]
 
     def _draw_kept_patches(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         if self.config.mask_ratio == 0:

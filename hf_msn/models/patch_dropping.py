@@ -5,13 +5,15 @@ import math
 import numpy as np
 import torch
 from torch import nn
-from transformers import ViTMSNModel
+from transformers import ViTMSNConfig, ViTMSNModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNEmbeddings
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from .encoder_layers import PretrainingViTMSNAttention, PretrainingViTMSNLayer
 
 
 class PatchDroppingViTMSNModel(ViTMSNModel):
@@ -20,6 +22,14 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
     A dropped patch costs nothing after the patch embedding: the transformer sees shorter sequences. Position
     embeddings are interpolated (bicubic) wherever the image has another number of patches than `config.image_size`.
     """
+
+    _no_split_modules = ("ViTMSNEmbeddings", "PretrainingViTMSNLayer")
+
+    def __init__(self, config: ViTMSNConfig):
+        super().__init__(config)
+        for layer in self.layers:  # the modules and their weights stay: only `forward` is another
+            layer.__class__ = PretrainingViTMSNLayer
+            layer.attention.__class__ = PretrainingViTMSNAttention
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -37,6 +47,7 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         kept_patches: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
+        cls_only: bool = False,
         **kwargs,
     ) -> BaseModelOutput:
         r"""
@@ -47,18 +58,23 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
             interpolate_pos_encoding (`bool`, *optional*): Accepted for the signature of `ViTMSNModel`; positions are
                 always interpolated where they must be.
             attention_mask (`torch.Tensor`, *optional*): As in `ViTMSNModel`, over the [CLS] and the kept patches.
+            cls_only (`bool`, *optional*, defaults to `False`): Compute only the [CLS] in the last layer, which is all
+                that the loss of MSN reads.
 
         Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(B, 1 + K, D)` after the final LayerNorm;
-            `hidden_states[-1]`, if asked for, is the output of the last block before it.
+            `BaseModelOutput`: `last_hidden_state` of shape `(B, 1 + K, D)`, or `(B, 1, D)` with `cls_only`, after the
+            final LayerNorm; `hidden_states[-1]`, if asked for, is the output of the last block before it.
 
         Raises:
-            ValueError: If H or W is not a multiple of the patch size.
+            ValueError: If H or W is not a multiple of the patch size, or `cls_only` comes with an `attention_mask`.
         """
+        if cls_only and attention_mask is not None:
+            raise ValueError("`cls_only` takes no `attention_mask`. Leave out one of them.")
         tokens = self._embed(pixel_values.to(self.embeddings.cls_token.dtype), kept_patches)
         attention_mask = create_bidirectional_mask(self.config, inputs_embeds=tokens, attention_mask=attention_mask)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             tokens = layer(tokens, attention_mask, **kwargs)
+        tokens = self.layers[-1](tokens, attention_mask, cls_only, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layernorm(tokens))
 
     def _embed(self, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None) -> torch.Tensor:
