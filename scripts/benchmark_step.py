@@ -1,0 +1,254 @@
+"""Images a second of the whole training step, against a plainly written one, turn by turn in the same run.
+
+The views are in memory already; forward, backward, clipping, optimizer, schedules and moving average are timed.
+
+    python scripts/benchmark_step.py --model s16 --precision fp32 bf16
+    python scripts/benchmark_step.py --model vit_tiny --world_size 2
+    torchrun --nproc_per_node 8 scripts/benchmark_step.py --model b16 --batch_size 128 --precision bf16
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from plain_step import PlainStep
+from transformers import HfArgumentParser, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from hf_msn import MSNConfig, MSNForPreTraining, MSNTrainer, MSNTrainingArguments
+
+MODELS = {
+    name: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mask_ratio"), values))
+    for name, values in {
+        "vit_tiny": (192, 12, 3, 16, 0.15),
+        "s16": (384, 12, 6, 16, 0.15),
+        "b16": (768, 12, 12, 16, 0.3),
+        "l16": (1024, 24, 16, 16, 0.5),
+        "b8": (768, 12, 12, 8, 0.3),
+        "b4": (768, 12, 12, 4, 0.7),
+        "l7": (1024, 24, 16, 7, 0.7),
+    }.items()
+}
+
+
+def option(help: str, default=None):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class BenchmarkArguments:
+    model: Literal["vit_tiny", "s16", "b16", "l16", "b8", "b4", "l7"] = option("Size of the paper.", "s16")
+    hidden_size: int | None = option("In place of the model's.")
+    num_hidden_layers: int | None = option("In place of the model's.")
+    num_attention_heads: int | None = option("In place of the model's.")
+    patch_size: int | None = option("In place of the model's.")
+    mask_ratio: float | None = option("In place of the model's.")
+    image_size: int = option("Pixels of target and anchor views.", 224)
+    focal_size: int | None = option("Pixels of focal views. 96, or 98 where the patches are of 7 pixels.")
+    anchor_views: int = option("Masked global views an image, besides the target.", 1)
+    focal_views: int = option("Small views an image.", 10)
+    batch_size: int = option("Images a rank.", 8)
+    precision: list[str] = field(
+        default_factory=lambda: ["fp32", "bf16"],
+        metadata={"help": "fp32, bf16 (autocast) or both. The plain step is always in float32."},
+    )
+    steps: int = option("Timed pairs of steps, one of ours and one plain.", 7)
+    warmup_steps: int = option("Pairs before them.", 2)
+    compile_encoder: bool = option("torch.compile our encoders; their compilation is in the warm-up.", False)
+    plain: bool = option("Measure the plain step too; --no_plain where memory is short.", True)
+    world_size: int = option("Start this many ranks on this machine. Or start them by torchrun.", 1)
+    threads: int = option("CPU threads, shared by the ranks of this machine.", 2)
+    cpu: bool = option("Use the CPU where there is a GPU.", False)
+    output: str | None = option("Write settings, times and ratios to this JSON file.")
+
+    def __post_init__(self):
+        wrong = sorted(set(self.precision) - {"fp32", "bf16"})
+        if wrong or not self.precision:
+            raise ValueError(f"`precision` is of fp32 and bf16, but is {self.precision}.")
+        for name, least in (("steps", 1), ("warmup_steps", 1), ("anchor_views", 1), ("batch_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be >= {least}, but is {getattr(self, name)}.")
+        for name, value in MODELS[self.model].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.focal_size is None:
+            self.focal_size = 98 if self.patch_size == 7 else 96
+
+    def build_model(self) -> MSNForPreTraining:
+        torch.manual_seed(0)
+        fields = {name: getattr(self, name) for name in MODELS[self.model]}
+        return MSNForPreTraining(
+            MSNConfig(
+                **fields,
+                image_size=self.image_size,
+                intermediate_size=4 * self.hidden_size,
+                use_sinkhorn=False,
+                me_max_weight=5.0,
+            )
+        )
+
+
+def random_views(args: BenchmarkArguments, rank: int) -> dict[str, torch.Tensor]:
+    """One batch, which every step sees again."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def views(*shape):
+        return torch.randn(args.batch_size, *shape, generator=generator)
+
+    batch = {
+        "pixel_values": views(3, args.image_size, args.image_size),
+        "anchor_pixel_values": views(args.anchor_views, 3, args.image_size, args.image_size),
+    }
+    if args.focal_views:
+        batch["focal_pixel_values"] = views(args.focal_views, 3, args.focal_size, args.focal_size)
+    return batch
+
+
+class Stopwatch(TrainerCallback):
+    """Times each step of the trainer, and after each lets the plain step take its turn on the same views."""
+
+    def __init__(
+        self, trainer: MSNTrainer, plain: PlainStep | None, batch: dict[str, torch.Tensor], warmup_steps: int
+    ):
+        self.trainer, self.plain, self.warmup_steps = trainer, plain, warmup_steps
+        self.batch = {name: view.to(trainer.args.device) for name, view in batch.items()}
+        self.ours, self.plainly, self.warmup = [], [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.settings = {
+            "learning_rate": self.trainer.lr_scheduler.get_last_lr()[0],
+            "weight_decay": self.trainer.weight_decay_now(),
+            "momentum": self.trainer.ema_momentum_now(),
+            "max_grad_norm": args.max_grad_norm,
+        }
+        self.started = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        seconds = self._now() - self.started
+        warm = state.global_step > self.warmup_steps
+        (self.ours if warm else self.warmup).append(seconds)
+        if self.plain is not None:
+            started = self._now()
+            self.plain.step(self.batch, **self.settings)
+            if warm:
+                self.plainly.append(self._now() - started)
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
+        return time.perf_counter()
+
+
+def measure(args: BenchmarkArguments, precision: str) -> dict[str, list[float]]:
+    """Seconds of each step, ours and plain, after the check that both have the same loss at the start."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = MSNTrainingArguments(
+            folder,
+            bf16=precision == "bf16",
+            use_cpu=args.cpu or not torch.cuda.is_available(),
+            per_device_train_batch_size=args.batch_size,
+            max_steps=args.warmup_steps + args.steps,
+            compile_encoder=args.compile_encoder,
+            warmup_epochs=0,
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+        )
+        batch = random_views(args, training.process_index)
+        rows = range(training.max_steps * training.world_size * args.batch_size)
+        trainer = MSNTrainer(args.build_model(), training, data_collator=lambda _: batch, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        stopwatch = Stopwatch(trainer, PlainStep(trainer.model) if args.plain else None, batch, args.warmup_steps)
+        if stopwatch.plain is not None:
+            check_same_loss(trainer.model, stopwatch.plain, stopwatch.batch)
+        trainer.add_callback(stopwatch)
+        trainer.train()
+    return {"hf_msn": stopwatch.ours, "plain": stopwatch.plainly, "warmup": stopwatch.warmup}
+
+
+def check_same_loss(model: MSNForPreTraining, plain: PlainStep, batch: dict[str, torch.Tensor]) -> None:
+    """Both steps must do the same work: from the same weights, without masks, their losses agree to 1e-4."""
+    mask_ratio, model.config.mask_ratio = model.config.mask_ratio, 0.0
+    with torch.no_grad():
+        ours, theirs = model.train()(**batch).loss.item(), plain.loss(batch, mask_ratio=0.0).item()
+    model.config.mask_ratio = mask_ratio
+    if abs(ours - theirs) > 1e-4 * abs(theirs):
+        raise RuntimeError(
+            f"From the same weights and views the loss is {ours:.6f} and plainly {theirs:.6f}, but they must agree to "
+            "1e-4: one of the two steps is wrong, and their times mean nothing."
+        )
+
+
+def summarize(values: list[float]) -> dict[str, float | list[float]]:
+    """Median, quartiles, smallest and largest."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median(values), "quartiles": [low, high], "range": [min(values), max(values)]}
+
+
+def report(args: BenchmarkArguments, measured: dict[str, dict[str, list[float]]], ranks: int, device: str) -> dict:
+    """Prints the table; returns what it shows, as JSON takes it."""
+    images = args.batch_size * ranks
+    views = f"1 target + {args.anchor_views} anchor + {args.focal_views} focal views"
+    print(
+        f"{args.model} ({args.hidden_size} x {args.num_hidden_layers}, patch {args.patch_size}), {views} of "
+        f"{args.image_size} and {args.focal_size} px, {args.mask_ratio:.0%} dropped, batch {args.batch_size} x "
+        f"{ranks} rank{'s' * (ranks > 1)}\n{device}, torch {torch.__version__}; "
+        f"median of {args.steps} steps (quartiles)\n"
+    )
+    print(f"{'precision':<10}{'plain fp32, images/s':>26}{'hf_msn, images/s':>26}{'ratio of a pair':>24}")
+    results = {}
+    for precision, seconds in measured.items():
+        entry = {"hf_msn": summarize([images / value for value in seconds["hf_msn"]]), "seconds": seconds}
+        columns = ["-", _cell(entry["hf_msn"]), "-"]
+        if seconds["plain"]:
+            entry["plain"] = summarize([images / value for value in seconds["plain"]])
+            # Pairs are neighbours in time: what else the machine did slowed both.
+            entry["ratio"] = summarize([theirs / ours for ours, theirs in zip(seconds["hf_msn"], seconds["plain"])])
+            columns = [_cell(entry["plain"]), columns[1], _cell(entry["ratio"])]
+        print(f"{precision:<10}{columns[0]:>26}{columns[1]:>26}{columns[2]:>24}")
+        results[precision] = entry
+    if args.compile_encoder:
+        print(f"\nfirst step, with compilation: {max(max(times['warmup']) for times in measured.values()):.1f} s")
+    machine = {"device": device, "torch": torch.__version__, "ranks": ranks, "threads_a_rank": torch.get_num_threads()}
+    return {"arguments": asdict(args), "machine": machine, "results": results}
+
+
+def _cell(summary: dict) -> str:
+    low, high = summary["quartiles"]
+    return f"{summary['median']:.2f} ({low:.2f} - {high:.2f})"
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses()
+    if args.world_size > 1 and "WORLD_SIZE" not in os.environ:
+        from torch.distributed.run import main as torchrun
+
+        return torchrun(["--standalone", f"--nproc_per_node={args.world_size}", __file__, *sys.argv[1:]])
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, args.threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    measured = {precision: measure(args, precision) for precision in args.precision}
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), {args.threads} threads"
+    if int(os.environ.get("RANK", 0)) == 0:
+        results = report(args, measured, ranks, device)
+        if args.output:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
