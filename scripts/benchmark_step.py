@@ -1,6 +1,7 @@
 """Images a second of the whole training step, against a plainly written one, turn by turn in the same run.
 
 The views are in memory already; forward, backward, clipping, optimizer, schedules and moving average are timed.
+Where other jobs share the CPU, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost both steps most.
 
     python scripts/benchmark_step.py --model s16 --precision fp32 bf16
     python scripts/benchmark_step.py --model vit_tiny --world_size 2
