@@ -48,12 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more threads than this slow so small a model down
+    torch.set_num_threads(1)  # so small a model gains little from two, which crawl as soon as one core is busy
     with made_anew(args.output_dir) as folder:
         run_dir = ["--output_dir", str(folder / "pretraining"), "--overwrite_output_dir", "true"]
         recipe = parse_recipe(["--config", args.config, *overrides, *run_dir])
         trainer, untrained = pretrain(recipe)
         trainer.save_model(folder / "pretraining")
+        trainer.save_state()
         images = {split: recipe.data.load(split) for split in ("train", "test")}
         processor = recipe.build_image_processor()
         check_export(trainer.model, images["test"], processor, folder / "model")
