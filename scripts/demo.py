@@ -34,7 +34,7 @@ from hf_msn import (
 
 IMAGES_PER_CLASS = (1, 2, 5, 10)
 NUM_SPLITS = 5
-# the paper's penalty for few labels, for all features alike; on held-out training images it suits raw pixels too
+# the paper's penalty for few labels, for all features alike; raw pixels lose 0.3 points to their best one (training images)
 L2 = 0.0025
 
 
