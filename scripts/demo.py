@@ -34,7 +34,7 @@ from hf_msn import (
 
 IMAGES_PER_CLASS = (1, 2, 5, 10)
 NUM_SPLITS = 5
-# the paper's penalty for few labels, for all features alike; raw pixels lose 0.3 points to their best one (training images)
+# the paper's for few labels, for all features alike; raw pixels' own best is 0.1 better at 5 and 10 labels, 1.1 at 1
 L2 = 0.0025
 
 
