@@ -167,7 +167,8 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
         container = typing.get_origin(sequence) or sequence or list
         entries = [kind for kind in typing.get_args(sequence) if kind is not Ellipsis] or [str]
         return container(_scalar(name, entry, _members(entries[0])) for entry in value)
-    if optional and (value is None or str(value).lower() in ("none", "null")):
+    means_none = value is None or (str(value).lower() in ("none", "null") and name != "report_to")
+    if optional and means_none:  # "none" is a word of its own for `report_to`: no reporter
         return None
     if sequence is not None and len(kinds) == 1:
         return _typed(name, [value], annotation)

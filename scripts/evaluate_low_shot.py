@@ -50,7 +50,7 @@ class EvaluationArguments:
     num_splits: int = option("Random splits of each task that is not a list.", 3)
     seed: int = option("Split i is drawn with seed + i.", 0)
     probe: Literal["logistic", "knn", "linear"] = option("Classifier on the features.", "logistic")
-    l2: float | None = option("Penalty of the logistic probe. 0.0025 up to 5 images a class, else 0.075.")
+    l2: float | None = option("Penalty of the logistic probe. 0.0025 up to 10 images a class, else 0.075.")
     neighbors: int = option("Neighbours of the knn probe.", 20)
     num_last_layers: int = option("Concatenate the [CLS] token of this many last blocks.", 1)
     batch_size: int = option("Images at a time on each process.", 64)

@@ -50,6 +50,12 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path, out):
     assert recipe.training.num_train_epochs == 5.0 and recipe.views.rotation == 10.0
 
 
+def test_none_is_no_value_but_a_reporter(out):
+    recipe = parse_recipe(f"--output_dir {out} --report_to none --final_weight_decay none --image_column null".split())
+    assert recipe.training.report_to == []
+    assert recipe.training.final_weight_decay is None and recipe.data.image_column is None
+
+
 @pytest.mark.parametrize(
     "name, nearest", [("mask_ration", "mask_ratio"), ("num_prototype", "num_prototypes"), ("epochs", "warmup_epochs")]
 )

@@ -57,7 +57,7 @@ class LogisticProbe:
 
     Args:
         l2 (`float`, *optional*):
-            The penalty lambda. By default 0.0025 up to 5 images a class on average and 0.075 above: the paper gives
+            The penalty lambda. By default 0.0025 up to 10 images a class on average and 0.075 above: the paper gives
             0.0025 for 5 images a class and 0.075 for 1 % of ImageNet, which is 13 images a class.
         max_iter (`int`, *optional*, defaults to 300):
             Most L-BFGS iterations. Stopping here is part of the protocol; `fit_report["converged"]` tells.
@@ -85,7 +85,7 @@ class LogisticProbe:
     @property
     def settings(self) -> dict[str, Any]:
         """What was asked for, as results record it."""
-        l2 = self.l2 if self.l2 is not None else "0.0025 up to 5 images a class on average, else 0.075"
+        l2 = self.l2 if self.l2 is not None else "0.0025 up to 10 images a class on average, else 0.075"
         return {"probe": "logistic", "l2": l2, "max_iter": self.max_iter, "tol": self.tol}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "LogisticProbe":
@@ -101,7 +101,7 @@ class LogisticProbe:
         features, labels = _checked(features, labels)
         self.classes_ = np.unique(labels)
         images_per_class = len(labels) / len(self.classes_)
-        l2 = self.l2 if self.l2 is not None else (0.0025 if images_per_class <= 5 else 0.075)
+        l2 = self.l2 if self.l2 is not None else (0.0025 if images_per_class <= 10 else 0.075)
         two_classes = len(self.classes_) == 2
         solver = LogisticRegression(
             C=(2.0 if two_classes else 1.0) / l2, fit_intercept=False, max_iter=self.max_iter, tol=self.tol

@@ -76,7 +76,9 @@ def test_logistic_probe_stops_at_max_iter_and_says_so(clusters):
     assert probe.fit_report == {"l2": 0.075, "iterations": 2, "converged": False}
 
 
-@pytest.mark.parametrize(("images_per_class", "l2"), [(1, 0.0025), (5, 0.0025), (6, 0.075), (13, 0.075)])
+@pytest.mark.parametrize(
+    ("images_per_class", "l2"), [(1, 0.0025), (5, 0.0025), (10, 0.0025), (11, 0.075), (13, 0.075)]
+)
 def test_default_penalty_is_that_of_the_paper(clusters, images_per_class, l2):
     features, labels = clusters
     rows = np.concatenate([np.flatnonzero(labels == label)[:images_per_class] for label in range(3)])
