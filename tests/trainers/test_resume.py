@@ -7,10 +7,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from runs import RandomViews, StopAt, assert_same_weights, losses, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, load_images, multi_view_dataset
 from hf_msn.trainers import CheckpointError, find_last_checkpoint
+from runs import RandomViews, StopAt, assert_same_weights, losses, make_trainer
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
