@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import RandomViews, losses, make_trainer
+from short_runs import RandomViews, losses, make_trainer
 from tiny import tiny_model
 
 from hf_msn import MSNTrainingArguments, MultiViewCollator, MultiViewDataset, MultiViewTransform, load_images

@@ -7,10 +7,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from short_runs import RandomViews, StopAt, assert_same_weights, losses, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, load_images, multi_view_dataset
 from hf_msn.trainers import CheckpointError, find_last_checkpoint
-from runs import RandomViews, StopAt, assert_same_weights, losses, make_trainer
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -74,7 +74,7 @@ def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path, caplog):
         """
         import os, signal, sys, torch
         sys.path[:0] = sys.argv[2:]
-        from runs import make_trainer
+        from short_runs import make_trainer
         saves, save = 0, torch.save
 
         def kill_in_the_second_checkpoint(*args, **kwargs):
