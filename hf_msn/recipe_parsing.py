@@ -107,7 +107,7 @@ def _build_parser(show_all: bool = False) -> argparse.ArgumentParser:
             hidden = cls is MSNTrainingArguments and not show_all and name not in own | set(_COMMON_TRAINING_FIELDS)
             text = f.metadata.get("help", _ENCODER_HELP.get(name, ""))
             default = "" if f.default in (dataclasses.MISSING, None) else f" [{_shown(f.default)}]"
-            text = " ".join(f"{text}{default}".split()).replace("%", "%%")
+            text = " ".join(f"{text}{default}".split()).replace("%%", "%").replace("%", "%%")
             group.add_argument(
                 f"--{name}",
                 metavar=_metavar(f.type),

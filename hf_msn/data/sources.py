@@ -263,7 +263,8 @@ def _select_split(splits: dict[str, datasets.Dataset], split: str, source: str) 
 
 def _unknown_split(split: str, source: str, names) -> ValueError:
     return ValueError(
-        f"'{source}' has no split '{split}'; it has {', '.join(repr(str(name)) for name in names) or 'none'}."
+        f"'{source}' has no split '{split}'; it has {', '.join(repr(str(name)) for name in names) or 'none'}. "
+        "Name one of these, or put the images to test on into a folder or split of their own."
     )
 
 

@@ -215,7 +215,7 @@ def match_list_file(
     if missing:
         text = f"{len(missing)} of {len(names)} names of the list file '{path}' are in no row: {_first(missing)}"
         if not allow_missing or len(missing) == len(names):
-            raise ValueError(f"{text}. Check that list and data set belong together, or set `allow_missing`.")
+            raise ValueError(f"{text}. Check that list and data set belong together.")
         logger.warning("%s; left out.", text)
     several = [f"{name} (rows {', '.join(map(str, rows[:3]))})" for name, rows in matches.items() if len(rows) > 1]
     if several:

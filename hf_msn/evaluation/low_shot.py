@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from .results import LowShotResults, SplitResult, TaskResult
 
 _PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 _SHOWN = 5
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ class LowShotEvaluator:
             "device": device,
             "dtype": dtype,
         }
+        fingerprints = [getattr(dataset, "_fingerprint", None) for dataset in (train_dataset, test_dataset)]
+        if fingerprints[0] is not None and fingerprints[0] == fingerprints[1]:
+            logger.warning("Train and test data are the same: images that the probe learnt from are tested too.")
         self.results: LowShotResults | None = None
         self._class_names = _common_class_names(train_dataset, test_dataset)
         self._splits: dict[str, list[_Split]] | None = None

@@ -263,9 +263,11 @@ class MSNForPreTraining(PreTrainedModel):
         if self._mask_draw is None:
             self._mask_draw = tuple(self.mask_state.tolist())
         seed, draw = self._mask_draw
+        patch_size = self.config.patch_size
+        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         kept = draw_kept_patches(
             pixel_values.shape[0],
-            (pixel_values.shape[-2] // self.config.patch_size) * (pixel_values.shape[-1] // self.config.patch_size),
+            num_patches,
             self.config.mask_ratio,
             seed=(seed, 0 if self.config.shared_mask else rank(), draw),
             shared=self.config.shared_mask,

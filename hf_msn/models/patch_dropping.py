@@ -117,8 +117,17 @@ def draw_kept_patches(
 
     Returns:
         `torch.LongTensor` of shape `(B, floor(N * (1 - mask_ratio)))`: On the CPU, no index twice in a row.
+
+    Raises:
+        ValueError: If no patch is left.
     """
+    num_kept = num_kept_patches(num_patches, mask_ratio)
+    if num_kept < 1:
+        raise ValueError(
+            f"`mask_ratio` {mask_ratio} leaves none of the {num_patches} patches of a view. Lower it, or choose "
+            "larger views or a smaller `patch_size`."
+        )
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     keys = torch.rand(1 if shared else batch_size, num_patches, generator=generator)
-    kept = keys.argsort(dim=1)[:, : num_kept_patches(num_patches, mask_ratio)]
+    kept = keys.argsort(dim=1)[:, :num_kept]
     return kept.expand(batch_size, -1)

@@ -9,6 +9,7 @@ from ..callbacks import UpdateTargetCallback
 from ..data.collators import MultiViewCollator
 from ..distributed.collectives import all_reduce_sum
 from ..models.modeling_msn import MSNForPreTraining
+from ..models.patch_dropping import num_kept_patches
 from ..schedules import linear
 from .msn_arguments import MSNTrainingArguments
 from .pretraining_trainer import PretrainingTrainer
@@ -36,6 +37,7 @@ class MSNTrainer(PretrainingTrainer):
         if args.compile_encoder:
             self.model.compile_encoders()
         self.add_callback(UpdateTargetCallback(self.ema_momentum_now))
+        self._num_targets = 0
         self._prototypes_used = torch.zeros(model.config.num_prototypes, dtype=torch.bool, device=args.device)
         self._warned_of_collapse = False
 
@@ -44,6 +46,7 @@ class MSNTrainer(PretrainingTrainer):
         if self.model.training:
             target = outputs.target_probabilities
             self._prototypes_used[target.argmax(dim=-1)] = True
+            self._num_targets += len(target) * self.args.world_size
             self.record(
                 cross_entropy=outputs.cross_entropy,
                 me_max=outputs.me_max,
@@ -76,7 +79,8 @@ class MSNTrainer(PretrainingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if "prototypes_in_use" in logs and self.args.collapse_warning and not self._warned_of_collapse:
-            warning = describe_collapse(logs, self.model.config.num_prototypes)
+            warning = describe_collapse(logs, self.model.config.num_prototypes, self._num_targets)
+            self._num_targets = 0
             if warning and self.args.should_log:
                 logger.warning(f"At step {self.state.global_step}: {warning}")
                 self._warned_of_collapse = True
@@ -93,6 +97,13 @@ class MSNTrainer(PretrainingTrainer):
                     f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, "
                     f"which is {config.patch_size}, at least one patch."
                 )
+        views_size = getattr(transform, "image_size", config.image_size)
+        num_patches = (views_size // config.patch_size) ** 2
+        if num_kept_patches(num_patches, config.mask_ratio) < 1:
+            raise ValueError(
+                f"`mask_ratio` {config.mask_ratio} leaves none of the {num_patches} patches of a view of {views_size} "
+                "pixels. Lower it, or choose larger views."
+            )
         if config.projection_batch_norm and self.args.per_device_train_batch_size < 2:
             raise ValueError(
                 f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, but batch normalisation "
@@ -101,17 +112,19 @@ class MSNTrainer(PretrainingTrainer):
             )
 
 
-def describe_collapse(logs: dict[str, float], num_prototypes: int) -> str | None:
+def describe_collapse(logs: dict[str, float], num_prototypes: int, num_targets: int) -> str | None:
     """What is wrong if the assignments have collapsed, and what to turn; `None` if they have not.
 
     Args:
         logs (`dict[str, float]`): With `prototypes_in_use`, `mean_max_target_probability` and `me_max`.
         num_prototypes (`int`): K.
+        num_targets (`int`): Target views that the log is about. Few images cannot use many prototypes: nothing is said
+            of fewer than 32.
     """
-    if num_prototypes == 1:
+    if num_prototypes == 1 or num_targets < 32:
         return None
     used, confidence = logs["prototypes_in_use"], logs["mean_max_target_probability"]
-    if used <= max(1, num_prototypes // 100):
+    if used <= max(1, min(num_prototypes, num_targets) // 100):
         return (
             f"only {used:.0f} of {num_prototypes} prototypes are the target of any image (me_max {logs['me_max']:.3f} "
             f"of at most {math.log(num_prototypes):.3f}): the images collapse onto few prototypes. Use Sinkhorn "

@@ -74,15 +74,23 @@ class PretrainingTrainer(Trainer):
         self.check_before_training()
         resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint or None)
         if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
-            present = list_checkpoints(self.args.output_dir)
-            if present:
-                raise ValueError(
-                    f"`output_dir` '{self.args.output_dir}' has checkpoints of an earlier run, the last of them "
-                    f"'{present[-1].name}'. Go on from it with `resume_from_checkpoint=True`, start anew with "
-                    "`overwrite_output_dir=True`, or choose another `output_dir`."
-                )
+            self._check_output_dir()
         self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_output_dir(self) -> None:
+        present = list_checkpoints(self.args.output_dir)
+        if present or Path(self.args.output_dir, "model.safetensors").exists():
+            what = (
+                f"checkpoints of an earlier run, the last of them '{present[-1].name}'"
+                if present
+                else ("the model of an earlier run")
+            )
+            raise ValueError(
+                f"`output_dir` '{self.args.output_dir}' has {what}. Go on from a checkpoint with "
+                "`resume_from_checkpoint=True`, start anew with `overwrite_output_dir=True`, or choose another "
+                "`output_dir`."
+            )
 
     def check_before_training(self) -> None:
         """Raises a `ValueError` if the training set cannot fill one update. Methods add their own checks."""
@@ -210,7 +218,11 @@ class PretrainingTrainer(Trainer):
 
     def extra_logs(self) -> dict[str, float]:
         """What else to log at each logging step; called on all ranks. Methods add to it."""
-        return {"weight_decay": self.weight_decay_now()}
+        logs = {"weight_decay": self.weight_decay_now()}
+        if hasattr(self.train_dataset, "num_broken"):
+            broken = torch.tensor(float(self.train_dataset.num_broken), device=self.args.device)
+            logs["broken_images"] = int(all_reduce_sum(broken).item())  # as each rank has met them
+        return logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._num_recorded:
@@ -274,6 +286,7 @@ class PretrainingTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging = run_dir / STAGING_FOLDER
+        self._clear(staging)
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -283,13 +296,7 @@ class PretrainingTrainer(Trainer):
                 shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
                 os.replace(staging / name, run_dir / name)
         except Exception as error:
-            last = list_checkpoints(run_dir)
-            free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
-            raise CheckpointError(
-                f"Saving '{run_dir / name}' failed: {error}. {free / 2**20:.0f} MiB are free on that disk. "
-                + (f"The earlier checkpoint '{last[-1]}' is as it was; " if last else "")
-                + "free some space or lower `save_total_limit`, then resume."
-            ) from error
+            raise self._save_failed(run_dir / name, error) from error
         finally:
             self._staging = False
             if self.args.should_save:
@@ -310,16 +317,34 @@ class PretrainingTrainer(Trainer):
             return super().save_model(output_dir, _internal_call=True)
         final = Path(output_dir or self.args.output_dir)
         staging = final / STAGING_FOLDER
+        self._clear(staging)
         try:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 for file in staging.iterdir():
                     os.replace(file, final / file.name)
+        except Exception as error:
+            raise self._save_failed(final, error) from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _clear(self, staging: Path) -> None:
+        """What a killed run left there must not get into what is saved next."""
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save_failed(self, path: Path, error: Exception) -> CheckpointError:
+        last = list_checkpoints(self.args.output_dir)
+        free = shutil.disk_usage(self.args.output_dir).free if os.path.isdir(self.args.output_dir) else 0
+        return CheckpointError(
+            f"Saving '{path}' failed: {error}. {free / 2**20:.0f} MiB are free on that disk. "
+            + (f"The earlier checkpoint '{last[-1]}' is as it was; " if last else "")
+            + "free some space or lower `save_total_limit`, then resume."
+        )
 
     def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
         if self.state.best_model_checkpoint == str(staging / name):

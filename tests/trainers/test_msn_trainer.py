@@ -219,6 +219,29 @@ def test_too_few_images(tmp_path, num_images, batch, message):
         trainer.train()
 
 
+def test_a_mask_that_leaves_no_patch_of_smaller_views(tmp_path):
+    transform = MultiViewTransform(image_size=8, focal_views=0)  # 4 patches, where the model was made for 16
+    dataset = MultiViewDataset(load_images("digits"), transform)
+    trainer = make_trainer(tmp_path, dataset, model_fields={"mask_ratio": 0.8})
+    with pytest.raises(ValueError, match="leaves none of the 4 patches of a view of 8 pixels"):
+        trainer.train()
+    with pytest.raises(ValueError, match="leaves none of the 4 patches"):
+        trainer.model(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8))
+
+
+def test_a_full_disk_at_the_end_is_said(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+
+    def full_disk(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer.model, "save_pretrained", full_disk)
+    with pytest.raises(CheckpointError, match=r"No space left.*checkpoint-8' is as it was"):
+        trainer.save_model()
+    assert not (tmp_path / ".incomplete").exists()
+
+
 def test_a_batch_of_one_needs_no_batch_norm(tmp_path):
     with pytest.raises(ValueError, match="needs at least 2 images a batch"):
         make_trainer(tmp_path, per_device_train_batch_size=1).train()
@@ -255,13 +278,16 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 def test_collapse_is_described():
     healthy = {"prototypes_in_use": 60, "mean_max_target_probability": 0.7, "me_max": 0.1}
-    assert describe_collapse(healthy, 64) is None
-    assert "only 1 of 64 prototypes" in describe_collapse({**healthy, "prototypes_in_use": 1}, 64)
-    assert "flat assignment" in describe_collapse({**healthy, "mean_max_target_probability": 0.016}, 64)
+    assert describe_collapse(healthy, 64, 1000) is None
+    assert "only 1 of 64 prototypes" in describe_collapse({**healthy, "prototypes_in_use": 1}, 64, 1000)
+    assert "flat assignment" in describe_collapse({**healthy, "mean_max_target_probability": 0.016}, 64, 1000)
+    # 40 images cannot use more than 40 of 8192 prototypes, and of 8 images nothing can be said
+    assert describe_collapse({**healthy, "prototypes_in_use": 30}, 8192, 40) is None
+    assert describe_collapse({**healthy, "prototypes_in_use": 1}, 8192, 8) is None
 
 
 def test_a_collapsed_run_is_warned_of_once(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=20, logging_steps=10)
     with torch.no_grad():  # all projections are the bias of the last layer: every image gets the same assignment
         for head in (trainer.model.projection_head, trainer.model.target_projection_head):
             head.fc3.weight.zero_()

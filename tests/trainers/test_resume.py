@@ -75,6 +75,7 @@ def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path, caplog):
         import os, signal, sys, torch
         sys.path[:0] = sys.argv[2:]
         from short_runs import make_trainer
+        torch.set_num_threads(1)  # as in the process that it is compared with
         saves, save = 0, torch.save
 
         def kill_in_the_second_checkpoint(*args, **kwargs):
@@ -100,6 +101,15 @@ def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path, caplog):
     whole.train()
     assert_same_weights(resumed.model, whole.model)
     assert sorted(path.name for path in (tmp_path / "killed").glob(".*")) == []
+
+
+def test_what_a_killed_save_left_does_not_get_into_the_next_checkpoint(tmp_path):
+    abandoned = tmp_path / ".incomplete" / "checkpoint-3"
+    abandoned.mkdir(parents=True)
+    (abandoned / "rng_state_1.pth").write_bytes(b"half")
+    make_trainer(tmp_path, max_steps=3).train()
+    assert not (tmp_path / "checkpoint-3" / "rng_state_1.pth").exists()
+    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +157,11 @@ def test_an_output_dir_with_checkpoints_asks_for_a_decision(tmp_path):
     make_trainer(tmp_path).train()
     with pytest.raises(ValueError, match="resume_from_checkpoint=True"):
         make_trainer(tmp_path).train()
+    trained = make_trainer(tmp_path / "model", save_strategy="no")
+    trained.train()
+    trained.save_model()
+    with pytest.raises(ValueError, match="has the model of an earlier run"):
+        make_trainer(tmp_path / "model").train()
     again = make_trainer(tmp_path, overwrite_output_dir=True)
     again.train()
     assert again.state.global_step == 8
