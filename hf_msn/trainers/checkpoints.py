@@ -1,7 +1,8 @@
-"""Which checkpoints of a run are whole, and what to say of those that are not."""
+"""Which checkpoints of a run are whole, and what to say of those that are not or cannot be written."""
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,10 @@ logger = logging.get_logger(__name__)
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 STAGING_FOLDER = ".incomplete"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or is not fit to resume from."""
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -85,3 +90,14 @@ def find_fault(checkpoint: str | Path) -> str | None:
 def saved_world_size(checkpoint: str | Path) -> int:
     """Number of ranks that wrote a checkpoint: each saves the state of its random number generators."""
     return max(1, len(list(Path(checkpoint).glob("rng_state_*.pth"))))
+
+
+def save_failed(path: str | Path, output_dir: str | Path, error: Exception) -> CheckpointError:
+    """The error to raise where saving to `path` failed: why, how much room there is, and what is still whole."""
+    last = list_checkpoints(output_dir)
+    free = shutil.disk_usage(output_dir).free if Path(output_dir).is_dir() else 0
+    return CheckpointError(
+        f"Saving '{path}' failed: {error}. {free / 2**20:.0f} MiB are free on that disk. "
+        + (f"The earlier checkpoint '{last[-1]}' is as it was; " if last else "")
+        + "free some space or lower `save_total_limit`, then resume."
+    )

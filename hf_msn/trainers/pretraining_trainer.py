@@ -20,7 +20,15 @@ from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
 from ..data.datasets import StreamingMultiViewDataset
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..schedules import cosine, warmup_cosine
-from .checkpoints import STAGING_FOLDER, find_fault, find_last_checkpoint, list_checkpoints, saved_world_size
+from .checkpoints import (
+    STAGING_FOLDER,
+    CheckpointError,
+    find_fault,
+    find_last_checkpoint,
+    list_checkpoints,
+    save_failed,
+    saved_world_size,
+)
 from .pretraining_arguments import PretrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -28,10 +36,6 @@ logger = logging.get_logger(__name__)
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or a weight became NaN or infinite; the message names the step and the last good checkpoint."""
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written or is not fit to resume from."""
 
 
 class PretrainingTrainer(Trainer):
@@ -296,7 +300,7 @@ class PretrainingTrainer(Trainer):
                 shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
                 os.replace(staging / name, run_dir / name)
         except Exception as error:
-            raise self._save_failed(run_dir / name, error) from error
+            raise save_failed(run_dir / name, run_dir, error) from error
         finally:
             self._staging = False
             if self.args.should_save:
@@ -324,7 +328,7 @@ class PretrainingTrainer(Trainer):
                 for file in staging.iterdir():
                     os.replace(file, final / file.name)
         except Exception as error:
-            raise self._save_failed(final, error) from error
+            raise save_failed(final, self.args.output_dir, error) from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -336,15 +340,6 @@ class PretrainingTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-
-    def _save_failed(self, path: Path, error: Exception) -> CheckpointError:
-        last = list_checkpoints(self.args.output_dir)
-        free = shutil.disk_usage(self.args.output_dir).free if os.path.isdir(self.args.output_dir) else 0
-        return CheckpointError(
-            f"Saving '{path}' failed: {error}. {free / 2**20:.0f} MiB are free on that disk. "
-            + (f"The earlier checkpoint '{last[-1]}' is as it was; " if last else "")
-            + "free some space or lower `save_total_limit`, then resume."
-        )
 
     def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
         if self.state.best_model_checkpoint == str(staging / name):
