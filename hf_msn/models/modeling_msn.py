@@ -223,6 +223,15 @@ class MSNForPreTraining(PreTrainedModel):
             target_probabilities=output.target_probabilities,
         )
 
+    @property
+    def evaluation_encoder(self) -> PatchDroppingViTMSNModel:
+        """The encoder whose features are evaluated: the target's, as in the paper."""
+        return self.target_encoder
+
+    def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projections of the target: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        return self.target_projection_head(self._cls(self.target_encoder, pixel_values))
+
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """theta_target <- momentum * theta_target + (1 - momentum) * theta, for encoder and head.
