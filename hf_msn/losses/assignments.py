@@ -4,11 +4,17 @@ Everything here computes in at least float32, whatever the input and whatever au
 1 / (temperature * sharpen_temperature), far beyond what half precision holds.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..distributed.collectives import all_gather_cat
+
+# Of one block of the exact, slower way to a log-probability.
+_MOST_ELEMENTS = 2**24
 
 
 def soft_nearest_neighbor(
@@ -30,15 +36,52 @@ def soft_nearest_neighbor(
     Raises:
         ValueError: If the temperature is not above 0 or the shapes do not fit.
     """
+    with without_autocast(queries):
+        return log_soft_nearest_neighbor(queries, supports, support_labels, temperature).exp()
+
+
+def log_soft_nearest_neighbor(
+    queries: torch.Tensor, supports: torch.Tensor, support_labels: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Logarithm of [`soft_nearest_neighbor`], exact at any temperature; `(B, C)`.
+
+    A class that no support has gets the logarithm of the smallest normal number instead of minus infinity, so that its
+    product with a target of 0 is 0.
+    """
     check_temperature("temperature", temperature)
     if supports.shape[0] != support_labels.shape[0]:
         raise ValueError(
             f"`supports` has {supports.shape[0]} rows and `support_labels` {support_labels.shape[0]}, "
             "but each support needs one row of labels."
         )
-    with without_autocast(queries):
-        similarities = log_assignments(queries, supports, temperature)
-        return similarities.exp() @ support_labels.to(similarities.dtype)
+    return log_mean_labels(log_assignments(queries, supports, temperature), support_labels)
+
+
+def log_mean_labels(log_weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log(exp(log_weights) @ labels) without underflow: `(B, N)`, `(N, C)` -> `(B, C)`.
+
+    One matrix product does for every row in which no class is too far from the nearest support. The rows in which one
+    is take the logarithm of the sum class by class; at tau = 0.1 and one-hot labels there are none.
+    """
+    labels = labels.to(log_weights.dtype)
+    limits = torch.finfo(log_weights.dtype)
+    absent = (labels == 0).all(dim=0)
+    # Normal numbers reach down to `tiny`; a sum above its root has lost nothing to underflow, whatever the summands.
+    floor = limits.tiny**0.75
+    mean = torch.where(absent, limits.tiny, log_weights.exp() @ labels)
+    far = ((mean < floor) & ~absent).any(dim=1)
+    if not far.any():
+        return mean.log()
+    log_mean = torch.empty_like(mean)
+    log_mean[~far] = mean[~far].log()
+    log_labels = torch.where(absent, math.log(limits.tiny), labels.log())
+    rows = log_weights[far].split(max(1, _MOST_ELEMENTS // labels.numel()))
+    log_mean[far] = torch.cat([checkpoint(_log_mean_of_rows, part, log_labels, use_reentrant=False) for part in rows])
+    return log_mean
+
+
+def _log_mean_of_rows(log_weights: torch.Tensor, log_labels: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(log_weights.unsqueeze(-1) + log_labels, dim=1)
 
 
 def sharpen(probabilities: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""NT-Xent and SuNCEt against golden numbers of the reference and float64 loops written from their equations."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_msn.losses import nt_xent_loss, suncet_loss
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
+NUM_CLASSES, DIM = 3, 4
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(num: int, smoothing: float = 0.0) -> torch.Tensor:
+    one_hot = torch.eye(NUM_CLASSES, dtype=torch.float64)[torch.arange(num) % NUM_CLASSES]
+    return one_hot * (1 - smoothing) + smoothing / NUM_CLASSES
+
+
+def golden_array(seed: int, *shape: int) -> torch.Tensor:
+    values = np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
+    return torch.tensor(values, requires_grad=True)
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
+
+
+def loop_nt_xent(projections, temperature):
+    total = 0.0
+    constants = projections.detach()
+    for i, row in enumerate(projections):
+        pair = (i + len(projections) // 2) % len(projections)
+        exponentials = {j: (cosine(row, constants[j]) / temperature).exp() for j in range(len(projections)) if j != i}
+        total = total - (exponentials[pair] / sum(exponentials.values())).log()
+    return total / len(projections)
+
+
+def loop_suncet(projections, soft_labels, temperature):
+    total = 0.0
+    for i, row in enumerate(projections):
+        exponentials = {
+            j: (cosine(row, projections[j]) / temperature).exp() for j in range(len(projections)) if j != i
+        }
+        for c in range(soft_labels.shape[1]):
+            p = sum(value * soft_labels[j][c] for j, value in exponentials.items()) / sum(exponentials.values())
+            total = total - soft_labels[i][c] * p.log()
+    return total / len(projections)
+
+
+@pytest.mark.parametrize("case", GOLDEN["nt_xent_loss"], ids=lambda case: f"seed {case['seed']}")
+def test_nt_xent_equals_the_golden_numbers(case):
+    projections = golden_array(case["input_seed"], 2 * case["batch"], case["dim"])
+    loss = nt_xent_loss(projections, temperature=case["temperature"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    assert projections.grad.norm().item() == pytest.approx(case["grad"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", GOLDEN["suncet_loss"], ids=lambda case: f"seed {case['seed']}")
+def test_suncet_equals_the_golden_numbers(case):
+    num, classes = case["classes"] * case["images_per_class"], case["classes"]
+    projections = golden_array(case["input_seed"], num, case["dim"])
+    loss = suncet_loss(projections, torch.eye(classes)[torch.arange(num) % classes], temperature=case["temperature"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    assert projections.grad.norm().item() == pytest.approx(case["grad"], rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_nt_xent_equals_the_loop(temperature):
+    projections = normal(6, DIM).requires_grad_()
+    loss, expected = nt_xent_loss(projections, temperature=temperature), loop_nt_xent(projections, temperature)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, projections)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_suncet_equals_the_loop(temperature, smoothing):
+    projections = normal(9, DIM).requires_grad_()
+    loss = suncet_loss(projections, labels(9, smoothing), temperature=temperature)
+    expected = loop_suncet(projections, labels(9, smoothing), temperature)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, projections)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_suncet_with_two_classes_of_two_is_what_it_is_by_hand():
+    # Along two axes: for each image one of its class at cosine 1, two others at cosine 0.
+    projections = torch.eye(2, dtype=torch.float64).repeat(2, 1)
+    loss = suncet_loss(projections, torch.eye(2, dtype=torch.float64).repeat(2, 1), temperature=1.0)
+    assert loss.item() == pytest.approx(np.log((np.e + 2) / np.e), rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.001])
+def test_a_low_temperature_gives_the_loss_of_float64_logarithms(temperature):
+    projections = normal(9, DIM).float().requires_grad_()
+    exact = projections.detach().double().requires_grad_()
+    unit = torch.nn.functional.normalize(exact)
+    logits = (unit @ unit.T / temperature).masked_fill(torch.eye(9, dtype=torch.bool), -torch.inf)
+    log_weights = torch.log_softmax(logits, dim=1)
+    same = (labels(9) @ labels(9).T > 0) & ~torch.eye(9, dtype=torch.bool)
+    expected = -torch.logsumexp(log_weights.masked_fill(~same, -torch.inf), dim=1).mean()
+    loss = suncet_loss(projections, labels(9).float(), temperature=temperature)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    gradient, reference = torch.autograd.grad(loss, projections)[0], torch.autograd.grad(expected, exact)[0]
+    assert (gradient - reference).norm() <= 1e-2 * reference.norm()
+    assert nt_xent_loss(projections[:8], temperature=temperature).isfinite()
+
+
+def test_the_length_of_a_projection_does_not_matter():
+    projections = normal(6, DIM)
+    scaled = projections * torch.tensor([1.0, 2.0, 5.0, 0.1, 30.0, 4.0]).unsqueeze(1)
+    torch.testing.assert_close(nt_xent_loss(scaled), nt_xent_loss(projections), rtol=1e-12, atol=0)
+    torch.testing.assert_close(suncet_loss(scaled, labels(6)), suncet_loss(projections, labels(6)), rtol=1e-12, atol=0)
+
+
+def test_half_precision_and_autocast_are_computed_in_float32():
+    projections = normal(6, DIM).bfloat16()
+    assert nt_xent_loss(projections) == nt_xent_loss(projections.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert suncet_loss(projections.float(), labels(6)) == suncet_loss(projections, labels(6))
+    assert nt_xent_loss(projections).dtype == torch.float32
+
+
+def test_an_image_that_is_the_only_one_of_its_class_is_an_error():
+    with pytest.raises(ValueError, match="1 of 4 labelled images are the only one of their class"):
+        suncet_loss(normal(4, DIM), labels(4)[[0, 0, 1, 0]])
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nt_xent_needs_two_views_an_image(rows):
+    with pytest.raises(ValueError, match=r"\(2\*B, D\)"):
+        nt_xent_loss(normal(rows, DIM))
+
+
+def test_suncet_needs_a_row_of_labels_for_each_image():
+    with pytest.raises(ValueError, match=r"projections \(N, D\) and labels \(N, C\)"):
+        suncet_loss(normal(4, DIM), labels(3))
+
+
+def test_a_temperature_that_is_not_above_0_is_an_error():
+    with pytest.raises(ValueError, match="must be > 0, but is 0"):
+        nt_xent_loss(normal(4, DIM), temperature=0)
+    with pytest.raises(ValueError, match="must be > 0, but is 0"):
+        suncet_loss(normal(4, DIM), labels(4), temperature=0)
