@@ -4,7 +4,7 @@ from .backbones import load_vision_model
 from .features import Features, extract_features, pixel_features
 from .low_shot import LowShotEvaluator
 from .metrics import TopKAccuracy, rank_classes
-from .probes import KNNProbe, LinearProbe, LogisticProbe, Probe
+from .probes import KNNProbe, LinearProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
 from .results import LowShotResults, SplitResult, TaskResult
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LowShotEvaluator",
     "LowShotResults",
     "Probe",
+    "SoftNearestNeighborProbe",
     "SplitResult",
     "TaskResult",
     "TopKAccuracy",

@@ -11,6 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
+from ..losses.assignments import log_assignments
+
+# similarities held at a time: 64 MiB in float64, whatever the number of images
+_SIMILARITIES = 2**23
+
 
 class Probe(Protocol):
     """What `LowShotEvaluator` asks of a probe: any object with these can take part.
@@ -170,6 +175,71 @@ class KNNProbe:
         scores = np.zeros((len(distances), len(self.classes_)))
         np.add.at(scores, (np.arange(len(scores))[:, None], self._columns[nearest]), weights)
         return scores / scores.sum(axis=1, keepdims=True)
+
+
+class SoftNearestNeighborProbe:
+    r"""A vote of all labelled images, the classifier that PAWS trains with (arXiv 2104.13963, equation 1).
+
+    $$d(z, S) = \sum_i \frac{\exp(z^\top s_i / \tau)}{\sum_j \exp(z^\top s_j / \tau)} y_i$$
+
+    with l2-normalised `z` and supports `s`, and one-hot labels `y`. There is nothing to learn: fitting keeps the
+    supports. Scores are the logarithms of `d`, in float64, so that classes still rank where every term but one
+    underflows.
+
+    Args:
+        temperature (`float`, *optional*, defaults to 0.1):
+            tau; smaller trusts the very nearest more.
+
+    Example:
+
+    ```python
+    >>> probe = SoftNearestNeighborProbe().fit(train_features, train_labels)
+    >>> probabilities = np.exp(probe.predict_scores(test_features))  # (N, C): rows sum to 1
+    ```
+    """
+
+    def __init__(self, temperature: float = 0.1):
+        # so small that its inverse overflows would make NaN of the similarities
+        if not (math.isfinite(temperature) and temperature > 0 and math.isfinite(1 / temperature)):
+            raise ValueError(
+                f"`temperature` divides similarities and must be finite and > 0, but is {temperature}. PAWS uses 0.1."
+            )
+        self.temperature = temperature
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as results record it."""
+        return {"probe": "soft_nearest_neighbor", "temperature": self.temperature}
+
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> "SoftNearestNeighborProbe":
+        """Keeps the supports.
+
+        Args:
+            features (`np.ndarray` of shape `(N, D)`): The labelled images; normalised in here.
+            labels (`np.ndarray` of shape `(N,)`): Integers.
+
+        Raises:
+            `ValueError`: without rows, with features that are not finite, labels of another shape, one class only.
+        """
+        features, labels = _checked(features, labels)
+        # the supports of a class lie together, so that one reduction gives the sums of all classes
+        order = np.argsort(labels, kind="stable")
+        self._supports = torch.from_numpy(features[order].astype(np.float64))
+        self.classes_, self._starts, self._counts = np.unique(labels[order], return_index=True, return_counts=True)
+        self.fit_report = {"num_supports": len(labels)}
+        return self
+
+    def predict_scores(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, C) log-probabilities, columns in the order of `classes_`."""
+        queries = torch.from_numpy(_checked_features(features).astype(np.float64))
+        chunks = queries.split(max(1, _SIMILARITIES // len(self._supports)))
+        return np.concatenate([self._log_probabilities(chunk) for chunk in chunks])
+
+    def _log_probabilities(self, queries: torch.Tensor) -> np.ndarray:
+        of_supports = log_assignments(queries, self._supports, self.temperature).numpy()
+        largest = np.maximum.reduceat(of_supports, self._starts, axis=1)
+        relative = np.exp(of_supports - np.repeat(largest, self._counts, axis=1))
+        return largest + np.log(np.add.reduceat(relative, self._starts, axis=1))
 
 
 class LinearProbe:

@@ -67,7 +67,7 @@ class LowShotResults:
         model (`dict`): Class, origin and weights hash.
         probe (`dict`): Settings of the probe.
         data (`dict`): Fingerprints and counts of the train and test images.
-        settings (`dict`): Image processor, layers, seed.
+        settings (`dict`): Image processor, which features, layers, seed.
         versions (`dict`): Of the packages that the numbers depend on.
     """
 
@@ -104,11 +104,16 @@ class LowShotResults:
             beside.unlink(missing_ok=True)
 
     def table(self) -> str:
-        """One aligned line a task: top-1 as mean ± standard deviation, its 95 % interval, top-5, number of splits."""
+        """One aligned line a task: top-1 as mean ± standard deviation, its 95 % interval, top-5, number of splits.
+
+        The interval is cut to [0, 100]; the metrics keep its half-width as it is.
+        """
         rows = [("task", "top-1 [%]", "95 % interval", "top-5 [%]", "splits")]
         for task in self.tasks:
             summary, several = task.summary, len(task.splits) > 1
-            low, high = summary["top1"] - summary["top1_ci95"], summary["top1"] + summary["top1_ci95"]
+            half = summary["top1_ci95"]
+            # Student's interval knows nothing of the bounds of an accuracy
+            low, high = max(0.0, summary["top1"] - half), min(100.0, summary["top1"] + half)
             rows.append(
                 (
                     task.name.replace("_", " "),

@@ -1,13 +1,15 @@
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 import torch
 
-from hf_msn.evaluation import KNNProbe, LinearProbe, LogisticProbe
+from hf_msn.evaluation import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe, probes, rank_classes
 from hf_msn.evaluation.probes import centre_and_normalize
+from hf_msn.losses import soft_nearest_neighbor
 
-PROBES = [LogisticProbe, KNNProbe, LinearProbe]
+PROBES = [LogisticProbe, KNNProbe, LinearProbe, SoftNearestNeighborProbe]
 
 
 def prepared(features):
@@ -123,6 +125,81 @@ def test_knn_uses_all_images_when_there_are_fewer_than_k(clusters):
     assert (probe.predict_scores(clusters[0]) > 0).all()
 
 
+def cosine(a, b):
+    return math.fsum(x * y for x, y in zip(a, b)) / math.sqrt(
+        math.fsum(x * x for x in a) * math.fsum(y * y for y in b)
+    )
+
+
+def log_soft_nearest_neighbor_reference(query, supports, labels, temperature):
+    """Equation 1 of PAWS as it stands: decimal exponents do not underflow."""
+    with localcontext(prec=40):
+        weights = [(Decimal(cosine(query, support)) / Decimal(temperature)).exp() for support in supports]
+        of_class = [sum(w for w, label in zip(weights, labels) if label == c) for c in sorted(set(labels))]
+        return [float((weight / sum(weights)).ln()) for weight in of_class]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.001, 3e-5, 10.0])
+def test_soft_nearest_neighbor_scores_are_the_logarithm_of_the_equation(clusters, temperature):
+    features, labels = clusters
+    rows = np.random.RandomState(2).permutation(60)[:37]  # classes of different size, in any order
+    queries = 5 * np.random.RandomState(1).normal(size=(4, 6))
+    probe = SoftNearestNeighborProbe(temperature).fit(features[rows], labels[rows])
+    expected = [
+        log_soft_nearest_neighbor_reference(
+            query.tolist(), features[rows].tolist(), labels[rows].tolist(), temperature
+        )
+        for query in queries
+    ]
+    np.testing.assert_allclose(probe.predict_scores(queries), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_soft_nearest_neighbor_probabilities_are_those_of_the_loss(clusters):
+    features, labels = clusters[0].astype(np.float32), clusters[1]
+    probe = SoftNearestNeighborProbe().fit(features[:50], labels[:50])
+    one_hot = torch.eye(3, dtype=torch.float64)[labels[:50]]
+    expected = soft_nearest_neighbor(
+        torch.tensor(features).double(), torch.tensor(features[:50]).double(), one_hot, 0.1
+    )
+    np.testing.assert_allclose(np.exp(probe.predict_scores(features)), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [1e-200, 0.001, 0.1, 100.0])
+def test_soft_nearest_neighbor_ranks_every_class_at_any_temperature(temperature):
+    angles = np.array([170.0, 20.0, 95.0, 60.0, 130.0, 5.0])
+    supports = np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1).astype(np.float32)
+    scores = SoftNearestNeighborProbe(temperature).fit(supports, np.arange(6)).predict_scores(np.array([[1.0, 0.0]]))
+    np.testing.assert_array_equal(rank_classes(scores, 6)[0], [5, 1, 3, 2, 4, 0])
+
+
+def test_soft_nearest_neighbor_never_holds_all_similarities_at_once(clusters, monkeypatch):
+    features, labels = clusters
+    probe = SoftNearestNeighborProbe().fit(features[:30], labels[:30] % 2)
+    expected = probe.predict_scores(features)
+    sizes, assignments = [], probes.log_assignments
+
+    def spy(queries, supports, temperature):
+        sizes.append(len(queries) * len(supports))
+        return assignments(queries, supports, temperature)
+
+    monkeypatch.setattr(probes, "log_assignments", spy)
+    monkeypatch.setattr(probes, "_SIMILARITIES", 7 * 30 + 5)
+    np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-9, atol=1e-14)
+    assert sizes == [7 * 30] * 8 + [4 * 30]
+    monkeypatch.setattr(probes, "_SIMILARITIES", 1)  # more supports than the bound: query by query
+    np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_soft_nearest_neighbor_ignores_the_length_of_vectors_and_says_how_many_supports_it_has(clusters):
+    features, labels = clusters
+    probe = SoftNearestNeighborProbe(0.3).fit(features, labels)
+    expected = probe.predict_scores(features)
+    assert probe.fit_report == {"num_supports": 60}
+    assert probe.settings == {"probe": "soft_nearest_neighbor", "temperature": 0.3}
+    lengths = np.linspace(0.01, 100, 60)[:, None]
+    np.testing.assert_allclose(probe.fit(lengths * features, labels).predict_scores(7 * features), expected, rtol=1e-9)
+
+
 def sgd_reference(features, labels, *, batches, learning_rate, momentum):
     """Nesterov SGD of a softmax classifier on l2-normalised LayerNorm outputs, with loops, in float64."""
     inputs = []
@@ -216,6 +293,11 @@ def test_nan_in_the_features_to_classify_is_refused(make, clusters):
         (lambda: LogisticProbe(tol=0), "`tol` .* but is 0"),
         (lambda: KNNProbe(k=0), "`k` .* but is 0"),
         (lambda: KNNProbe(temperature=0), "`temperature` .* but is 0"),
+        (lambda: SoftNearestNeighborProbe(0), "`temperature` .* > 0, but is 0"),
+        (lambda: SoftNearestNeighborProbe(-0.1), "`temperature` .* but is -0.1"),
+        (lambda: SoftNearestNeighborProbe(float("nan")), "`temperature` .* but is nan"),
+        (lambda: SoftNearestNeighborProbe(float("inf")), "`temperature` .* but is inf"),
+        (lambda: SoftNearestNeighborProbe(1e-320), "`temperature` .* but is 1e-320"),
         (lambda: LinearProbe(batch_size=0), "`batch_size` .* are 0 and 100"),
         (lambda: LinearProbe(learning_rate=-1), "`learning_rate` .* but is -1"),
         (lambda: LinearProbe(momentum=1), "`momentum` .* but is 1"),

@@ -64,6 +64,15 @@ def test_the_table_is_aligned_and_leaves_out_what_is_not_known(results):
     assert len({line.index(cell) for line, cell in zip(lines[2:], ("64.0", "80.5"))}) == 1
 
 
+def test_the_interval_in_the_table_ends_where_accuracies_do():
+    tasks = [TaskResult("low", 9, [split(1.0), split(9.0)]), TaskResult("high", 9, [split(99.0), split(91.0)])]
+    results = LowShotResults(name="low_shot", primary_metric="low_shot/low/top1", tasks=tasks)
+    low, high = results.table().splitlines()[2:]
+    # 5 and 95, half-width 12.706 * 4: to -45.8 and 145.8 if it were not cut
+    assert "0.0 to 55.8" in low and "44.2 to 100.0" in high
+    assert results.metrics["low_shot/low/top1_ci95"] == pytest.approx(50.82, abs=0.01)
+
+
 def test_saved_json_holds_every_split(results, tmp_path):
     path = tmp_path / "new" / "results.json"
     results.save(path)
