@@ -6,8 +6,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from tiny import tiny_batch, tiny_model
 from transformers import TrainerCallback
 
-from hf_msn import LowShotCallback, MSNTrainer, MSNTrainingArguments
+from hf_msn import (
+    LowShotCallback,
+    LowShotEvaluator,
+    MSNTrainer,
+    MSNTrainingArguments,
+    evaluation_image_processor,
+    load_images,
+)
 from hf_msn.callbacks import ThroughputProgressCallback, UpdateTargetCallback
+from hf_msn.evaluation import SoftNearestNeighborProbe
 
 
 class Views(torch.utils.data.Dataset):
@@ -84,6 +92,34 @@ def test_low_shot_evaluation_keeps_its_cadence_and_is_logged(tmp_path, every_epo
         (entry["step"], entry["eval_low_shot_5"]) for entry in trainer.state.log_history if "eval_low_shot_5" in entry
     ]
     assert logged == [(step, 10.0 * (number + 1)) for number, step in enumerate(steps)]
+
+
+def test_projections_are_classified_while_training_and_training_goes_on_as_without(tmp_path):
+    plain = make_trainer(tmp_path, num_train_epochs=2)
+    plain.train()
+    trainer = make_trainer(tmp_path, num_train_epochs=2)
+    train, test = load_images("digits").select(range(40)), load_images("digits", split="test").select(range(20))
+    evaluator = LowShotEvaluator(
+        train,
+        test,
+        image_processor=evaluation_image_processor(16, crop_fraction=1.0),
+        images_per_class=(),
+        rows={"support": range(30)},
+        probe=SoftNearestNeighborProbe(),
+        features="projection",
+    )
+    trainer.add_callback(LowShotCallback(trainer, evaluator))
+    trainer.train()
+    logged = [
+        entry["eval_low_shot/support/top1"]
+        for entry in trainer.state.log_history
+        if "eval_low_shot/support/top1" in entry
+    ]
+    assert len(logged) == 2
+    assert logged[-1] == evaluator(trainer.model)["low_shot/support/top1"]
+    assert trainer.model.training
+    for name, weights in trainer.model.state_dict().items():
+        assert torch.equal(weights, plain.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("every_epochs", [0, -1])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from .. import models  # noqa: F401  registers the hf_msn checkpoints with the Auto classes
 
 _CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
+# types of checkpoint that hold an encoder to evaluate beside what pretraining needs
+_PRETRAINING_TYPES = {"msn", "paws", "suncet"}
 # fields of a config that do not change what the weights compute
 _NOT_ARCHITECTURE = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}
 
@@ -26,7 +28,8 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
 
     Args:
         name (`str`):
-            - a folder or Hub id of an `MSNForPreTraining`, of which the target encoder is evaluated;
+            - a folder or Hub id of an `MSNForPreTraining`, `PAWSForPreTraining` or `SuNCEtForPreTraining`, whose
+              `evaluation_encoder` is evaluated;
             - a folder or Hub id of any vision model of transformers: `AutoModel`;
             - `"timm:resnet18"`: a timm architecture with its released weights;
             - `"timm:/folder"` or `"timm:./folder"`: a folder as `timm.models.save_for_hf` writes it.
@@ -46,7 +49,7 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
             )
         try:
             config = AutoConfig.from_pretrained(name, revision=revision)
-            auto_class = AutoModelForPreTraining if config.model_type == "msn" else AutoModel
+            auto_class = AutoModelForPreTraining if config.model_type in _PRETRAINING_TYPES else AutoModel
             return auto_class.from_pretrained(name, revision=revision).eval()
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -69,15 +72,15 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
 def find_backbone(model: nn.Module) -> nn.Module:
     """The part of `model` whose features are evaluated.
 
-    The target encoder of `MSNForPreTraining`; the vision tower of an image-text model; the base model under a head of
-    transformers; a timm model as it is. `DistributedDataParallel` and `torch.compile` wrappers are taken off.
+    The `evaluation_encoder` of a model that has one, as the pretraining models of hf_msn do (MSN's is the target
+    encoder); the vision tower of an image-text model; the base model under a head of transformers; a timm model as it
+    is. `DistributedDataParallel` and `torch.compile` wrappers are taken off.
 
     Raises:
         `ValueError`: if the model is neither of these.
     """
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
-    for part in ("target_encoder", "vision_model"):
+    model = _unwrapped(model)
+    for part in ("evaluation_encoder", "vision_model"):
         if isinstance(getattr(model, part, None), nn.Module):
             return find_backbone(getattr(model, part))
     if is_timm_model(model):
@@ -88,9 +91,55 @@ def find_backbone(model: nn.Module) -> nn.Module:
             if "pixel_values" in _arguments(part):
                 return part
     raise ValueError(
-        f"The model must be MSNForPreTraining, a vision model of transformers or a timm model, but is {type(model)}. "
-        "For another model extract the features yourself and give them to `LowShotEvaluator.evaluate_features`."
+        "The model must be a vision model of transformers, a timm model or hold one as `evaluation_encoder`, but is "
+        f"{type(model)}. For another model extract the features yourself and give them to "
+        "`LowShotEvaluator.evaluate_features`."
     )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
+def evaluated_module(
+    model: nn.Module, features: Literal["backbone", "projection"] = "backbone", num_last_layers: int = 1
+) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """What features depend on, and the function (B, C, H, W) -> (B, D) that computes them with it.
+
+    Args:
+        model (`nn.Module`): As for `find_backbone`.
+        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
+            "backbone": `find_backbone(model)` and its `feature_function`. "projection": the whole model and
+            `model.project`, the space in which PAWS makes its predictions.
+        num_last_layers (`int`, *optional*, defaults to 1): As for `feature_function`; 1 for projections.
+
+    Raises:
+        `ValueError`: if `features` is neither, the model has no `project`, or `num_last_layers` does not fit.
+    """
+    check_features_setting(features)
+    if features == "backbone":
+        backbone = find_backbone(model)
+        return backbone, feature_function(backbone, num_last_layers)
+    model = _unwrapped(model)
+    if not callable(getattr(model, "project", None)):
+        raise ValueError(
+            f"`features` is 'projection', but {type(model).__name__} has no `project`. Give a pretraining model of "
+            "hf_msn with its head, or take features='backbone'."
+        )
+    if num_last_layers != 1:
+        raise ValueError(
+            f"`num_last_layers` must be 1 with features='projection', but is {num_last_layers}: a projection comes "
+            "from the last block. More blocks go with features='backbone'."
+        )
+    return model, lambda pixels: model.project(pixels)
+
+
+def check_features_setting(features: str) -> None:
+    """Raises a `ValueError` unless `features` is "backbone" or "projection"."""
+    if features not in ("backbone", "projection"):
+        raise ValueError(f"`features` must be 'backbone' or 'projection', but is {features!r}.")
 
 
 def is_timm_model(model: nn.Module) -> bool:
@@ -173,7 +222,7 @@ def _needs_interpolation(backbone: PreTrainedModel, pixels: torch.Tensor) -> boo
 
 @contextmanager
 def evaluation_mode(backbone: nn.Module, device: str | torch.device | None = None) -> Iterator[torch.device]:
-    """The backbone in eval mode, without gradients, on `device`; each module's training flag and device come back.
+    """The backbone (or whole model) in eval mode, without gradients, on `device`; all flags and the device come back.
 
     ViTMAE, which drops patches in eval mode too, sees all of them meanwhile. Yields the device.
     """
@@ -199,15 +248,17 @@ def evaluation_mode(backbone: nn.Module, device: str | torch.device | None = Non
 
 
 def resolve_image_processor(model: nn.Module) -> Any:
-    """The image processor that belongs to a model: saved beside its weights, or timm's own transform.
+    """The image processor that belongs to a model: saved beside its weights, or a timm model's own transform.
+
+    A pretraining model with a timm encoder was trained with other views than timm's: only what is saved counts.
 
     Raises:
         `ValueError`: if the model does not know where it came from or nothing was saved there; says what to give.
     """
-    backbone = find_backbone(model)
-    if is_timm_model(backbone):
+    model, backbone = _unwrapped(model), find_backbone(model)
+    if model is backbone and is_timm_model(backbone):
         return timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
-    candidates = [getattr(model, "module", model), backbone]
+    candidates = [model, backbone]
     paths = [
         getattr(part, "name_or_path", "") or getattr(getattr(part, "config", None), "_name_or_path", "")
         for part in candidates
@@ -236,13 +287,13 @@ def describe_image_processor(image_processor: Any) -> str:
     return repr(image_processor)
 
 
-def weights_sha256(backbone: nn.Module) -> str:
-    """SHA-256 of what the features of a backbone depend on: its parameters, buffers, structure and config."""
-    digest = hashlib.sha256(repr(backbone).encode())
-    if isinstance(backbone, PreTrainedModel):
-        config = {key: value for key, value in backbone.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 of what the features of a module depend on: its parameters, buffers, structure and config."""
+    digest = hashlib.sha256(repr(module).encode())
+    if isinstance(module, PreTrainedModel):
+        config = {key: value for key, value in module.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(backbone.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

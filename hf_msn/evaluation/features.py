@@ -18,9 +18,8 @@ from ..data.decoding import BrokenImageError, decode_image
 from ..distributed.collectives import rank, world_size
 from .backbones import (
     describe_image_processor,
+    evaluated_module,
     evaluation_mode,
-    feature_function,
-    find_backbone,
     resolve_image_processor,
     weights_sha256,
 )
@@ -42,7 +41,7 @@ class Features:
         labels (`np.ndarray` of shape `(N,)`, *optional*): int64; `None` if the data has none. -1: this row has none.
         rows (`np.ndarray` of shape `(N,)`): Row of each image in the data set. Rows that were skipped are missing.
         skipped (`list[BrokenImageError]`): The images that could not be read.
-        weights_sha256 (`str`, *optional*): Of the backbone; `None` for pixels.
+        weights_sha256 (`str`, *optional*): Of the backbone, for projections of the whole model; `None` for pixels.
         data_fingerprint (`str`, *optional*): Of the data set; `None` for streams.
     """
 
@@ -64,6 +63,7 @@ def extract_features(
     *,
     batch_size: int = 64,
     num_workers: int = 0,
+    features: Literal["backbone", "projection"] = "backbone",
     num_last_layers: int = 1,
     rows: np.ndarray | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -71,14 +71,15 @@ def extract_features(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Features:
-    """Features of all images, as `feature_function` defines them.
+    """Features of all images, as `feature_function` defines them, or their projections.
 
     With `torch.distributed` initialised every rank must call this; it takes the rows `rank::world_size`, and all ranks
     get all features. The model leaves as it came: training flags, device and the random state are untouched.
 
     Args:
         model (`nn.Module`):
-            `MSNForPreTraining` (its target encoder is used), a vision model of transformers or a timm model.
+            A pretraining model of hf_msn (its `evaluation_encoder` is used), a vision model of transformers or a timm
+            model.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             With a column `image` and, if labelled, `label`, as `load_images` gives it. Of a stream, each rank reads
             everything but decodes only its rows; `num_workers` above 1 counts as 1, and nothing is cached.
@@ -89,6 +90,8 @@ def extract_features(
             Images at a time on each rank.
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode images, on each rank.
+        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
+            "projection" takes `model.project(pixels)`, the space in which PAWS predicts, not the backbone's output.
         num_last_layers (`int`, *optional*, defaults to 1):
             Concatenates [CLS] of the last n blocks, the earliest first.
         rows (`np.ndarray`, *optional*):
@@ -111,10 +114,9 @@ def extract_features(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` counts images and must be >= 1, but is {batch_size}. The default is 64.")
-    backbone = find_backbone(model)
+    module, forward = evaluated_module(model, features, num_last_layers)
     image_processor = resolve_image_processor(model) if image_processor is None else image_processor
-    forward = feature_function(backbone, num_last_layers)
-    weights_dtype = next((parameter.dtype for parameter in backbone.parameters()), torch.float32)
+    weights_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     if dtype is not None and weights_dtype != torch.float32 and dtype != weights_dtype:
         raise ValueError(
             f"`dtype` must be that of the weights, {weights_dtype}, unless they are float32, but is {dtype}. Load the "
@@ -123,13 +125,14 @@ def extract_features(
     images = _images(dataset)
     rows = _rows(images, rows)
     fingerprint = getattr(images, "_fingerprint", None)
-    sha256 = gather_objects(weights_sha256(backbone) if rank() == 0 else None)[0]
+    sha256 = gather_objects(weights_sha256(module) if rank() == 0 else None)[0]
     processor = describe_image_processor(image_processor)
     key = {
         "weights": sha256,
         "data": fingerprint,
         "rows": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
         "image_processor": processor,
+        "features": features,
         "num_last_layers": num_last_layers,
         "dtype": str(dtype or weights_dtype),
         "format": 1,
@@ -145,7 +148,7 @@ def extract_features(
         with torch.autocast(device_now.type, dtype=dtype or weights_dtype, enabled=dtype not in (None, weights_dtype)):
             return forward(pixels)
 
-    with evaluation_mode(backbone, device) as device_now:
+    with evaluation_mode(module, device) as device_now:
         return _extract(images, rows, image_processor, compute, batch_size, num_workers, on_broken_image, path, sha256)
 
 

@@ -5,9 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -16,36 +14,27 @@ import torch
 from torch import nn
 
 from ..data.sources import image_file_names
-from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
-from .backbones import describe_image_processor, find_backbone, resolve_image_processor
+from .backbones import check_features_setting, describe_image_processor, find_backbone, resolve_image_processor
 from .features import Features, extract_features
 from .gathering import run_on_every_rank
+from .labels import check_every_class_is_learnt, common_class_names, read_labels
 from .metrics import TopKAccuracy, rank_classes
 from .probes import LogisticProbe, Probe
 from .results import LowShotResults, SplitResult, TaskResult
+from .tasks import LowShotTasks, Split
 
 _PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
-_SHOWN = 5
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Rows of one split, from a seed or from a list file."""
-
-    rows: np.ndarray
-    seed: int | None = None
-    list_file: str | None = None
 
 
 class LowShotEvaluator:
     r"""Fits a probe on a few labelled images of each class and measures it on all test images, over several splits.
 
-    A task is a number of images a class, a share of the images or a list file; each of its splits is one draw.
-    Features are extracted once, of the images that some split needs and of the test images; splits only fit the probe
-    again. Everything is seeded: two calls give identical numbers.
+    A task is a number of images a class, a share of the images, a list file or given rows; each of its splits is one
+    draw, list or set of rows. Features are extracted once, of the images that some split needs and of the test images;
+    splits only fit the probe again. Everything is seeded: two calls give identical numbers.
 
     Args:
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -61,13 +50,17 @@ class LowShotEvaluator:
         list_files (`Sequence[path]` or `Mapping[str, Sequence[path]]`, *optional*, defaults to `()`):
             Files that name the labelled images, one a line. Files of one name in different folders are splits of one
             task, named as the files are without suffix; a mapping names the tasks itself.
+        rows (`Mapping[str, Sequence[int]]`, *optional*):
+            The labelled images themselves: row numbers of `train_dataset` by name of the task, one split each. With
+            the rows that PAWS was trained with it is measured with just these labels. Where this is the only kind of
+            task (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
         num_splits (`int`, *optional*, defaults to 3):
-            Seeded splits of each task that is not a list file.
+            Seeded splits of each task that is drawn.
         probe ([`Probe`], *optional*, defaults to `LogisticProbe()`):
             What is fitted.
         seed (`int`, *optional*, defaults to 0):
             Split i is drawn with `seed + i`.
-        batch_size, num_workers, num_last_layers, cache_dir, on_broken_image, device, dtype:
+        batch_size, num_workers, features, num_last_layers, cache_dir, on_broken_image, device, dtype:
             As for `extract_features`.
         name (`str`, *optional*, defaults to `"low_shot"`):
             Prefix of the metrics.
@@ -83,7 +76,8 @@ class LowShotEvaluator:
 
     Raises:
         `ValueError`: when made, if labels are missing, a class has too few images, the classes of train and test do
-            not agree, there are no test images or there is no task; when called, as `extract_features` and the probe.
+            not agree, there are no test images, there is no task or `rows` do not fit the train data; when called, as
+            `extract_features` and the probe.
 
     Example:
 
@@ -105,11 +99,13 @@ class LowShotEvaluator:
         images_per_class: Sequence[int] = (1, 2, 5),
         fractions: Sequence[float] = (),
         list_files: Sequence[str | os.PathLike] | Mapping[str, Sequence[str | os.PathLike]] = (),
+        rows: Mapping[str, Sequence[int]] | None = None,
         num_splits: int = 3,
         probe: Probe | None = None,
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int = 0,
+        features: Literal["backbone", "projection"] = "backbone",
         num_last_layers: int = 1,
         cache_dir: str | os.PathLike | None = None,
         on_broken_image: Literal["skip", "raise"] = "skip",
@@ -117,22 +113,15 @@ class LowShotEvaluator:
         dtype: torch.dtype | None = None,
         name: str = "low_shot",
     ):
-        if num_splits < 1:
-            raise ValueError(f"`num_splits` counts draws and must be >= 1, but is {num_splits}. The paper uses 3.")
-        self.images_per_class = tuple(dict.fromkeys(images_per_class))
-        self.fractions = tuple(dict.fromkeys(fractions))
-        self.list_files = _by_task(list_files)
-        if not (self.images_per_class or self.fractions or self.list_files):
-            raise ValueError(
-                "Low-shot evaluation needs a task, but `images_per_class`, `fractions` and `list_files` are empty. "
-                "The paper uses images_per_class=(1, 2, 5) and fractions=(0.01,)."
-            )
+        check_features_setting(features)
+        self._tasks = LowShotTasks(images_per_class, fractions, list_files, rows, num_splits, seed)
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
-        self.image_processor, self.num_splits, self.seed, self.name = image_processor, num_splits, seed, name
+        self.image_processor, self.name = image_processor, name
         self.probe = LogisticProbe() if probe is None else probe
         self._extraction = {
             "batch_size": batch_size,
             "num_workers": num_workers,
+            "features": features,
             "num_last_layers": num_last_layers,
             "cache_dir": cache_dir,
             "on_broken_image": on_broken_image,
@@ -143,33 +132,35 @@ class LowShotEvaluator:
         if fingerprints[0] is not None and fingerprints[0] == fingerprints[1]:
             logger.warning("Train and test data are the same: images that the probe learnt from are tested too.")
         self.results: LowShotResults | None = None
-        self._class_names = _common_class_names(train_dataset, test_dataset)
-        self._splits: dict[str, list[_Split]] | None = None
-        train_labels, test_labels = _labels(train_dataset, "train"), _labels(test_dataset, "test")
-        if train_labels is not None:
-            self._splits = self._draw_splits(train_labels)
-        elif self.list_files:
-            raise ValueError(
-                "`list_files` name rows, which a stream does not have. Load the train data with streaming=False."
-            )
-        if train_labels is not None and test_labels is not None:
+        self._class_names = common_class_names(train_dataset, test_dataset)
+        self._splits: dict[str, list[Split]] | None = None
+        in_memory = isinstance(train_dataset, datasets.Dataset)
+        self._tasks.check_rows_fit(len(train_dataset) if in_memory else None)
+        # where the labelled images are given, no other label is read
+        candidates = self._tasks.all_rows
+        train_labels = read_labels(train_dataset, "train", candidates)
+        test_labels = read_labels(test_dataset, "test")
+        if train_labels is None:
+            return
+        candidates = np.arange(len(train_labels)) if candidates is None else candidates
+        self._splits = self._draw_splits(train_labels, candidates)
+        if test_labels is not None:
+            for task, of_task in self._tasks.rows.items():
+                self._check_seen(train_labels[np.isin(candidates, of_task)], test_labels, f"rows of {task!r}")
             self._check_seen(train_labels, test_labels, "train data")
 
     @property
     def primary_metric(self) -> str:
-        """Top-1 of the most images a class; without such a task of the largest fraction, else of the last list."""
-        if self.images_per_class:
-            return f"{self.name}/{_task_of_count(max(self.images_per_class))}/top1"
-        if self.fractions:
-            return f"{self.name}/{_task_of_fraction(max(self.fractions))}/top1"
-        return f"{self.name}/{list(self.list_files)[-1]}/top1"
+        """Top-1 of the most images a class; without such a task of the largest fraction, the last list or `rows`."""
+        return f"{self.name}/{self._tasks.primary}/top1"
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Evaluates a model; see the class for the metrics.
 
         Args:
             model (`nn.Module`):
-                `MSNForPreTraining` (its target encoder is used), a vision model of transformers or a timm model.
+                A pretraining model of hf_msn (its `evaluation_encoder` is used), a vision model of transformers or a
+                timm model.
         """
         image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
         rows = None
@@ -185,6 +176,7 @@ class LowShotEvaluator:
         }
         settings = {
             "image_processor": _readable(describe_image_processor(image_processor)),
+            "features": self._extraction["features"],
             "num_last_layers": self._extraction["num_last_layers"],
             "dtype": str(self._extraction["dtype"] or "that of the weights"),
         }
@@ -229,33 +221,18 @@ class LowShotEvaluator:
             model={**(model or {}), "weights_sha256": train.weights_sha256},
             probe=dict(self.probe.settings),
             data={"train": _about_data(train), "test": _about_data(test), "class_names": self._class_names},
-            settings={**(settings or {}), "seed": self.seed, "num_splits": self.num_splits},
+            settings={**(settings or {}), "seed": self._tasks.seed, "num_splits": self._tasks.num_splits},
             versions={package: _version(package) for package in _PACKAGES},
         )
         return self.results.metrics
 
-    def _draw_splits(self, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, list[_Split]]:
-        rows = np.arange(len(labels)) if rows is None else rows
-        seeds = [self.seed + index for index in range(self.num_splits)]
-        draws = {_task_of_count(k): {"images_per_class": k} for k in self.images_per_class}
-        draws |= {_task_of_fraction(fraction): {"fraction": fraction} for fraction in self.fractions}
-        present = np.unique(labels)
-        # a class of the names that no image has is left out: a part of a data set keeps the names of the whole
-        names = self._class_names if self._class_names and len(present) == len(self._class_names) else None
-        splits = {
-            task: [
-                _Split(rows[low_shot_indices(labels, **size, seed=seed, class_names=names)], seed=seed)
-                for seed in seeds
-            ]
-            for task, size in draws.items()
-        }
-        if self.list_files:
-            file_names = image_file_names(self.train_dataset)
-            for task, paths in self.list_files.items():
-                splits[task] = [_Split(np.sort(match_list_file(path, file_names)), list_file=path) for path in paths]
-        return splits
+    def _draw_splits(self, labels: np.ndarray, rows: np.ndarray) -> dict[str, list[Split]]:
+        return self._tasks.draw(labels, rows, self._class_names, lambda: image_file_names(self.train_dataset))
 
-    def _fit(self, task: str, split: _Split, train: Features, test: Features) -> tuple[SplitResult, int]:
+    def _check_seen(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
+        check_every_class_is_learnt(train_labels, test_labels, where, self._class_names)
+
+    def _fit(self, task: str, split: Split, train: Features, test: Features) -> tuple[SplitResult, int]:
         found = np.isin(train.rows, split.rows)
         missing = len(split.rows) - int(found.sum())
         broken = {error.row for error in train.skipped}
@@ -288,84 +265,6 @@ class LowShotEvaluator:
             top5=values.get(5),
         )
         return result, num_classes
-
-    def _check_seen(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
-        unseen = np.setdiff1d(test_labels, train_labels)
-        if len(unseen):
-            names = dict(enumerate(self._class_names or ()))
-            named = ", ".join(names.get(label, str(label)) for label in unseen[:_SHOWN].tolist())
-            raise ValueError(
-                f"Every class of the test data must be among the {where}, but {len(unseen)} are not: {named}"
-                f"{', ...' if len(unseen) > _SHOWN else ''}. Give train and test data of the same classes."
-            )
-
-
-def _by_task(
-    list_files: Sequence[str | os.PathLike] | Mapping[str, Sequence[str | os.PathLike]],
-) -> dict[str, list[str]]:
-    if isinstance(list_files, (str, os.PathLike)):
-        list_files = [list_files]
-    if isinstance(list_files, Mapping):
-        return {task: [str(path) for path in paths] for task, paths in list_files.items()}
-    tasks: dict[str, list[str]] = {}
-    for path in list_files:
-        tasks.setdefault(Path(path).stem, []).append(str(path))
-    return tasks
-
-
-def _task_of_count(images_per_class: int) -> str:
-    return f"{images_per_class}_per_class"
-
-
-def _task_of_fraction(fraction: float) -> str:
-    return f"{100 * fraction:.6g}_percent"
-
-
-def _class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
-    feature = (dataset.features or {}).get("label")
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
-def _common_class_names(
-    train: datasets.Dataset | datasets.IterableDataset, test: datasets.Dataset | datasets.IterableDataset
-) -> list[str] | None:
-    names, test_names = _class_names(train), _class_names(test)
-    if names and test_names and names != test_names:
-        position = next((i for i, pair in enumerate(zip(names, test_names)) if pair[0] != pair[1]), None)
-        which = (
-            f"{len(names)} and {len(test_names)} classes"
-            if position is None
-            else f"{names[position]!r} and {test_names[position]!r} at number {position}"
-        )
-        raise ValueError(
-            "Train and test data must have the same class names in the same order, but have "
-            f"{which}. Load both splits from one source, or cast one's label column to the other's names."
-        )
-    return names
-
-
-def _labels(dataset: datasets.Dataset | datasets.IterableDataset, which: str) -> np.ndarray | None:
-    """All labels of a data set, checked; `None` for a stream, whose labels come with its features."""
-    columns = dataset.column_names
-    if columns is not None and "label" not in columns:
-        raise ValueError(
-            f"Low-shot evaluation needs labels, but the {which} data is unlabelled: its columns are {columns}. Name "
-            "the column with `load_images(..., label_column=...)`, or put the images into one folder a class."
-        )
-    if isinstance(dataset, datasets.IterableDataset):
-        return None
-    if len(dataset) == 0:
-        raise ValueError(
-            f"Low-shot evaluation needs {which} images, but the {which} data has no rows. Look at its split."
-        )
-    labels = np.asarray(dataset["label"][:])
-    missing = np.array([label is None or label < 0 for label in labels]) if labels.dtype == object else labels < 0
-    if missing.any():
-        raise ValueError(
-            f"Low-shot evaluation needs a label of every image, but {int(missing.sum())} of {len(labels)} rows of the "
-            f"{which} data have none (None or -1), the first is row {int(missing.argmax())}. Use a labelled split."
-        )
-    return labels.astype(np.int64)
 
 
 def _about_data(features: Features) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
-from transformers import ViTMSNConfig, ViTMSNModel
+from transformers import PreTrainedConfig, PreTrainedModel, ViTMSNConfig, ViTMSNModel
 
 from hf_msn.data import evaluation_image_processor, load_images
 
@@ -40,6 +41,36 @@ def tiny_vit():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+class PretrainingStandIn(PreTrainedModel):
+    """What evaluation asks of a pretraining model: here a timm net without classifier, and a head on top."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = timm.create_model("test_resnet", num_classes=0)
+        self.projection_head = torch.nn.Sequential(
+            torch.nn.Linear(self.encoder.num_features, 12), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 5)
+        )
+
+    @property
+    def evaluation_encoder(self):
+        return self.encoder
+
+    def project(self, pixel_values):
+        return self.projection_head(self.encoder(pixel_values))
+
+
+@pytest.fixture
+def around_timm():
+    """An untrained `PretrainingStandIn`, in training mode, with running statistics that differ from a batch's."""
+    torch.manual_seed(0)
+    model = PretrainingStandIn(PreTrainedConfig()).train()
+    with torch.no_grad():
+        model.project(torch.randn(8, 3, 32, 32))
     return model
 
 

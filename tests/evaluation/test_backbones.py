@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_msn.evaluation import load_vision_model
 from hf_msn.evaluation.backbones import (
+    evaluated_module,
     evaluation_mode,
     feature_function,
     find_backbone,
@@ -92,6 +93,51 @@ def test_msn_is_evaluated_by_its_target_encoder(tiny_msn, pixels):
     blocks = outputs_of(encoder.layers, lambda: encoder(pixel_values=pixels))
     torch.testing.assert_close(features_of(tiny_msn, pixels), blocks[-1][:, 0])
     assert find_backbone(tiny_msn) is encoder
+
+
+def test_a_pretraining_model_is_evaluated_by_the_timm_net_inside(around_timm):
+    pixels = torch.randn(3, 3, 32, 32)
+    assert find_backbone(around_timm) is around_timm.encoder
+    features = features_of(around_timm, pixels)
+    around_timm.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(features, around_timm.encoder(pixels), rtol=0, atol=0)
+
+
+def test_projections_are_those_of_the_model_in_evaluation_mode(around_timm, tiny_msn, pixels):
+    for model, images in ((around_timm, torch.randn(3, 3, 32, 32)), (tiny_msn.train(), pixels)):
+        module, project = evaluated_module(model, "projection")
+        assert module is model
+        with evaluation_mode(module):
+            projections = project(images)
+            one_by_one = torch.cat([project(image[None]) for image in images])
+        torch.testing.assert_close(projections, one_by_one, rtol=1e-4, atol=1e-5)  # no statistics of the batch
+        assert model.training
+        with torch.no_grad():
+            torch.testing.assert_close(projections, model.eval().project(images), rtol=0, atol=0)
+
+
+def test_a_wrapped_model_is_projected_too(around_timm):
+    wrapped = torch.nn.Module()
+    wrapped.module = around_timm
+    assert evaluated_module(wrapped, "projection")[0] is around_timm
+
+
+@pytest.mark.parametrize(
+    ("features", "num_last_layers", "message"),
+    [
+        ("projection", 1, "'projection', but ViTMSNModel has no `project`"),
+        ("head", 1, "`features` must be 'backbone' or 'projection', but is 'head'"),
+    ],
+)
+def test_features_that_a_model_does_not_have_are_refused(tiny_vit, features, num_last_layers, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated_module(tiny_vit, features, num_last_layers)
+
+
+def test_projections_of_several_layers_are_refused(tiny_msn):
+    with pytest.raises(ValueError, match="`num_last_layers` must be 1 with features='projection', but is 2"):
+        evaluated_module(tiny_msn, "projection", 2)
 
 
 def test_all_patches_are_seen_whatever_the_mask_ratio(tiny_msn, pixels):
@@ -257,6 +303,27 @@ def test_timm_models_bring_their_own_transform():
     pixels = transform(image)
     assert pixels.shape == (3, 176, 176)
     torch.testing.assert_close(pixels[0, 0, 0], torch.tensor((124 / 255 - 0.485) / 0.229))
+
+
+def test_a_pretraining_model_around_timm_takes_the_saved_image_processor_not_that_of_timm(
+    tmp_path, around_timm, processor
+):
+    with pytest.raises(ValueError, match=r"PretrainingStandIn was not loaded from anywhere.*Pass `image_processor=`"):
+        resolve_image_processor(around_timm)
+    around_timm.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"none can be loaded from .*Pass `image_processor=`"):
+        resolve_image_processor(around_timm)
+    processor.save_pretrained(tmp_path)
+    wrapped = torch.nn.Module()
+    wrapped.module = around_timm
+    for model in (around_timm, wrapped):
+        assert resolve_image_processor(model).to_dict() == processor.to_dict()
+
+
+def test_a_wrapped_timm_model_brings_its_own_transform():
+    wrapped = torch.nn.Module()
+    wrapped.module = timm.create_model("resnet10t")
+    assert repr(resolve_image_processor(wrapped)) == repr(resolve_image_processor(wrapped.module))
 
 
 def test_checkpoints_of_every_kind_load(tmp_path, tiny_vit, tiny_msn, pixels):

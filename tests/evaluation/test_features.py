@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import ViTMSNModel
 
-from hf_msn.data import BrokenImageError, decode_image
+from hf_msn.data import BrokenImageError, decode_image, evaluation_image_processor
 from hf_msn.evaluation import extract_features, pixel_features
 from hf_msn.evaluation import features as features_module
+from hf_msn.evaluation.backbones import weights_sha256
 
 
 @pytest.fixture
@@ -171,6 +172,45 @@ def test_what_changes_the_features_misses_the_cache(tiny_vit, some_digits, proce
     np.testing.assert_array_equal(fresh.features, uncached.features)
 
 
+def test_projections_are_those_of_each_image_and_the_model_is_as_before(around_timm, some_digits):
+    processor = evaluation_image_processor(32, crop_fraction=1.0)
+    flags = [module.training for module in around_timm.modules()]
+    found = extract_features(around_timm, some_digits, processor, batch_size=7, features="projection")
+    assert [module.training for module in around_timm.modules()] == flags and around_timm.training
+    around_timm.eval()
+    expected = []
+    for example in some_digits:
+        pixels = processor(images=decode_image(example["image"]), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            expected.append(around_timm.project(pixels)[0].numpy())
+    np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.labels, some_digits["label"][:])
+
+
+def test_the_head_counts_for_projections_only(around_timm, some_digits, tmp_path, count_passes):
+    processor = evaluation_image_processor(32, crop_fraction=1.0)
+
+    def extract(features):
+        return extract_features(around_timm, some_digits, processor, cache_dir=tmp_path, features=features)
+
+    backbone, projection = extract("backbone"), extract("projection")
+    assert (backbone.features.shape[1], projection.features.shape[1]) == (around_timm.encoder.num_features, 5)
+    assert backbone.weights_sha256 == weights_sha256(around_timm.encoder) != projection.weights_sha256
+    assert len(count_passes) == 2
+    with torch.no_grad():
+        around_timm.projection_head[2].bias[3] += 1
+    again, moved = extract("backbone"), extract("projection")
+    assert len(count_passes) == 3  # the backbone's features are still those in the cache
+    assert again.weights_sha256 == backbone.weights_sha256
+    assert moved.weights_sha256 != projection.weights_sha256
+    np.testing.assert_allclose(moved.features - projection.features, [[0, 0, 0, 1, 0]] * 24, atol=1e-5)
+    with torch.no_grad():
+        around_timm.encoder.conv1[0].weight[0, 0, 0, 0] += 1
+    assert extract("backbone").weights_sha256 != backbone.weights_sha256
+    assert extract("projection").weights_sha256 != moved.weights_sha256
+    assert len(count_passes) == 5
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 100])
 def test_a_broken_cache_file_is_named_and_replaced(
     tiny_vit, some_digits, processor, tmp_path, caplog, count_passes, damage
@@ -207,6 +247,8 @@ def test_a_function_without_a_readable_form_is_not_cached(tiny_vit, some_digits,
         ({"batch_size": 0}, "`batch_size` .* but is 0"),
         ({"on_broken_image": "ignore"}, "`on_broken_image` must be 'skip' or 'raise', but is 'ignore'"),
         ({"rows": np.array([24])}, "numbers? from 0 to 23"),
+        ({"features": "head"}, "'backbone' or 'projection', but is 'head'"),
+        ({"features": "projection"}, "ViTMSNModel has no `project`"),
         ({"num_last_layers": 9}, "at most the model's 3 blocks, but is 9"),
     ],
 )

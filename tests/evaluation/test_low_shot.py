@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.data import low_shot_indices
-from hf_msn.evaluation import Features, KNNProbe, LogisticProbe, LowShotEvaluator, extract_features, pixel_features
+from hf_msn.data import evaluation_image_processor, low_shot_indices
+from hf_msn.evaluation import (
+    Features,
+    KNNProbe,
+    LogisticProbe,
+    LowShotEvaluator,
+    SoftNearestNeighborProbe,
+    extract_features,
+    pixel_features,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +160,131 @@ def test_a_list_that_holds_another_number_than_its_name_says_is_told(listed, tmp
     assert (split.fewest_per_class, split.most_per_class, split.num_images) == (5, 5, 50)
 
 
+def test_given_rows_are_measured_as_a_draw_of_the_same_rows(digits, pixels):
+    drawn = LowShotEvaluator(*digits, images_per_class=(2, 5), num_splits=1, seed=4)
+    expected = drawn.evaluate_features(*pixels)
+    rows = {
+        name: np.random.RandomState(0).permutation(low_shot_indices(digits[0]["label"][:], images_per_class=k, seed=4))
+        for name, k in (("two", 2), ("support", 5))
+    }
+    given = LowShotEvaluator(*digits, images_per_class=(), rows=rows)
+    found = given.evaluate_features(*pixels)
+    assert given.primary_metric == "low_shot/support/top1"
+    renamed = {"two": "2_per_class", "support": "5_per_class"}
+    assert found == {
+        name: expected[name.replace(task, renamed[task])] for name in found for task in [name.split("/")[1]]
+    }
+    assert len(found) == len(expected) == 14
+    assert found["low_shot/support/num_splits"] == 1 and found["low_shot/support/top1_std"] == 0
+    split = given.results.tasks[1].splits[0]
+    assert (split.seed, split.list_file, split.num_images, split.fewest_per_class) == (None, None, 50, 5)
+
+
+def test_given_rows_stand_beside_drawn_tasks(few):
+    rows = low_shot_indices(few[0]["label"][:], images_per_class=3, seed=0).tolist()
+    evaluator = LowShotEvaluator(*few, images_per_class=(1, 3), num_splits=1, rows={"support": rows})
+    metrics = evaluator.evaluate_features(*(pixel_features(part) for part in few))
+    assert [task.name for task in evaluator.results.tasks] == ["1_per_class", "3_per_class", "support"]
+    assert evaluator.primary_metric == "low_shot/3_per_class/top1"
+    assert (
+        metrics["low_shot/support/top1"] == metrics["low_shot/3_per_class/top1"] > metrics["low_shot/1_per_class/top1"]
+    )
+
+
+def test_rows_that_are_not_given_are_never_read(few, with_broken, tiny_vit, processor):
+    labels = np.array(few[0]["label"][:])
+    rows = low_shot_indices(labels, images_per_class=4, seed=1)
+    others = np.setdiff1d(np.arange(len(labels)), rows)
+    settings = {"image_processor": processor, "images_per_class": (), "on_broken_image": "raise"}
+    expected = LowShotEvaluator(*few, rows={"support": rows}, **settings)(tiny_vit)
+
+    hidden = np.where(np.isin(np.arange(len(labels)), rows), labels, 99)
+    columns = with_broken(few[0], tuple(others.tolist())).to_dict() | {"label": hidden}
+    types = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
+
+    def watch(batch):
+        assert 99 not in batch["label"], "read the label of a row that was not given"
+        return batch
+
+    train = datasets.Dataset.from_dict(columns, features=types).with_transform(watch)
+    with pytest.raises(AssertionError, match="not given"):
+        train["label"][:]
+    test = few[1].cast_column("label", datasets.Value("int64"))
+    evaluator = LowShotEvaluator(train, test, rows={"support": rows}, **settings)
+    assert evaluator(tiny_vit) == expected
+    assert evaluator.results.data["train"]["num_images"] == 40
+
+
+def test_a_given_row_without_a_label_is_named(few):
+    labels = np.array(few[0]["label"][:])
+    labels[[17, 30]] = -1
+    train = few[0].cast_column("label", datasets.Value("int64")).remove_columns("label").add_column("label", labels)
+    test = few[1].cast_column("label", datasets.Value("int64"))
+    with pytest.raises(ValueError, match=r"1 of 3 rows of the train data have none .* the first is row 17"):
+        LowShotEvaluator(train, test, images_per_class=(), rows={"support": [3, 17, 20]})
+
+
+def test_a_class_that_the_given_rows_lack_is_named_before_any_image_is_read(few):
+    labels = np.array(few[0]["label"][:])
+    with pytest.raises(ValueError, match="among the rows of 'support', but 2 are not: 4, 7"):
+        LowShotEvaluator(*few, rows={"support": np.flatnonzero((labels != 4) & (labels != 7))})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"support": [0, 120]}, "`rows` of 'support' must be below 120, .* but one is 120"),
+        ({"support": [-1, 3]}, "but holds -1"),
+        ({"support": [5, 3, 5]}, "but holds 5 more than once"),
+        ({"support": []}, "at least one row number, but has shape .0,."),
+        ({"support": [True] * 120}, r"type bool. Of a mask take `np.flatnonzero\(mask\)`"),
+        ({"support": [0.5]}, "type float64"),
+        ([1, 2, 3], "must map names of tasks to row numbers, but is list"),
+        ({"1_per_class": [1]}, r"\['1_per_class'\] are there twice"),
+    ],
+)
+def test_rows_that_cannot_be_meant_are_refused(few, rows, message):
+    with pytest.raises(ValueError, match=message):
+        LowShotEvaluator(*few, rows=rows)
+
+
+def test_rows_of_a_stream_are_refused(few):
+    with pytest.raises(ValueError, match="streaming=False"):
+        LowShotEvaluator(few[0].to_iterable_dataset(), few[1], images_per_class=(), rows={"support": [1]})
+
+
+def test_projections_are_classified_by_the_vote_of_the_supports(few, around_timm):
+    processor = evaluation_image_processor(32, crop_fraction=1.0)
+    rows = low_shot_indices(few[0]["label"][:], images_per_class=3, seed=2)
+    evaluator = LowShotEvaluator(
+        *few,
+        image_processor=processor,
+        images_per_class=(),
+        rows={"support": rows},
+        probe=SoftNearestNeighborProbe(0.05),
+        features="projection",
+    )
+    metrics = evaluator(around_timm)
+    train, test = (extract_features(around_timm, part, processor, features="projection") for part in few)
+
+    def unit(vectors):
+        return vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+
+    votes = np.exp(unit(test.features) @ unit(train.features[rows]).T / 0.05) @ np.eye(10)[train.labels[rows]]
+    assert metrics["low_shot/support/top1"] == pytest.approx(100 * (votes.argmax(axis=1) == test.labels).mean())
+    results = evaluator.results.to_dict()
+    assert results["settings"]["features"] == "projection"
+    assert results["model"]["weights_sha256"] == train.weights_sha256
+    assert results["model"]["backbone"] == type(around_timm.encoder).__name__
+    assert results["probe"] == {"probe": "soft_nearest_neighbor", "temperature": 0.05}
+    assert results["tasks"][0]["splits"][0]["fit"] == {"num_supports": 30}
+
+
+def test_projections_of_a_model_without_a_head_are_refused(few, tiny_vit, processor):
+    with pytest.raises(ValueError, match="ViTMSNModel has no `project`"):
+        LowShotEvaluator(*few, image_processor=processor, features="projection")(tiny_vit)
+
+
 def test_streams_give_the_numbers_of_the_same_data_at_rest(few, tiny_vit, processor):
     at_rest = LowShotEvaluator(*few, image_processor=processor)(tiny_vit)
     streams = [part.to_iterable_dataset() for part in few]
@@ -242,7 +375,8 @@ def test_classes_of_train_and_test_must_agree(few):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images_per_class": ()}, "`images_per_class`, `fractions` and `list_files` are empty"),
+        ({"images_per_class": ()}, "`images_per_class`, `fractions`, `list_files` and `rows` are empty"),
+        ({"features": "head"}, "'backbone' or 'projection', but is 'head'"),
         ({"num_splits": 0}, "`num_splits` .* but is 0"),
         ({"images_per_class": (0,)}, "`images_per_class` .* but is 0"),
         ({"images_per_class": (), "fractions": (1.5,)}, "`fraction` .* but is 1.5"),
