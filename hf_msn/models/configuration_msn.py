@@ -4,13 +4,13 @@ from dataclasses import field
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import ViTMSNConfig
 
+from .configuration_pretraining import PretrainingConfig
 from .patch_dropping import num_kept_patches
 
 
 @strict
-class MSNConfig(ViTMSNConfig):
+class MSNConfig(PretrainingConfig):
     r"""
     Configuration of an [`MSNForPreTraining`]. The fields of `ViTMSNConfig` describe the encoder (by default ViT-B/16);
     those below describe masking, head, prototypes and loss, as in Masked Siamese Networks (arXiv 2204.07141).
@@ -40,15 +40,11 @@ class MSNConfig(ViTMSNConfig):
     """
 
     model_type = "msn"
-    # Fields that a plain ViTMSNConfig does not have.
     pretraining_fields: ClassVar[tuple[str, ...]] = (
+        *PretrainingConfig.pretraining_fields,
         "mask_ratio",
         "shared_mask",
-        "projection_hidden_dim",
-        "projection_dim",
-        "projection_batch_norm",
         "num_prototypes",
-        "temperature",
         "sharpen_temperature",
         "use_sinkhorn",
         "me_max_weight",
@@ -59,13 +55,7 @@ class MSNConfig(ViTMSNConfig):
     shared_mask: bool = field(
         default=False, metadata={"help": "One mask for the whole batch and all ranks, instead of one an image."}
     )
-    projection_hidden_dim: int = field(
-        default=2048, metadata={"help": "Width of the projection head's hidden layers."}
-    )
-    projection_dim: int = field(default=256, metadata={"help": "Dimension of projections and prototypes."})
-    projection_batch_norm: bool = field(default=True, metadata={"help": "Batch normalisation in the projection head."})
     num_prototypes: int = field(default=1024, metadata={"help": "Number of prototypes, K."})
-    temperature: float | int = field(default=0.1, metadata={"help": "tau of the assignments."})
     sharpen_temperature: float | int = field(
         default=0.25, metadata={"help": "T of the targets, unless it is scheduled (see training)."}
     )
@@ -79,40 +69,12 @@ class MSNConfig(ViTMSNConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_image_and_patch_size()
-        self._check_heads()
+        self._check_vit()
         self._check_masking()
-        self._check_head_and_loss()
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of a global view."""
-        return (self.image_size // self.patch_size) ** 2
-
-    def to_vit_msn_config(self) -> ViTMSNConfig:
-        """The configuration of the encoder alone, which plain `transformers` can read."""
-        fields = {key: value for key, value in self.to_dict().items() if key not in self.pretraining_fields}
-        for key in ("model_type", "architectures", "transformers_version", "dtype"):
-            fields.pop(key, None)
-        return ViTMSNConfig(**fields)
-
-    def _check_image_and_patch_size(self) -> None:
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int):
-                raise ValueError(f"`{name}` must be one number, for square images and patches, but is {value}.")
-        if not 1 <= self.patch_size <= self.image_size or self.image_size % self.patch_size:
-            raise ValueError(
-                f"`image_size` must be a multiple of `patch_size`, at least one patch, but they are {self.image_size} "
-                f"and {self.patch_size}. Change one of them."
-            )
-
-    def _check_heads(self) -> None:
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` must be a multiple of `num_attention_heads`, but they are {self.hidden_size} and "
-                f"{self.num_attention_heads}. ViTs have 64 dimensions a head."
-            )
+        self._check_at_least_1("num_prototypes")
+        self._check_temperature("sharpen_temperature")
+        self._check_at_least_0("me_max_weight")
+        self._check_at_least_0("entropy_weight")
 
     def _check_masking(self) -> None:
         if not 0 <= self.mask_ratio < 1:
@@ -125,14 +87,3 @@ class MSNConfig(ViTMSNConfig):
                 f"`mask_ratio` {self.mask_ratio} leaves none of the {self.num_patches} patches of an image. Lower it, "
                 "or choose a smaller `patch_size`."
             )
-
-    def _check_head_and_loss(self) -> None:
-        for name in ("num_prototypes", "projection_dim", "projection_hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be >= 1, but is {getattr(self, name)}.")
-        for name in ("temperature", "sharpen_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be > 0, but is {getattr(self, name)}. The paper has 0.1 and 0.25.")
-        for name in ("me_max_weight", "entropy_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` must be >= 0, but is {getattr(self, name)}.")

@@ -3,27 +3,55 @@
 import torch
 from torch import nn
 
+_ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
 
 class ProjectionHead(nn.Module):
-    """Three linear layers, the first two with batch normalisation and GELU: `(N, input_dim)` -> `(N, output_dim)`.
+    """Three linear layers, batch normalisation and activation between them: `(N, input_dim)` -> `(N, output_dim)`.
 
     Args:
         input_dim (`int`): Width of the encoder.
         hidden_dim (`int`): Width of the two hidden layers.
         output_dim (`int`): Dimension of the projections, D.
         batch_norm (`bool`, *optional*, defaults to `True`): Without it, nothing mixes the images of a batch.
+        activation (`str`, *optional*, defaults to `"gelu"`): "gelu", as MSN has, or "relu", as PAWS has.
     """
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, batch_norm: bool = True):
+    def __init__(
+        self, input_dim: int, hidden_dim: int, output_dim: int, batch_norm: bool = True, activation: str = "gelu"
+    ):
         super().__init__()
         self.fc1 = nn.Linear(input_dim, hidden_dim)
         self.bn1 = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
         self.bn2 = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
         self.fc3 = nn.Linear(hidden_dim, output_dim)
-        self.activation = nn.GELU()
+        self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = self.activation(self.bn1(self.fc1(features)))
         hidden = self.activation(self.bn2(self.fc2(hidden)))
         return self.fc3(hidden)
+
+
+class PredictionHead(nn.Module):
+    """Batch normalisation, linear, batch normalisation, activation, linear: `(N, dim)` -> `(N, dim)`.
+
+    Args:
+        dim (`int`): Dimension of the projections, which the predictions share.
+        hidden_dim (`int`): Width in between; PAWS has a quarter of `dim`.
+        batch_norm (`bool`, *optional*, defaults to `True`): Without it, nothing mixes the images of a batch.
+        activation (`str`, *optional*, defaults to `"relu"`): "relu" or "gelu".
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, batch_norm: bool = True, activation: str = "relu"):
+        super().__init__()
+        self.bn1 = nn.BatchNorm1d(dim) if batch_norm else nn.Identity()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.bn2 = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self, projections: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc1(self.bn1(projections))
+        return self.fc2(self.activation(self.bn2(hidden)))

@@ -1,12 +1,11 @@
 """Masked Siamese Networks (arXiv 2204.07141) as a transformers model."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedModel, ViTMSNModel
+from transformers import AutoConfig, AutoModelForPreTraining
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -14,7 +13,9 @@ from ..distributed.collectives import rank
 from ..losses.msn import msn_loss
 from .configuration_msn import MSNConfig
 from .heads import ProjectionHead
+from .modeling_pretraining import PretrainingModel
 from .patch_dropping import PatchDroppingViTMSNModel, draw_kept_patches
+from .trunks import copy_trunk, fields_for, load_trunk
 
 
 @dataclass
@@ -33,7 +34,7 @@ class MSNForPreTrainingOutput(ModelOutput):
     target_probabilities: torch.Tensor | None = None
 
 
-class MSNForPreTraining(PreTrainedModel):
+class MSNForPreTraining(PretrainingModel):
     """Online and target encoder, their projection heads and the prototypes, with the loss of MSN.
 
     Two calls are enough for any loop: `model(**batch).loss`, and after the optimizer step
@@ -47,16 +48,7 @@ class MSNForPreTraining(PreTrainedModel):
     """
 
     config_class = MSNConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must not rescale it
-    _no_split_modules = PatchDroppingViTMSNModel._no_split_modules
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    config: MSNConfig
 
     def __init__(self, config: MSNConfig):
         super().__init__(config)
@@ -84,35 +76,10 @@ class MSNForPreTraining(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # The encoders initialise their own layers, and transformers skips a module without parameters of its own, as a
-        # ProjectionHead is: the linear layers that come here are those of the heads.
-        if isinstance(module, nn.Linear):
-            # As torch.nn.Linear does by itself; transformers' narrow normal distribution is meant for the encoder.
-            bound = module.in_features**-0.5
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, MSNForPreTraining):
+        if isinstance(module, MSNForPreTraining):
             bound = self.config.projection_dim**-0.5
             init.uniform_(module.prototypes, -bound, bound)
             init.zeros_(module.mask_state)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks weights is an error instead of a warning.
-
-        Raises:
-            ValueError: If the checkpoint is of another architecture.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"'{pretrained_model_name_or_path}' is not a checkpoint of {cls.__name__}: {len(missing)} tensors are "
-                f"missing, first {missing[:3]}. To start from the trunk of another ViTMSN, call "
-                f"`{cls.__name__}.from_backbone`."
-            )
-        model._freeze_target()  # loading makes every floating-point parameter trainable
-        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_backbone(cls, name_or_path: str | Path, **config_fields) -> "MSNForPreTraining":
@@ -127,41 +94,10 @@ class MSNForPreTraining(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint is of another architecture, or a field would change the shape of the trunk.
         """
-        source = AutoConfig.from_pretrained(name_or_path)
-        if source.model_type == MSNConfig.model_type:
-            trunk = cls.from_pretrained(name_or_path).target_encoder
-        elif source.model_type == "vit_msn":
-            trunk = ViTMSNModel.from_pretrained(name_or_path)
-        else:
-            raise ValueError(
-                f"'{name_or_path}' is a checkpoint of type '{source.model_type}', but the trunk must be of type "
-                f"'vit_msn' or '{MSNConfig.model_type}'."
-            )
-        fields = {key: value for key, value in source.to_dict().items() if hasattr(MSNConfig, key)}
-        for key in ("model_type", "architectures", "transformers_version"):
-            fields.pop(key, None)
-        model = cls(MSNConfig(**{**fields, **config_fields}))
-
-        weights = trunk.state_dict()
-        position_key = "embeddings.position_embeddings"
-        side = model.config.image_size
-        num_tokens = 1 + model.config.num_patches
-        if weights[position_key].shape[1] != num_tokens and model.config.patch_size == source.patch_size:
-            like = weights[position_key].new_empty(1, num_tokens, source.hidden_size)
-            weights[position_key] = trunk.embeddings.interpolate_pos_encoding(like, side, side).detach()
-        expected = model.encoder.state_dict()
-        wrong = [
-            key
-            for key in {**expected, **weights}
-            if key not in expected or key not in weights or weights[key].shape != expected[key].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape "
-                f"or are only in one of them, first {wrong[:3]}. Leave `hidden_size`, `patch_size`, "
-                "`num_hidden_layers` and `intermediate_size` as the checkpoint has them."
-            )
-        model.encoder.load_state_dict(weights)
+        trunk, fields = load_trunk(name_or_path)
+        fields = fields_for(cls.config_class, fields, name_or_path)
+        model = cls(cls.config_class(**{**fields, **config_fields}))
+        copy_trunk(trunk, model.encoder, model.config, fields, name_or_path)
         model.update_target(0.0)
         return model
 
@@ -246,6 +182,9 @@ class MSNForPreTraining(PreTrainedModel):
         target = [*self.target_encoder.parameters(), *self.target_projection_head.parameters()]
         online = [*self.encoder.parameters(), *self.projection_head.parameters()]
         torch._foreach_lerp_(target, online, 1.0 - momentum)
+
+    def _after_loading(self) -> None:
+        self._freeze_target()
 
     def _freeze_target(self) -> None:
         self.target_encoder.requires_grad_(False)

@@ -163,7 +163,7 @@ def test_a_trunk_of_another_architecture_is_an_error(tmp_path):
     fields = {name: getattr(plain, name) for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")}
     ViTModel(ViTConfig(**fields, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"is a checkpoint of type 'vit', but the trunk must be of type 'vit_msn' or 'msn'"
+        ValueError, match=r"is a checkpoint of type 'vit', but the trunk must be of type 'vit_msn', 'msn'"
     ):
         MSNForPreTraining.from_backbone(tmp_path)
 

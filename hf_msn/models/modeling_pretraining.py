@@ -1,0 +1,67 @@
+"""What the models of all pretraining methods share: how weights start, and how checkpoints load."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .configuration_pretraining import PretrainingConfig
+from .patch_dropping import PatchDroppingViTMSNModel
+
+
+class PretrainingModel(PreTrainedModel):
+    """Base of the pretraining models: `model(**batch).loss` is enough for any loop.
+
+    A method adds its modules, `forward`, `evaluation_encoder` and `project`.
+    """
+
+    config: PretrainingConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer must not rescale it
+    _no_split_modules = PatchDroppingViTMSNModel._no_split_modules
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # A ViTMSN initialises its own layers, and transformers skips a module without parameters of its own, as a head
+        # is: what comes here beside the layers of a timm encoder are the layers of the heads.
+        if getattr(module, "_is_of_timm", False):
+            # Its weights are as timm drew them. Tables that no checkpoint holds must be made after loading.
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
+            return
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            # As torch.nn.Linear does by itself; transformers' narrow normal distribution is meant for the encoder.
+            bound = module.in_features**-0.5
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.uniform_(module.bias, -bound, bound)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint that lacks weights is an error instead of a warning.
+
+        Raises:
+            ValueError: If the checkpoint is of another architecture.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"'{pretrained_model_name_or_path}' is not a checkpoint of {cls.__name__}: {len(missing)} tensors are "
+                f"missing, first {missing[:3]}. To start from the trunk of another model, call "
+                f"`{cls.__name__}.from_backbone`."
+            )
+        model._after_loading()
+        return (model, info) if output_loading_info else model
+
+    def _after_loading(self) -> None:
+        """What a method puts right after `from_pretrained`, which makes every floating-point parameter trainable."""

@@ -1,0 +1,88 @@
+"""SimCLR + SuNCEt (arXiv 2006.10803) as a transformers model."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForPreTraining
+from transformers.utils import ModelOutput
+
+from ..losses.contrastive import nt_xent_loss, suncet_loss
+from .configuration_suncet import SuNCEtConfig
+from .modeling_semi_supervised import SemiSupervisedModel
+
+
+@dataclass
+class SuNCEtForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`): Scalar, the total to minimise: the sum of the two that are there.
+        nt_xent (`torch.Tensor`, *optional*): Scalar, of the images without labels, in nats.
+        suncet (`torch.Tensor`, *optional*): Scalar, of the support, in nats.
+    """
+
+    loss: torch.Tensor | None = None
+    nt_xent: torch.Tensor | None = None
+    suncet: torch.Tensor | None = None
+
+
+class SuNCEtForPreTraining(SemiSupervisedModel):
+    """Encoder and projection head with the losses of SimCLR, on images without labels, and SuNCEt, on a support set.
+
+    Either half can be left out: without support it is SimCLR, without other images it is SuNCEt alone, which
+    fine-tunes an encoder on its labelled images.
+
+    Attributes:
+        encoder ([`PatchDroppingViTMSNModel`] or a network of timm): f.
+        projection_head ([`ProjectionHead`]): h.
+    """
+
+    config_class = SuNCEtConfig
+    config: SuNCEtConfig
+
+    def __init__(self, config: SuNCEtConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        anchor_pixel_values: torch.Tensor | None = None,
+        support_pixel_values: torch.Tensor | None = None,
+        support_labels: torch.Tensor | None = None,
+    ) -> SuNCEtForPreTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): The first view of each image.
+            anchor_pixel_values (`torch.Tensor` of shape `(B, 1, C, H, W)`, *optional*): The second.
+            support_pixel_values (`torch.Tensor` of shape `(S, C, H, W)`, *optional*): This rank's labelled images.
+            support_labels (`torch.LongTensor` of shape `(S,)`, *optional*): Their class numbers, >= 0, in any order.
+
+        Raises:
+            ValueError: If there is neither, views or support are incomplete, or a shape does not fit.
+        """
+        if pixel_values is None and support_pixel_values is None:
+            raise ValueError("There is nothing to learn from: give two views of images, a support, or both.")
+        groups = []
+        if support_pixel_values is not None or support_labels is not None:
+            self._check_support(support_pixel_values, support_labels)
+            groups.append(support_pixel_values)
+        if pixel_values is not None:
+            self._check_views(pixel_values, anchor_pixel_values, "SimCLR")
+            groups += [pixel_values, anchor_pixel_values[:, 0]]
+        projections = self._project_together(groups)
+
+        suncet = nt_xent = None
+        if support_labels is not None:
+            supports, *projections = projections
+            suncet = suncet_loss(supports, self._label_rows(support_labels), temperature=self.config.temperature)
+        if pixel_values is not None:
+            nt_xent = nt_xent_loss(torch.cat(projections), temperature=self.config.temperature)
+        return SuNCEtForPreTrainingOutput(
+            loss=sum(part for part in (nt_xent, suncet) if part is not None),
+            nt_xent=None if nt_xent is None else nt_xent.detach(),
+            suncet=None if suncet is None else suncet.detach(),
+        )
+
+
+AutoConfig.register(SuNCEtConfig.model_type, SuNCEtConfig)
+AutoModelForPreTraining.register(SuNCEtConfig, SuNCEtForPreTraining)

@@ -1,0 +1,132 @@
+"""Encoders to start from: a ViTMSN or a network of timm, new or with the weights of a checkpoint."""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, ViTMSNModel
+
+from .configuration_semi_supervised import SemiSupervisedConfig
+from .patch_dropping import PatchDroppingViTMSNModel
+
+_TIMM_FIELDS = ("timm_model", "timm_options", "small_image_stem")
+_PRETRAINING_TYPES = ("msn", "paws", "suncet")
+
+
+def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
+    """A new encoder as `config` describes it, and the width of its features.
+
+    Raises:
+        ValueError: If timm does not know the architecture or refuses an option, or it has no stem to make smaller.
+    """
+    if config.timm_model is None:
+        return PatchDroppingViTMSNModel(config), config.hidden_size
+    options = dict(config.timm_options or {})
+    if not timm.is_model(config.timm_model):
+        near = timm.list_models(f"*{config.timm_model[:6]}*")[:5]
+        raise ValueError(
+            f"`timm_model` must be an architecture of timm, but {config.timm_model!r} is none."
+            + (f" Similar ones: {', '.join(near)}." if near else " `timm.list_models()` lists them.")
+        )
+    try:
+        encoder = timm.create_model(config.timm_model, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise ValueError(f"`timm_options` {options} do not fit '{config.timm_model}': {error}.") from error
+    if config.small_image_stem:
+        _make_stem_small(encoder, config.timm_model)
+    return encoder, getattr(encoder, "head_hidden_size", None) or encoder.num_features
+
+
+def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
+    """The encoder of a checkpoint, and the fields of its configuration that describe it.
+
+    Args:
+        name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model or of a pretraining model of this package,
+            whose evaluated encoder is taken; or "timm:ARCHITECTURE", with timm's released weights.
+
+    Raises:
+        ValueError: If the checkpoint is of another architecture.
+    """
+    if str(name_or_path).startswith("timm:"):
+        name = str(name_or_path).removeprefix("timm:")
+        encoder = timm.create_model(name, pretrained=True, num_classes=0)
+        return encoder, {"timm_model": name}
+    source = AutoConfig.from_pretrained(name_or_path)
+    if source.model_type in _PRETRAINING_TYPES:
+        encoder = AutoModelForPreTraining.from_pretrained(name_or_path).evaluation_encoder
+    elif source.model_type == "vit_msn":
+        encoder = ViTMSNModel.from_pretrained(name_or_path)
+    else:
+        raise ValueError(
+            f"'{name_or_path}' is a checkpoint of type '{source.model_type}', but the trunk must be of type "
+            f"'vit_msn', {', '.join(repr(name) for name in _PRETRAINING_TYPES)}, or 'timm:ARCHITECTURE'."
+        )
+    fields = source.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    return encoder, fields
+
+
+def fields_for(config_class: type[PreTrainedConfig], fields: dict, name_or_path: str | Path) -> dict:
+    """Those of a trunk's fields that `config_class` has.
+
+    Raises:
+        ValueError: If the trunk is a network of timm and `config_class` describes ViTs only.
+    """
+    if fields.get("timm_model") and not hasattr(config_class, "timm_model"):
+        raise ValueError(
+            f"The trunk of '{name_or_path}' is '{fields['timm_model']}' of timm, but a {config_class.__name__} has a "
+            "ViTMSN. Use PAWS or SuNCEt for it."
+        )
+    return {key: value for key, value in fields.items() if hasattr(config_class, key)}
+
+
+def copy_trunk(
+    trunk: nn.Module, encoder: nn.Module, config: PreTrainedConfig, fields: dict, name_or_path: str | Path
+) -> None:
+    """Copies the weights of a trunk into an encoder made from `config`, whose image size may be another.
+
+    Raises:
+        ValueError: If they differ in architecture.
+    """
+    weights = trunk.state_dict()
+    position_key = "embeddings.position_embeddings"
+    if position_key in weights and config.patch_size == fields.get("patch_size"):
+        num_tokens = 1 + config.num_patches
+        if weights[position_key].shape[1] != num_tokens:
+            like = weights[position_key].new_empty(1, num_tokens, weights[position_key].shape[2])
+            side = config.image_size
+            weights[position_key] = trunk.embeddings.interpolate_pos_encoding(like, side, side).detach()
+    expected = encoder.state_dict()
+    wrong = [
+        key
+        for key in {**expected, **weights}
+        if key not in expected or key not in weights or weights[key].shape != expected[key].shape
+    ]
+    if wrong:
+        names = _TIMM_FIELDS if getattr(config, "timm_model", None) else None
+        names = names or ("hidden_size", "patch_size", "num_hidden_layers", "intermediate_size")
+        raise ValueError(
+            f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape or "
+            f"are only in one of them, first {wrong[:3]}. Leave {', '.join(f'`{name}`' for name in names)} as the "
+            "checkpoint has them."
+        )
+    encoder.load_state_dict(weights)
+
+
+def _make_stem_small(encoder: nn.Module, name: str) -> None:
+    """A 3x3 convolution of stride 1 and no pooling, in place of a ResNet's 7x7 of stride 2 and pooling."""
+    stem = encoder.stem if isinstance(getattr(encoder, "stem", None), nn.Sequential) else encoder
+    convolution, pooling = ("conv", "pool") if stem is not encoder else ("conv1", "maxpool")
+    old = getattr(stem, convolution, None)
+    if not isinstance(old, nn.Conv2d) or not hasattr(stem, pooling):
+        raise ValueError(
+            f"`small_image_stem` is for ResNets of timm whose stem is one convolution and pooling, but {name!r} has "
+            "another. Use resnet18, resnet50, resnetv2_18 or the like, or leave `small_image_stem` off."
+        )
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=old.bias is not None)
+    with torch.no_grad():
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    setattr(stem, convolution, new)
+    setattr(stem, pooling, nn.Identity())
