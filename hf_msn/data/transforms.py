@@ -220,18 +220,39 @@ class MultiViewTransform:
             `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
             `anchor_pixel_values` (V, 3, H, H); `focal_pixel_values` (F, 3, h, h), absent if there are none.
         """
-        if image.mode != "RGB":
-            image = image.convert("RGB")
         num_global = 1 + self.anchor_views
-        random = torch.rand(num_global + self.focal_views, _NUM_RANDOM, dtype=torch.float64).tolist()
-        views = self._normalize(
-            [self._view(image, self.image_size, self.global_scale, u) for u in random[:num_global]]
-        )
+        random = _draws(num_global + self.focal_views)
+        views = self._views(image, self.image_size, self.global_scale, random[:num_global])
         batch = {"pixel_values": views[0], "anchor_pixel_values": views[1:]}
         if self.focal_views > 0:
-            focal = [self._view(image, self.focal_size, self.focal_scale, u) for u in random[num_global:]]
-            batch["focal_pixel_values"] = self._normalize(focal)
+            batch["focal_pixel_values"] = self._views(image, self.focal_size, self.focal_scale, random[num_global:])
         return batch
+
+    def global_views(self, image: Image.Image, num_views: int) -> torch.Tensor:
+        """Draws any number of views of one image, each as the target view is drawn: what PAWS' support images get.
+
+        Args:
+            image (`PIL.Image.Image`):
+                The image, in mode RGB.
+            num_views (`int`):
+                Number of views V, >= 1.
+
+        Returns:
+            `torch.Tensor` of shape (V, 3, H, H), float32, normalised.
+
+        Raises:
+            ValueError: `num_views` is no whole number >= 1.
+        """
+        if not _is_whole(num_views) or num_views < 1:
+            raise ValueError(f"`num_views` is a number of views and must be a whole number >= 1, but is {num_views}.")
+        return self._views(image, self.image_size, self.global_scale, _draws(num_views))
+
+    def _views(
+        self, image: Image.Image, size: int, scale: tuple[float, float], random: list[list[float]]
+    ) -> torch.Tensor:
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        return self._normalize([self._view(image, size, scale, u) for u in random])
 
     def _view(self, image: Image.Image, size: int, scale: tuple[float, float], random: list[float]) -> Image.Image:
         box = self._crop_box(image.size, scale, random)
@@ -312,6 +333,10 @@ class MultiViewTransform:
         pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return pixels.mul_(self._multiplier).sub_(self._offset)
+
+
+def _draws(num_views: int) -> list[list[float]]:
+    return torch.rand(num_views, _NUM_RANDOM, dtype=torch.float64).tolist()
 
 
 def _between(bounds: tuple[float, float], share: float) -> float:

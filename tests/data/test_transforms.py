@@ -106,6 +106,30 @@ def test_same_state_of_the_generator_gives_the_same_views(picture):
     assert not torch.equal(first["pixel_values"], third["pixel_values"])
 
 
+def test_global_views_are_drawn_as_the_target_view(picture):
+    transform = MultiViewTransform(image_size=8, focal_size=4, anchor_views=3, focal_views=0, rotation=5.0)
+    torch.manual_seed(5)
+    views = transform(picture(1, (40, 30)))
+    torch.manual_seed(5)
+    global_views = transform.global_views(picture(1, (40, 30)), 4)
+    assert torch.equal(global_views[0], views["pixel_values"])
+    assert torch.equal(global_views[1:], views["anchor_pixel_values"])
+    assert global_views.shape == (4, 3, 8, 8)
+
+
+def test_number_of_global_views_is_not_that_of_the_other_views(picture):
+    transform = MultiViewTransform(image_size=8, anchor_views=0, focal_views=7)
+    torch.manual_seed(2)
+    one = transform.global_views(picture(1), 1)
+    torch.manual_seed(2)
+    six = transform.global_views(picture(1).convert("RGBA"), 6)
+    assert (one.shape[0], six.shape[0]) == (1, 6)
+    assert torch.equal(one[0], six[0])
+    for number in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"`num_views` .* must be a whole number >= 1, but is {number}"):
+            transform.global_views(picture(1), number)
+
+
 @pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.3)])
 def test_crops_have_the_stated_areas_and_ratios_and_lie_inside(scale):
     transform = MultiViewTransform(global_scale=scale)
