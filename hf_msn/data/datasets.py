@@ -80,7 +80,7 @@ class MultiViewDataset(torch.utils.data.Dataset):
         seed: int = 0,
         on_broken_image: str = "skip",
     ):
-        self._dataset = _encoded_images(dataset, seed, on_broken_image)
+        self._dataset = encoded_images(dataset, seed, on_broken_image)
         if len(dataset) == 0:
             raise ValueError("The data set has no images, but at least one is needed; check the source and the split.")
         self.transform = transform
@@ -123,7 +123,7 @@ class MultiViewDataset(torch.utils.data.Dataset):
 
     def _views(self, row: int, value) -> dict[str, torch.Tensor]:
         image = self._readable_image(row, value)
-        with _seeded(_hash(self.seed, self.epoch, row)):
+        with seeded(hash_numbers(self.seed, self.epoch, row)):
             return self.transform(image)
 
     def _readable_image(self, row: int, value) -> Image.Image:
@@ -184,7 +184,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         on_broken_image: str = "skip",
         shuffle_buffer: int = 1000,
     ):
-        self._dataset = _encoded_images(dataset, seed, on_broken_image)
+        self._dataset = encoded_images(dataset, seed, on_broken_image)
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
         self.shuffle_buffer = shuffle_buffer
@@ -225,7 +225,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         dataset = self._dataset
         if self.shuffle_buffer > 0:
             # not `datasets`' own epoch, which all workers share: they do not come to the next pass at the same time
-            dataset = dataset.shuffle(seed=_hash(self.seed, epoch) >> 32, buffer_size=self.shuffle_buffer)
+            dataset = dataset.shuffle(seed=hash_numbers(self.seed, epoch) >> 32, buffer_size=self.shuffle_buffer)
         row, in_succession, last = -1, 0, None
         for row, value in enumerate(dataset):
             try:
@@ -240,7 +240,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
                     break
                 continue
             in_succession = 0
-            with _seeded(_hash(self.seed, epoch, _fingerprint(value["image"]))):
+            with seeded(hash_numbers(self.seed, epoch, _fingerprint(value["image"]))):
                 views = self.transform(image)
             yield views
         if row < 0 and worker is None:
@@ -253,7 +253,8 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             ) from last
 
 
-def _encoded_images(dataset, seed: int, on_broken_image: str):
+def encoded_images(dataset, seed: int, on_broken_image: str):
+    """Checks the settings of a data set of views, and leaves of its columns only the undecoded images."""
     if on_broken_image not in ("skip", "raise"):
         raise ValueError(f"`on_broken_image` is 'skip' or 'raise', but is {on_broken_image!r}.")
     if seed < 0:
@@ -271,7 +272,8 @@ def _encoded_images(dataset, seed: int, on_broken_image: str):
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's generator for the views of one image, and puts its state back after them."""
     # torch.manual_seed would seed the accelerators too; a view needs the CPU's generator alone
     generator = torch.default_generator
     state = generator.get_state()
@@ -282,7 +284,7 @@ def _seeded(seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-def _hash(*numbers: int) -> int:
+def hash_numbers(*numbers: int) -> int:
     """Mixes whole numbers into 64 bits by SplitMix64's finaliser, so that neighbouring rows get unrelated seeds."""
     state = 0
     for number in numbers:

@@ -1,0 +1,324 @@
+import itertools
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hf_msn.data import (
+    BrokenImageError,
+    ClassStratifiedSampler,
+    MultiViewTransform,
+    SupportBatches,
+    SupportCollator,
+    SupportDataset,
+    support_loader,
+)
+
+TRANSFORM = MultiViewTransform(image_size=8, focal_views=0)
+LABELS = [4, 9, 4, 2, 9, 2, 4, 9, 2, 4, 4, 9]
+ROWS = [0, 1, 2, 4, 5, 7, 8, 9]
+
+
+class Content:
+    """A transform whose views are the image itself."""
+
+    def global_views(self, image, num_views):
+        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1).float()
+        return pixels.expand(num_views, *pixels.shape)
+
+
+@pytest.fixture
+def labelled(image_rows):
+    def make(labels=LABELS, feature=None, broken: tuple[int, ...] = ()) -> datasets.Dataset:
+        images = image_rows(len(labels), broken).select_columns("image")
+        column = datasets.Dataset.from_dict(
+            {"label": labels}, datasets.Features(label=feature or datasets.Value("int64"))
+        )
+        return datasets.concatenate_datasets([images, column], axis=1)
+
+    return make
+
+
+def _sampler(support: SupportDataset, **settings) -> ClassStratifiedSampler:
+    settings = {"global_classes": 2, "global_images_per_class": 2, "rank": 0, "world_size": 1, **settings}
+    return ClassStratifiedSampler(support.labels, **settings)
+
+
+def _batches(dataset, *, rows=ROWS, steps: int = 4, workers: int = 0, views: int = 2, seed: int = 5, **settings):
+    support = SupportDataset(dataset, rows, TRANSFORM, views_per_image=views, seed=seed)
+    return list(support_loader(support, _sampler(support, num_steps=steps, **settings), num_workers=workers))
+
+
+def _assert_same(first: list[dict], second: list[dict]) -> None:
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second):
+        assert set(one) == set(other) == {"support_pixel_values", "support_labels"}
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_batch_holds_the_drawn_images_with_their_labels(labelled, picture):
+    support = SupportDataset(labelled(), ROWS, Content(), views_per_image=2)
+    sampler = _sampler(support, num_steps=3)
+    for step, batch in enumerate(support_loader(support, sampler)):
+        rows = [ROWS[position] for position in sampler.batch(step)]
+        assert batch["support_labels"].dtype == torch.int64
+        # the views of one image next to each other
+        assert batch["support_labels"].tolist() == [LABELS[row] for row in rows for _ in range(2)]
+        expected = [np.asarray(picture(row)).transpose(2, 0, 1) for row in rows for _ in range(2)]
+        np.testing.assert_array_equal(batch["support_pixel_values"].numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("poison", [None, -1, 3, 10**9])
+def test_labels_outside_the_support_change_nothing(labelled, poison):
+    poisoned = [label if row in ROWS else poison for row, label in enumerate(LABELS)]
+    assert poisoned != LABELS
+    _assert_same(_batches(labelled(poisoned)), _batches(labelled()))
+
+
+def test_no_label_outside_the_support_is_read(labelled, monkeypatch):
+    read = []
+    original = datasets.arrow_dataset.query_table
+
+    def query_table(table, key, indices=None):
+        if "label" in table.column_names:
+            count = table.num_rows if indices is None else indices.num_rows
+            places = np.arange(count)[key if not isinstance(key, range) else list(key)]
+            rows = places if indices is None else np.array(indices.column(0).to_pylist())[places]
+            read.extend(np.atleast_1d(rows).tolist())
+        return original(table, key, indices=indices)
+
+    monkeypatch.setattr(datasets.arrow_dataset, "query_table", query_table)
+    dataset = labelled()
+    _ = dataset[3]
+    assert read == [3]  # the spy sees what is read
+    read.clear()
+    _batches(dataset)
+    assert read == ROWS
+    read.clear()
+    _batches(dataset, rows=[row in ROWS for row in range(len(LABELS))])
+    assert read == ROWS
+
+
+def test_data_set_is_cut_to_its_labelled_rows_before_a_label_is_touched(labelled):
+    class OnlyParts:
+        def __init__(self, dataset):
+            self._dataset, self.features = dataset, dataset.features
+
+        def __len__(self):
+            return len(self._dataset)
+
+        def select(self, rows):
+            assert list(rows) == ROWS
+            return self._dataset.select(rows)
+
+    _assert_same(_batches(OnlyParts(labelled())), _batches(labelled()))
+
+
+def test_batches_do_not_depend_on_the_workers(labelled):
+    alone = _batches(labelled())
+    _assert_same(_batches(labelled(), workers=2), alone)
+    _assert_same(_batches(labelled(), steps=2, workers=1, start_step=2), alone[2:])
+
+
+def test_resumed_loader_goes_on_where_the_other_stopped(labelled):
+    _assert_same(_batches(labelled(), steps=2, start_step=2), _batches(labelled())[2:])
+    support = SupportDataset(labelled(), ROWS, TRANSFORM, views_per_image=2, seed=5)
+    endless = support_loader(support, _sampler(support, start_step=1))
+    _assert_same(list(itertools.islice(endless, 3)), _batches(labelled())[1:])
+
+
+@pytest.mark.parametrize("shard", ["classes", "images"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_have_the_views_of_one_rank_with_everything(labelled, shard, world_size):
+    # classes 4, 2 and 9 have 3, 2 and 3 labelled images: 4 of each repeat some
+    labels = [*LABELS, 11]
+    settings = {"rows": [*ROWS, 12], "global_classes": 4, "global_images_per_class": 4, "views": 1}
+    whole = _batches(labelled(labels), **settings)
+    parts = [
+        _batches(labelled(labels), **settings, shard=shard, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, alone in enumerate(whole):
+        by_class = {}
+        for part in [part[step] for part in parts]:
+            assert len(part["support_labels"]) == 16 // world_size
+            for label, view in zip(part["support_labels"].tolist(), part["support_pixel_values"]):
+                by_class.setdefault(label, []).append(view)
+        # each class in the order of the ranks, which is that of the places
+        for label in {4, 2, 9, 11}:
+            expected = alone["support_pixel_values"][alone["support_labels"] == label]
+            assert torch.equal(torch.stack(by_class[label]), expected)
+
+
+def test_repeated_image_has_other_views_each_time(labelled):
+    settings = {"rows": [3, 1], "views": 2, "global_classes": 1, "global_images_per_class": 3, "steps": 2}
+    batches = _batches(labelled(), **settings)
+    views = torch.cat([batch["support_pixel_values"] for batch in batches]).flatten(1)
+    assert views.shape[0] == 2 * 3 * 2
+    assert len({tuple(view.tolist()) for view in views}) == 12
+
+
+def test_views_depend_on_seed_step_place_and_row_alone(labelled):
+    support = SupportDataset(labelled(), ROWS, TRANSFORM, seed=5)
+    views = support[(7, 3, 4)]["support_pixel_values"]
+    fewer = SupportDataset(labelled(), [ROWS[4], 10], TRANSFORM, seed=5)
+    torch.manual_seed(99)
+    assert torch.equal(fewer[(7, 3, 0)]["support_pixel_values"], views)
+    assert torch.equal(support.__getitems__([(1, 1, 1), (7, 3, 4)])[1]["support_pixel_values"], views)
+    others = [support[(8, 3, 4)], support[(7, 2, 4)]]
+    others.append(SupportDataset(labelled(), ROWS, TRANSFORM, seed=6)[(7, 3, 4)])
+    assert not any(torch.equal(other["support_pixel_values"], views) for other in others)
+
+
+def test_position_alone_is_that_of_the_first_step(labelled):
+    support = SupportDataset(labelled(), ROWS, TRANSFORM)
+    for position in (2, np.int64(2), 2 - len(ROWS)):
+        item = support[position]
+        assert torch.equal(item["support_pixel_values"], support[(0, 0, 2)]["support_pixel_values"])
+        assert item["support_labels"] == LABELS[ROWS[2]]
+    with pytest.raises(IndexError, match="Position 8 is not there; the support has 8 labelled images"):
+        _ = support[8]
+
+
+def test_loader_and_views_leave_the_generator_alone(labelled):
+    torch.manual_seed(11)
+    expected = torch.rand(4)
+    torch.manual_seed(11)
+    _batches(labelled())
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_support_knows_rows_labels_and_names(labelled):
+    feature = datasets.ClassLabel(names=list("abcdefghij"))
+    support = SupportDataset(labelled(feature=feature), [9, 0, 5], TRANSFORM)
+    assert (support.rows.tolist(), support.labels.tolist()) == ([0, 5, 9], [4, 2, 4])
+    assert support.labels.dtype == np.int64
+    assert support.class_names == list("abcdefghij")
+    assert SupportDataset(labelled(), ROWS, TRANSFORM).class_names is None
+
+
+def test_broken_image_gives_the_next_readable_one_of_its_class_and_is_named_once(labelled, picture, caplog):
+    support = SupportDataset(labelled(broken=(0, 2, 4, 6)), ROWS, Content())
+    with caplog.at_level(logging.WARNING):
+        items = [support[position] for position in (0, 2, 3, 0, 7)]
+    # labelled rows of class 4: 0, 2, 9 (6 and 10 are not labelled); of class 9: 1, 4, 7
+    for item, row in zip(items, (9, 9, 7, 9, 9)):
+        np.testing.assert_array_equal(
+            item["support_pixel_values"][0].numpy(), np.asarray(picture(row)).transpose(2, 0, 1)
+        )
+        assert item["support_labels"] == LABELS[row]
+    assert support.num_broken == 3
+    assert sorted(record.args[0].row for record in caplog.records) == [0, 2, 4]
+    assert "row 4 (path 'photo_4.png') cannot be read" in caplog.text
+
+
+def test_last_images_replacement_is_the_first_of_its_class(labelled, picture):
+    support = SupportDataset(labelled(broken=(9,)), ROWS, Content())
+    view = support[7]["support_pixel_values"][0].numpy()
+    np.testing.assert_array_equal(view, np.asarray(picture(0)).transpose(2, 0, 1))
+
+
+def test_broken_images_are_counted_over_the_workers(labelled):
+    support = SupportDataset(labelled(broken=(0, 5, 6)), ROWS, TRANSFORM)
+    sampler = _sampler(support, global_classes=3, global_images_per_class=3, num_steps=2)
+    loader = support_loader(support, sampler, num_workers=2)
+    assert [len(batch["support_labels"]) for batch in loader] == [9, 9]
+    assert support.num_broken == 2
+
+
+def test_class_without_a_readable_image_is_an_error(labelled):
+    support = SupportDataset(labelled(broken=(5, 8)), ROWS, TRANSFORM)
+    with pytest.raises(BrokenImageError, match=r"no labelled image of class 2 can be read \(2 tried") as caught:
+        _ = support[4]
+    assert (caught.value.row, caught.value.path) == (5, "photo_5.png")
+    feature = datasets.ClassLabel(names=list("abcdefghij"))
+    with pytest.raises(BrokenImageError, match=r"class 2 \('c'\)"):
+        _ = SupportDataset(labelled(broken=(5, 8), feature=feature), ROWS, TRANSFORM)[4]
+
+
+def test_broken_image_can_stop_the_run(labelled):
+    support = SupportDataset(labelled(broken=(7,)), ROWS, TRANSFORM, on_broken_image="raise")
+    with pytest.raises(BrokenImageError) as caught:
+        _ = support[5]
+    assert caught.value.row == 7
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0, None, None], None, "Row 2 has label None"),
+        ([0, None, -1], None, "Row 2 has label -1"),
+        ([0, None, -1], datasets.ClassLabel(names=["a"]), "Row 2 has label -1"),
+        (["a", "b", "c"], datasets.Value("string"), "Row 0 has label 'a'"),
+        ([0.0, 1.0, 2.5], datasets.Value("float32"), "Row 0 has label 0.0"),
+        ([True, False, True], datasets.Value("bool"), "Row 0 has label True"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused_with_their_row(labelled, labels, feature, message):
+    with pytest.raises(ValueError, match=message):
+        SupportDataset(labelled(labels, feature), [0, 2], TRANSFORM)
+
+
+def test_label_beyond_the_class_names_is_refused(labelled):
+    dataset = labelled([0, 7, 1, 2])
+    dataset.info.features = datasets.Features(
+        image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a", "b"])
+    )
+    with pytest.raises(ValueError, match=r"Row 3 has label 2, but the data set names 2 classes, 0 to 1\."):
+        SupportDataset(dataset, [0, 2, 3], TRANSFORM)
+    # beyond the names, but not labelled
+    assert SupportDataset(dataset, [0, 2], TRANSFORM).labels.tolist() == [0, 1]
+
+
+def test_bad_settings_are_refused(labelled):
+    with pytest.raises(ValueError, match="`mask` is False for every row"):
+        SupportDataset(labelled(), [False] * len(LABELS), TRANSFORM)
+    with pytest.raises(ValueError, match="no column 'label'"):
+        SupportDataset(labelled().select_columns("image"), ROWS, TRANSFORM)
+    with pytest.raises(ValueError, match="no column 'image'"):
+        SupportDataset(labelled().select_columns("label"), ROWS, TRANSFORM)
+    with pytest.raises(ValueError, match="without `streaming`"):
+        SupportDataset(labelled().to_iterable_dataset(), ROWS, TRANSFORM)
+    with pytest.raises(ValueError, match="`views_per_image` is a number of views and must be >= 1, but is 0"):
+        SupportDataset(labelled(), ROWS, TRANSFORM, views_per_image=0)
+    with pytest.raises(ValueError, match="`on_broken_image`"):
+        SupportDataset(labelled(), ROWS, TRANSFORM, on_broken_image="ignore")
+    with pytest.raises(ValueError, match="`seed` must be >= 0"):
+        SupportDataset(labelled(), ROWS, TRANSFORM, seed=-1)
+
+
+def test_sampler_of_other_labels_is_refused(labelled):
+    support = SupportDataset(labelled(), ROWS, TRANSFORM)
+    sampler = ClassStratifiedSampler(LABELS, global_images_per_class=1, rank=0, world_size=1)
+    with pytest.raises(
+        ValueError, match=r"12 labels that are not those of the support's 8 images; .*`support.labels`"
+    ):
+        support_loader(support, sampler)
+
+
+def test_keys_name_step_place_and_position(labelled):
+    support = SupportDataset(labelled(), ROWS, TRANSFORM)
+    sampler = _sampler(support, start_step=6, num_steps=2, shard="images", rank=1, world_size=2)
+    batches = SupportBatches(sampler)
+    assert len(batches) == 2
+    # two classes of two images: the second of each is at places 1 and 3
+    assert list(batches) == [
+        [(step, place, position) for place, position in zip((1, 3), sampler.batch(step))] for step in (6, 7)
+    ]
+
+
+def test_loader_has_a_length_only_with_a_number_of_steps(labelled):
+    support = SupportDataset(labelled(), ROWS, TRANSFORM)
+    assert len(support_loader(support, _sampler(support, num_steps=3))) == 3
+    with pytest.raises(TypeError, match="without end"):
+        len(support_loader(support, _sampler(support)))
+
+
+def test_items_with_other_views_and_empty_supports_are_refused():
+    items = [{"support_pixel_values": torch.zeros(2, 3, size, size), "support_labels": 1} for size in (8, 4)]
+    with pytest.raises(ValueError, match=r"of item 1 has shape \(2, 3, 4, 4\), but that of item 0"):
+        SupportCollator()(items)
+    with pytest.raises(ValueError, match="at least one image"):
+        SupportCollator()([])
