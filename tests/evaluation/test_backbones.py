@@ -31,7 +31,14 @@ from hf_msn.evaluation.backbones import (
     resolve_image_processor,
     weights_sha256,
 )
-from hf_msn.models import MSNConfig, MSNForPreTraining
+from hf_msn.models import (
+    MSNConfig,
+    MSNForPreTraining,
+    PAWSConfig,
+    PAWSForPreTraining,
+    SuNCEtConfig,
+    SuNCEtForPreTraining,
+)
 
 SMALL = {
     "hidden_size": 16,
@@ -333,6 +340,42 @@ def test_checkpoints_of_every_kind_load(tmp_path, tiny_vit, tiny_msn, pixels):
         loaded = load_vision_model(str(tmp_path / folder))
         assert type(loaded) is type(model)
         torch.testing.assert_close(features_of(loaded, pixels), features_of(model, pixels), rtol=0, atol=0)
+
+
+TIMM = {"timm_model": "test_resnet"}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "encoder"),
+    [
+        (MSNConfig, MSNForPreTraining, SMALL),
+        (PAWSConfig, PAWSForPreTraining, SMALL),
+        (PAWSConfig, PAWSForPreTraining, TIMM),
+        (SuNCEtConfig, SuNCEtForPreTraining, SMALL),
+        (SuNCEtConfig, SuNCEtForPreTraining, TIMM),
+    ],
+    ids=["msn", "paws", "paws of timm", "suncet", "suncet of timm"],
+)
+def test_pretraining_checkpoints_load_whole_with_their_image_processor(
+    tmp_path, processor, config_class, model_class, encoder
+):
+    torch.manual_seed(0)
+    model = model_class(config_class(**encoder, projection_hidden_dim=12, projection_dim=5))
+    pixels = torch.randn(4, 3, 8, 8) if encoder is SMALL else torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        model.train().project(pixels)  # moves the running statistics
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = load_vision_model(str(tmp_path))
+    assert type(loaded) is model_class and not loaded.training
+    assert find_backbone(loaded) is loaded.evaluation_encoder
+    assert resolve_image_processor(loaded).to_dict() == processor.to_dict()
+    assert weights_sha256(find_backbone(loaded)) == weights_sha256(find_backbone(model))
+    torch.testing.assert_close(features_of(loaded, pixels), features_of(model, pixels), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            evaluated_module(loaded, "projection")[1](pixels), model.project(pixels), rtol=0, atol=0
+        )
 
 
 def test_timm_checkpoints_load_from_a_folder_and_from_a_file(tmp_path):
