@@ -1,5 +1,15 @@
 """What runs over `torch.distributed`: knows no model, no loss and no Trainer."""
 
+from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
 
-__all__ = ["all_gather_cat", "all_reduce_mean", "all_reduce_sum", "is_distributed", "rank", "world_size"]
+__all__ = [
+    "CrossRankBatchNorm",
+    "all_gather_cat",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "is_distributed",
+    "rank",
+    "synchronize_batch_norm",
+    "world_size",
+]

@@ -50,12 +50,17 @@ class PretrainingArguments(TrainingArguments):
         default=3.0, metadata={"help": "Gradients of encoder and head are clipped to this norm; 0: never."}
     )
     num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    use_lars: bool = field(
+        default=False, metadata={"help": "LARS with momentum in place of `optim`: for convnets and large batches."}
+    )
+    lars_momentum: float = field(default=0.9, metadata={"help": "Momentum of LARS, in [0, 1)."})
+    lars_trust_coefficient: float = field(default=0.001, metadata={"help": "Trust coefficient of LARS."})
     compile_encoder: bool = field(
         default=False, metadata={"help": "torch.compile the encoders. (`torch_compile` would take the whole model.)"}
     )
     sync_batch_norm: bool = field(
         default=True,
-        metadata={"help": "On several GPUs: batch statistics over all ranks. The CPU has no such operator."},
+        metadata={"help": "On several ranks: batch normalisation over all of them."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into an `output_dir` that is not empty, from the start."}
@@ -90,6 +95,12 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError(f"`final_weight_decay` must be >= 0, but is {self.final_weight_decay}.")
         if self.learning_rate_batch_size is not None and self.learning_rate_batch_size < 1:
             raise ValueError(f"`learning_rate_batch_size` must be >= 1, but is {self.learning_rate_batch_size}.")
+        if not 0 <= self.lars_momentum < 1:
+            raise ValueError(f"`lars_momentum` must be in [0, 1), but is {self.lars_momentum}. PAWS has 0.9.")
+        if not self.lars_trust_coefficient > 0:
+            raise ValueError(
+                f"`lars_trust_coefficient` must be > 0, but is {self.lars_trust_coefficient}. PAWS has 0.001."
+            )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the columns of a batch are its views.")
         if self.torch_compile:

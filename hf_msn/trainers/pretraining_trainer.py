@@ -1,11 +1,8 @@
-"""What every pretraining method needs of a Trainer: schedules, whole checkpoints, a stop on NaN, a log."""
+"""What every pretraining method needs of a Trainer: schedules, optimizer, a stop on NaN, a log."""
 
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,22 +10,17 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length, rotate_checkpoints
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
 from ..data.datasets import StreamingMultiViewDataset
+from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
+from ..optim import LARS
 from ..schedules import cosine, warmup_cosine
-from .checkpoints import (
-    STAGING_FOLDER,
-    CheckpointError,
-    find_fault,
-    find_last_checkpoint,
-    list_checkpoints,
-    save_failed,
-    saved_world_size,
-)
+from .checkpointing_trainer import CheckpointingTrainer
+from .checkpoints import find_last_checkpoint
 from .pretraining_arguments import PretrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -38,18 +30,17 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or a weight became NaN or infinite; the message names the step and the last good checkpoint."""
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(CheckpointingTrainer):
     """Base of the pretraining trainers. A method adds `compute_loss`, and calls `record` with what it wants logged."""
 
     args: PretrainingArguments
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
-        if args.sync_batch_norm and args.world_size > 1 and args.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if args.sync_batch_norm and args.world_size > 1:
+            model = synchronize_batch_norm(model, args.device)
         super().__init__(model=model, args=args, **kwargs)
         self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
         self.can_return_loss = True  # without labels: an eval_dataset of views gives eval_loss
-        self._staging = False
         self._recorded: dict[str, torch.Tensor] = {}
         self._num_recorded = 0
         self._num_images = 0
@@ -82,20 +73,6 @@ class PretrainingTrainer(Trainer):
         self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _check_output_dir(self) -> None:
-        present = list_checkpoints(self.args.output_dir)
-        if present or Path(self.args.output_dir, "model.safetensors").exists():
-            what = (
-                f"checkpoints of an earlier run, the last of them '{present[-1].name}'"
-                if present
-                else ("the model of an earlier run")
-            )
-            raise ValueError(
-                f"`output_dir` '{self.args.output_dir}' has {what}. Go on from a checkpoint with "
-                "`resume_from_checkpoint=True`, start anew with `overwrite_output_dir=True`, or choose another "
-                "`output_dir`."
-            )
-
     def check_before_training(self) -> None:
         """Raises a `ValueError` if the training set cannot fill one update. Methods add their own checks."""
         if self.train_dataset is None:
@@ -112,11 +89,6 @@ class PretrainingTrainer(Trainer):
                 "`per_device_train_batch_size` or give more images."
             )
 
-    def images_per_update(self) -> int:
-        """Images that one optimizer step sees, over all ranks and micro-batches."""
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
     # Optimizer and schedules
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -127,9 +99,22 @@ class PretrainingTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         decayed, *others = optimizer.param_groups
         decayed["scheduled_weight_decay"] = True
+        if self.args.use_lars:
+            decayed["always_adapt"] = True  # also where the weight decay is 0
         for group in others:
             group["scheduled_weight_decay"] = False
         return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: PretrainingArguments, model: nn.Module | None = None):
+        """LARS where `use_lars` asks for it, else what `optim` names."""
+        if not args.use_lars:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return LARS, {
+            "lr": args.learning_rate,
+            "momentum": args.lars_momentum,
+            "trust_coeff": args.lars_trust_coefficient,
+        }
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
@@ -253,6 +238,11 @@ class PretrainingTrainer(Trainer):
         if self._clock_started is not None:
             self._clock_started += time.perf_counter() - stopped
 
+    def check_before_saving(self) -> None:
+        self._stop_if_not_finite()
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            self._raise_not_finite(f"A weight is NaN or infinite after step {self.state.global_step}.")
+
     def _stop_if_not_finite(self, all_ranks: bool = True) -> None:
         step = self._non_finite_step.clone()
         if all_ranks and dist.is_initialized():
@@ -268,136 +258,3 @@ class PretrainingTrainer(Trainer):
             + "Lower `learning_rate`, lengthen the warm-up, use bf16 instead of fp16, or, for a large model, raise "
             "`mask_ratio` (the authors saw NaN for L/16 at 0.15 and 0.3, not at 0.5)."
         )
-
-    # Checkpoints: written beside, then renamed, so that a folder `checkpoint-<step>` is always whole
-
-    def _get_output_dir(self, trial) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:  # what is not whole yet is pushed after its rename
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        with self.clock_stopped():
-            self._save_whole_checkpoint(model, trial)
-
-    def _save_whole_checkpoint(self, model, trial) -> None:
-        self._stop_if_not_finite()
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            self._raise_not_finite(f"A weight is NaN or infinite after step {self.state.global_step}.")
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staging = run_dir / STAGING_FOLDER
-        self._clear(staging)
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self._correct_best_checkpoint(run_dir, staging, name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
-                os.replace(staging / name, run_dir / name)
-        except Exception as error:
-            raise save_failed(run_dir / name, run_dir, error) from error
-        finally:
-            self._staging = False
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / name))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, but each file appears whole or not at all."""
-        if _internal_call:  # a checkpoint, which is renamed as a whole
-            return super().save_model(output_dir, _internal_call=True)
-        final = Path(output_dir or self.args.output_dir)
-        staging = final / STAGING_FOLDER
-        self._clear(staging)
-        try:
-            super().save_model(str(staging), _internal_call=True)
-            if self.args.should_save:
-                for file in staging.iterdir():
-                    os.replace(file, final / file.name)
-        except Exception as error:
-            raise save_failed(final, self.args.output_dir, error) from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _clear(self, staging: Path) -> None:
-        """What a killed run left there must not get into what is saved next."""
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
-        if self.state.best_model_checkpoint == str(staging / name):
-            self.state.best_model_checkpoint = str(run_dir / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
-
-    def _resolve_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        if resume_from_checkpoint is None:
-            return None
-        if resume_from_checkpoint in (True, "auto"):
-            checkpoint = find_last_checkpoint(self.args.output_dir)
-            if checkpoint is None and resume_from_checkpoint == "auto":
-                return None
-            if checkpoint is None:
-                raise CheckpointError(
-                    f"'{self.args.output_dir}' has no whole checkpoint to resume from. Start without "
-                    "`resume_from_checkpoint`."
-                )
-        else:
-            checkpoint = resume_from_checkpoint
-            fault = find_fault(checkpoint)
-            if fault is not None:
-                raise CheckpointError(
-                    f"Cannot resume from '{checkpoint}': {fault}. Give another checkpoint, or "
-                    "`resume_from_checkpoint=True` for the last whole one."
-                )
-        saved, now = saved_world_size(checkpoint), self.args.world_size
-        if saved != now:
-            logger.warning(
-                f"'{checkpoint}' was saved by {saved} ranks and goes on with {now}: one update now has "
-                f"{self.images_per_update()} images, and the order of the images and the masks differ from those of "
-                "the first run. Adapt `per_device_train_batch_size` or `gradient_accumulation_steps` to keep the "
-                "batch."
-            )
-        logger.info(f"Resuming from '{checkpoint}'.")
-        return str(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Trainer would load what fits by name and only warn of the rest.
-        model = self.model if model is None else model
-        config = type(model.config).from_pretrained(resume_from_checkpoint)
-        names = (set(config.to_dict()) & set(model.config.to_dict())) - {
-            "transformers_version",
-            "dtype",
-            "architectures",
-        }
-        differing = sorted(name for name in names if getattr(config, name) != getattr(model.config, name))
-        if differing:
-            values = ", ".join(
-                f"{n} {getattr(config, n)} there, {getattr(model.config, n)} here" for n in differing[:5]
-            )
-            raise CheckpointError(
-                f"'{resume_from_checkpoint}' is a checkpoint of another configuration: {values}. Give the same "
-                "configuration, or start a new run in another `output_dir`."
-            )
-        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
-
-    def _load_best_model(self) -> None:
-        logger.info(f"Loading the best model from {self.state.best_model_checkpoint}.")
-        self._load_from_checkpoint(self.state.best_model_checkpoint)

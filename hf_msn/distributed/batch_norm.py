@@ -1,0 +1,73 @@
+"""Batch normalisation over the batches of all ranks, on any device."""
+
+import timm.layers
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .collectives import all_reduce_mean, is_distributed, world_size
+
+
+class CrossRankBatchNorm(_BatchNorm):
+    """Batch normalisation with mean and variance over all ranks, where `nn.SyncBatchNorm` has no kernel: on the CPU.
+
+    Mean and variance are averaged over the ranks with gradient, so that the outputs and, after
+    `DistributedDataParallel` has averaged them, the gradients are those of one rank with the whole batch. All ranks
+    must hold batches of the same size. Outside of training, or on one rank, it is plain batch normalisation.
+
+    It keeps the state dict of the layer that it stands for, and the dropout and activation that end timm's layers.
+    """
+
+    def __init__(self, norm: _BatchNorm):
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.training = norm.training
+        self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and is_distributed():
+            return self.act(self.drop(self._normalize_over_ranks(x)))
+        return self.act(self.drop(super().forward(x)))
+
+    def _normalize_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        dimensions = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = all_reduce_mean(wide.mean(dimensions))
+        centred = wide - mean.view(shape)
+        variance = all_reduce_mean(centred.square().mean(dimensions))
+        if self.track_running_stats:
+            self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * world_size())
+        normalized = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return normalized.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        unbiased = variance * (count / max(count - 1, 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"Batch normalisation takes (N, C, ...), but got shape {tuple(x.shape)}.")
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Makes all batch normalisation of a model run over all ranks, in place where it can.
+
+    On CUDA by `nn.SyncBatchNorm` (timm's variant for timm's layers), elsewhere by [`CrossRankBatchNorm`].
+    """
+    if device.type == "cuda":
+        return timm.layers.convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        if isinstance(child, _BatchNorm):
+            setattr(model, name, CrossRankBatchNorm(child))
+        else:
+            synchronize_batch_norm(child, device)
+    return model

@@ -1,0 +1,5 @@
+"""Optimizers: only what torch.optim and timm.optim lack."""
+
+from .lars import LARS
+
+__all__ = ["LARS"]

@@ -1,0 +1,189 @@
+"""A Trainer whose checkpoints are whole or not there, and that goes on from exactly what it was."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from .checkpoints import (
+    STAGING_FOLDER,
+    CheckpointError,
+    find_fault,
+    find_last_checkpoint,
+    list_checkpoints,
+    save_failed,
+    saved_world_size,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointingTrainer(Trainer):
+    """Writes each checkpoint beside and then renames it, so that a folder `checkpoint-<step>` is always whole.
+
+    Resuming finds the last whole checkpoint, names the broken ones, and refuses one of another configuration.
+    """
+
+    _staging = False
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Around what must not count as training time."""
+        yield
+
+    def images_per_update(self) -> int:
+        """Images that one optimizer step sees, over all ranks and micro-batches."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def check_before_saving(self) -> None:
+        """Raises where what would be saved is not worth going on from."""
+
+    def _check_output_dir(self) -> None:
+        present = list_checkpoints(self.args.output_dir)
+        if present or Path(self.args.output_dir, "model.safetensors").exists():
+            what = (
+                f"checkpoints of an earlier run, the last of them '{present[-1].name}'"
+                if present
+                else ("the model of an earlier run")
+            )
+            raise ValueError(
+                f"`output_dir` '{self.args.output_dir}' has {what}. Go on from a checkpoint with "
+                "`resume_from_checkpoint=True`, start anew with `overwrite_output_dir=True`, or choose another "
+                "`output_dir`."
+            )
+
+    def _get_output_dir(self, trial) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:  # what is not whole yet is pushed after its rename
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with self.clock_stopped():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
+        self.check_before_saving()
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run_dir / STAGING_FOLDER
+        self._clear(staging)
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._correct_best_checkpoint(run_dir, staging, name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+                os.replace(staging / name, run_dir / name)
+        except Exception as error:
+            raise save_failed(run_dir / name, run_dir, error) from error
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, but each file appears whole or not at all."""
+        if _internal_call:  # a checkpoint, which is renamed as a whole
+            return super().save_model(output_dir, _internal_call=True)
+        final = Path(output_dir or self.args.output_dir)
+        staging = final / STAGING_FOLDER
+        self._clear(staging)
+        try:
+            super().save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                for file in staging.iterdir():
+                    os.replace(file, final / file.name)
+        except Exception as error:
+            raise save_failed(final, self.args.output_dir, error) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _clear(self, staging: Path) -> None:
+        """What a killed run left there must not get into what is saved next."""
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(run_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+
+    def _resolve_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        if resume_from_checkpoint is None:
+            return None
+        if resume_from_checkpoint in (True, "auto"):
+            checkpoint = find_last_checkpoint(self.args.output_dir)
+            if checkpoint is None and resume_from_checkpoint == "auto":
+                return None
+            if checkpoint is None:
+                raise CheckpointError(
+                    f"'{self.args.output_dir}' has no whole checkpoint to resume from. Start without "
+                    "`resume_from_checkpoint`."
+                )
+        else:
+            checkpoint = resume_from_checkpoint
+            fault = find_fault(checkpoint)
+            if fault is not None:
+                raise CheckpointError(
+                    f"Cannot resume from '{checkpoint}': {fault}. Give another checkpoint, or "
+                    "`resume_from_checkpoint=True` for the last whole one."
+                )
+        saved, now = saved_world_size(checkpoint), self.args.world_size
+        if saved != now:
+            logger.warning(
+                f"'{checkpoint}' was saved by {saved} ranks and goes on with {now}: one update now has "
+                f"{self.images_per_update()} images, and the order of the images and the masks differ from those of "
+                "the first run. Adapt `per_device_train_batch_size` or `gradient_accumulation_steps` to keep the "
+                "batch."
+            )
+        logger.info(f"Resuming from '{checkpoint}'.")
+        return str(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer would load what fits by name and only warn of the rest.
+        model = self.model if model is None else model
+        config = type(model.config).from_pretrained(resume_from_checkpoint)
+        names = (set(config.to_dict()) & set(model.config.to_dict())) - {
+            "transformers_version",
+            "dtype",
+            "architectures",
+        }
+        differing = sorted(name for name in names if getattr(config, name) != getattr(model.config, name))
+        if differing:
+            values = ", ".join(
+                f"{n} {getattr(config, n)} there, {getattr(model.config, n)} here" for n in differing[:5]
+            )
+            raise CheckpointError(
+                f"'{resume_from_checkpoint}' is a checkpoint of another configuration: {values}. Give the same "
+                "configuration, or start a new run in another `output_dir`."
+            )
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the best model from {self.state.best_model_checkpoint}.")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
