@@ -151,7 +151,9 @@ def test_cached_features_are_read_and_identical(tiny_vit, some_digits, processor
         extract_features(tiny_vit, dataset, processor, cache_dir=tmp_path, on_broken_image="raise")
 
 
-@pytest.mark.parametrize("change", ["weights", "data", "rows", "image_processor", "num_last_layers", "dtype"])
+@pytest.mark.parametrize(
+    "change", ["weights", "data", "rows", "image_processor", "features", "num_last_layers", "dtype"]
+)
 def test_what_changes_the_features_misses_the_cache(tiny_vit, some_digits, processor, tmp_path, count_passes, change):
     arguments = {"cache_dir": tmp_path}
     extract_features(tiny_vit, some_digits, processor, **arguments)
@@ -162,6 +164,9 @@ def test_what_changes_the_features_misses_the_cache(tiny_vit, some_digits, proce
         some_digits = some_digits.select(range(23, -1, -1))
     elif change == "image_processor":
         processor = type(processor).from_dict({**processor.to_dict(), "image_mean": [0, 0, 0]})
+    elif change == "features":
+        tiny_vit.project = lambda pixels: pixels[:, 0, 0]  # by the same weights
+        arguments["features"] = "projection"
     else:
         arguments |= {"rows": {"rows": np.arange(9)}, "dtype": {"dtype": torch.bfloat16}}.get(
             change, {"num_last_layers": 2}
