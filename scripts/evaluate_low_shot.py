@@ -1,6 +1,8 @@
 """Low-shot evaluation of any vision model. On several processes: accelerate launch scripts/evaluate_low_shot.py ..."""
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from hf_msn import (
     LinearProbe,
     LogisticProbe,
     LowShotEvaluator,
+    SoftNearestNeighborProbe,
     evaluation_image_processor,
     load_images,
     load_vision_model,
@@ -31,6 +34,7 @@ class EvaluationArguments:
     revision: str | None = option("Branch, tag or commit of a model on the Hub.")
     dataset: str = option("digits (bundled), a folder of images, saved data, shards or a Hub id.", "digits")
     dataset_config: str | None = option("Configuration of a Hub data set that has several.")
+    dataset_revision: str | None = option("Branch, tag or commit of a data set on the Hub.")
     train_split: str = option("Split that the labelled images are drawn from.", "train")
     test_split: str = option("Split that accuracy is measured on.", "test")
     image_column: str | None = option("Column of the images, where it cannot be guessed.")
@@ -49,9 +53,15 @@ class EvaluationArguments:
     )
     num_splits: int = option("Random splits of each task that is not a list.", 3)
     seed: int = option("Split i is drawn with seed + i.", 0)
-    probe: Literal["logistic", "knn", "linear"] = option("Classifier on the features.", "logistic")
+    probe: Literal["logistic", "soft_nearest_neighbor", "knn", "linear"] = option(
+        "Classifier on the features.", "logistic"
+    )
     l2: float | None = option("Penalty of the logistic probe. 0.0025 up to 10 images a class, else 0.075.")
     neighbors: int = option("Neighbours of the knn probe.", 20)
+    temperature: float = option("Of the soft_nearest_neighbor probe.", 0.1)
+    features: Literal["backbone", "projection"] = option(
+        "Output of the backbone, or of the projection head of a pretraining model, where PAWS predicts.", "backbone"
+    )
     num_last_layers: int = option("Concatenate the [CLS] token of this many last blocks.", 1)
     batch_size: int = option("Images at a time on each process.", 64)
     num_workers: int = option("Processes that decode images, for each process.", 0)
@@ -61,19 +71,41 @@ class EvaluationArguments:
     output: str | None = option("Write everything, down to each split, to this JSON file.")
 
 
+def check_writable(output: str) -> None:
+    """Fails now rather than after minutes of work."""
+    if Path(output).is_dir():
+        raise ValueError(f"`--output` must name a file, but {output!r} is a folder. Add a file name.")
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(output).parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"`--output` must be a file that can be written, but {output!r} cannot be: {error}. Give another folder."
+        ) from error
+
+
 def main() -> None:
     (args,) = HfArgumentParser(EvaluationArguments, description=__doc__).parse_args_into_dataclasses()
-    state = PartialState()
+    # processes on CPUs find each other only if told that they are on CPUs
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if args.output and state.is_main_process:
+        check_writable(args.output)
     model = load_vision_model(args.model, checkpoint=args.checkpoint, revision=args.revision)
-    columns = {"config": args.dataset_config, "image_column": args.image_column, "label_column": args.label_column}
+    data = {
+        "config": args.dataset_config,
+        "revision": args.dataset_revision,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+    }
     probes = {
         "logistic": lambda: LogisticProbe(l2=args.l2),
+        "soft_nearest_neighbor": lambda: SoftNearestNeighborProbe(temperature=args.temperature),
         "knn": lambda: KNNProbe(k=args.neighbors),
         "linear": lambda: LinearProbe(device=state.device),
     }
     evaluator = LowShotEvaluator(
-        load_images(args.dataset, split=args.train_split, **columns),
-        load_images(args.dataset, split=args.test_split, **columns),
+        load_images(args.dataset, split=args.train_split, **data),
+        load_images(args.dataset, split=args.test_split, **data),
         image_processor=evaluation_image_processor(args.image_size) if args.image_size else None,
         images_per_class=args.images_per_class or (() if args.fractions or args.list_files else (1, 2, 5)),
         fractions=args.fractions,
@@ -83,6 +115,7 @@ def main() -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        features=args.features,
         num_last_layers=args.num_last_layers,
         cache_dir=args.cache_dir,
         on_broken_image=args.on_broken_image,

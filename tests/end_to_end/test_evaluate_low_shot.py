@@ -5,13 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from hf_msn.data import evaluation_image_processor
-from hf_msn.models import MSNConfig, MSNForPreTraining
+import hf_msn
+from hf_msn.data import evaluation_image_processor, load_images, low_shot_indices
+from hf_msn.evaluation import extract_features, load_vision_model
+from hf_msn.models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_low_shot.py"
 SMALL = {
@@ -46,6 +49,16 @@ def msn_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def paws_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paws")
+    torch.manual_seed(0)
+    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", projection_hidden_dim=16, projection_dim=8))
+    model.save_pretrained(folder)
+    evaluation_image_processor(16, crop_fraction=1.0).save_pretrained(folder)
+    return folder
+
+
 def test_the_script_prints_a_table_and_writes_json(run, msn_folder, tmp_path):
     printed = run(
         "--model", msn_folder, "--images_per_class", 1, 5, "--fractions", 0.02, "--output", tmp_path / "r.json"
@@ -65,16 +78,21 @@ def test_two_processes_print_and_write_what_one_does(run, msn_folder, tmp_path):
     arguments = ["--model", msn_folder, "--images_per_class", 2]
     one = run(*arguments, "--output", tmp_path / "1.json")
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch = "--cpu --num_processes 2 --mixed_precision no --num_machines 1 --dynamo_backend no --main_process_port 0"
+    # accelerate starts several processes on one machine only with --multi_gpu, also where all of them use the CPU
+    launch = "--multi_gpu --num_processes 2 --mixed_precision no --num_machines 1 --dynamo_backend no --tee 3"
+    logs = ["--main_process_port", "0", "--log_dir", tmp_path / "logs"]
     done = subprocess.run(
-        [*accelerate, *launch.split(), SCRIPT, *map(str, arguments), "--output", tmp_path / "2.json"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        [*accelerate, *launch.split(), *logs, SCRIPT, *map(str, arguments), "--output", tmp_path / "2.json"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-3:] == one.splitlines()[-3:]
+    printed = {log.parent.name: log.read_text().splitlines() for log in (tmp_path / "logs").rglob("stdout.log")}
+    assert printed.keys() == {"0", "1"}
+    assert printed["0"][-3:] == one.splitlines()[-3:]
+    assert printed["1"] == []  # it worked for rank 0, not for itself
     saved = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
     assert saved[1]["metrics"] == pytest.approx(saved[0]["metrics"])
 
@@ -99,6 +117,71 @@ def test_a_plain_transformers_folder_and_another_probe(run, tmp_path):
     saved = json.loads(output.read_text())
     assert saved["probe"]["k"] == 3
     assert [task["name"] for task in saved["tasks"]] == ["1_per_class", "2_per_class", "5_per_class"]
+
+
+def test_paws_is_measured_by_the_vote_of_the_supports_on_its_projections(run, paws_folder, tmp_path):
+    arguments = [
+        "--model",
+        paws_folder,
+        "--images_per_class",
+        3,
+        "--num_splits",
+        1,
+        "--probe",
+        "soft_nearest_neighbor",
+    ]
+    run(*arguments, "--temperature", 0.02, "--features", "projection", "--output", tmp_path / "r.json")
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert saved["probe"] == {"probe": "soft_nearest_neighbor", "temperature": 0.02}
+    assert saved["settings"]["features"] == "projection"
+    model = load_vision_model(str(paws_folder))
+    train, test = (
+        extract_features(model, load_images("digits", split=split), features="projection")
+        for split in ("train", "test")
+    )
+    rows = low_shot_indices(train.labels, images_per_class=3, seed=0)
+    supports, queries = (
+        torch.nn.functional.normalize(torch.from_numpy(part).double()).numpy()
+        for part in (train.features[rows], test.features)
+    )
+    votes = np.exp(queries @ supports.T / 0.02) @ np.eye(10)[train.labels[rows]]
+    accuracy = 100 * (votes.argmax(axis=1) == test.labels).mean()
+    assert saved["metrics"]["low_shot/3_per_class/top1"] == pytest.approx(accuracy)
+
+
+def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypatch):
+    asked = []
+
+    def load(source, *, split, revision, **columns):
+        asked.append((split, revision))
+        return load_images(source, split=split, **columns)
+
+    monkeypatch.setattr(hf_msn, "load_images", load)
+    run("--model", msn_folder, "--images_per_class", 1, "--num_splits", 1, "--dataset_revision", "v2")
+    assert asked == [("train", "v2"), ("test", "v2")]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "must name a file, but .* is a folder"),
+        ("file/r.json", "'.*file/r.json' cannot be: "),
+        ("file/deeper/r.json", "'.*file/deeper/r.json' cannot be: "),
+        ("/proc/r.json", "'/proc/r.json' cannot be: "),
+    ],
+)
+def test_an_output_that_cannot_be_written_fails_before_the_model_is_loaded(run, tmp_path, output, message):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=f"`--output` {message}|`--output` must be a file .*{message}"):
+        run("--model", "/no/such/model", "--output", tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_that_is_there_is_kept_until_there_is_another(run, tmp_path):
+    (tmp_path / "r.json").write_text("old")
+    with pytest.raises(ValueError, match="'/no/such/model' cannot be loaded"):
+        run("--model", "/no/such/model", "--output", tmp_path / "r.json")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.json", "old")]
 
 
 def test_a_timm_architecture_with_a_local_weights_file(run, tmp_path):
