@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from hf_msn.data.decoding import BrokenImageError, decode_image
+from hf_msn.data.labels import class_names
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class MultiViewDataset(torch.utils.data.Dataset):
         self._dataset = encoded_images(dataset, seed, on_broken_image)
         if len(dataset) == 0:
             raise ValueError("The data set has no images, but at least one is needed; check the source and the split.")
+        self.class_names = class_names(dataset)  # what the labels would mean, without a look at one
         self.transform = transform
         self.seed = seed
         self.on_broken_image = on_broken_image
@@ -189,6 +191,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
         self.shuffle_buffer = shuffle_buffer
         self.repeat = False
+        self.class_names = class_names(dataset)  # what the labels would mean, without a look at one
         self.transform = transform
         self.seed = seed
         self.on_broken_image = on_broken_image

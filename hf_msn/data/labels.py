@@ -100,7 +100,7 @@ def check_class_names(
     """Refuses two data sets whose class numbers mean different classes. Reads their features, never a row.
 
     Args:
-        labelled, unlabelled (`datasets.Dataset` or `datasets.IterableDataset`):
+        labelled, unlabelled (`datasets.Dataset`, `datasets.IterableDataset` or a data set of views):
             The two data sets. One without class names agrees with any.
 
     Raises:
@@ -122,8 +122,13 @@ def check_class_names(
 
 
 def class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
-    """Names by class number, from the features; None where the labels are plain numbers or not there."""
-    feature = (dataset.features or {}).get("label")
+    """Names by class number, from the features; None where the labels are plain numbers or not there.
+
+    A data set of views ([`~hf_msn.data.MultiViewDataset`], [`~hf_msn.data.SupportDataset`]) knows them as well.
+    """
+    if hasattr(dataset, "class_names"):
+        return dataset.class_names
+    feature = (getattr(dataset, "features", None) or {}).get("label")
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 

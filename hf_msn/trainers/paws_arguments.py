@@ -1,0 +1,15 @@
+"""Training arguments of PAWS."""
+
+from dataclasses import dataclass
+
+from .semi_supervised_arguments import SemiSupervisedArguments
+
+
+@dataclass
+class PAWSTrainingArguments(SemiSupervisedArguments):
+    """What changes over the training of a [`PAWSForPreTraining`]. What changes its forward pass is in [`PAWSConfig`].
+
+    The defaults are those that the authors gave for ViTs (AdamW, 1024 images an update). For convnets the paper has
+    LARS: `use_lars=True`, and with it `learning_rate=6.4`, `start_learning_rate=0.3`, `final_learning_rate=0.064`,
+    `weight_decay=1e-6`, `final_weight_decay=None` for 4096 images an update.
+    """

@@ -1,0 +1,196 @@
+"""What PAWS and SimCLR + SuNCEt need of a Trainer: a support set of labelled images beside each batch."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ..data.collators import MultiViewCollator
+from ..data.labels import check_class_names
+from ..data.samplers import ClassStratifiedSampler
+from ..data.support import SupportCollator, SupportDataset, support_loader
+from ..models.modeling_semi_supervised import SemiSupervisedModel
+from .checkpoints import CheckpointError
+from .pretraining_trainer import PretrainingTrainer
+from .semi_supervised_arguments import SemiSupervisedArguments
+
+logger = logging.get_logger(__name__)
+
+LABELLED_IMAGES_FILE = "labelled_images.json"
+
+
+class SemiSupervisedTrainer(PretrainingTrainer):
+    """Base of [`PAWSTrainer`] and [`SuNCEtTrainer`]: every micro-batch comes with a support set.
+
+    Which images are in it is a function of the seed and the number of the micro-batch alone: a resumed run goes on with
+    the next one. The labelled rows are saved with each checkpoint, and a run does not go on with others.
+
+    Args:
+        model ([`SemiSupervisedModel`]): The model to train.
+        args ([`SemiSupervisedArguments`]): What changes over training, and the size of the support.
+        support_dataset ([`SupportDataset`]): The labelled images. No label of another image is read.
+        data_collator (`Callable`, *optional*): Of the images without labels; by default [`MultiViewCollator`].
+        kwargs: As in `transformers.Trainer`; `train_dataset` gives the views of the images without labels.
+    """
+
+    args: SemiSupervisedArguments
+
+    def __init__(
+        self,
+        model: SemiSupervisedModel,
+        args: SemiSupervisedArguments,
+        support_dataset: SupportDataset,
+        data_collator=None,
+        **kwargs,
+    ):
+        super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
+        self.support_dataset = support_dataset
+        self.support_sampler()  # what is wrong with the support is said before anything else starts
+        if args.compile_encoder:
+            self.model.compile_encoders()
+        self._supports: Iterator[dict[str, torch.Tensor]] | None = None
+        self._micro_batch = self._next_support = 0
+        self._evaluation_support: dict[str, torch.Tensor] | None = None
+
+    def support_sampler(self, start_step: int = 0) -> ClassStratifiedSampler:
+        """The sampler of this rank's part of the supports; its steps are micro-batches."""
+        args = self.args
+        return ClassStratifiedSampler(
+            self.support_dataset.labels,
+            global_classes=args.global_support_classes,
+            global_images_per_class=args.global_support_images_per_class,
+            shard=args.support_shard,
+            on_small_class=args.support_on_small_class,
+            seed=args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            start_step=start_step,
+        )
+
+    def train(self, *args, **kwargs):
+        """As [`PretrainingTrainer.train`]; says in one line what the support is."""
+        if self.is_world_process_zero():
+            print(self.support_sampler().describe(self.support_dataset.views_per_image), flush=True)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._supports = None  # its workers end with it
+
+    def needs_support(self) -> bool:
+        """Whether the next micro-batch is trained with a support."""
+        return True
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if self.needs_support():
+            inputs = {**inputs, **self._support_now()}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _support_now(self) -> dict[str, torch.Tensor]:
+        update, accumulated = self.state.global_step, self.args.gradient_accumulation_steps
+        if self._supports is None or not update * accumulated <= self._micro_batch < (update + 1) * accumulated:
+            self._micro_batch = update * accumulated  # a new update; the last of an epoch may have had fewer
+        if self._supports is None or self._next_support > self._micro_batch:
+            loader = support_loader(
+                self.support_dataset,
+                self.support_sampler(start_step=self._micro_batch),
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            )
+            self._supports, self._next_support = iter(loader), self._micro_batch
+        while self._next_support <= self._micro_batch:
+            support = next(self._supports)
+            self._next_support += 1
+        self._micro_batch += 1
+        return support
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training and "support_pixel_values" not in inputs:  # a loss on other images, by one fixed support
+            inputs = {**inputs, **self._support_for_evaluation()}
+        outputs = model(**inputs)
+        if model.training:
+            self.record(**self.values_to_log(outputs))
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def values_to_log(self, outputs) -> dict[str, torch.Tensor]:
+        """Scalars of a forward pass whose means are logged."""
+        raise NotImplementedError
+
+    def _support_for_evaluation(self) -> dict[str, torch.Tensor]:
+        if self._evaluation_support is None:
+            items = [self.support_dataset[position] for position in self.support_sampler().batch(0)]
+            self._evaluation_support = self._prepare_inputs(SupportCollator()(items))
+        return self._evaluation_support
+
+    def extra_logs(self) -> dict[str, float]:
+        return {**super().extra_logs(), "broken_labelled_images": self.support_dataset.num_broken}
+
+    def check_before_training(self) -> None:
+        super().check_before_training()
+        config, transform = self.model.config, getattr(self.train_dataset, "transform", None)
+        check_class_names(self.support_dataset, self.train_dataset)
+        sizes = {"image_size": getattr(transform, "image_size", None)}
+        if getattr(transform, "focal_views", 0):
+            sizes["focal_size"] = transform.focal_size
+        for name, size in sizes.items():
+            if config.timm_model is not None or size is None:
+                continue
+            if size < config.patch_size or size % config.patch_size:
+                raise ValueError(
+                    f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, "
+                    f"which is {config.patch_size}, at least one patch."
+                )
+        if getattr(transform, "anchor_views", 1) != 1:
+            raise ValueError(
+                f"`anchor_views` of the views is {transform.anchor_views}, but {type(self).__name__} compares two "
+                "global views of each image, the target and one anchor. Set it to 1."
+            )
+
+    # The labelled rows, with each checkpoint
+
+    def labelled_images(self) -> dict:
+        """The rows that were labelled, with their labels, and how the support is drawn from them; plain JSON types."""
+        support, args = self.support_dataset, self.args
+        return {
+            "rows": support.rows.tolist(),
+            "labels": support.labels.tolist(),
+            "class_names": support.class_names,
+            "support": {
+                "global_classes": args.global_support_classes,
+                "global_images_per_class": args.global_support_images_per_class,
+                "shard": args.support_shard,
+                "views_per_image": support.views_per_image,
+                "seed": args.seed,
+            },
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        path = os.path.join(output_dir or self.args.output_dir, LABELLED_IMAGES_FILE)
+        Path(path).write_text(json.dumps(self.labelled_images()) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        path = Path(resume_from_checkpoint, LABELLED_IMAGES_FILE)
+        if path.is_file():
+            self._compare_labelled_images(json.loads(path.read_text(encoding="utf-8")), resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _compare_labelled_images(self, saved: dict, checkpoint: str) -> None:
+        now = self.labelled_images()
+        if any(saved[name] != now[name] for name in ("rows", "labels", "class_names")):
+            shared = len(set(saved["rows"]) & set(now["rows"]))
+            raise CheckpointError(
+                f"'{checkpoint}' was trained with other labelled images: {len(saved['rows'])} there, "
+                f"{len(now['rows'])} here, {shared} rows in both. Give the same data, mask or list file, or start a "
+                "new run in another `output_dir`."
+            )
+        there = saved["support"]
+        pairs = [(name, there[name], here) for name, here in now["support"].items()]
+        differing = [f"{name} {before} there, {here} here" for name, before, here in pairs if before != here]
+        if differing:
+            logger.warning(
+                f"'{checkpoint}' was trained with another support: {', '.join(differing)}. The run goes on with the new "
+                "one."
+            )
