@@ -5,7 +5,7 @@ import timm
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, ViTMSNConfig, ViTMSNModel
 
-from hf_msn.data import evaluation_image_processor, load_images
+from hf_msn.data import evaluation_image_processor, load_images, low_shot_indices
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,16 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def digits():
     """(train, test) of the bundled digits."""
     return load_images("digits"), load_images("digits", split="test")
+
+
+@pytest.fixture
+def few(digits):
+    """(train, test) with 12 and 4 images a class."""
+    train, test = digits
+    return [
+        part.select(low_shot_indices(part["label"][:], images_per_class=k, seed=0))
+        for part, k in ((train, 12), (test, 4))
+    ]
 
 
 @pytest.fixture(scope="session")

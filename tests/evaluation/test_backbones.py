@@ -82,6 +82,13 @@ def features_of(model, pixels, **settings):
         return feature_function(backbone, **settings)(pixels)
 
 
+def wrapped(model):
+    """As `DistributedDataParallel` holds it."""
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    return wrapper
+
+
 def test_features_are_cls_of_the_last_block_before_the_final_norm(tiny_vit, pixels):
     blocks = outputs_of(tiny_vit.layers, lambda: tiny_vit(pixels))
     features = features_of(tiny_vit, pixels)
@@ -125,26 +132,20 @@ def test_projections_are_those_of_the_model_in_evaluation_mode(around_timm, tiny
 
 
 def test_a_wrapped_model_is_projected_too(around_timm):
-    wrapped = torch.nn.Module()
-    wrapped.module = around_timm
-    assert evaluated_module(wrapped, "projection")[0] is around_timm
+    assert evaluated_module(wrapped(around_timm), "projection")[0] is around_timm
 
 
 @pytest.mark.parametrize(
-    ("features", "num_last_layers", "message"),
+    ("model", "features", "num_last_layers", "message"),
     [
-        ("projection", 1, "'projection', but ViTMSNModel has no `project`"),
-        ("head", 1, "`features` must be 'backbone' or 'projection', but is 'head'"),
+        ("tiny_vit", "projection", 1, "'projection', but ViTMSNModel has no `project`"),
+        ("tiny_msn", "projection", 2, "`num_last_layers` must be 1 with features='projection', but is 2"),
+        ("tiny_msn", "head", 1, "`features` must be 'backbone' or 'projection', but is 'head'"),
     ],
 )
-def test_features_that_a_model_does_not_have_are_refused(tiny_vit, features, num_last_layers, message):
+def test_features_that_a_model_does_not_have_are_refused(request, model, features, num_last_layers, message):
     with pytest.raises(ValueError, match=message):
-        evaluated_module(tiny_vit, features, num_last_layers)
-
-
-def test_projections_of_several_layers_are_refused(tiny_msn):
-    with pytest.raises(ValueError, match="`num_last_layers` must be 1 with features='projection', but is 2"):
-        evaluated_module(tiny_msn, "projection", 2)
+        evaluated_module(request.getfixturevalue(model), features, num_last_layers)
 
 
 def test_all_patches_are_seen_whatever_the_mask_ratio(tiny_msn, pixels):
@@ -166,12 +167,7 @@ def test_images_of_another_size_get_interpolated_positions(tiny_vit, pixels):
 
 
 def test_wrappers_are_taken_off(tiny_vit):
-    class Parallel(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    assert find_backbone(Parallel(torch.compile(tiny_vit))) is tiny_vit
+    assert find_backbone(wrapped(torch.compile(tiny_vit))) is tiny_vit
 
 
 def test_an_image_text_model_is_evaluated_by_its_vision_tower(pixels):
@@ -321,16 +317,13 @@ def test_a_pretraining_model_around_timm_takes_the_saved_image_processor_not_tha
     with pytest.raises(ValueError, match=r"none can be loaded from .*Pass `image_processor=`"):
         resolve_image_processor(around_timm)
     processor.save_pretrained(tmp_path)
-    wrapped = torch.nn.Module()
-    wrapped.module = around_timm
-    for model in (around_timm, wrapped):
+    for model in (around_timm, wrapped(around_timm)):
         assert resolve_image_processor(model).to_dict() == processor.to_dict()
 
 
 def test_a_wrapped_timm_model_brings_its_own_transform():
-    wrapped = torch.nn.Module()
-    wrapped.module = timm.create_model("resnet10t")
-    assert repr(resolve_image_processor(wrapped)) == repr(resolve_image_processor(wrapped.module))
+    model = timm.create_model("resnet10t")
+    assert repr(resolve_image_processor(wrapped(model))) == repr(resolve_image_processor(model))
 
 
 def test_checkpoints_of_every_kind_load(tmp_path, tiny_vit, tiny_msn, pixels):
