@@ -25,8 +25,8 @@ LABELLED_IMAGES_FILE = "labelled_images.json"
 class SemiSupervisedTrainer(PretrainingTrainer):
     """Base of [`PAWSTrainer`] and [`SuNCEtTrainer`]: every micro-batch comes with a support set.
 
-    Which images are in it is a function of the seed and the number of the micro-batch alone: a resumed run goes on with
-    the next one. The labelled rows are saved with each checkpoint, and a run does not go on with others.
+    Which images are in it is a function of the seed and the number of the micro-batch alone: a resumed run goes on
+    with the next one. The labelled rows are saved with each checkpoint, and a run does not go on with others.
 
     Args:
         model ([`SemiSupervisedModel`]): The model to train.
@@ -191,6 +191,6 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         differing = [f"{name} {before} there, {here} here" for name, before, here in pairs if before != here]
         if differing:
             logger.warning(
-                f"'{checkpoint}' was trained with another support: {', '.join(differing)}. The run goes on with the new "
-                "one."
+                f"'{checkpoint}' was trained with another support: {', '.join(differing)}. The run goes on with "
+                "the new one."
             )
