@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -12,8 +13,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from .recipes import HOMES, Recipe, init_fields, known_fields, make_recipe
-from .trainers import MSNTrainingArguments
+from .recipes import METHODS, Method, Recipe, find_method, init_fields, known_fields, make_recipe
 
 _ENCODER_HELP = {
     "hidden_size": "Width of the encoder.",
@@ -49,16 +49,24 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
             `output_dir`
             that is not empty where neither a resume nor an overwrite is asked for.
     """
-    known = known_fields()
-    parser = _build_parser()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=None)
+    first.add_argument("--method", default=None)
+    named, _ = first.parse_known_args(arguments)
+    in_file = read_recipe(named.config) if named.config is not None else {}
+    method = find_method(named.method or in_file.get("method", "msn"))
+    if named.method is not None and named.config is not None:
+        _refuse_unknown(in_file, method, f"in '{named.config}'")  # the file may have been read as another method's
+
+    known = known_fields(method)
+    parser = _build_parser(method)
     namespace, unknown = parser.parse_known_args(arguments)
     if namespace.help_all:
-        _build_parser(show_all=True).print_help()
+        _build_parser(method, show_all=True).print_help()
         parser.exit()
     if unknown:
-        raise ValueError(_unknown_field(unknown[0].lstrip("-").split("=")[0], known, "on the command line"))
+        _refuse_unknown([unknown[0].lstrip("-").split("=")[0]], method, "on the command line")
     given = {name: value for name, value in vars(namespace).items() if name in known}
-    in_file = read_recipe(namespace.config) if namespace.config is not None else {}
     return make_recipe({**in_file, **{name: _typed(name, value, known[name]) for name, value in given.items()}})
 
 
@@ -77,36 +85,37 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"The recipe '{path}' is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"The recipe '{path}' must be lines `field: value`, but holds a {type(values).__name__}.")
-    known = known_fields()
-    for name in values:
-        if name not in known:
-            raise ValueError(_unknown_field(str(name), known, f"in '{path}'"))
+    method = find_method(values.get("method", "msn"))
+    _refuse_unknown(values, method, f"in '{path}'")
+    known = known_fields(method)
     return {name: _typed(name, value, known[name]) for name, value in values.items()}
 
 
-def _build_parser(show_all: bool = False) -> argparse.ArgumentParser:
+def _build_parser(method: Method, show_all: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="accelerate launch scripts/pretrain.py --config RECIPE --output_dir FOLDER [--FIELD VALUE ...]",
         formatter_class=_WideHelpFormatter,
-        description="Pretrain a vision transformer with Masked Siamese Networks.",
+        description=f"Pretrain an image encoder with {method.title}. For another method: --method NAME --help.",
         epilog="Fields of the command line win over those of the recipe file. Example: accelerate launch "
         "scripts/pretrain.py --config scripts/recipes/digits.yaml --output_dir runs/digits --seed 1",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE", default=None, help="A recipe: YAML lines `field: value`.")
+    parser.add_argument("--method", metavar="NAME", help=f"{', '.join(METHODS)}. [msn, or what the recipe says]")
     parser.add_argument("--help_all", action="store_true", default=False, help="Show every training field too.")
     seen: set[str] = set()
-    own = set(init_fields(MSNTrainingArguments)) - set(init_fields(TrainingArguments))
-    for cls, title in HOMES.items():
+    own = set(init_fields(method.arguments)) - set(init_fields(TrainingArguments))
+    for cls, title in method.homes.items():
         group = parser.add_argument_group(title)
         for name, f in init_fields(cls).items():
             if name in seen:
                 continue
             seen.add(name)
-            hidden = cls is MSNTrainingArguments and not show_all and name not in own | set(_COMMON_TRAINING_FIELDS)
+            hidden = cls is method.arguments and not show_all and name not in own | set(_COMMON_TRAINING_FIELDS)
             text = f.metadata.get("help", _ENCODER_HELP.get(name, ""))
-            default = "" if f.default in (dataclasses.MISSING, None) else f" [{_shown(f.default)}]"
+            value = method.views.get(name, f.default)
+            default = "" if value in (dataclasses.MISSING, None) else f" [{_shown(value)}]"
             text = " ".join(f"{text}{default}".split()).replace("%%", "%").replace("%", "%%")
             group.add_argument(
                 f"--{name}",
@@ -143,10 +152,18 @@ class _WideHelpFormatter(argparse.HelpFormatter):
         return f"[{metavar}]" if action.nargs == "?" else metavar
 
 
-def _unknown_field(name: str, known: dict[str, Any], where: str) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"Did you mean `{nearest[0]}`?" if nearest else "`--help_all` lists all fields."
-    return f"There is no field `{name}`, {where}. {hint}"
+def _refuse_unknown(names, method: Method, where: str) -> None:
+    known = known_fields(method)
+    for name in map(str, names):
+        if name in known:
+            continue
+        others = [other for other, candidate in METHODS.items() if name in known_fields(candidate)]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if others:
+            hint = f"It belongs to method {' and '.join(others)}, but the run is one of {method.title.split(',')[0]}."
+        else:
+            hint = f"Did you mean `{nearest[0]}`?" if nearest else "`--help_all` lists all fields."
+        raise ValueError(f"There is no field `{name}`, {where}. {hint}")
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:
@@ -170,9 +187,21 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     means_none = value is None or (str(value).lower() in ("none", "null") and name != "report_to")
     if optional and means_none:  # "none" is a word of its own for `report_to`: no reporter
         return None
+    if kinds == [dict] and isinstance(value, str):
+        return _parsed_json(name, value)
     if sequence is not None and len(kinds) == 1:
         return _typed(name, [value], annotation)
     return _scalar(name, value, kinds)
+
+
+def _parsed_json(name: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON such as '{{\"depth\": 2}}', but {text!r} is not: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a JSON object such as '{{\"depth\": 2}}', but is {text!r}.")
+    return value
 
 
 def _scalar(name: str, value: Any, kinds: list) -> Any:

@@ -1,7 +1,7 @@
 """Recipes: one flat YAML file for a whole run, and the same fields on the command line.
 
-Each field has one home: what makes views is in [`MultiViewTransform`], what changes the forward pass in [`MSNConfig`],
-what changes over training in [`MSNTrainingArguments`]; the data and the evaluation during training are here. A recipe
+Each field has one home: what makes views is in [`MultiViewTransform`], what changes the forward pass in the method's
+configuration, what changes over training in its TrainingArguments; the rest is in `recipe_arguments.py`. A recipe
 names fields of any of them; `image_size` goes to both the views and the model.
 """
 
@@ -10,161 +10,204 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import BaseImageProcessor, PreTrainedConfig
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from .callbacks import LowShotCallback
-from .data import MultiViewTransform, load_images, multi_view_dataset
+from .data import MultiViewTransform, SupportDataset, check_class_names, multi_view_dataset
 from .evaluation import LowShotEvaluator
-from .models import MSNConfig, MSNForPreTraining
-from .trainers import MSNTrainingArguments
+from .models import (
+    MSNConfig,
+    MSNForPreTraining,
+    PAWSConfig,
+    PAWSForPreTraining,
+    SuNCEtConfig,
+    SuNCEtForPreTraining,
+)
+from .recipe_arguments import DataArguments, LabelArguments, LowShotArguments, ModelArguments
+from .trainers import (
+    MSNTrainer,
+    MSNTrainingArguments,
+    PAWSTrainer,
+    PAWSTrainingArguments,
+    SuNCEtTrainer,
+    SuNCEtTrainingArguments,
+)
 
 
-@dataclass
-class DataArguments:
-    """Where the training images come from; see [`load_images`]."""
+@dataclass(frozen=True)
+class Method:
+    """The classes of a pretraining method, and where its paper's views differ from the transform's defaults."""
 
-    dataset: str = field(
-        default="digits",
-        metadata={
-            "help": "digits (bundled), a folder of images, a save_to_disk folder, parquet or tar shards, or a Hub id."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; by default it is found."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels, which only the low-shot evaluation reads."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read while training instead of downloading first."})
-    on_broken_image: str = field(
-        default="skip", metadata={"help": "skip: name it, count it, take the next. raise: stop there."}
-    )
+    title: str
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    arguments: type
+    trainer: type
+    has_labels: bool = False
+    views: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, split: str | None = None):
-        """The images of a split, by default the training split."""
-        return load_images(
-            self.dataset,
-            split=split or self.train_split,
-            config=self.dataset_config,
-            revision=self.dataset_revision,
-            streaming=self.streaming and split is None,
-            image_column=self.image_column,
-            label_column=self.label_column,
-        )
+    @property
+    def homes(self) -> dict[type, str]:
+        """The object that each field of a recipe belongs to, and what it is called in the help."""
+        return {
+            DataArguments: "data",
+            **({LabelArguments: "labelled images"} if self.has_labels else {}),
+            MultiViewTransform: "views",
+            self.config: "model",
+            ModelArguments: "start of the model",
+            self.arguments: "training",
+            LowShotArguments: "low-shot evaluation while training",
+        }
 
 
-@dataclass
-class ModelArguments:
-    """How the model starts, beside its configuration."""
-
-    from_backbone: str | None = field(
-        default=None,
-        metadata={"help": "Start from this trunk, such as facebook/vit-msn-small, instead of from scratch."},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa (default), eager, or another that transformers knows."}
-    )
-
-
-@dataclass
-class LowShotArguments:
-    """The low-shot evaluation while training; see [`LowShotEvaluator`]."""
-
-    low_shot_every_epochs: int = field(default=0, metadata={"help": "Evaluate every this many epochs; 0: never."})
-    low_shot_train_split: str | None = field(
-        default=None, metadata={"help": "Split that the labelled images are drawn from; by default that of training."}
-    )
-    low_shot_test_split: str = field(default="validation", metadata={"help": "Split that accuracy is measured on."})
-    low_shot_images_per_class: tuple[int, ...] = field(
-        default=(1, 2, 5), metadata={"help": "Labelled images a class, one evaluation for each number."}
-    )
-    crop_fraction: float = field(
-        default=224 / 256,
-        metadata={"help": "Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."},
-    )
+METHODS = {
+    "msn": Method(
+        "Masked Siamese Networks, without labels", MSNConfig, MSNForPreTraining, MSNTrainingArguments, MSNTrainer
+    ),
+    "paws": Method(
+        "PAWS, with a few labelled images",
+        PAWSConfig,
+        PAWSForPreTraining,
+        PAWSTrainingArguments,
+        PAWSTrainer,
+        has_labels=True,
+        views={"global_scale": (0.14, 1.0), "focal_scale": (0.05, 0.14), "focal_views": 6, "color_jitter": 1.0},
+    ),
+    "suncet": Method(
+        "SimCLR + SuNCEt, with a few labelled images",
+        SuNCEtConfig,
+        SuNCEtForPreTraining,
+        SuNCEtTrainingArguments,
+        SuNCEtTrainer,
+        has_labels=True,
+        views={"global_scale": (0.08, 1.0), "focal_views": 0, "color_jitter": 1.0},
+    ),
+}
 
 
 @dataclass
 class Recipe:
     """All settings of a run, each in the object that uses it."""
 
+    method: Method
     data: DataArguments
+    labels: LabelArguments | None
     views: MultiViewTransform
     model: ModelArguments
     config_fields: dict[str, Any]
-    training: MSNTrainingArguments
+    training: Any
     low_shot: LowShotArguments
 
-    def build_model(self) -> MSNForPreTraining:
+    def build_model(self) -> PreTrainedModel:
         """The model from scratch, or from the trunk that the recipe names."""
         if self.model.from_backbone is not None:
-            model = MSNForPreTraining.from_backbone(self.model.from_backbone, **self.config_fields)
+            model = self.method.model.from_backbone(self.model.from_backbone, **self.config_fields)
         else:
-            model = MSNForPreTraining(MSNConfig(**self.config_fields))
+            model = self.method.model(self.method.config(**self.config_fields))
         if self.model.attn_implementation is not None:
             model.set_attn_implementation(self.model.attn_implementation)
         return model
 
-    def build_train_dataset(self):
-        """The views of the training images."""
-        return multi_view_dataset(
-            self.data.load(), self.views, seed=self.training.seed, on_broken_image=self.data.on_broken_image
-        )
+    def build_datasets(self) -> dict[str, Any]:
+        """`train_dataset`, the views of the training images, and `support_dataset` where some images are labelled."""
+        images = self.data.load()
+        settings = {"seed": self.training.seed, "on_broken_image": self.data.on_broken_image}
+        built = {"train_dataset": multi_view_dataset(images, self.views, **settings)}
+        if self.labels is not None:
+            labelled, rows = self.labels.load(self.data, images)
+            check_class_names(labelled, images)
+            views_per_image = self.labels.support_views_per_image
+            built["support_dataset"] = SupportDataset(
+                labelled, rows, self.views, views_per_image=views_per_image, **settings
+            )
+        return built
 
     def build_image_processor(self) -> BaseImageProcessor:
         """The evaluation's image processor, with the normalisation of training. It is saved with each checkpoint."""
         return self.views.evaluation_image_processor(crop_fraction=self.low_shot.crop_fraction)
 
+    def build_trainer(self, **kwargs):
+        """The trainer of the method with everything above; `kwargs` go to it."""
+        trainer = self.method.trainer(
+            self.build_model(),
+            self.training,
+            **self.build_datasets(),
+            processing_class=self.build_image_processor(),
+            **kwargs,
+        )
+        self.add_low_shot_callback(trainer)
+        return trainer
+
     def add_low_shot_callback(self, trainer) -> None:
-        """Evaluates every `low_shot_every_epochs` epochs, if the recipe asks for it."""
-        if self.low_shot.low_shot_every_epochs > 0:
-            evaluator = LowShotEvaluator(
-                self.data.load(self.low_shot.low_shot_train_split or self.data.train_split),
-                self.data.load(self.low_shot.low_shot_test_split),
-                image_processor=self.build_image_processor(),
-                images_per_class=self.low_shot.low_shot_images_per_class,
-                seed=self.training.seed,
+        """Evaluates every `low_shot_every_epochs` epochs, if the recipe asks for it.
+
+        A method that trains with labels is evaluated with the same labelled images, and reads no other label.
+        """
+        settings = self.low_shot
+        if settings.low_shot_every_epochs == 0:
+            return
+        train_split = settings.low_shot_train_split or self.data.train_split
+        if self.labels is None:
+            labelled, tasks = self.data.load(train_split), {"images_per_class": settings.low_shot_images_per_class}
+        elif settings.low_shot_train_split is not None:
+            raise ValueError(
+                "`low_shot_train_split` would read labels of images that the method does not know. It is evaluated "
+                "with the images that it is trained with; leave the field out."
             )
-            trainer.add_callback(LowShotCallback(trainer, evaluator, self.low_shot.low_shot_every_epochs))
-
-
-# The object that each field of a recipe belongs to, and what it is called in the help.
-HOMES = {
-    DataArguments: "data",
-    MultiViewTransform: "views",
-    MSNConfig: "model",
-    ModelArguments: "start of the model",
-    MSNTrainingArguments: "training",
-    LowShotArguments: "low-shot evaluation while training",
-}
+        else:
+            labelled, rows = self.labels.load(self.data, self.data.load(train_split))
+            tasks = {"images_per_class": (), "rows": {"labelled": rows}}
+        evaluator = LowShotEvaluator(
+            labelled,
+            self.data.load(settings.low_shot_test_split),
+            image_processor=self.build_image_processor(),
+            **tasks,
+            probe=settings.make_probe(),
+            features=settings.low_shot_features,
+            seed=self.training.seed,
+        )
+        trainer.add_callback(LowShotCallback(trainer, evaluator, settings.low_shot_every_epochs))
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """Hands each value to the object that it belongs to, and checks what can be checked before work starts."""
-    names = {cls: init_fields(cls) for cls in HOMES}
+    method = find_method(values.get("method", "msn"))
+    names = {cls: init_fields(cls) for cls in method.homes}
 
-    def build(cls):
-        return cls(**{name: value for name, value in values.items() if name in names[cls]})
+    def build(cls, **defaults):
+        return cls(**{**defaults, **{name: value for name, value in values.items() if name in names[cls]}})
 
     if values.get("output_dir") is None:
         raise ValueError("`output_dir` is missing: where checkpoints and the trained model go. Give --output_dir.")
-    views = build(MultiViewTransform)
-    config_fields = {name: value for name, value in values.items() if name in names[MSNConfig]}
+    views = build(MultiViewTransform, **method.views)
+    config_fields = {name: value for name, value in values.items() if name in names[method.config]}
     config_fields.setdefault("image_size", views.image_size)
     model = build(ModelArguments)
     if model.from_backbone is None:
-        MSNConfig(**config_fields)  # a wrong field is named before any data is read
-    training = build(MSNTrainingArguments)
+        method.config(**config_fields)  # a wrong field is named before any data is read
+    training = build(method.arguments)
     _check_output_dir(training)
     return Recipe(
+        method=method,
         data=build(DataArguments),
+        labels=build(LabelArguments) if method.has_labels else None,
         views=views,
         model=model,
         config_fields=config_fields,
         training=training,
         low_shot=build(LowShotArguments),
     )
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, but is '{name}'.")
+    return METHODS[name]
 
 
 def init_fields(cls) -> dict[str, dataclasses.Field]:
@@ -175,16 +218,16 @@ def init_fields(cls) -> dict[str, dataclasses.Field]:
     return fields
 
 
-def known_fields() -> dict[str, Any]:
-    """The type of each field that a recipe can name."""
-    known: dict[str, Any] = {}
-    for cls in HOMES:
+def known_fields(method: Method) -> dict[str, Any]:
+    """The type of each field that a recipe of a method can name."""
+    known: dict[str, Any] = {"method": str}
+    for cls in method.homes:
         for name, f in init_fields(cls).items():
             known.setdefault(name, f.type)
     return known
 
 
-def _check_output_dir(training: MSNTrainingArguments) -> None:
+def _check_output_dir(training) -> None:
     if training.resume_from_checkpoint or training.overwrite_output_dir:
         return
     output_dir = Path(training.output_dir)

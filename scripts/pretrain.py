@@ -1,20 +1,15 @@
-"""Pretrain a vision transformer with Masked Siamese Networks.
+"""Pretrain an image encoder: MSN without labels, PAWS and SimCLR + SuNCEt with a few.
 
 accelerate launch scripts/pretrain.py --config scripts/recipes/msn_vits16_imagenet.yaml --output_dir runs/vits16
+accelerate launch scripts/pretrain.py --method paws --dataset FOLDER --labelled_images_per_class 5 --output_dir
+runs/paws
 """
 
-from hf_msn import MSNTrainer, parse_recipe
+from hf_msn import parse_recipe
 
 
 def main():
-    recipe = parse_recipe()
-    trainer = MSNTrainer(
-        recipe.build_model(),
-        recipe.training,
-        train_dataset=recipe.build_train_dataset(),
-        processing_class=recipe.build_image_processor(),
-    )
-    recipe.add_low_shot_callback(trainer)
+    trainer = parse_recipe().build_trainer()
     trainer.train()
     trainer.save_model()
     trainer.save_state()

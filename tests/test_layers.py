@@ -19,8 +19,10 @@ LAYERS = {
     "hub": 3,
     "callbacks": 4,
     "trainers": 5,
-    "recipes": 6,
-    "recipe_parsing": 7,
+    "recipe_arguments": 6,
+    "finetuning": 7,
+    "recipes": 7,
+    "recipe_parsing": 8,
 }
 OPENS_A_PROCESS_GROUP = {"init_process_group", "init_device_mesh", "new_group", "new_subgroups", "split_group"}
 

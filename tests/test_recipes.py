@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_msn import MSNConfig, parse_recipe, read_recipe
+from hf_msn import parse_recipe, read_recipe
 from hf_msn.recipes import make_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "scripts" / "recipes").glob("*.yaml"))
@@ -126,7 +126,7 @@ def test_every_shipped_recipe_makes_a_run(path, out):
     values = read_recipe(path)
     values.pop("bf16", None)  # no accelerator here
     recipe = make_recipe({**values, "output_dir": out})
-    config = MSNConfig(**recipe.config_fields)
+    config = recipe.method.config(**recipe.config_fields)
     for size in (recipe.views.image_size, recipe.views.focal_size):
         assert size % config.patch_size == 0 or recipe.views.focal_views == 0
 
