@@ -8,10 +8,11 @@ from typing import Literal
 from transformers import BaseImageProcessor, ViTMSNModel
 
 from ..models.modeling_msn import MSNForPreTraining
+from ..models.modeling_semi_supervised import SemiSupervisedModel
 
 
 def export_backbone(
-    model: MSNForPreTraining,
+    model: MSNForPreTraining | SemiSupervisedModel,
     path: str | Path,
     which: Literal["target", "online"] = "target",
     image_processor: BaseImageProcessor | None = None,
@@ -19,9 +20,11 @@ def export_backbone(
     """Writes one encoder as a plain `ViTMSNModel`, which loads where hf_msn is not installed.
 
     Args:
-        model ([`MSNForPreTraining`]): The pretrained model. Heads and prototypes are left behind.
+        model ([`MSNForPreTraining`], [`PAWSForPreTraining`] or [`SuNCEtForPreTraining`]): The pretrained model. Heads
+            and prototypes are left behind.
         path (`str` or `Path`): Folder to write. It must not exist or be empty.
-        which (`str`, *optional*, defaults to `"target"`): `"target"`, which the paper evaluates, or `"online"`.
+        which (`str`, *optional*, defaults to `"target"`): Of MSN: `"target"`, which the paper evaluates, or
+            `"online"`. The others have one encoder.
         image_processor (`BaseImageProcessor`, *optional*): Saved beside it as `preprocessor_config.json`. Features are
             only right for images that are normalised as in training:
             `MultiViewTransform.evaluation_image_processor()`.
@@ -30,7 +33,7 @@ def export_backbone(
         `Path`: The folder.
 
     Raises:
-        ValueError: If `which` is neither, or the folder is not empty.
+        ValueError: If `which` is neither, the folder is not empty, or the encoder is a network of timm.
     """
     if which not in ("target", "online"):
         raise ValueError(
@@ -39,7 +42,12 @@ def export_backbone(
     path = Path(path)
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"The folder '{path}' is not empty. Choose another, or remove it first.")
-    encoder = model.target_encoder if which == "target" else model.encoder
+    if getattr(model.config, "timm_model", None) is not None:
+        raise ValueError(
+            f"The encoder is '{model.config.timm_model}' of timm, which no ViTMSNModel can hold. Save it in timm's "
+            "form: `timm.models.save_for_hf(model.encoder, path)`."
+        )
+    encoder = model.evaluation_encoder if which == "target" else model.encoder
     export = ViTMSNModel(model.config.to_vit_msn_config()).to(model.dtype)
     export.load_state_dict(encoder.state_dict())
 

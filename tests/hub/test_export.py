@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from tiny import tiny_batch, tiny_model
 from transformers import AutoConfig, AutoModel, ViTMSNModel
 
-from hf_msn import evaluation_image_processor, export_backbone
+from hf_msn import PAWSConfig, PAWSForPreTraining, evaluation_image_processor, export_backbone
 
 LOAD_WITHOUT_HF_MSN = """
 import sys
@@ -106,3 +107,25 @@ def test_an_export_that_fails_leaves_no_folder_behind(model, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         export_backbone(model, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_encoder_of_paws_is_exported_with_its_own_weights(tmp_path):
+    fields = {name: getattr(tiny_model().config, name) for name in ("image_size", "patch_size", "hidden_size")}
+    config = PAWSConfig(**fields, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    model = PAWSForPreTraining(config).eval()
+    loaded = AutoModel.from_pretrained(export_backbone(model, tmp_path / "export"))
+    assert type(loaded) is ViTMSNModel
+    images = tiny_batch()["pixel_values"]
+    with torch.no_grad():
+        expected = model.encoder(images).last_hidden_state
+        torch.testing.assert_close(loaded.eval()(images).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_encoder_of_timm_is_refused_with_the_remedy(tmp_path):
+    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", projection_hidden_dim=8, projection_dim=8))
+    with pytest.raises(ValueError, match=r"'test_resnet' of timm.*timm.models.save_for_hf\(model.encoder, path\)"):
+        export_backbone(model, tmp_path / "export")
+    timm.models.save_for_hf(model.encoder, tmp_path / "timm")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images), model.eval().encoder(images))
