@@ -156,7 +156,7 @@ def read_rows_file(path: str | Path, num_rows: int) -> np.ndarray:
         raise ValueError(
             f"'{path}' must hold row numbers, or 0 or 1 for every row, but cannot be read: {error}"
         ) from error
-    is_mask = values.shape == (num_rows,) and num_rows > 2 and set(values.tolist()) == {0, 1}
+    is_mask = values.shape == (num_rows,) and num_rows > 2 and set(values.tolist()) <= {0, 1}
     return values.astype(bool) if is_mask else values
 
 

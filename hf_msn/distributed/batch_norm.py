@@ -71,3 +71,31 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         else:
             synchronize_batch_norm(child, device)
     return model
+
+
+def track_statistics_once(model: nn.Module) -> None:
+    """Keeps activation checkpointing from moving running statistics a second time, when it repeats a forward pass.
+
+    Call it once, after [`synchronize_batch_norm`] where both are used. It leaves the outputs as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not hasattr(module, "_tracked_buffers"):
+            module._tracked_buffers = None
+            module.register_forward_pre_hook(_set_buffers_aside)
+            module.register_forward_hook(_take_buffers_back, always_call=True)  # a repetition stops in the middle
+
+
+def _set_buffers_aside(module: _BatchNorm, args) -> None:
+    in_backward_pass = (
+        torch._C._current_graph_task_id() != -1
+    )  # the only one who runs a module there is the repetition
+    if in_backward_pass and module.training and module.track_running_stats:
+        module._tracked_buffers = dict(module._buffers)
+        # Others in their place: writing to the buffers themselves would invalidate what autograd has saved of them.
+        module._buffers.update({name: buffer.clone() for name, buffer in module._buffers.items()})
+
+
+def _take_buffers_back(module: _BatchNorm, args, output) -> None:
+    if module._tracked_buffers is not None:
+        module._buffers.update(module._tracked_buffers)
+        module._tracked_buffers = None

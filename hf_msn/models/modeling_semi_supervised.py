@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..distributed.batch_norm import track_statistics_once
 from ..distributed.collectives import all_gather_cat
 from .configuration_semi_supervised import SemiSupervisedConfig
 from .heads import ProjectionHead
@@ -71,10 +72,17 @@ class SemiSupervisedModel(PretrainingModel):
         self.encoder.compile(**kwargs)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
-        if self.config.timm_model is not None:
+        if self.config.timm_model is None:
+            return super()._set_gradient_checkpointing(enable, **kwargs)
+        try:
             self.encoder.set_grad_checkpointing(enable)
-        else:
-            super()._set_gradient_checkpointing(enable, **kwargs)
+        except AssertionError as error:  # how timm says it
+            raise ValueError(
+                f"`activation_checkpointing` is on, but timm has none for {self.config.timm_model!r}. Leave it off, "
+                "or take another `timm_model`."
+            ) from error
+        if enable:
+            track_statistics_once(self.encoder)
 
     def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if isinstance(self.encoder, PatchDroppingViTMSNModel):
@@ -110,7 +118,9 @@ class SemiSupervisedModel(PretrainingModel):
                 f"`support_labels` must be class numbers >= 0, but one is {int(classes[0])}. Images without a label "
                 "cannot be supports."
             )
+        weight = self.projection_head.fc1.weight
         rows = F.one_hot(torch.searchsorted(classes, support_labels), len(classes))
+        rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # a float64 model is exact to the end
         smoothing = self.config.label_smoothing
         return rows * (1 - smoothing) + smoothing / len(classes)
 
@@ -133,3 +143,5 @@ class SemiSupervisedModel(PretrainingModel):
                 "The support needs `support_pixel_values` (S, C, H, W) and a label for each in `support_labels` (S,), "
                 f"but got {shapes[0]} and {shapes[1]}. A `support_loader` gives both."
             )
+        if len(support_labels) == 0:
+            raise ValueError("The support is empty, but needs at least one labelled image. Label some images.")

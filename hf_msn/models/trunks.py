@@ -31,8 +31,10 @@ def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
         )
     try:
         encoder = timm.create_model(config.timm_model, pretrained=False, num_classes=0, **options)
-    except TypeError as error:
-        raise ValueError(f"`timm_options` {options} do not fit '{config.timm_model}': {error}.") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # each network checks in its own way
+        raise ValueError(
+            f"`timm_options` {options} do not fit '{config.timm_model}': {error}. Correct or leave out that option."
+        ) from error
     if config.small_image_stem:
         _make_stem_small(encoder, config.timm_model)
     return encoder, getattr(encoder, "head_hidden_size", None) or encoder.num_features

@@ -1,0 +1,239 @@
+"""PAWSForPreTraining: its loss and gradients by hand, image by image, and ten steps of a plain loop."""
+
+import copy
+
+import pytest
+import torch
+from tiny_semi_supervised import (
+    ENCODERS,
+    RESNETV2,
+    assert_same_gradients,
+    features_of,
+    gradients,
+    paws_by_hand,
+    semi_supervised_batch,
+    tiny_paws,
+)
+from transformers import AutoModelForPreTraining
+
+PREDICTION = {"prediction_head": True, "prediction_hidden_dim": 4}
+
+
+def by_hand_one_by_one(model, batch) -> tuple[torch.Tensor, list]:
+    """Each image in a pass of its own, which is allowed where nothing mixes the images."""
+
+    def project(image):
+        return model.projection_head(features_of(model, image[None]))[0]
+
+    def predict(projection):
+        return projection if model.prediction_head is None else model.prediction_head(projection[None])[0]
+
+    supports = torch.stack([project(image) for image in batch["support_pixel_values"]])
+    targets, anchors = [], []
+    for place, first in enumerate(batch["pixel_values"]):
+        crops = batch["focal_pixel_values"][place] if "focal_pixel_values" in batch else []
+        views = [project(first), project(batch["anchor_pixel_values"][place, 0]), *(project(crop) for crop in crops)]
+        targets.append(views[:2])
+        anchors.append([predict(view) for view in views])
+    anchor_supports = torch.stack([predict(support) for support in supports])
+    return paws_by_hand(anchors, anchor_supports, targets, supports, batch["support_labels"], model.config)
+
+
+def by_hand_jointly(model, batch) -> torch.Tensor:
+    """Supports and global views in one pass of the encoder, small crops in another, all in one of each head."""
+    images, crops = len(batch["pixel_values"]), batch["focal_pixel_values"]
+    supports = len(batch["support_labels"])
+    groups = [batch["pixel_values"], batch["anchor_pixel_values"][:, 0], batch["support_pixel_values"]]
+    large = features_of(model, torch.cat(groups))
+    small = features_of(model, crops.flatten(0, 1))
+    projected = model.projection_head(torch.cat([small, large]))
+    predicted = projected if model.prediction_head is None else model.prediction_head(projected)
+
+    def split(rows):
+        of_crops, first, second, of_supports = rows.split([len(small), images, images, supports])
+        of_crops = of_crops.unflatten(0, crops.shape[:2])
+        return [[first[i], second[i], *of_crops[i]] for i in range(images)], of_supports
+
+    anchors, anchor_supports = split(predicted)
+    views, target_supports = split(projected)
+    targets = [own[:2] for own in views]
+    return paws_by_hand(anchors, anchor_supports, targets, target_supports, batch["support_labels"], model.config)[0]
+
+
+@pytest.mark.parametrize("small_crops", [0, 2])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {**PREDICTION, "label_smoothing": 0.1},
+        {"label_smoothing": 0.3, "temperature": 0.3, "sharpen_temperature": 0.5, "me_max_weight": 0.25},
+    ],
+    ids=["plain", "prediction head", "other numbers"],
+)
+def test_loss_and_gradients_are_those_of_the_equations_image_by_image(fields, small_crops):
+    model = tiny_paws(projection_batch_norm=False, **fields)
+    batch = semi_supervised_batch(small_crops=small_crops)
+    output = model(**batch)
+    expected, predicted = by_hand_one_by_one(model, batch)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-10, atol=0)
+    assert_same_gradients(gradients(output.loss, model), gradients(expected, model))
+    # The target of a first view is what the second one is taken for.
+    swapped = torch.stack([second for _, second in predicted] + [first for first, _ in predicted])
+    torch.testing.assert_close(output.target_probabilities, swapped, rtol=1e-9, atol=1e-4)
+    loss = output.cross_entropy + model.config.me_max_weight * output.me_max
+    torch.testing.assert_close(loss, output.loss.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("head", [{}, PREDICTION], ids=["no prediction head", "prediction head"])
+def test_supports_and_global_views_share_their_batch_statistics(encoder, head):
+    model = tiny_paws(label_smoothing=0.1, **ENCODERS[encoder], **head)
+    batch = semi_supervised_batch()
+    by_hand = copy.deepcopy(model)
+    output = model(**batch)
+    expected = by_hand_jointly(by_hand, batch)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-9, atol=0)
+    assert_same_gradients(gradients(output.loss, model), gradients(expected, by_hand))
+    for (name, found), wanted in zip(model.named_buffers(), by_hand.buffers()):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, msg=name)
+    # What the comparison is there for: supports in a pass of their own give another loss.
+    apart = {**batch, "support_pixel_values": torch.nn.functional.pad(batch["support_pixel_values"], (0, 16))}
+    if encoder != "vit":
+        assert (tiny_paws(label_smoothing=0.1, **ENCODERS[encoder], **head)(**apart).loss - expected).abs() > 1e-6
+
+
+@pytest.mark.parametrize("encoder", ["vit", "resnetv2"])
+def test_ten_steps_are_those_of_a_plain_loop(encoder):
+    model = tiny_paws(**ENCODERS[encoder], **PREDICTION)
+    plain = copy.deepcopy(model)
+    losses = {}
+    for name, trained, loss_of in (
+        ("model", model, lambda batch: model(**batch).loss),
+        ("plain", plain, lambda batch: by_hand_jointly(plain, batch)),
+    ):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-2)
+        losses[name] = []
+        for step in range(10):
+            loss = loss_of(semi_supervised_batch(small_crops=1, seed=step % 3))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.detach())
+    torch.testing.assert_close(torch.stack(losses["model"]), torch.stack(losses["plain"]), rtol=1e-6, atol=1e-6)
+    assert (losses["model"][0] - losses["model"][9]).abs() > 1e-3
+    for (name, found), wanted in zip(model.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_class_numbers_are_names_and_the_order_of_the_supports_means_nothing():
+    model = tiny_paws(projection_batch_norm=False)
+    batch = semi_supervised_batch()
+    loss = model(**batch).loss
+    renamed = {**batch, "support_labels": torch.tensor([{4: 0, 17: 1, 99: 2}[n] for n in [99, 4, 17, 4, 99, 17]])}
+    torch.testing.assert_close(model(**renamed).loss, loss, rtol=1e-12, atol=0)
+    order = [3, 1, 5, 0, 2, 4]
+    shuffled = {**batch, **{name: batch[name][order] for name in ("support_pixel_values", "support_labels")}}
+    torch.testing.assert_close(model(**shuffled).loss, loss, rtol=1e-12, atol=0)
+    wrong = {**batch, "support_labels": batch["support_labels"][order]}
+    assert (model(**wrong).loss - loss).abs() > 1e-3
+
+
+def test_the_targets_give_no_gradient_even_through_the_supports():
+    model = tiny_paws(projection_batch_norm=False, **PREDICTION, me_max_weight=0.0)
+    batch = semi_supervised_batch(small_crops=0)
+    with torch.no_grad():  # the anchors see constants, the targets do not
+        model.prediction_head.fc2.weight.zero_()
+        model.prediction_head.fc2.bias.fill_(1.0)
+    found = gradients(model(**batch).loss, model)
+    assert all(gradient.abs().max() < 1e-12 for name, gradient in found.items() if not name.startswith("prediction"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"anchor_pixel_values": None}, "needs two global views .* but got None"),
+        ({"anchor_pixel_values": torch.zeros(3, 2, 3, 16, 16)}, r"got \(3, 2, 3, 16, 16\). Set `anchor_views`"),
+        ({"support_pixel_values": None}, "needs `support_pixel_values`"),
+        ({"support_labels": torch.zeros(5, dtype=torch.long)}, r"\(6, 3, 16, 16\) and \(5,\)"),
+        ({"support_labels": torch.full((6,), -1)}, "class numbers >= 0, but one is -1"),
+        ({"support_labels": torch.zeros(6)}, r"one class number for each support, .* type torch.float32"),
+        ({"support_labels": torch.zeros(6, 3, dtype=torch.long)}, r"has shape \(6, 3\)"),
+        (
+            {"support_labels": torch.zeros(0, dtype=torch.long), "support_pixel_values": torch.zeros(0, 3, 16, 16)},
+            "The support is empty, but needs at least one",
+        ),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_paws()(**{**semi_supervised_batch(), **changes})
+
+
+def test_small_crops_of_other_images_are_refused():
+    batch = semi_supervised_batch()
+    with pytest.raises(ValueError, match="`num_small_crops` 2 there must be 4 anchors"):
+        tiny_paws()(**{**batch, "focal_pixel_values": batch["focal_pixel_values"][:2]})
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_projections_and_features_are_those_of_the_modules(encoder):
+    model = tiny_paws(**ENCODERS[encoder], **PREDICTION).eval()
+    assert model.evaluation_encoder is model.encoder
+    images = semi_supervised_batch()["pixel_values"]
+    expected = model.projection_head(features_of(model, images))  # not the prediction head's
+    torch.testing.assert_close(model.project(images), expected, rtol=1e-12, atol=1e-14)
+    one_by_one = torch.cat([model.project(image[None]) for image in images])
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(model.train().project(images), expected)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_saved_model_comes_back_with_buffers_and_goes_on_alike(encoder, tmp_path):
+    model = tiny_paws(**ENCODERS[encoder], **PREDICTION)
+    batch = semi_supervised_batch()
+    model(**batch)  # running statistics that are not those of a new model
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForPreTraining.from_pretrained(tmp_path, dtype=torch.float64).train()
+    assert type(loaded) is type(model) and loaded.config.to_dict().keys() == model.config.to_dict().keys()
+    for (name, found), wanted in zip(loaded.named_buffers(), model.buffers()):
+        assert torch.equal(found, wanted), name
+    found, wanted = loaded(**batch).loss, model(**batch).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients(found, loaded), gradients(wanted, model))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_activation_checkpointing_repeats_passes_and_changes_nothing(encoder):
+    model = tiny_paws(**ENCODERS[encoder])
+    checkpointed = copy.deepcopy(model)
+    checkpointed.activation_checkpointing_enable()
+    layer = "fc1" if encoder == "vit" else "conv1"
+    within = [module for name, module in checkpointed.encoder.named_modules() if name.endswith(f"0.{layer}")]
+    passes = []
+    if within:
+        within[0].register_forward_hook(lambda *args: passes.append(1))
+    batch = semi_supervised_batch()
+    results = []
+    for trained in (model, checkpointed):
+        loss = trained(**batch).loss
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in trained.named_parameters()}))
+    assert torch.equal(results[1][0], results[0][0])
+    assert_same_gradients(results[1][1], results[0][1], 1e-12)
+    for (name, found), wanted in zip(checkpointed.named_buffers(), model.buffers()):
+        assert torch.equal(found, wanted), name  # running statistics moved once, not again in the repetition
+    assert not within or len(passes) == 4  # global views and supports, small crops, and each again
+
+
+def test_a_timm_network_without_checkpointing_says_so():
+    with pytest.raises(ValueError, match="timm has none for 'vgg11'"):
+        tiny_paws(timm_model="vgg11", timm_options={"mlp_ratio": 0.001}).activation_checkpointing_enable()
+
+
+def test_the_loss_is_right_under_bfloat16_autocast():
+    model, batch = tiny_paws(**RESNETV2).float(), semi_supervised_batch()
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = copy.deepcopy(model)(**batch).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model(**batch).loss, rtol=0.1, atol=0.1)
