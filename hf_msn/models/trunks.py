@@ -23,12 +23,7 @@ def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
     if config.timm_model is None:
         return PatchDroppingViTMSNModel(config), config.hidden_size
     options = dict(config.timm_options or {})
-    if not timm.is_model(config.timm_model):
-        near = timm.list_models(f"*{config.timm_model[:6]}*")[:5]
-        raise ValueError(
-            f"`timm_model` must be an architecture of timm, but {config.timm_model!r} is none."
-            + (f" Similar ones: {', '.join(near)}." if near else " `timm.list_models()` lists them.")
-        )
+    _check_name("`timm_model`", config.timm_model)
     try:
         encoder = timm.create_model(config.timm_model, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # each network checks in its own way
@@ -48,10 +43,11 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
             whose evaluated encoder is taken; or "timm:ARCHITECTURE", with timm's released weights.
 
     Raises:
-        ValueError: If the checkpoint is of another architecture.
+        ValueError: If the checkpoint is of another architecture, or timm has none of that name.
     """
     if str(name_or_path).startswith("timm:"):
         name = str(name_or_path).removeprefix("timm:")
+        _check_name("What follows 'timm:'", name)
         encoder = timm.create_model(name, pretrained=True, num_classes=0)
         return encoder, {"timm_model": name}
     source = AutoConfig.from_pretrained(name_or_path)
@@ -115,6 +111,16 @@ def copy_trunk(
             "checkpoint has them."
         )
     encoder.load_state_dict(weights)
+
+
+def _check_name(what: str, name: str) -> None:
+    if timm.is_model(name):
+        return
+    near = timm.list_models(f"*{name[:6]}*")[:5]
+    raise ValueError(
+        f"{what} must be an architecture of timm, but {name!r} is none."
+        + (f" Similar ones: {', '.join(near)}." if near else " `timm.list_models()` lists them.")
+    )
 
 
 def _make_stem_small(encoder: nn.Module, name: str) -> None:

@@ -1,0 +1,182 @@
+"""Encoders to start from: what timm makes stays as timm made it; trunks of other checkpoints; errors."""
+
+import pytest
+import timm
+import torch
+from tiny import tiny_model
+from tiny_semi_supervised import HEADS, RESNET18, RESNETV2, VIT, tiny_paws, tiny_suncet
+from transformers import BertConfig, BertModel, ViTMSNModel
+
+from hf_msn import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining
+
+ROPE = {
+    "timm_model": "vit_small_patch16_rope_224",
+    "timm_options": {
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "img_size": 16,
+        "patch_size": 4,
+        "dynamic_img_size": True,
+    },
+}
+BLUR = {"timm_model": "resnetblur18", "timm_options": RESNET18["timm_options"]}
+NETWORKS = {"resnet18": RESNET18, "resnetv2": {**RESNETV2, "small_image_stem": False}, "rope": ROPE, "blur": BLUR}
+
+
+def images(num: int = 2) -> torch.Tensor:
+    return torch.randn(num, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def new_paws(seed: int = 0, **fields) -> PAWSForPreTraining:
+    torch.manual_seed(seed)
+    return PAWSForPreTraining(PAWSConfig(**HEADS, **fields)).eval()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_of_timm_are_as_timm_draws_them(network):
+    fields = NETWORKS[network]
+    model = new_paws(**fields)
+    torch.manual_seed(0)
+    reference = timm.create_model(fields["timm_model"], num_classes=0, **fields["timm_options"]).eval()
+    state = model.encoder.state_dict()
+    assert state.keys() == reference.state_dict().keys()
+    assert [name for name, wanted in reference.state_dict().items() if not torch.equal(state[name], wanted)] == []
+    assert torch.equal(model.encoder(images()), reference(images()))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_tables_that_no_checkpoint_holds_are_made_again(network, tmp_path):
+    model = new_paws(**NETWORKS[network])
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(9)
+    loaded = PAWSForPreTraining.from_pretrained(tmp_path).eval()
+    for (name, found), wanted in zip(loaded.named_buffers(), model.buffers()):
+        assert torch.equal(found, wanted), name
+    torch.testing.assert_close(loaded.project(images()), model.project(images()), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_the_heads_start_as_torch_draws_them():
+    head = new_paws(**RESNET18, prediction_head=True).prediction_head
+    for linear in (head.fc1, head.fc2):
+        bound = linear.in_features**-0.5
+        for parameter in (linear.weight, linear.bias):
+            assert parameter.abs().max() <= bound
+        assert linear.weight.abs().max() > 0.8 * bound
+
+
+@pytest.mark.parametrize("network", ["resnet18", "resnetv2"])
+def test_the_small_stem_keeps_the_sides(network):
+    fields = NETWORKS[network]
+    small, large = new_paws(**{**fields, "small_image_stem": True}), new_paws(**fields)
+    sides = []
+    for model in (small, large):
+        blocks = model.encoder.layer1 if network == "resnet18" else model.encoder.stages[0]
+        blocks.register_forward_pre_hook(lambda module, args: sides.append(args[0].shape[-1]))
+        model.encoder(torch.randn(2, 3, 32, 32))
+    assert sides == [32, 8]
+    stem = small.encoder if network == "resnet18" else small.encoder.stem
+    convolution = stem.conv1 if network == "resnet18" else stem.conv
+    # He's initialisation for what leaves the convolution.
+    deviation = (2 / (convolution.out_channels * 9)) ** 0.5
+    assert convolution.weight.std().item() == pytest.approx(deviation, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"timm_model": "resnet19"}, "'resnet19' is none. Similar ones: .*resnet"),
+        ({"timm_model": "qqq"}, "'qqq' is none. `timm.list_models"),
+        ({"timm_model": "resnet18", "timm_options": {"depht": 3}}, "do not fit 'resnet18': .*depht.*. Correct or"),
+        ({"timm_model": "resnet18", "timm_options": {"num_classes": 3}}, "do not fit 'resnet18': .*num_classes"),
+        (
+            {"timm_model": "test_vit", "timm_options": {"embed_dim": 30, "num_heads": 4}},
+            "do not fit 'test_vit': .*divisible",
+        ),
+        ({"timm_model": "test_vit", "small_image_stem": True}, "`small_image_stem` is for ResNets .* 'test_vit' has"),
+    ],
+)
+def test_what_timm_cannot_make_is_said(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PAWSForPreTraining(PAWSConfig(**HEADS, **fields))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints of every kind that a trunk can be taken from, and one that it cannot."""
+    torch.manual_seed(0)
+    msn = tiny_model(**VIT)
+    with torch.no_grad():  # target and online encoder differ
+        for parameter in msn.encoder.parameters():
+            parameter.add_(0.1)
+    models = {
+        "msn": msn,
+        "paws": tiny_paws(prediction_head=True, prediction_hidden_dim=4, label_smoothing=0.1).float(),
+        "timm": tiny_suncet(**RESNETV2).float(),
+        "vit_msn": ViTMSNModel(MSNConfig(**VIT).to_vit_msn_config()),
+    }
+    found = {}
+    for name, model in models.items():
+        found[name] = (tmp_path_factory.mktemp(name), model)
+        model.save_pretrained(found[name][0])
+    return found
+
+
+@pytest.mark.parametrize("target", [PAWSForPreTraining, SuNCEtForPreTraining])
+@pytest.mark.parametrize("source", ["msn", "paws", "vit_msn", "timm"])
+def test_the_evaluated_encoder_of_any_checkpoint_is_a_trunk(folders, source, target):
+    folder, original = folders[source]
+    torch.manual_seed(7)
+    model = target.from_backbone(folder, projection_hidden_dim=24, projection_dim=12, temperature=0.3)
+    encoder = {"msn": "target_encoder", "vit_msn": None}.get(source, "encoder")
+    wanted = (original if encoder is None else getattr(original, encoder)).state_dict()
+    found = model.encoder.state_dict()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert model.config.timm_model == getattr(original.config, "timm_model", None)
+    assert model.config.small_image_stem == (source == "timm")
+    assert (model.config.projection_dim, model.config.temperature) == (12, 0.3)
+    assert model.projection_head.fc1.weight.shape == (24, model.projection_head.fc1.in_features)
+
+
+def test_a_trunk_of_paws_starts_msn_and_is_interpolated_for_other_images(folders):
+    folder, original = folders["paws"]
+    model = MSNForPreTraining.from_backbone(folder, num_prototypes=8)
+    for encoder in (model.encoder, model.target_encoder):
+        for name, wanted in original.encoder.state_dict().items():
+            assert torch.equal(encoder.state_dict()[name], wanted), name
+    larger = PAWSForPreTraining.from_backbone(folder, image_size=32)
+    assert larger.encoder.embeddings.position_embeddings.shape == (1, 65, 16)
+    pixels = torch.randn(2, 3, 32, 32)
+    wanted = original.eval().encoder(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+    torch.testing.assert_close(
+        larger.eval().encoder(pixels).last_hidden_state[:, 0], wanted.float(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="'resnetv2_18' of timm, but a MSNConfig has a ViTMSN. Use PAWS or SuNCEt"):
+        MSNForPreTraining.from_backbone(folders["timm"][0])
+    for source, fields in (
+        ("paws", {"hidden_size": 32}),
+        ("timm", {"small_image_stem": False}),
+        ("timm", {"timm_options": None}),
+        ("msn", {"timm_model": "test_resnet"}),
+    ):
+        with pytest.raises(ValueError, match="does not fit the configuration: .* Leave `"):
+            PAWSForPreTraining.from_backbone(folders[source][0], **fields)
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=10, **settings)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 'bert', but the trunk must be of type 'vit_msn', 'msn', 'paws'"):
+        PAWSForPreTraining.from_backbone(tmp_path)
+
+
+def test_a_checkpoint_of_another_method_is_no_model_of_this_one(folders):
+    with pytest.raises(ValueError, match="not a checkpoint of MSNForPreTraining: .*from_backbone"):
+        MSNForPreTraining.from_pretrained(folders["paws"][0])
+
+
+def test_an_unknown_name_of_timm_is_an_error():
+    with pytest.raises(
+        ValueError, match="What follows 'timm:' must be an architecture of timm, but 'resnet19' is none. Similar"
+    ):
+        PAWSForPreTraining.from_backbone("timm:resnet19")
