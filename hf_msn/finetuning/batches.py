@@ -1,0 +1,103 @@
+"""Batches of labelled images, each a function of seed and epoch, shared out over the ranks."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..data.samplers import ClassStratifiedSampler
+from ..data.support import SupportBatches, SupportCollator, SupportDataset, SupportKey
+from ..distributed import collectives
+from .arguments import ClassifierFinetuningArguments, SuNCEtFinetuningArguments
+
+_STREAM = 3
+
+
+class LabelledBatches(torch.utils.data.Sampler[list[SupportKey]]):
+    """Every labelled image once an epoch, in batches whose sizes differ by one at most: keys of a [`SupportDataset`].
+
+    The order is a function of (`seed`, epoch) alone, and the ranks together see the batch that one would see alone. A
+    batch that they cannot share out evenly is filled up from its own beginning.
+
+    Args:
+        num_images (`int`): Labelled images.
+        global_batch_size (`int`): Most images in a batch, over all ranks.
+        seed (`int`): Seed of the order.
+    """
+
+    def __init__(self, num_images: int, global_batch_size: int, seed: int):
+        self.num_images, self.seed, self.epoch = num_images, seed, 0
+        self.num_batches = math.ceil(num_images / global_batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[SupportKey]]:
+        sequence = np.random.SeedSequence([self.seed, self.epoch, _STREAM])
+        # RandomState is frozen by numpy: its streams are the same in every version
+        order = np.random.RandomState(np.random.MT19937(sequence)).permutation(self.num_images)
+        rank, world_size = collectives.rank(), collectives.world_size()
+        for batch in np.array_split(order, self.num_batches):
+            even = np.resize(batch, math.ceil(len(batch) / world_size) * world_size)
+            yield [(self.epoch, 0, position) for position in even[rank::world_size].tolist()]
+
+
+class EpochSupports(SupportBatches):
+    """The supports of an epoch, where those of the epoch before ended."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.start_step = epoch * len(self.sampler)
+
+
+class ClassifierCollator:
+    """Stacks labelled images into the batch of a classification model: `pixel_values`, and `labels`, its outputs.
+
+    Args:
+        classes (`numpy.ndarray`): The class numbers, ascending, (C,): output j is class `classes[j]`.
+    """
+
+    def __init__(self, classes: np.ndarray):
+        self.classes = torch.from_numpy(classes)
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        batch = SupportCollator()(items)
+        labels = torch.searchsorted(self.classes, batch["support_labels"])
+        return {"pixel_values": batch["support_pixel_values"], "labels": labels}
+
+
+def classifier_loader(
+    support: SupportDataset, classes: np.ndarray, args: ClassifierFinetuningArguments
+) -> torch.utils.data.DataLoader:
+    """The loader of this rank's batches, one view of each labelled image; `batch_sampler.set_epoch` moves it on."""
+    micro_batch = args.global_batch_size // args.gradient_accumulation_steps
+    return _loader(support, LabelledBatches(len(support), micro_batch, args.seed), ClassifierCollator(classes), args)
+
+
+def suncet_loader(support: SupportDataset, args: SuNCEtFinetuningArguments) -> torch.utils.data.DataLoader:
+    """The loader of this rank's part of the supports; an epoch draws at least as many images as are labelled."""
+    num_classes = args.global_support_classes or len(np.unique(support.labels))
+    sampler = ClassStratifiedSampler(
+        support.labels,
+        global_classes=args.global_support_classes,
+        global_images_per_class=args.global_support_images_per_class,
+        shard=args.support_shard,
+        seed=args.seed,
+        num_steps=math.ceil(len(support) / (num_classes * args.global_support_images_per_class)),
+    )
+    return _loader(support, EpochSupports(sampler), SupportCollator(), args)
+
+
+def _loader(support, batches, collator, args) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        support,
+        batch_sampler=batches,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collator,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        # a loader takes its workers' seed from torch's generator, and would move what the run draws next
+        generator=torch.Generator().manual_seed(args.seed),
+    )

@@ -1,0 +1,144 @@
+"""What fine-tuning found: the model of the best epoch, how it was chosen, and both in files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch.distributed as dist
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..data.labels import class_names, class_numbers
+from ..distributed.collectives import is_distributed, rank
+from ..evaluation.labels import check_every_class_is_learnt, common_class_names
+from ..trainers.checkpoints import STAGING_FOLDER
+from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
+from .arguments import FinetuningArguments
+
+RESULT_FILE = "finetune.json"
+
+
+@dataclass
+class FinetuningResult:
+    """A fine-tuned model, and how its epoch was chosen.
+
+    Attributes:
+        model (`PreTrainedModel`): With the weights of the best epoch, in evaluation mode; or trained anew on all
+            labelled images, with `refit`.
+        head (`str`): "linear" or "suncet".
+        best_epoch (`int`): Epochs that its weights were trained for.
+        accuracy_by_epoch (`dict[int, dict[str, float]]`): On the held-out images in percent, by epochs done. A
+            classifier has "top1"; SuNCEt has "projection", which decides, and "backbone".
+        trained_rows, held_out_rows (`numpy.ndarray`): The rows that the model was trained on, and those that chose
+            the epoch. They overlap with `refit` alone.
+        classes (`numpy.ndarray`): Class numbers, ascending: output j of a classifier is class `classes[j]`.
+        class_names (`list[str]`, *optional*): Names by class number.
+        image_processor (`BaseImageProcessor`): Of the evaluation.
+        test_accuracy (`dict[str, float]`, *optional*): Result of [`~FinetuningResult.test`].
+    """
+
+    model: PreTrainedModel
+    head: str
+    best_epoch: int
+    accuracy_by_epoch: dict[int, dict[str, float]]
+    trained_rows: np.ndarray
+    held_out_rows: np.ndarray
+    labels: np.ndarray
+    classes: np.ndarray
+    class_names: list[str] | None
+    image_processor: BaseImageProcessor
+    args: FinetuningArguments
+    labelled: datasets.Dataset = field(repr=False)
+    measure: Callable[[datasets.Dataset], dict[str, float]] = field(repr=False)
+    test_accuracy: dict[str, float] | None = None
+    num_test_images: int | None = None
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """Accuracy of the best epoch on the held-out labelled images, in percent; `None` if none were held out."""
+        accuracies = self.accuracy_by_epoch.get(self.best_epoch)
+        return None if accuracies is None else next(iter(accuracies.values()))
+
+    def test(self, dataset: datasets.Dataset) -> dict[str, float]:
+        """Measures the model on other labelled images, once all is chosen; on several ranks all must call it.
+
+        SuNCEt classifies by all labelled images, the held-out ones too.
+
+        Raises:
+            ValueError: An image without label, other class names, or a class that training does not have.
+        """
+        common_class_names(self.labelled, dataset)
+        labels = class_numbers(dataset)
+        check_every_class_is_learnt(self.classes, labels, "labelled images", class_names(dataset))
+        self.test_accuracy, self.num_test_images = self.measure(dataset), len(labels)
+        return self.test_accuracy
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `finetune.json` holds."""
+        return {
+            "head": self.head,
+            "best_epoch": self.best_epoch,
+            "validation_accuracy": self.validation_accuracy,
+            "test_accuracy": self.test_accuracy,
+            "num_test_images": self.num_test_images,
+            "accuracy_by_epoch": {str(epoch): values for epoch, values in self.accuracy_by_epoch.items()},
+            "seed": self.args.seed,
+            "num_train_epochs": int(self.args.num_train_epochs),
+            "validation_fraction": self.args.validation_fraction,
+            "refit": self.args.refit,
+            "num_labelled_images": len(self.labels),
+            "num_trained_images": len(self.trained_rows),
+            "num_held_out_images": len(self.held_out_rows),
+            "classes": self.classes.tolist(),
+            "class_names": None if self.class_names is None else [self.class_names[number] for number in self.classes],
+            "trained_rows": self.trained_rows.tolist(),
+            "held_out_rows": self.held_out_rows.tolist(),
+        }
+
+    def save(self, output_dir: str | os.PathLike) -> None:
+        """Writes the model, its image processor, `labelled_images.json` and, last, `finetune.json`.
+
+        Everything is written beside and then renamed: a file is whole or not there, and a folder with `finetune.json`
+        is complete. On several ranks all must call it; the first one writes.
+        """
+        if rank() == 0:
+            self._write(Path(output_dir))
+        if is_distributed():
+            dist.barrier()
+
+    def describe(self) -> str:
+        """The outcome in a line or two."""
+        if self.validation_accuracy is None:
+            lines = [f"Epoch {self.best_epoch}, the last, on {len(self.trained_rows)} labelled images, none held out."]
+        else:
+            lines = [
+                f"Best epoch {self.best_epoch} of {int(self.args.num_train_epochs)}: "
+                f"{self.validation_accuracy:.1f} % of {len(self.held_out_rows)} held-out labelled images are right."
+            ]
+        if self.test_accuracy is not None:
+            measured = ", ".join(f"{name} {value:.1f} %" for name, value in self.test_accuracy.items())
+            lines.append(f"Test: {measured} of {self.num_test_images} images.")
+        return "\n".join(lines)
+
+    def _write(self, folder: Path) -> None:
+        staging = folder / STAGING_FOLDER
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
+        staging.mkdir(parents=True)
+        try:
+            self.model.save_pretrained(staging)
+            self.image_processor.save_pretrained(staging)
+            rows = np.union1d(self.trained_rows, self.held_out_rows)
+            labelled = {"rows": rows.tolist(), "labels": self.labels.tolist(), "class_names": self.class_names}
+            (staging / LABELLED_IMAGES_FILE).write_text(json.dumps(labelled) + "\n", encoding="utf-8")
+            result = staging / RESULT_FILE
+            result.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (folder / RESULT_FILE).unlink(missing_ok=True)  # it would speak of another model
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == RESULT_FILE):
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,131 @@
+"""The Trainer of both heads, and the callback that keeps the weights of the best epoch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from ..callbacks import DatasetEpochCallback
+from ..distributed.batch_norm import synchronize_batch_norm
+from ..distributed.collectives import all_reduce_sum
+from ..optim import LARS
+from ..trainers.pretraining_trainer import NonFiniteLossError
+from .arguments import FinetuningArguments
+
+
+class FinetuningTrainer(Trainer):
+    """Trains on the batches of a loader that is shared out over the ranks already; `model(**batch).loss` is the loss.
+
+    Args:
+        model (`PreTrainedModel`): Encoder and head.
+        args ([`FinetuningArguments`]): What changes over training.
+        loader (`torch.utils.data.DataLoader`): Of [`classifier_loader`] or [`suncet_loader`].
+        encoder (`nn.Module`): The part of `model` that `freeze_encoder` leaves as it is.
+    """
+
+    args: FinetuningArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: FinetuningArguments,
+        loader: torch.utils.data.DataLoader,
+        encoder: Callable[[PreTrainedModel], nn.Module],
+    ):
+        if args.world_size > 1:
+            # else the running means of the ranks would differ, and with them what the ranks measure
+            model = synchronize_batch_norm(model, args.device)
+        self.frozen = encoder(model) if args.freeze_encoder else None
+        if self.frozen is not None:
+            self.frozen.requires_grad_(False)
+        super().__init__(model=model, args=args, train_dataset=loader.dataset)
+        self._loader = loader
+        self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
+        self.model_accepts_loss_kwargs = False
+        self.all_finite = torch.tensor(True, device=args.device)
+        self.add_callback(DatasetEpochCallback(loader.batch_sampler))
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return self._loader
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with weight decay: all but biases and norms (any 1-D tensor)."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.args.use_lars:
+            optimizer.param_groups[0]["always_adapt"] = True  # also where the weight decay is 0
+        return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: FinetuningArguments, model: nn.Module | None = None):
+        """LARS where `use_lars` asks for it, SGD with Nesterov momentum for "sgd", else what `optim` names."""
+        if args.use_lars:
+            settings = {"momentum": args.momentum, "trust_coeff": args.lars_trust_coefficient}
+            return LARS, {"lr": args.learning_rate, **settings}
+        if args.optim == "sgd":
+            settings = {"momentum": args.momentum, "nesterov": args.momentum > 0}
+            return torch.optim.SGD, {"lr": args.learning_rate, **settings}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.frozen is not None:
+            self.frozen.eval()  # the running means of batch normalisation stay too, and nothing is dropped
+        outputs = model(**inputs)
+        self.all_finite &= torch.isfinite(outputs.loss.detach())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def check_finite(self) -> None:
+        """Raises where a loss was NaN or infinite on any rank; every rank must call it."""
+        if all_reduce_sum((~self.all_finite).float()) > 0:
+            raise NonFiniteLossError(
+                f"The loss became NaN or infinite by step {self.state.global_step}. Fine-tuning stops. Lower "
+                f"`learning_rate`, which is {self.args.learning_rate}, or use bf16 in place of fp16."
+            )
+
+
+class BestEpochCallback(TrainerCallback):
+    """Measures the accuracy every few epochs and after the last, and keeps the weights of the first best epoch.
+
+    Args:
+        trainer ([`FinetuningTrainer`]): Whose model is measured.
+        measure (`Callable`, *optional*): Gives the accuracies of a model in percent; the first of them decides.
+            Without it the last epoch counts as the best.
+        stop_after (`int`, *optional*): Epoch after which training stops, short of the schedule's end.
+
+    Attributes:
+        by_epoch (`dict[int, dict[str, float]]`): What was measured, by epochs done.
+        best_epoch (`int`, *optional*): The first epoch of the highest accuracy.
+        best_weights (`dict[str, torch.Tensor]`, *optional*): Its state dict, on the CPU.
+    """
+
+    def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None, stop_after: int | None = None):
+        self.trainer, self.measure, self.stop_after = trainer, measure, stop_after
+        self.by_epoch: dict[int, dict[str, float]] = {}
+        self.best_epoch: int | None = None
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self._best = -1.0
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        epoch = round(state.epoch)
+        self.trainer.check_finite()
+        if epoch == self.stop_after:
+            control.should_training_stop = True
+        is_last = epoch == int(args.num_train_epochs) or epoch == self.stop_after
+        if self.measure is None:
+            if is_last:
+                self.best_epoch = epoch
+            return
+        if not is_last and epoch % args.eval_every_epochs:
+            return
+        accuracies = self.measure(model)
+        self.by_epoch[epoch] = accuracies
+        self.trainer.log({f"eval_{name}": value for name, value in accuracies.items()})
+        decisive = next(iter(accuracies.values()))
+        if decisive > self._best:
+            self._best, self.best_epoch = decisive, epoch
+            self.best_weights = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
