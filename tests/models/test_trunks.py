@@ -154,7 +154,7 @@ def test_a_trunk_of_paws_starts_msn_and_is_interpolated_for_other_images(folders
 
 
 def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match="'resnetv2_18' of timm, but a MSNConfig has a ViTMSN. Use PAWS or SuNCEt"):
+    with pytest.raises(ValueError, match=r"'resnetv2_18' of timm, but a MSNConfig has a ViTMSN. Use PAWS or SuNCEt"):
         MSNForPreTraining.from_backbone(folders["timm"][0])
     for source, fields in (
         ("paws", {"hidden_size": 32}),
@@ -162,7 +162,7 @@ def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
         ("timm", {"timm_options": None}),
         ("msn", {"timm_model": "test_resnet"}),
     ):
-        with pytest.raises(ValueError, match="does not fit the configuration: .* Leave `"):
+        with pytest.raises(ValueError, match=r"does not fit the configuration: .* Leave `"):
             PAWSForPreTraining.from_backbone(folders[source][0], **fields)
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=10, **settings)).save_pretrained(tmp_path)
@@ -171,12 +171,12 @@ def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
 
 
 def test_a_checkpoint_of_another_method_is_no_model_of_this_one(folders):
-    with pytest.raises(ValueError, match="not a checkpoint of MSNForPreTraining: .*from_backbone"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of MSNForPreTraining: .*from_backbone"):
         MSNForPreTraining.from_pretrained(folders["paws"][0])
 
 
 def test_an_unknown_name_of_timm_is_an_error():
     with pytest.raises(
-        ValueError, match="What follows 'timm:' must be an architecture of timm, but 'resnet19' is none. Similar"
+        ValueError, match=r"What follows 'timm:' must be an architecture of timm, but 'resnet19' is none. Similar"
     ):
         PAWSForPreTraining.from_backbone("timm:resnet19")
