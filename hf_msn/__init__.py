@@ -25,6 +25,14 @@ from .evaluation import (
     load_vision_model,
     pixel_features,
 )
+from .finetuning import (
+    ClassifierFinetuningArguments,
+    FinetuningResult,
+    SuNCEtFinetuningArguments,
+    finetune_classifier,
+    finetune_suncet,
+    parse_finetuning_recipe,
+)
 from .hub import export_backbone
 from .losses import msn_loss, nt_xent_loss, paws_loss, sharpen, sinkhorn, soft_nearest_neighbor, suncet_loss
 from .models import (
@@ -52,6 +60,8 @@ __all__ = [
     "LARS",
     "BrokenImageError",
     "ClassStratifiedSampler",
+    "ClassifierFinetuningArguments",
+    "FinetuningResult",
     "KNNProbe",
     "LinearProbe",
     "LogisticProbe",
@@ -70,6 +80,7 @@ __all__ = [
     "PAWSTrainingArguments",
     "SoftNearestNeighborProbe",
     "SuNCEtConfig",
+    "SuNCEtFinetuningArguments",
     "SuNCEtForPreTraining",
     "SuNCEtTrainer",
     "SuNCEtTrainingArguments",
@@ -78,12 +89,15 @@ __all__ = [
     "evaluation_image_processor",
     "export_backbone",
     "extract_features",
+    "finetune_classifier",
+    "finetune_suncet",
     "labelled_rows",
     "load_images",
     "load_vision_model",
     "msn_loss",
     "multi_view_dataset",
     "nt_xent_loss",
+    "parse_finetuning_recipe",
     "parse_recipe",
     "paws_loss",
     "pixel_features",

@@ -1,6 +1,7 @@
 """Fine-tuning on a few labelled images: a linear classifier, or SuNCEt."""
 
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
+from .parsing import parse_finetuning_recipe
 from .result import FinetuningResult
 from .tuning import finetune_classifier, finetune_suncet
 
@@ -11,4 +12,5 @@ __all__ = [
     "SuNCEtFinetuningArguments",
     "finetune_classifier",
     "finetune_suncet",
+    "parse_finetuning_recipe",
 ]

@@ -98,7 +98,8 @@ class ClassifierFinetuningArguments(FinetuningArguments):
     """
 
     global_batch_size: int = field(
-        default=64, metadata={"help": "Images in one update, over all ranks together (at most; all batches are alike)."}
+        default=64,
+        metadata={"help": "Images in one update, over all ranks together (at most; all batches are alike)."},
     )
     zero_init_head: bool = field(
         default=True, metadata={"help": "Start the linear head at 0, where all classes are equally likely."}

@@ -108,9 +108,7 @@ def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperF
     model = TimmWrapperForImageClassification(config)
     fault = model.timm_model.load_state_dict(source.encoder.state_dict(), strict=False)
     head = linear_head(model)
-    of_head = {
-        name for name, value in model.timm_model.state_dict(keep_vars=True).items() if _is_in(value, head)
-    }
+    of_head = {name for name, value in model.timm_model.state_dict(keep_vars=True).items() if _is_in(value, head)}
     if not isinstance(head, nn.Linear) or fault.unexpected_keys or set(fault.missing_keys) != of_head:
         raise ValueError(
             f"'{name}' has no single linear layer as its head that could be put onto its features. Fine-tune it with "
