@@ -47,6 +47,12 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         **kwargs,
     ):
         super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
+        if support_dataset is None:
+            raise ValueError(
+                "There is no `support_dataset`, the labelled images. Pass one, for example "
+                "`SupportDataset(images, labelled_rows, transform)`."
+            )
+        self.label_names = []  # those of the supports are no labels of a batch: an eval_dataset has a loss without any
         self.support_dataset = support_dataset
         self.support_sampler()  # what is wrong with the support is said before anything else starts
         if args.compile_encoder:

@@ -1,0 +1,100 @@
+"""Short runs of PAWSTrainer and SuNCEtTrainer on the bundled digits, 8 pixels wide."""
+
+import torch
+from tiny_semi_supervised import HEADS
+
+from hf_msn import (
+    MultiViewDataset,
+    MultiViewTransform,
+    PAWSConfig,
+    PAWSForPreTraining,
+    PAWSTrainer,
+    PAWSTrainingArguments,
+    SuNCEtConfig,
+    SuNCEtForPreTraining,
+    SuNCEtTrainer,
+    SuNCEtTrainingArguments,
+    SupportDataset,
+    load_images,
+)
+
+METHODS = {
+    "paws": (PAWSConfig, PAWSForPreTraining, PAWSTrainingArguments, PAWSTrainer),
+    "suncet": (SuNCEtConfig, SuNCEtForPreTraining, SuNCEtTrainingArguments, SuNCEtTrainer),
+}
+SMALL_VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+# Of the classes 1, 5 and 9: three, three and two images.
+LABELLED_ROWS = [1, 5, 9, 11, 13, 16, 17, 21]
+
+
+def transform(method: str = "paws", **settings) -> MultiViewTransform:
+    return MultiViewTransform.for_small_grayscale(8, **{"focal_views": 1 if method == "paws" else 0, **settings})
+
+
+def support(rows=None, method: str = "paws", views_per_image: int = 1, **settings) -> SupportDataset:
+    rows = LABELLED_ROWS if rows is None else rows
+    return SupportDataset(load_images("digits"), rows, transform(method), views_per_image=views_per_image, **settings)
+
+
+def make_run(
+    output_dir,
+    method="paws",
+    *,
+    rows=None,
+    views_per_image=1,
+    model_fields=None,
+    num_images=20,
+    changes=None,
+    **arguments,
+):
+    """A trainer of a tiny model: 4 images a batch, 8 updates, supports of 3 classes x 2 images; `changes` go to it."""
+    config, model, training_arguments, trainer = METHODS[method]
+    arguments = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 2,
+        "global_support_images_per_class": 2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        **arguments,
+    }
+    torch.manual_seed(0)
+    images = load_images("digits").select(range(num_images))
+    settings = {
+        "train_dataset": MultiViewDataset(images, transform(method), seed=3),
+        "support_dataset": support(rows, method, views_per_image),
+        **(changes or {}),
+    }
+    return trainer(
+        model(config(**{**SMALL_VIT, **HEADS, **(model_fields or {})})),
+        training_arguments(str(output_dir), **arguments),
+        **settings,
+    )
+
+
+def watch(trainer) -> list[dict[str, torch.Tensor]]:
+    """The inputs of every training micro-batch, as they come to the model."""
+    seen, compute_loss = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        if model.training:
+            seen.append({name: value.clone() for name, value in inputs.items()})
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    return seen
+
+
+def logged(trainer, name: str = "loss") -> dict[int, float]:
+    """A logged value of each step."""
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}

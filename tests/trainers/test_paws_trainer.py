@@ -1,0 +1,237 @@
+"""PAWSTrainer: which support each micro-batch gets, LARS step by step, what is logged and what is refused."""
+
+import copy
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from semi_supervised_runs import LABELLED_ROWS, SMALL_VIT, load_images, logged, make_run, support, transform, watch
+from short_runs import assert_same_weights
+
+from hf_msn import ClassStratifiedSampler, MultiViewDataset, SupportDataset
+from hf_msn.data.support import SupportCollator
+from hf_msn.optim import LARS
+
+
+def expected_support(step: int, views_per_image: int = 1, **settings) -> dict[str, torch.Tensor]:
+    """By the data layer alone, for one rank and seed 42, transformers' default."""
+    dataset = support(views_per_image=views_per_image)
+    sampler = ClassStratifiedSampler(
+        dataset.labels, **{"global_images_per_class": 2, "seed": 42, "start_step": step, "num_steps": 1, **settings}
+    )
+    (positions,) = list(sampler)
+    keys = [(step, place, position) for place, position in zip(sampler.places.tolist(), positions)]
+    return SupportCollator()([dataset[key] for key in keys])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_micro_batch_has_the_support_of_its_number(tmp_path, accumulation):
+    trainer = make_run(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, views_per_image=2)
+    seen = watch(trainer)
+    trainer.train()
+    # 5 micro-batches an epoch: with 2 in an update, the third update of the epoch has one, and its other is left out.
+    numbers = [0, 1, 2, 3] if accumulation == 1 else [0, 1, 2, 3, 4, 6, 7]
+    assert len(seen) == len(numbers)
+    for number, inputs in zip(numbers, seen):
+        wanted = expected_support(number, views_per_image=2)
+        assert torch.equal(inputs["support_labels"], wanted["support_labels"])
+        assert torch.equal(inputs["support_pixel_values"], wanted["support_pixel_values"])
+        assert sorted(inputs["support_labels"].tolist()) == [1] * 4 + [5] * 4 + [9] * 4
+        assert inputs["focal_pixel_values"].shape == (4, 1, 3, 4, 4)
+
+
+def test_fewer_classes_and_more_images_than_there_are(tmp_path):
+    trainer = make_run(tmp_path, max_steps=2, global_support_classes=2, global_support_images_per_class=3)
+    seen = watch(trainer)
+    trainer.train()
+    for step, inputs in enumerate(seen):
+        wanted = expected_support(step, global_classes=2, global_images_per_class=3)
+        assert torch.equal(inputs["support_pixel_values"], wanted["support_pixel_values"])
+        assert len(set(inputs["support_labels"].tolist())) == 2 and len(inputs["support_labels"]) == 6
+
+
+def test_the_support_is_said_in_one_line(tmp_path, capsys):
+    make_run(tmp_path, max_steps=1, global_support_images_per_class=3, views_per_image=2).train()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Support")]
+    assert line == (
+        "Support of each step: 3 classes x 3 images x 2 views = 18 images. Labelled images: 8 of 3 classes, 2 to 3 a "
+        "class. 1 class has fewer than 3: their images repeat within a step, each time in other views."
+    )
+
+
+def rate(step: int, steps: int, warmup: int, start: float, peak: float, end: float) -> float:
+    done = step + 1
+    if done <= warmup:
+        return start + (peak - start) * done / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (done - warmup) / (steps - warmup))) / 2
+
+
+@pytest.mark.parametrize("weight_decay", [1e-2, 0.0])
+def test_a_run_with_lars_is_a_plain_loop(tmp_path, weight_decay):
+    rates = {"start_learning_rate": 0.05, "learning_rate": 0.5, "final_learning_rate": 0.01}
+    trainer = make_run(
+        tmp_path,
+        model_fields={"prediction_head": True},
+        use_lars=True,
+        weight_decay=weight_decay,
+        final_weight_decay=None,
+        **rates,
+    )
+    plain, seen = copy.deepcopy(trainer.model), watch(trainer)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, LARS)
+
+    momenta = {name: torch.zeros_like(parameter) for name, parameter in plain.named_parameters()}
+    for step, inputs in enumerate(seen):
+        lr = rate(step, 8, 2, *rates.values())
+        assert logged(trainer, "learning_rate")[step + 1] == pytest.approx(lr, rel=1e-9)
+        loss = plain(**inputs).loss
+        assert logged(trainer)[step + 1] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+        plain.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                update = parameter.grad
+                if parameter.ndim > 1:  # neither biases nor norms: they are not adapted and do not decay
+                    size, slope = parameter.norm(), update.norm()
+                    ratio = 0.001 * size / (slope + weight_decay * size + 1e-8) if size > 0 and slope > 0 else 1.0
+                    update = ratio * (update + weight_decay * parameter)
+                momenta[name] = 0.9 * momenta[name] + lr * update
+                parameter.sub_(momenta[name])
+    for (name, found), wanted in zip(trainer.model.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_lars_groups(tmp_path):
+    trainer = make_run(tmp_path, use_lars=True, weight_decay=0.0, final_weight_decay=None)
+    adapted, plain = trainer.create_optimizer().param_groups
+    assert adapted["always_adapt"] is True and not plain["always_adapt"]
+    assert plain["weight_decay"] == adapted["weight_decay"] == 0.0
+    assert all(parameter.ndim > 1 for parameter in adapted["params"])
+    assert all(parameter.ndim == 1 for parameter in plain["params"])
+    assert len(adapted["params"]) + len(plain["params"]) == len(list(trainer.model.parameters()))
+
+
+def test_the_log_has_the_parts_of_the_loss_and_what_the_targets_are(tmp_path):
+    trainer = make_run(tmp_path, max_steps=2, logging_steps=2, model_fields={"me_max_weight": 0.5})
+    outputs = []
+    trainer.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    def mean(values):
+        return pytest.approx(sum(values) / len(values), rel=1e-5)
+
+    assert entry["loss"] == mean([output.loss.item() for output in outputs])
+    assert entry["cross_entropy"] == mean([output.cross_entropy.item() for output in outputs])
+    assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.5 * entry["me_max"], rel=1e-5)
+    agreements, sure, in_use = [], [], []
+    for output in outputs:
+        rows = output.target_probabilities.tolist()
+        assert len(rows) == 8
+        agreements.append(
+            sum(rows[i].index(max(rows[i])) == rows[4 + i].index(max(rows[4 + i])) for i in range(4)) / 4
+        )
+        sure.append(sum(max(row) for row in rows) / 8)
+        means = [sum(column) / 8 for column in zip(*rows)]
+        in_use.append(math.exp(-sum(p * math.log(p) for p in means if p > 0)))
+    assert entry["view_agreement"] == mean(agreements)
+    assert entry["mean_max_target_probability"] == mean(sure)
+    assert entry["classes_in_use"] == mean(in_use)
+
+
+def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
+    images = MultiViewDataset(load_images("digits").select(range(40, 48)), transform(), seed=5)
+    evaluated = make_run(
+        tmp_path / "evaluated",
+        changes={"eval_dataset": images},
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        max_steps=4,
+        gradient_accumulation_steps=2,
+    )
+    evaluated.train()
+    plain = make_run(tmp_path / "plain", max_steps=4, gradient_accumulation_steps=2)
+    plain.train()
+    assert_same_weights(evaluated.model, plain.model)
+    assert logged(evaluated) == logged(plain)
+
+    found = logged(evaluated, "eval_loss")
+    assert sorted(found) == [1, 2, 3, 4]
+    batch = evaluated.data_collator([images[row] for row in range(8)])
+    dataset = support()
+    sampler = ClassStratifiedSampler(dataset.labels, global_images_per_class=2, seed=42)
+    fixed = SupportCollator()([dataset[position] for position in sampler.batch(0)])
+    with torch.no_grad():
+        assert found[4] == pytest.approx(evaluated.model.eval()(**batch, **fixed).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, changes, message",
+    [
+        ({"global_support_classes": 4}, {}, "`global_classes` is 4, but the labelled images are of 3 classes"),
+        ({"global_support_classes": 0}, {}, "`global_classes` is .* >= 1, but is 0"),
+        ({"global_support_images_per_class": 0}, {}, "`global_images_per_class` is .* >= 1, but is 0"),
+        ({"support_shard": "ranks"}, {}, "`shard` is 'classes' or 'images', but is 'ranks'"),
+        (
+            {"support_on_small_class": "raise", "global_support_images_per_class": 3},
+            {},
+            "1 class of the labelled images has fewer .* = 3 images: 9 has 2. Take fewer .*on_small_class='repeat'",
+        ),
+        ({}, {"support_dataset": None}, "There is no `support_dataset`"),
+        ({}, {"transform": {"anchor_views": 2}}, "`anchor_views` of the views is 2"),
+        ({}, {"transform": {"focal_size": 6}}, "`focal_size` of the views is 6 pixels"),
+        ({"per_device_train_batch_size": 32}, {}, "has 20 images, but one batch takes 32"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_refused_before_the_first_step(tmp_path, settings, changes, message):
+    if "transform" in changes:
+        views = transform(**changes["transform"])
+        changes = {"train_dataset": MultiViewDataset(load_images("digits").select(range(20)), views)}
+    with pytest.raises(ValueError, match=message):
+        make_run(tmp_path, changes=changes, **settings).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_class_names_that_differ_are_refused(tmp_path):
+    def named(names):
+        features = datasets.Features(
+            {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
+        )
+        return load_images("digits").select(range(20)).cast(features)
+
+    names = [str(number) for number in range(10)]
+    rows = [1, 5, 9, 11, 13, 16, 17]
+    labelled = SupportDataset(named(names), rows, transform())
+    other = MultiViewDataset(named([*names[:5], "cat", *names[6:]]), transform())
+    with pytest.raises(ValueError, match="'cat'"):
+        make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": other}).train()
+    same = MultiViewDataset(named(names), transform())
+    make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": same}, max_steps=1).train()
+
+
+def test_views_of_a_timm_network_may_have_any_size(tmp_path):
+    fields = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}
+    views = transform(focal_size=6)
+    images = MultiViewDataset(load_images("digits").select(range(20)), views)
+    trainer = make_run(tmp_path, model_fields={**SMALL_VIT, **fields}, changes={"train_dataset": images}, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and math.isfinite(logged(trainer)[2])
+
+
+def test_labelled_images_are_saved_beside_the_model(tmp_path):
+    trainer = make_run(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    saved = json.loads((tmp_path / "labelled_images.json").read_text())
+    assert saved["rows"] == LABELLED_ROWS and saved["labels"] == [1, 5, 9, 1, 5, 9, 1, 5]
+    assert saved["support"] == {
+        "global_classes": None,
+        "global_images_per_class": 2,
+        "shard": "classes",
+        "views_per_image": 1,
+        "seed": 42,
+    }
