@@ -39,7 +39,9 @@ class FinetuningArguments(TrainingArguments):
     eval_every_epochs: int = field(default=1, metadata={"help": "Measure the accuracy every this many epochs."})
     refit: bool = field(
         default=False,
-        metadata={"help": "Then train anew on all labelled images, by the same schedule, up to the best epoch."},
+        metadata={
+            "help": "Then train anew on all labelled images, for as many epochs as were best; the cosine ends there."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Save into an `output_dir` that is not empty."}

@@ -95,7 +95,6 @@ class BestEpochCallback(TrainerCallback):
         trainer ([`FinetuningTrainer`]): Whose model is measured.
         measure (`Callable`, *optional*): Gives the accuracies of a model in percent; the first of them decides.
             Without it the last epoch counts as the best.
-        stop_after (`int`, *optional*): Epoch after which training stops, short of the schedule's end.
 
     Attributes:
         by_epoch (`dict[int, dict[str, float]]`): What was measured, by epochs done.
@@ -103,8 +102,8 @@ class BestEpochCallback(TrainerCallback):
         best_weights (`dict[str, torch.Tensor]`, *optional*): Its state dict, on the CPU.
     """
 
-    def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None, stop_after: int | None = None):
-        self.trainer, self.measure, self.stop_after = trainer, measure, stop_after
+    def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None):
+        self.trainer, self.measure = trainer, measure
         self.by_epoch: dict[int, dict[str, float]] = {}
         self.best_epoch: int | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
@@ -113,9 +112,7 @@ class BestEpochCallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         epoch = round(state.epoch)
         self.trainer.check_finite()
-        if epoch == self.stop_after:
-            control.should_training_stop = True
-        is_last = epoch == int(args.num_train_epochs) or epoch == self.stop_after
+        is_last = epoch == int(args.num_train_epochs)
         if self.measure is None:
             if is_last:
                 self.best_epoch = epoch

@@ -1,5 +1,6 @@
 """Fine-tuning on labelled images alone: the best epoch is chosen by some of the labels, never by a test set."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def finetune_classifier(
     def measure(model, supports, on, on_rows):
         return classifier_accuracy(model, labels.classes, on, on_rows, processor, args)
 
-    def trainer_on(model: PreTrainedModel, train_rows: np.ndarray) -> FinetuningTrainer:
+    def trainer_on(model, train_rows, args) -> FinetuningTrainer:
         support = SupportDataset(dataset, train_rows, views, seed=args.seed, on_broken_image=on_broken_image)
         return FinetuningTrainer(model, args, classifier_loader(support, labels.classes, args), _encoder)
 
@@ -107,7 +108,7 @@ def finetune_suncet(
     def measure(model, supports, on, on_rows):
         return suncet_accuracy(model, dataset, supports, on, on_rows, processor, args)
 
-    def trainer_on(model: PreTrainedModel, train_rows: np.ndarray) -> FinetuningTrainer:
+    def trainer_on(model, train_rows, args) -> FinetuningTrainer:
         support = SupportDataset(
             dataset,
             train_rows,
@@ -152,15 +153,15 @@ def _tune(
     head: str,
     labels: _Labelled,
     build: Callable[[], PreTrainedModel],
-    trainer_on: Callable[[PreTrainedModel, np.ndarray], FinetuningTrainer],
+    trainer_on: Callable[[PreTrainedModel, np.ndarray, FinetuningArguments], FinetuningTrainer],
     measure: Callable[..., dict[str, float]],
     image_processor: BaseImageProcessor,
     args: FinetuningArguments,
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuningResult:
-    def train(rows: np.ndarray, measure_held_out=None, stop_after=None) -> tuple[PreTrainedModel, BestEpochCallback]:
-        trainer = trainer_on(build(), rows)
-        best = BestEpochCallback(trainer, measure_held_out, stop_after)
+    def train(rows: np.ndarray, args, measure_held_out=None) -> tuple[PreTrainedModel, BestEpochCallback]:
+        trainer = trainer_on(build(), rows, args)
+        best = BestEpochCallback(trainer, measure_held_out)
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train()
@@ -169,10 +170,12 @@ def _tune(
     def on_held_out(model: PreTrainedModel) -> dict[str, float]:
         return measure(model, labels.train_rows, labels.dataset, labels.held_out)
 
-    model, best = train(labels.train_rows, on_held_out if len(labels.held_out) else None)
+    model, best = train(labels.train_rows, args, on_held_out if len(labels.held_out) else None)
     supports = labels.rows if args.refit else labels.train_rows
     if args.refit:
-        model, _ = train(labels.rows, stop_after=best.best_epoch)
+        shorter = copy.copy(args)
+        shorter.num_train_epochs = best.best_epoch
+        model, _ = train(labels.rows, shorter)
     elif best.best_weights is not None:
         model.load_state_dict(best.best_weights)
     return FinetuningResult(
