@@ -174,6 +174,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every rank comes here, one writes
+            return
         path = os.path.join(output_dir or self.args.output_dir, LABELLED_IMAGES_FILE)
         Path(path).write_text(json.dumps(self.labelled_images()) + "\n", encoding="utf-8")
 

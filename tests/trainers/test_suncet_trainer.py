@@ -1,0 +1,102 @@
+"""SuNCEtTrainer: labels until `supervised_epochs` and not a step longer."""
+
+import pytest
+import torch
+from semi_supervised_runs import load_images, logged, make_run, transform, watch
+from short_runs import assert_same_weights
+
+from hf_msn import MultiViewDataset, SupportDataset, multi_view_dataset
+
+
+def spy_on_labelled_images(monkeypatch) -> list[tuple]:
+    keys, read = [], SupportDataset.__getitems__
+
+    def spied(self, asked_for):
+        keys.extend(asked_for)
+        return read(self, asked_for)
+
+    monkeypatch.setattr(SupportDataset, "__getitems__", spied)
+    return keys
+
+
+@pytest.mark.parametrize("supervised_epochs, supervised", [(0, 0), (0.6, 3), (1, 5), (1.6, 8), (None, 8)])
+def test_no_labelled_image_is_read_after_the_supervised_epochs(tmp_path, monkeypatch, supervised_epochs, supervised):
+    keys = spy_on_labelled_images(monkeypatch)
+    trainer = make_run(tmp_path, "suncet", supervised_epochs=supervised_epochs)  # 5 micro-batches an epoch
+    seen = watch(trainer)
+    trainer.train()
+    assert ["support_labels" in inputs for inputs in seen] == [True] * supervised + [False] * (8 - supervised)
+    assert sorted({key[0] for key in keys}) == list(range(supervised)) and len(keys) == 6 * supervised
+    suncet, nt_xent, loss = logged(trainer, "suncet"), logged(trainer, "nt_xent"), logged(trainer)
+    for step in range(1, 9):
+        assert loss[step] == pytest.approx(nt_xent[step] + suncet[step], rel=1e-5)
+        assert (suncet[step] > 0.01) == (step <= supervised)
+
+
+def test_the_last_updates_are_those_of_simclr_with_accumulation(tmp_path):
+    trainer = make_run(tmp_path, "suncet", supervised_epochs=1, gradient_accumulation_steps=2, max_steps=6)
+    seen = watch(trainer)
+    trainer.train()
+    # 5 micro-batches an epoch, in updates of 2, 2 and 1.
+    assert ["support_labels" in inputs for inputs in seen] == [True] * 5 + [False] * 5
+    assert all("focal_pixel_values" not in inputs or inputs["focal_pixel_values"].shape[1] == 0 for inputs in seen)
+
+
+def test_without_supervised_epochs_labels_do_not_change_the_run(tmp_path):
+    runs = [
+        make_run(tmp_path / str(n), "suncet", rows=rows, supervised_epochs=0)
+        for n, rows in enumerate((None, [2, 12, 3]))
+    ]
+    for run in runs:
+        run.train()
+    assert_same_weights(runs[0].model, runs[1].model)
+
+
+def test_evaluation_gives_a_loss(tmp_path):
+    images = MultiViewDataset(load_images("digits").select(range(40, 48)), transform("suncet"), seed=5)
+    trainer = make_run(tmp_path, "suncet", changes={"eval_dataset": images}, max_steps=2)
+    trainer.train()
+    assert 0 < trainer.evaluate()["eval_loss"] < 20
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"global_support_images_per_class": 1}, "1 image of each in 1 view. Raise `global_support_images_per_class`"),
+        ({"supervised_epochs": -1.0}, "`supervised_epochs` must be >= 0, but is -1.0. 0 is SimCLR"),
+        ({"supervised_epochs": float("nan")}, "`supervised_epochs` must be >= 0, but is nan"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(tmp_path, "suncet", **settings).train()
+
+
+def test_one_image_in_two_views_is_enough(tmp_path):
+    trainer = make_run(tmp_path, "suncet", global_support_images_per_class=1, views_per_image=2, max_steps=1)
+    seen = watch(trainer)
+    trainer.train()
+    assert sorted(seen[0]["support_labels"].tolist()) == [1, 1, 5, 5, 9, 9]
+
+
+def test_small_crops_and_streams_are_refused(tmp_path):
+    images = load_images("digits").select(range(20))
+    crops = MultiViewDataset(images, transform("suncet", focal_views=1))
+    with pytest.raises(ValueError, match=r"`focal_views` is 1. Set it to 0"):
+        make_run(tmp_path, "suncet", changes={"train_dataset": crops}).train()
+    stream = multi_view_dataset(images.to_iterable_dataset(), transform("suncet"), seed=3)
+    with pytest.raises(ValueError, match="`supervised_epochs` needs to know how many images there are"):
+        make_run(tmp_path, "suncet", changes={"train_dataset": stream}, supervised_epochs=1).train()
+    trainer = make_run(tmp_path, "suncet", changes={"train_dataset": stream}, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_lars_trains_a_convnet(tmp_path):
+    fields = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}
+    before = make_run(tmp_path, "suncet", model_fields=fields).model.encoder.conv1.weight.clone()
+    trainer = make_run(tmp_path, "suncet", model_fields=fields, use_lars=True, learning_rate=1.0, max_steps=3)
+    trainer.train()
+    moved = (trainer.model.encoder.conv1.weight - before).norm() / before.norm()
+    # At most the sum of learning rate x trust coefficient, and the momentum of it.
+    assert 1e-4 < moved < 0.01 and torch.isfinite(moved)
