@@ -152,7 +152,7 @@ def read_rows_file(path: str | Path, num_rows: int) -> np.ndarray:
         values = (
             np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
         )
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(
             f"'{path}' must hold row numbers, or 0 or 1 for every row, but cannot be read: {error}"
         ) from error

@@ -53,10 +53,8 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     first.add_argument("--config", default=None)
     first.add_argument("--method", default=None)
     named, _ = first.parse_known_args(arguments)
-    in_file = read_recipe(named.config) if named.config is not None else {}
+    in_file = read_recipe(named.config, named.method) if named.config is not None else {}
     method = find_method(named.method or in_file.get("method", "msn"))
-    if named.method is not None and named.config is not None:
-        _refuse_unknown(in_file, method, f"in '{named.config}'")  # the file may have been read as another method's
 
     known = known_fields(method)
     parser = _build_parser(method)
@@ -70,11 +68,15 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     return make_recipe({**in_file, **{name: _typed(name, value, known[name]) for name, value in given.items()}})
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
+def read_recipe(path: str | Path, method: str | None = None) -> dict[str, Any]:
     """Reads the fields of a recipe file.
 
+    Args:
+        path (`str` or `Path`): The file.
+        method (`str`, *optional*): The method whose fields they are; by default what the file says, else msn.
+
     Raises:
-        ValueError: If the file is not there or not a mapping, or names an unknown field.
+        ValueError: If there is no such method, or the file is not there or not a mapping, or names an unknown field.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,9 +87,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"The recipe '{path}' is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"The recipe '{path}' must be lines `field: value`, but holds a {type(values).__name__}.")
-    method = find_method(values.get("method", "msn"))
-    _refuse_unknown(values, method, f"in '{path}'")
-    known = known_fields(method)
+    found = find_method(method or values.get("method", "msn"))
+    _refuse_unknown(values, found, f"in '{path}'")
+    known = known_fields(found)
     return {name: _typed(name, value, known[name]) for name, value in values.items()}
 
 

@@ -155,7 +155,9 @@ class Recipe:
                 "with the images that it is trained with; leave the field out."
             )
         else:
-            labelled, rows = self.labels.load(self.data, self.data.load(train_split))
+            # a second data set holds all labelled images: the first, which may be a long stream, is not asked for
+            images = None if self.labels.labelled_dataset is not None else self.data.load(train_split)
+            labelled, rows = self.labels.load(self.data, images)
             tasks = {"images_per_class": (), "rows": {"labelled": rows}}
         evaluator = LowShotEvaluator(
             labelled,

@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from hf_msn import parse_recipe, read_recipe
+from hf_msn.models import PAWSForPreTraining, SuNCEtForPreTraining
+from hf_msn.models.trunks import build_encoder
+from hf_msn.recipe_arguments import LabelArguments, read_rows_file
 from hf_msn.recipes import make_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "scripts" / "recipes").glob("*.yaml"))
+RECIPES = [path for path in RECIPES if not path.stem.startswith("finetune_")]  # those of scripts/finetune.py
 
 
 @pytest.fixture
@@ -127,6 +132,9 @@ def test_every_shipped_recipe_makes_a_run(path, out):
     values.pop("bf16", None)  # no accelerator here
     recipe = make_recipe({**values, "output_dir": out})
     config = recipe.method.config(**recipe.config_fields)
+    if getattr(config, "timm_model", None) is not None:
+        build_encoder(config)
+        return
     for size in (recipe.views.image_size, recipe.views.focal_size):
         assert size % config.patch_size == 0 or recipe.views.focal_views == 0
 
@@ -136,3 +144,151 @@ def test_mask_ratios_of_the_paper():
     for path in RECIPES:
         if path.stem.startswith("msn_vit"):
             assert read_recipe(path)["mask_ratio"] == ratios[path.stem.split("_")[1]], path.stem
+
+
+PAWS = ["--method", "paws", "--labelled_images_per_class", "5"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([*PAWS, "--mask_ratio", "0.3"], "no field `mask_ratio`, on the command line. It belongs to method msn, but"),
+        ([*PAWS, "--supervised_epochs", "3"], "`supervised_epochs`, .* belongs to method suncet, .* one of PAWS"),
+        (["--labelled_images_per_class", "5"], "belongs to method paws and suncet, but .* Masked Siamese Networks"),
+        (["--method", "suncet", "--prediction_head"], "belongs to method paws, but the run is one of SimCLR"),
+        (["--method", "paw"], "`method` must be one of msn, paws, suncet, but is 'paw'"),
+        ([*PAWS, "--label_smoothin", "0.1"], "Did you mean `label_smoothing`"),
+    ],
+)
+def test_fields_of_another_method_are_named_as_such(out, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(["--output_dir", out, *arguments])
+
+
+def test_the_method_of_the_command_line_wins_over_that_of_the_file(tmp_path, out):
+    path = write(tmp_path, method="paws", labelled_fraction=0.1, temperature=0.2)
+    assert parse_recipe(["--config", path, "--output_dir", out]).method.model is PAWSForPreTraining
+    recipe = parse_recipe(["--config", path, "--output_dir", out, "--method", "suncet"])
+    assert recipe.method.model is SuNCEtForPreTraining and recipe.config_fields["temperature"] == 0.2
+    with pytest.raises(
+        ValueError, match=r"no field `labelled_fraction`, in '.*recipe.yaml'. It belongs to method paws"
+    ):
+        parse_recipe(["--config", path, "--output_dir", out, "--method", "msn"])
+    without = write(tmp_path, labelled_fraction=0.1, prediction_head=True)
+    recipe = parse_recipe(["--config", without, "--output_dir", out, "--method", "paws"])
+    assert recipe.method.model is PAWSForPreTraining and recipe.config_fields["prediction_head"] is True
+    with pytest.raises(ValueError, match=r"`prediction_head`, in .* belongs to method paws, but .* SimCLR"):
+        parse_recipe(["--config", without, "--output_dir", out, "--method", "suncet"])
+
+
+def test_each_method_has_the_views_of_its_paper_unless_told_otherwise(out):
+    paws = parse_recipe(["--output_dir", out, *PAWS]).views
+    assert (paws.focal_views, paws.anchor_views, paws.global_scale, paws.focal_scale) == (
+        6,
+        1,
+        (0.14, 1.0),
+        (0.05, 0.14),
+    )
+    suncet = parse_recipe(["--output_dir", out, *PAWS, "--method", "suncet"]).views
+    assert suncet.focal_views == 0
+    assert parse_recipe(["--output_dir", out, *PAWS, "--focal_views", "2"]).views.focal_views == 2
+    assert parse_recipe(["--output_dir", out]).views.focal_views == 10
+
+
+def test_options_of_timm_are_json_or_a_mapping(tmp_path, out):
+    options = {"layers": [1, 1, 1, 1], "drop_path_rate": 0.1}
+    text = '{"layers": [1, 1, 1, 1], "drop_path_rate": 0.1}'
+    given = parse_recipe(["--output_dir", out, *PAWS, "--timm_model", "resnet18", "--timm_options", text])
+    assert given.config_fields["timm_options"] == options
+    path = write(tmp_path, method="paws", labelled_fraction=0.1, timm_model="resnet18", timm_options=options)
+    assert parse_recipe(["--config", path, "--output_dir", out]).config_fields["timm_options"] == options
+    none = parse_recipe(["--config", path, "--output_dir", out, "--timm_options", "none"])
+    assert none.config_fields["timm_options"] is None
+    for wrong, message in (("{layers: 1}", "`timm_options` must be JSON such as"), ("[1]", "must be a JSON object")):
+        with pytest.raises(ValueError, match=message):
+            parse_recipe(["--output_dir", out, *PAWS, "--timm_model", "resnet18", "--timm_options", wrong])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "exactly one way, but none is given. Give one of labelled_list_file, labelled_rows_file"),
+        (
+            ["--labelled_fraction", "0.1", "--labelled_rows_file", "rows.npy"],
+            "but labelled_rows_file, labelled_fraction are given",
+        ),
+        (["--labelled_fraction", "0.1", "--labelled_split", "few"], "`labelled_split` is of a second data set"),
+    ],
+)
+def test_which_images_are_labelled_is_said_in_exactly_one_way(out, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(["--output_dir", out, "--method", "paws", *arguments])
+
+
+def test_a_file_of_rows_holds_numbers_or_a_mask(tmp_path):
+    def rows(values, name="rows.npy"):
+        path = tmp_path / name
+        np.save(path, values) if path.suffix == ".npy" else path.write_text(values)
+        return read_rows_file(path, 4)
+
+    for found in (rows([2, 0]), rows("2\n0\n", "rows.txt"), rows("2 0\n", "rows.txt")):
+        assert found.tolist() == [2, 0]
+    for found in (rows([0, 1, 1, 0]), rows(np.array([0, 1, 1, 0], bool)), rows("0\n1\n1\n0\n", "rows.txt")):
+        assert found.dtype == bool and found.tolist() == [False, True, True, False]
+    assert rows("1\n1\n1\n1\n", "rows.txt").tolist() == [True] * 4
+    assert rows("0\n0\n0\n0\n", "rows.txt").tolist() == [False] * 4
+    assert rows([0, 1]).tolist() == [0, 1]  # too few for a mask
+    with pytest.raises(ValueError, match=r"must hold row numbers, or 0 or 1 .*, but cannot be read"):
+        rows("first\nsecond\n", "rows.txt")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_rows_file(tmp_path / "empty.npy", 4)
+    with pytest.raises(ValueError, match=r"There is no file '.*absent.npy'"):
+        read_rows_file(tmp_path / "absent.npy", 4)
+
+
+SMALL_PAWS = (
+    "--method paws --dataset digits --image_size 8 --patch_size 4 --focal_size 4 --focal_views 1 --hidden_size 16 "
+    "--num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 8 "
+    "--projection_dim 8 --use_cpu --report_to none --global_support_images_per_class 1"
+).split()
+
+
+def test_evaluation_while_training_knows_the_labelled_rows_alone(tmp_path, out, monkeypatch):
+    evaluated = {}
+
+    def evaluator(labelled, test, **settings):
+        evaluated.update(settings, labelled=labelled)
+        return lambda model: {}
+
+    monkeypatch.setattr("hf_msn.recipes.LowShotEvaluator", evaluator)
+    rows = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    np.save(tmp_path / "rows.npy", rows)
+    arguments = ["--output_dir", out, *SMALL_PAWS, "--labelled_rows_file", str(tmp_path / "rows.npy")]
+    arguments += ["--low_shot_test_split", "test"]
+    trainer = parse_recipe([*arguments, "--low_shot_every_epochs", "1"]).build_trainer()
+    assert trainer.support_dataset.rows.tolist() == rows
+    assert evaluated["images_per_class"] == () and list(evaluated["rows"]) == ["labelled"]
+    assert evaluated["rows"]["labelled"].tolist() == rows
+    with pytest.raises(ValueError, match="`low_shot_train_split` would read labels of images that"):
+        parse_recipe([*arguments, "--low_shot_every_epochs", "1", "--low_shot_train_split", "test"]).build_trainer()
+
+
+def test_a_stream_takes_its_labels_from_a_second_data_set(out):
+    arguments = ["--output_dir", out, *SMALL_PAWS, "--streaming", "--warmup_steps", "1", "--max_steps", "2"]
+    with pytest.raises(
+        ValueError, match=r"has no numbered rows to pick the labelled ones from. Give .* `labelled_dataset`"
+    ):
+        parse_recipe([*arguments, "--labelled_images_per_class", "1"]).build_datasets()
+    arguments += ["--labelled_dataset", "digits", "--labelled_split", "test"]
+    built = parse_recipe(arguments).build_datasets()
+    assert built["support_dataset"].rows.tolist() == list(range(len(built["support_dataset"])))
+
+
+def test_help_of_paws_has_its_fields_and_says_what_is_global(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(["--method", "paws", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--labelled_rows_file" in text and "--timm_options" in text and "--mask_ratio" not in text
+    assert "in each support set, over all ranks together" in text
+    assert LabelArguments(labelled_fraction=0.1).support_views_per_image == 1
