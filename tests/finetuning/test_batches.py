@@ -14,7 +14,7 @@ def positions(batches) -> list[list[int]]:
 def test_an_epoch_has_every_image_once_in_batches_of_nearly_one_size():
     batches = positions(LabelledBatches(41, 20, seed=0))
     assert sorted(map(len, batches)) == [13, 14, 14]
-    assert sorted(sum(batches, [])) == list(range(41))
+    assert sorted(place for batch in batches for place in batch) == list(range(41))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -46,7 +46,7 @@ def test_a_view_is_a_function_of_seed_epoch_and_row_and_labels_are_outputs(tmp_p
     loader = classifier_loader(support, np.array([3, 8]), classifier_arguments(tmp_path, global_batch_size=4))
     (first, *_), again = list(loader), list(loader)
     assert first["pixel_values"].equal(again[0]["pixel_values"])
-    keys = list(loader.batch_sampler)[0]
+    keys = next(iter(loader.batch_sampler))
     numbers = [dataset[int(rows[position])]["label"] for _, _, position in keys]
     assert first["labels"].tolist() == [(3, 8).index(number) for number in numbers]
 

@@ -44,7 +44,6 @@ def test_a_vit_classifier_reads_the_normalised_cls_of_the_evaluated_encoder(make
     with torch.no_grad():
         features = getattr(source, "evaluation_encoder", source)(pixels).last_hidden_state[:, 0].double()
         logits = model(pixels).logits
-    assert not torch.allclose(features.mean(dim=1), features.new_zeros(5), atol=1e-12) or features.std() > 0.5
     head = model.classifier
     expected = features @ head.weight.double().T + head.bias.double()
     assert expected.abs().max() > 0.01 and torch.allclose(logits.double(), expected, atol=1e-5)
@@ -73,7 +72,7 @@ def test_a_zero_head_gives_every_class_the_same_probability(fields):
 
 
 def test_a_small_stem_is_refused_with_the_other_head_as_remedy():
-    with pytest.raises(ValueError, match="'resnet18' with `small_image_stem` .* `head` suncet"):
+    with pytest.raises(ValueError, match=r"'resnet18' with `small_image_stem` .* `head` suncet"):
         load_for_classification(suncet_config(timm_model="resnet18", small_image_stem=True), CLASSES, NAMES, 0)
 
 

@@ -1,0 +1,111 @@
+"""scripts/finetune.py as a user starts it: in this process, and through `accelerate launch` on two ranks."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_msn import PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining, evaluation_image_processor, load_images
+from hf_msn.data import decode_image
+
+ROOT = Path(__file__).parents[2]
+SCRIPT, RECIPE = ROOT / "scripts" / "finetune.py", ROOT / "scripts" / "recipes" / "finetune_digits.yaml"
+TINY = (
+    "--hidden_size 32 --num_hidden_layers 2 --intermediate_size 64 --patch_size 4 --num_train_epochs 4 "
+    "--eval_every_epochs 1 --learning_rate 0.05 --disable_tqdm true"
+).split()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the script in this process, which saves importing everything again; returns what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def right_percent(folder: Path, split: str) -> float:
+    """Accuracy of a saved classifier, image by image."""
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder),
+    )
+    right = []
+    with torch.no_grad():
+        for example in load_images("digits", split=split):
+            pixels = processor(decode_image(example["image"]), return_tensors="pt")["pixel_values"]
+            right.append(int(model.eval()(pixels).logits.argmax()) == example["label"])
+    return 100 * sum(right) / len(right)
+
+
+def test_the_supervised_recipe_saves_what_it_measured(run, tmp_path):
+    printed = run("--config", RECIPE, *TINY, "--test_split", "test[:80]", "--output_dir", tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    accuracies = [said["accuracy_by_epoch"][str(epoch)]["top1"] for epoch in range(1, 5)]
+    assert said["best_epoch"] == 1 + accuracies.index(max(accuracies)) and said["refit"]
+    assert said["num_test_images"] == 80 and said["num_trained_images"] == 50
+    assert said["test_accuracy"]["top1"] == pytest.approx(right_percent(tmp_path / "run", "test[:80]"))
+    assert f"Best epoch {said['best_epoch']} of 4" in printed and "of 80 images" in printed
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "config.json",
+        "finetune.json",
+        "labelled_images.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    with pytest.raises(ValueError, match="is not empty"):
+        run("--config", RECIPE, *TINY, "--output_dir", tmp_path / "run")
+
+
+def test_both_heads_go_on_from_a_checkpoint_of_paws_with_its_labels(run, tmp_path):
+    labels = load_images("digits")["label"][:]
+    rows = sorted(row for digit in range(10) for row in [i for i, label in enumerate(labels) if label == digit][3:6])
+    torch.manual_seed(0)
+    PAWSForPreTraining(
+        PAWSConfig(timm_model="test_resnet", projection_hidden_dim=32, projection_dim=16)
+    ).save_pretrained(tmp_path / "paws")
+    evaluation_image_processor(8, crop_fraction=1.0).save_pretrained(tmp_path / "paws")
+    (tmp_path / "paws" / "labelled_images.json").write_text(
+        json.dumps({"rows": rows, "labels": [labels[row] for row in rows], "class_names": list("0123456789")})
+    )
+    settings = ["--model", tmp_path / "paws", "--num_train_epochs", 2, "--use_cpu", "--disable_tqdm", "true"]
+    for head in ("linear", "suncet"):
+        printed = run(*settings, "--head", head, "--output_dir", tmp_path / head)
+        said = json.loads((tmp_path / head / "finetune.json").read_text())
+        assert sorted(said["trained_rows"] + said["held_out_rows"]) == rows and said["test_accuracy"] is None
+        assert "Test" not in printed
+    assert SuNCEtForPreTraining.from_pretrained(tmp_path / "suncet").config.timm_model == "test_resnet"
+    # and from there, with the labels that were handed on
+    run("--model", tmp_path / "suncet", *settings[2:], "--output_dir", tmp_path / "both")
+    said = json.loads((tmp_path / "both" / "finetune.json").read_text())
+    assert sorted(said["trained_rows"] + said["held_out_rows"]) == rows
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_classifier_of_one(run, tmp_path):
+    settings = ["--config", RECIPE, *TINY, "--refit", "false", "--test_split", "test[:80]"]
+    run(*settings, "--output_dir", tmp_path / "one")
+    # accelerate starts several processes on one machine only with --multi_gpu, also where all of them use the CPU
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(SCRIPT), *map(str, settings), "--output_dir", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("Best epoch") == 1
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(two[name], value, atol=1e-5) for name, value in one.items())
+    first, second = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
+    assert first == second

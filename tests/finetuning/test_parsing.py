@@ -1,0 +1,162 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import ENCODER, PROCESSOR, VIEWS, digits, paws_config
+
+import hf_msn.finetuning.recipes as recipes
+from hf_msn import (
+    ClassifierFinetuningArguments,
+    PAWSForPreTraining,
+    SuNCEtFinetuningArguments,
+    SupportDataset,
+    parse_finetuning_recipe,
+)
+
+RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "recipes").glob("finetune_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def paws_folder(tmp_path_factory):
+    """A checkpoint of PAWS as its trainer leaves it."""
+    folder = tmp_path_factory.mktemp("paws")
+    torch.manual_seed(0)
+    PAWSForPreTraining(paws_config()).save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    dataset, rows = digits()
+    support = SupportDataset(dataset, rows, VIEWS)
+    (folder / "labelled_images.json").write_text(
+        recipes.json.dumps(
+            {"rows": support.rows.tolist(), "labels": support.labels.tolist(), "class_names": support.class_names}
+        )
+    )
+    return folder
+
+
+def parse(output_dir, *arguments):
+    return parse_finetuning_recipe(["--output_dir", str(output_dir), "--use_cpu", "true", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read(path, tmp_path):
+    recipe = parse(tmp_path, "--config", path, "--bf16", "false")
+    assert recipe.training.final_learning_rate < recipe.training.learning_rate
+    assert recipe.training.optim == "sgd" and recipe.training.weight_decay == 0 and recipe.training.refit
+
+
+def test_the_papers_settings(tmp_path):
+    assert len(RECIPES) == 4
+    for percent in (1, 10):
+        path = next(path for path in RECIPES if path.stem.endswith(f"_{percent}percent"))
+        training = parse(tmp_path, "--config", path, "--bf16", "false").training
+        assert isinstance(training, ClassifierFinetuningArguments)
+        assert (training.num_train_epochs, training.learning_rate, training.momentum) == (50, 0.02, 0.9)
+        assert training.zero_init_head and not training.freeze_encoder and training.final_learning_rate == 0
+    suncet = parse(tmp_path, "--config", next(path for path in RECIPES if "suncet" in path.stem))
+    training = suncet.training
+    assert isinstance(training, SuNCEtFinetuningArguments) and training.use_lars
+    assert (training.global_support_classes, training.global_support_images_per_class) == (10, 64)
+    assert (training.support_views_per_image, training.num_train_epochs) == (2, 30)
+    assert (training.learning_rate, training.final_learning_rate, training.warmup_steps) == (0.1, 0.01, 0)
+    assert (suncet.config_fields["temperature"], suncet.config_fields["label_smoothing"]) == (0.1, 0.0)
+
+
+def test_the_command_line_wins_and_values_have_their_types(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "head: linear\nlearning_rate: 1e-3\nglobal_scale: [0.5, 1]\nimage_size: 8\nmodel: null\npatch_size: 2\n"
+    )
+    recipe = parse(
+        tmp_path / "run", "--config", tmp_path / "r.yaml", "--learning_rate", "5e-2", "--global_scale", 0.2, 1.0,
+        "--timm_options", '{"drop_path_rate": 0.1}', "--timm_model", "test_resnet", "--refit",
+    )  # fmt: skip
+    assert recipe.training.learning_rate == 0.05 and recipe.views.global_scale == (0.2, 1.0) and recipe.training.refit
+    assert recipe.config_fields["timm_options"] == {"drop_path_rate": 0.1} and recipe.config_fields["patch_size"] == 2
+    assert recipe.start.model is None and recipe.config_fields["image_size"] == 8
+
+
+def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
+    views = parse(tmp_path).views
+    assert (views.color_jitter, views.grayscale, views.blur_probability, views.focal_views) == (0, 0, 0, 0)
+    assert views.global_scale == (0.08, 1.0) and views.horizontal_flip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "no field `learning_rat`, on the command line. Did you mean `learning_rate`"),
+        (["--support_views_per_image", "2"], "It belongs to `--head suncet`, but the head is linear"),
+        (["--head", "cosine"], "`head` must be one of linear, suncet, but is 'cosine'"),
+        (["--learning_rate", "fast"], "`learning_rate` must be a number, but is 'fast'"),
+        (["--refit", "perhaps"], "`refit` must be true or false, but is 'perhaps'"),
+        (["--validation_fraction", "1.0"], r"must be in \[0, 1\), but is 1.0"),
+        (["--resume_from_checkpoint", "x"], "no field `resume_from_checkpoint`"),
+        (["--config", "/no/such.yaml"], "There is no recipe '/no/such.yaml'"),
+        (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),
+    ],
+)
+def test_wrong_use_is_named(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, *arguments)
+
+
+def test_an_output_dir_that_is_not_empty_needs_a_word(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"is not empty.*--overwrite_output_dir"):
+        parse(tmp_path)
+    assert parse(tmp_path, "--overwrite_output_dir").output_dir == str(tmp_path)
+    with pytest.raises(ValueError, match="`output_dir` is missing"):
+        parse_finetuning_recipe([])
+
+
+def test_help_says_that_a_run_is_not_resumed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_finetuning_recipe(["--head", "suncet", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is not resumed" in said and "over all ranks together" in said and "--support_views_per_image" in said
+
+
+# Labels and images of a checkpoint
+
+
+def test_labelled_images_and_evaluation_come_with_the_checkpoint(paws_folder, tmp_path):
+    recipe = parse(tmp_path, "--model", paws_folder)
+    dataset, rows = recipe.load_labelled()
+    assert rows.tolist() == digits()[1].tolist() and len(dataset) == len(digits()[0])
+    assert recipe.image_processor.to_dict() == PROCESSOR.to_dict()
+    assert recipe.views.image_size == 8 and recipe.views.image_mean == (0.5, 0.5, 0.5)
+    assert recipe.config_fields == {"image_size": 8}
+
+    other = parse(tmp_path, "--model", paws_folder, "--image_size", 16, "--crop_fraction", 1.0)
+    assert other.views.image_mean == (0.5, 0.5, 0.5) and other.image_processor.crop_size["height"] == 16
+
+
+def test_another_way_of_naming_labels_wins_or_conflicts(paws_folder, tmp_path):
+    by_number = ["--model", paws_folder, "--labelled_images_per_class", 2]
+    assert len(parse(tmp_path, *by_number).load_labelled()[1]) == 20
+    with pytest.raises(ValueError, match="both `labelled_from_checkpoint` and labelled_images_per_class are given"):
+        parse(tmp_path, *by_number, "--labelled_from_checkpoint").load_labelled()
+    with pytest.raises(ValueError, match="exactly one way, but none"):
+        parse(tmp_path, "--model", paws_folder, "--labelled_from_checkpoint", "false").load_labelled()
+    with pytest.raises(ValueError, match=r"needs a `labelled_images\.json`"):
+        parse(tmp_path, "--labelled_from_checkpoint").load_labelled()
+
+
+def test_labels_of_a_checkpoint_are_held_to_the_data(paws_folder, tmp_path, monkeypatch):
+    recipe = parse(tmp_path, "--model", paws_folder)
+    dataset = digits()[0]
+    for other, fault in (
+        (dataset.select(range(100)), "has fewer rows"),
+        (dataset.select(np.roll(np.arange(len(dataset)), 1)), "has other labels in these rows"),
+    ):
+        monkeypatch.setattr(recipe.data, "load", lambda other=other: other)
+        with pytest.raises(ValueError, match=f"50 labelled rows of another data set: `dataset` {fault}"):
+            recipe.load_labelled()
+
+
+def test_a_start_from_scratch_takes_the_fields_of_the_encoder(tmp_path):
+    fields = [text for name, value in ENCODER.items() for text in (f"--{name}", value)]
+    settings = ["--num_train_epochs", 1, "--labelled_images_per_class", 2, "--disable_tqdm", "true"]
+    result = parse(tmp_path, *fields, *settings).finetune()
+    assert result.model.config.hidden_size == 32 and result.model.config.image_size == 8
+    assert len(result.trained_rows) == len(result.held_out_rows) == 10

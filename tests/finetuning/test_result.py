@@ -1,0 +1,138 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
+
+from hf_msn import SuNCEtForPreTraining, finetune_classifier, finetune_suncet, load_images
+from hf_msn.data import decode_image
+
+# What a user of plain transformers does: hf_msn must not be needed.
+PLAIN = """
+import json, sys
+import numpy as np, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+folder, image, output = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder).eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(**processor(Image.open(image).convert("RGB"), return_tensors="pt")).logits[0]
+best = pipeline("image-classification", model=folder)(image, top_k=1)[0]
+assert "hf_msn" not in sys.modules
+said = {"type": model.config.model_type, "logits": logits.tolist(), "best": best, "labels": model.config.label2id}
+json.dump(said, open(output, "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """Fine-tuned models: a ViT's classifier, a convnet's, and SuNCEt."""
+    dataset, rows = digits()
+    folder = tmp_path_factory.mktemp("runs")
+    convnet = suncet_config(timm_model="test_resnet")
+    return {
+        "vit_msn": finetune_classifier(
+            suncet_config(), dataset, rows, VIEWS, classifier_arguments(folder), image_processor=PROCESSOR
+        ),
+        "timm_wrapper": finetune_classifier(
+            convnet, dataset, rows, VIEWS, classifier_arguments(folder), image_processor=PROCESSOR
+        ),
+        "suncet": finetune_suncet(suncet_config(), dataset, rows, VIEWS, suncet_arguments(folder)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["vit_msn", "timm_wrapper"])
+def test_plain_transformers_computes_the_same_logits(kind, tuned, tmp_path):
+    result = tuned[kind]
+    result.save(tmp_path / "model")
+    image = decode_image(load_images("digits", split="test")[7]["image"])
+    image.save(tmp_path / "digit.png")
+    command = [sys.executable, "-c", PLAIN, tmp_path / "model", tmp_path / "digit.png", tmp_path / "out.json"]
+    subprocess.run(
+        list(map(str, command)), check=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
+    )
+    said = json.loads((tmp_path / "out.json").read_text())
+    with torch.no_grad():
+        pixels = PROCESSOR(Image.open(tmp_path / "digit.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+        logits = result.model(pixels).logits[0]
+    assert said["type"] == kind and said["labels"] == {str(digit): digit for digit in range(10)}
+    assert said["logits"] == pytest.approx(logits.tolist(), rel=1e-5, abs=1e-5) and logits.abs().max() > 0.01
+    assert said["best"]["label"] == str(int(logits.argmax()))
+    assert said["best"]["score"] == pytest.approx(float(logits.softmax(0).max()), abs=1e-5)
+
+
+def test_the_file_says_what_was_chosen_and_by_which_rows(tuned, tmp_path):
+    result = tuned["vit_msn"]
+    result.save(tmp_path)
+    said = json.loads((tmp_path / "finetune.json").read_text())
+    assert said["best_epoch"] == result.best_epoch and said["seed"] == 3 and said["head"] == "linear"
+    assert said["accuracy_by_epoch"] == {
+        str(epoch): dict(values) for epoch, values in result.accuracy_by_epoch.items()
+    }
+    assert said["validation_accuracy"] == max(values["top1"] for values in said["accuracy_by_epoch"].values())
+    assert (said["num_labelled_images"], said["num_trained_images"], said["num_held_out_images"]) == (50, 40, 10)
+    assert sorted(said["trained_rows"] + said["held_out_rows"]) == digits()[1].tolist()
+    assert said["test_accuracy"] is None and said["classes"] == list(range(10))
+    labelled = json.loads((tmp_path / "labelled_images.json").read_text())
+    labels = np.array(digits()[0]["label"][:])
+    assert labelled["rows"] == digits()[1].tolist() and labelled["labels"] == labels[labelled["rows"]].tolist()
+
+    result.test(load_images("digits", split="test[:50]"))
+    result.save(tmp_path)
+    said = json.loads((tmp_path / "finetune.json").read_text())
+    assert said["test_accuracy"] == result.test_accuracy and said["num_test_images"] == 50
+    assert "Test: top1" in result.describe() and f"Best epoch {result.best_epoch} of 4" in result.describe()
+
+
+def test_suncet_is_saved_as_a_checkpoint_of_suncet(tuned, tmp_path):
+    tuned["suncet"].save(tmp_path)
+    loaded = SuNCEtForPreTraining.from_pretrained(tmp_path).state_dict()
+    assert all(loaded[name].equal(value) for name, value in tuned["suncet"].model.state_dict().items())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["to_dict", "model"])
+def test_a_run_killed_while_saving_leaves_nothing_half_written(moment, tuned, tmp_path, monkeypatch):
+    result = tuned["vit_msn"]
+    tuned["suncet"].save(tmp_path)
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(
+        *((type(result), "to_dict") if moment == "to_dict" else (type(result.model), "save_pretrained")), die
+    )
+    with pytest.raises(Killed):
+        result.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+
+
+def test_the_result_file_is_never_beside_another_model(tuned, tmp_path, monkeypatch):
+    tuned["suncet"].save(tmp_path)
+    replace = os.replace
+
+    def die_at_the_processor(source, target):
+        if str(target).endswith("preprocessor_config.json"):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die_at_the_processor)
+    with pytest.raises(Killed):
+        tuned["vit_msn"].save(tmp_path)
+    assert not (tmp_path / "finetune.json").exists()
+    monkeypatch.undo()
+    tuned["vit_msn"].save(tmp_path)
+    assert json.loads((tmp_path / "finetune.json").read_text())["head"] == "linear"
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["classifier.weight"].equal(tuned["vit_msn"].model.classifier.weight)

@@ -1,0 +1,296 @@
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from launch import run_ranks
+from tiny_runs import (
+    PROCESSOR,
+    VIEWS,
+    classifier_arguments,
+    digits,
+    paws_config,
+    states_are_equal,
+    suncet_arguments,
+    suncet_config,
+    with_labels,
+)
+from transformers import TrainerCallback
+
+from hf_msn import PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
+from hf_msn.data import decode_image
+from hf_msn.finetuning.starts import linear_head, load_for_classification, load_for_suncet
+from hf_msn.trainers.pretraining_trainer import NonFiniteLossError
+
+LINEAR, SUNCET = (finetune_classifier, classifier_arguments), (finetune_suncet, suncet_arguments)
+
+
+def tune(method, output_dir, start=None, dataset=None, rows=None, callbacks=(), **fields):
+    function, arguments = method
+    if dataset is None:
+        dataset, rows = digits()
+    start = suncet_config() if start is None else start
+    args = arguments(output_dir, **fields)
+    return function(start, dataset, rows, VIEWS, args, image_processor=PROCESSOR, callbacks=callbacks)
+
+
+class Recorder(TrainerCallback):
+    """Keeps the model of each epoch."""
+
+    def __init__(self):
+        self.models = []
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.models.append(copy.deepcopy(model).eval())
+
+
+def images_and_labels(dataset, rows) -> tuple[torch.Tensor, np.ndarray]:
+    examples = [dataset[int(row)] for row in rows]
+    images = [decode_image(example["image"]) for example in examples]
+    return PROCESSOR(images, return_tensors="pt")["pixel_values"], np.array([e["label"] for e in examples])
+
+
+@torch.no_grad()
+def classifier_score(model, dataset, result) -> float:
+    pixels, labels = images_and_labels(dataset, result.held_out_rows)
+    right = [int(model(image[None]).logits.argmax()) == label for image, label in zip(pixels, labels)]
+    return 100 * sum(right) / len(right)
+
+
+@torch.no_grad()
+def suncet_score(model, dataset, result) -> float:
+    """The class with the largest sum of exp(cosine / 0.1) over the trained images, in float64 loops."""
+    supports, support_labels = images_and_labels(dataset, result.trained_rows)
+    pixels, labels = images_and_labels(dataset, result.held_out_rows)
+    z = F.normalize(model.project(supports).double(), dim=1)
+    right = 0
+    for image, label in zip(pixels, labels):
+        query = F.normalize(model.project(image[None]).double(), dim=1)[0]
+        mass = dict.fromkeys(range(10), 0.0)
+        for row, number in zip(z, support_labels.tolist()):
+            mass[number] += float(torch.exp(row @ query / 0.1))
+        right += max(mass, key=mass.get) == label
+    return 100 * right / len(labels)
+
+
+@pytest.mark.parametrize(("method", "score"), [(LINEAR, classifier_score), (SUNCET, suncet_score)])
+def test_the_best_epoch_is_the_first_argmax_on_the_held_out_labels_and_its_weights_are_kept(method, score, tmp_path):
+    recorder = Recorder()
+    result = tune(method, tmp_path, num_train_epochs=12, validation_fraction=0.4, callbacks=[recorder])
+    dataset, rows = digits()
+    assert len(result.held_out_rows) == 20 and len(result.trained_rows) == 30
+    assert sorted([*result.trained_rows, *result.held_out_rows]) == rows.tolist()
+
+    recounted = [score(model, dataset, result) for model in recorder.models]
+    measured = [next(iter(result.accuracy_by_epoch[epoch].values())) for epoch in range(1, 13)]
+    assert measured == pytest.approx(recounted) and len(set(recounted)) > 2
+    assert result.best_epoch == 1 + int(np.argmax(recounted)) < 12
+    assert result.validation_accuracy == pytest.approx(max(recounted))
+    assert states_are_equal(result.model, recorder.models[result.best_epoch - 1])
+    assert not states_are_equal(result.model, recorder.models[-1]) and not result.model.training
+
+
+def test_accuracy_is_measured_every_few_epochs_and_after_the_last(tmp_path):
+    result = tune(LINEAR, tmp_path, num_train_epochs=5, eval_every_epochs=2)
+    assert list(result.accuracy_by_epoch) == [2, 4, 5]
+
+
+@pytest.mark.parametrize("method", [LINEAR, SUNCET])
+def test_no_label_outside_is_read_and_test_labels_change_no_choice(method, tmp_path):
+    dataset, rows = digits()
+    labels = np.full(len(dataset), -1)  # -1 is no class: whoever reads it stops
+    labels[rows] = np.array(dataset["label"][:])[rows]
+    result = tune(method, tmp_path)
+    blind = tune(method, tmp_path, dataset=with_labels(dataset, labels), rows=rows)
+    assert states_are_equal(result.model, blind.model) and result.accuracy_by_epoch == blind.accuracy_by_epoch
+
+    test = load_images("digits", split="test[:60]")
+    poisoned = with_labels(test, (np.array(test["label"][:]) + 1) % 10)
+    before = copy.deepcopy(result.model)
+    honest, turned = result.test(test), blind.test(poisoned)
+    assert honest.keys() == turned.keys() and honest != turned
+    assert result.best_epoch == blind.best_epoch and states_are_equal(before, result.model)
+
+
+@pytest.mark.parametrize("method", [LINEAR, SUNCET])
+def test_a_seed_repeats_bit_by_bit_and_another_gives_another_model(method, tmp_path):
+    first = tune(method, tmp_path, num_train_epochs=2)
+    torch.rand(7)  # the state of the global generator is nothing to it
+    assert states_are_equal(first.model, tune(method, tmp_path, num_train_epochs=2).model)
+    other = tune(method, tmp_path, num_train_epochs=2, seed=4)
+    assert not states_are_equal(first.model, other.model)
+    assert first.held_out_rows.tolist() != other.held_out_rows.tolist()
+
+
+@pytest.mark.parametrize("config", [suncet_config(), suncet_config(timm_model="test_resnet")], ids=["vit", "convnet"])
+@pytest.mark.parametrize("method", [LINEAR, SUNCET])
+def test_a_frozen_encoder_stays_bitwise_and_the_head_learns(method, config, tmp_path):
+    result = tune(method, tmp_path, start=config, freeze_encoder=True)
+    if method is LINEAR:
+        before = load_for_classification(config, np.arange(10), None, 3, image_size=8)
+        head = {id(parameter) for parameter in linear_head(result.model).parameters()}
+    else:
+        before = load_for_suncet(config, 3, image_size=8)
+        head = {id(value) for value in result.model.projection_head.state_dict(keep_vars=True).values()}
+    old = before.state_dict()
+    new = result.model.state_dict(keep_vars=True)
+    moved = {name for name in new if not new[name].equal(old[name])}
+    in_head = {name for name in new if id(new[name]) in head}
+    assert moved and moved <= in_head and {name for name in in_head if name.endswith("weight")} <= moved
+
+
+def test_without_freezing_every_weight_learns(tmp_path):
+    result = tune(LINEAR, tmp_path)
+    before = load_for_classification(suncet_config(), np.arange(10), None, 3, image_size=8).state_dict()
+    # a key's bias adds the same to all logits of a softmax: it has no gradient
+    still = [n for n, value in result.model.state_dict().items() if value.equal(before[n])]
+    assert all("key.bias" in name or "k_proj.bias" in name for name in still), still
+
+
+def test_refit_is_a_run_of_the_best_length_on_all_labels(tmp_path):
+    settings = {"num_train_epochs": 12, "validation_fraction": 0.4}
+    chosen, refit = tune(LINEAR, tmp_path, **settings), tune(LINEAR, tmp_path, **settings, refit=True)
+    assert (refit.best_epoch, refit.accuracy_by_epoch) == (chosen.best_epoch, chosen.accuracy_by_epoch)
+    assert refit.trained_rows.tolist() == digits()[1].tolist()
+    alone = tune(LINEAR, tmp_path, num_train_epochs=chosen.best_epoch, validation_fraction=0)
+    assert states_are_equal(refit.model, alone.model)
+    assert alone.best_epoch == chosen.best_epoch and alone.validation_accuracy is None
+
+
+def test_classes_need_not_be_counted_from_0(tmp_path):
+    dataset, rows = digits()
+    rows = rows[np.isin(np.array(dataset["label"][:])[rows], (3, 8))]
+    recorder = Recorder()
+    result = tune(LINEAR, tmp_path, dataset=dataset, rows=rows, num_train_epochs=20, callbacks=[recorder])
+    assert result.model.config.id2label == {0: "3", 1: "8"} and result.classes.tolist() == [3, 8]
+    test = load_images("digits", split="test")
+    of_two = test.select(np.flatnonzero(np.isin(np.array(test["label"][:]), (3, 8))))
+    pixels, labels = images_and_labels(of_two, range(len(of_two)))
+    with torch.no_grad():
+        predicted = np.array([3, 8])[result.model(pixels).logits.argmax(dim=1).numpy()]
+    assert result.test(of_two)["top1"] == pytest.approx(100 * np.mean(predicted == labels))
+    assert result.test_accuracy["top1"] > 75
+
+
+def test_a_test_set_with_other_classes_is_refused(tmp_path):
+    dataset, rows = digits()
+    rows = rows[np.array(dataset["label"][:])[rows] < 9]
+    result = tune(LINEAR, tmp_path, dataset=dataset, rows=rows, num_train_epochs=1)
+    test = load_images("digits", split="test")
+    with pytest.raises(
+        ValueError, match="Every class of the test data must be among the labelled images, but 1 are not: 9"
+    ):
+        result.test(test)
+    with pytest.raises(ValueError, match="same class names"):
+        result.test(
+            test.rename_column("label", "old")
+            .add_column("label", [0] * len(test))
+            .cast_column("label", test.features["label"].__class__(names=["x", "y"]))
+        )
+
+
+def test_paws_is_fine_tuned_from_the_model_itself_which_stays(tmp_path):
+    torch.manual_seed(0)
+    source = PAWSForPreTraining(paws_config(prediction_head=True))
+    before = copy.deepcopy(source)
+    for method in (LINEAR, SUNCET):
+        tune(method, tmp_path, start=source, num_train_epochs=1)
+    assert states_are_equal(source, before)
+
+
+def wrong_labels(dataset, row, value):
+    labels = np.array(dataset["label"][:])
+    labels[row] = value
+    return with_labels(dataset, labels)
+
+
+@pytest.mark.parametrize("method", [LINEAR, SUNCET])
+def test_bad_labels_are_refused(method, tmp_path):
+    dataset, rows = digits()
+    refused = partial(tune, method, tmp_path)
+    with pytest.raises(ValueError, match="at least one row must be labelled"):
+        refused(dataset=dataset, rows=np.array([], dtype=int))
+    with pytest.raises(ValueError, match=f"Row {rows[4]} has label -1"):
+        refused(dataset=wrong_labels(dataset, rows[4], -1), rows=rows)
+    without = dataset.remove_columns("label").add_column(
+        "label", [None if i == rows[4] else 0 for i in range(len(dataset))]
+    )
+    with pytest.raises(ValueError, match=f"Row {rows[4]} has label None"):
+        refused(dataset=without, rows=rows)
+    of_one = rows[np.array(dataset["label"][:])[rows] == 7]
+    with pytest.raises(ValueError, match="needs at least 2, but all 5 labelled images are of class 7"):
+        refused(dataset=dataset, rows=of_one)
+    with pytest.raises(ValueError, match="10 of 10 classes have a single labelled image"):
+        tune(method, tmp_path, dataset=dataset, rows=digits(1)[1])
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5])
+def test_a_validation_fraction_out_of_range_is_refused(value, tmp_path):
+    with pytest.raises(ValueError, match=rf"must be in \[0, 1\), but is {value}"):
+        classifier_arguments(tmp_path, validation_fraction=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_train_epochs": 2.5}, "whole number >= 1, as the best epoch is one of them, but is 2.5"),
+        ({"max_steps": 5}, "Give `num_train_epochs`"),
+        ({"eval_every_epochs": 0}, "`eval_every_epochs` must be >= 1"),
+        ({"refit": True, "validation_fraction": 0}, "`refit` trains on all"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be > 0"),
+        ({"momentum": 1.0}, r"`momentum` must be in \[0, 1\)"),
+        ({"save_strategy": "epoch"}, "`save_strategy` must be 'no'"),
+        ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, "Take a multiple of 2"),
+    ],
+)
+def test_wrong_settings_are_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        classifier_arguments(tmp_path, **fields)
+
+
+def test_suncet_refuses_an_update_without_pairs(tmp_path):
+    with pytest.raises(ValueError, match="1 image of each in 1 view"):
+        suncet_arguments(tmp_path, global_support_images_per_class=1, support_views_per_image=1)
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path):
+    with pytest.raises(NonFiniteLossError, match="Lower `learning_rate`, which is 1e"):
+        tune(LINEAR, tmp_path, learning_rate=1e30)
+
+
+def test_learning_rate_momentum_and_decay_are_those_asked_for(tmp_path):
+    seen = []
+
+    class Rates(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]))
+
+    settings = {"num_train_epochs": 2, "global_batch_size": 10, "final_learning_rate": 0.01, "weight_decay": 0.3}
+    tune(LINEAR, tmp_path, callbacks=[Rates()], **settings)
+    expected = [0.01 + (0.05 - 0.01) * 0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(8)]
+    assert [rate for rate, _ in seen] == pytest.approx(expected)
+    assert {name: seen[0][1][name] for name in ("momentum", "nesterov", "weight_decay")} == {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.3,
+    }
+
+
+def _tune_on_rank(rank, output_dir):
+    runs = []
+    for method, timm_model in ((LINEAR, None), (LINEAR, "test_resnet"), (SUNCET, None)):
+        result = tune(method, output_dir, start=suncet_config(timm_model=timm_model), num_train_epochs=2)
+        runs.append((dict(result.model.state_dict()), result.accuracy_by_epoch))
+    return runs
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_the_model_of_one(tmp_path):
+    alone = _tune_on_rank(0, tmp_path)
+    for of_rank in run_ranks(_tune_on_rank, 2, str(tmp_path), timeout=120):
+        for (weights, measured), (expected, accuracies) in zip(of_rank, alone, strict=True):
+            assert measured == accuracies
+            for name, value in expected.items():
+                assert torch.allclose(weights[name].double(), value.double(), rtol=1e-4, atol=1e-5), name
