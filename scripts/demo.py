@@ -1,8 +1,9 @@
-"""MSN end to end on scikit-learn's digits: pretrain without labels, evaluate with few labels, export, draw.
+"""MSN and PAWS end to end on scikit-learn's digits: pretrain, evaluate with few labels, export, draw.
 
 python scripts/demo.py [--output_dir runs/demo] [--config scripts/recipes/digits.yaml] [--FIELD VALUE ...]
 
-Any field of the recipe can be given another value: --max_steps 500.
+Any field of MSN's recipe can be given another value: --max_steps 500. For PAWS there are --paws_config,
+--paws_max_steps and --supervised_epochs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import demo_figures as figures
+import demo_labels
 import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
@@ -25,7 +27,6 @@ from transformers import AutoImageProcessor, AutoModel, PrinterCallback, Trainer
 from hf_msn import (
     LogisticProbe,
     LowShotEvaluator,
-    MSNTrainer,
     export_backbone,
     extract_features,
     parse_recipe,
@@ -33,6 +34,8 @@ from hf_msn import (
 )
 
 IMAGES_PER_CLASS = (1, 2, 5, 10)
+# of PAWS and of the supervised encoder, which are trained anew for each split
+TRAINED_IMAGES_PER_CLASS = 5
 NUM_SPLITS = 5
 # the paper's for few labels, for all features alike; raw pixels' own best is 0.1 better at 5 and 10 labels, 1.1 at 1
 L2 = 0.0025
@@ -44,6 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="Folder to make anew.")
     parser.add_argument("--config", default=str(Path(__file__).parent / "recipes" / "digits.yaml"), help="The recipe.")
+    parser.add_argument(
+        "--paws_config", default=str(Path(__file__).parent / "recipes" / "paws_digits.yaml"), help="PAWS's recipe."
+    )
+    parser.add_argument("--paws_max_steps", default=None, help="Steps of PAWS, if not those of its recipe.")
+    parser.add_argument("--supervised_epochs", type=int, default=None, help="Epochs of the supervised encoder.")
     args, overrides = parser.parse_known_args(arguments)
     started = time.monotonic()
     logging.set_verbosity_error()
@@ -63,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             "pixels": {split: pixel_features(images[split]) for split in images},
             "untrained": {split: extract_features(untrained, images[split], processor) for split in images},
         }
-        scores = evaluate(images, features)
+        scores = evaluate(images, features) | train_with_labels(args, folder)
         (folder / "low_shot.json").write_text(json.dumps(scores, indent=2) + "\n")
         draw(trainer, features, scores, folder)
     print_scores(scores, len(images["test"]))
@@ -74,13 +82,7 @@ def pretrain(recipe):
     """Trains on the images without their labels; returns the trainer, and the model as it was before."""
     recipe.training.disable_tqdm = True
     set_seed(recipe.training.seed)
-    trainer = MSNTrainer(
-        recipe.build_model(),
-        recipe.training,
-        train_dataset=recipe.build_train_dataset(),
-        processing_class=recipe.build_image_processor(),
-        callbacks=[ProgressLines()],
-    )
+    trainer = recipe.build_trainer(callbacks=[ProgressLines()])
     trainer.remove_callback(PrinterCallback)
     untrained = copy.deepcopy(trainer.model)
     trainer.train()
@@ -121,6 +123,32 @@ def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
     return scores
 
 
+def train_with_labels(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy in per cent of PAWS and of the supervised encoder, on the labelled images of `evaluate`'s splits."""
+    print(
+        f"Training with {TRAINED_IMAGES_PER_CLASS} labels a class, on each of the {NUM_SPLITS} splits: PAWS, and the "
+        "same encoder supervised"
+    )
+    overrides = [] if args.paws_max_steps is None else ["--max_steps", args.paws_max_steps]
+    found = []
+    results = demo_labels.train_on_splits(
+        args.paws_config, overrides, NUM_SPLITS, TRAINED_IMAGES_PER_CLASS, folder, args.supervised_epochs
+    )
+    for split, result in enumerate(results):
+        found.append(result)
+        print(f"  split {split}   PAWS {result['paws']:.1f}   supervised {result['supervised']:.1f}", flush=True)
+    print()
+    return {
+        name: {
+            str(TRAINED_IMAGES_PER_CLASS): {
+                "mean": float(np.mean([result[name] for result in found])),
+                "std": float(np.std([result[name] for result in found], ddof=1)),
+            }
+        }
+        for name in ("paws", "supervised")
+    }
+
+
 def draw(trainer, features, scores, folder: Path) -> None:
     train, test = features["msn"]["train"], features["msn"]["test"]
     figures.draw_low_shot(scores, NUM_SPLITS, len(test), folder / "low_shot.png")
@@ -146,13 +174,14 @@ def gray_images(pixels: np.ndarray) -> np.ndarray:
 
 def print_scores(scores, num_test: int) -> None:
     print(
-        f"Accuracy [%] on the {num_test} test images by logistic regression, mean ± standard deviation of "
-        f"{NUM_SPLITS} splits"
+        f"Accuracy [%] on the {num_test} test images, mean ± standard deviation of {NUM_SPLITS} splits: features by "
+        "logistic regression,\nPAWS and the supervised encoder, trained with the same labels, by themselves"
     )
     print(f"{'labelled images a class':<24}" + "".join(f"{count:>14}" for count in IMAGES_PER_CLASS))
     for name, by_count in scores.items():
-        cells = (f"{entry['mean']:.1f} ± {entry['std']:.1f}" for entry in by_count.values())
-        print(f"{figures.NAMES[name]:<24}" + "".join(f"{cell:>14}" for cell in cells))
+        entries = (by_count.get(str(count)) for count in IMAGES_PER_CLASS)
+        cells = ("" if entry is None else f"{entry['mean']:.1f} ± {entry['std']:.1f}" for entry in entries)
+        print((f"{figures.NAMES[name]:<24}" + "".join(f"{cell:>14}" for cell in cells)).rstrip())
 
 
 class ProgressLines(TrainerCallback):

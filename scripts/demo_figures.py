@@ -14,8 +14,20 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.manifold import TSNE
 
-NAMES = {"msn": "MSN", "pixels": "raw pixels", "untrained": "untrained encoder"}
-COLORS = {"msn": "#0b6e99", "pixels": "#6b6b6b", "untrained": "#d9822b"}
+NAMES = {
+    "msn": "MSN",
+    "pixels": "raw pixels",
+    "untrained": "untrained encoder",
+    "paws": "PAWS",
+    "supervised": "supervised encoder",
+}
+COLORS = {
+    "msn": "#0b6e99",
+    "pixels": "#6b6b6b",
+    "untrained": "#d9822b",
+    "paws": "#7b3294",
+    "supervised": "#b5446e",
+}
 _RIGHT, _WRONG = "#2e8b57", "#cc3333"
 _STYLE = {
     "font.size": 11,
@@ -31,7 +43,8 @@ _STYLE = {
 
 
 def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: int, num_test: int, path: Path) -> None:
-    """Accuracy over the number of labelled images a class, a curve with error bars for each kind of features.
+    """Accuracy over the number of labelled images a class: a curve with error bars for each kind of features, a point
+    for what was trained with labels, at one number of them.
 
     Args:
         scores (`dict`): `scores["msn"]["5"]["mean"]` and `["std"]`, in per cent.
@@ -41,10 +54,11 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
     """
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+        curves = {name: by_count for name, by_count in scores.items() if len(by_count) > 1}
         # labels at the curves' ends, pushed apart where two curves end close together
-        ends = {name: by_count[max(by_count, key=int)]["mean"] for name, by_count in scores.items()}
+        ends = {name: by_count[max(by_count, key=int)]["mean"] for name, by_count in curves.items()}
         heights = _spread(ends, gap=5.0)
-        for name, by_count in scores.items():
+        for name, by_count in curves.items():
             counts = np.array([int(count) for count in by_count])
             means, stds = (np.array([entry[key] for entry in by_count.values()]) for key in ("mean", "std"))
             style = {"color": COLORS[name], "marker": "o", "linewidth": 2.4 if name == "msn" else 1.8, "capsize": 4}
@@ -53,16 +67,7 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
             axes.errorbar(places, means, yerr=stds, **style)
             above = name == "msn"
             for place, mean, std in zip(places, means, stds):
-                axes.annotate(
-                    f"{mean:.1f}",
-                    (place, mean + std if above else mean - std),
-                    xytext=(0, 4 if above else -5),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom" if above else "top",
-                    color=COLORS[name],
-                    fontsize=9.5,
-                )
+                _annotate_value(axes, name, place, mean + std if above else mean - std, mean, above)
             axes.annotate(
                 NAMES[name],
                 (counts[-1], heights[name]),
@@ -72,6 +77,22 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
                 color=COLORS[name],
                 fontweight="bold" if name == "msn" else "normal",
                 annotation_clip=False,
+            )
+        for name, by_count in scores.items():
+            if name in curves:
+                continue
+            ((count, entry),) = by_count.items()
+            place = int(count) * 1.12  # beside the points of the curves
+            axes.errorbar([place], [entry["mean"]], yerr=[entry["std"]], color=COLORS[name], marker="D", capsize=4)
+            text = f"{NAMES[name]} {entry['mean']:.1f}"
+            axes.annotate(
+                text,
+                (place, entry["mean"]),
+                xytext=(8, 5 if name == "paws" else 0),
+                textcoords="offset points",
+                color=COLORS[name],
+                fontsize=9.5,
+                fontweight="bold" if name == "paws" else "normal",
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
@@ -83,7 +104,7 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
         axes.set_xlabel("labelled images a class")
         axes.set_ylabel(f"accuracy on {num_test} test digits")
         axes.set_title(
-            f"Logistic regression with few labels, mean ± standard deviation of {num_splits} splits", loc="left"
+            f"Few labels, mean ± standard deviation of {num_splits} splits. Curves: logistic regression", loc="left"
         )
         _save(figure, path)
 
@@ -194,6 +215,19 @@ def draw_embedding(features: dict[str, np.ndarray], labels: np.ndarray, path: Pa
             f"t-SNE of the features of {len(labels)} test digits; t-SNE does not see the classes", fontsize=12
         )
         _save(figure, path)
+
+
+def _annotate_value(axes: Axes, name: str, place: float, height: float, mean: float, above: bool) -> None:
+    axes.annotate(
+        f"{mean:.1f}",
+        (place, height),
+        xytext=(0, 4 if above else -5),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if above else "top",
+        color=COLORS[name],
+        fontsize=9.5,
+    )
 
 
 def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:

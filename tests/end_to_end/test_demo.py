@@ -12,15 +12,17 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
-from hf_msn import MSNForPreTraining
+from hf_msn import MSNForPreTraining, load_images
+from hf_msn.data import low_shot_indices
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PICTURES = ("low_shot.png", "training.png", "neighbours.png", "embedding.png")
 TINY = {"max_steps": 6, "logging_steps": 2, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
+WITH_LABELS = {"paws_max_steps": 4, "supervised_epochs": 2}
 
 
 def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    overrides = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    overrides = [text for name, value in {**TINY, **WITH_LABELS}.items() for text in (f"--{name}", str(value))]
     return subprocess.run(
         [sys.executable, str(SCRIPTS / "demo.py"), "--output_dir", str(folder), *overrides, *arguments],
         capture_output=True,
@@ -47,12 +49,20 @@ def demo(monkeypatch):
 
 def test_low_shot_json_holds_mean_and_deviation_in_per_cent_for_all_three(finished):
     scores = json.loads((finished[0] / "low_shot.json").read_text())
-    assert set(scores) == {"pixels", "untrained", "msn"}
-    for by_count in scores.values():
-        assert list(by_count) == ["1", "2", "5", "10"]
+    assert set(scores) == {"pixels", "untrained", "msn", "paws", "supervised"}
+    for name, by_count in scores.items():
+        assert list(by_count) == (["5"] if name in ("paws", "supervised") else ["1", "2", "5", "10"])
         for entry in by_count.values():
             assert set(entry) == {"mean", "std"}
             assert 8 < entry["mean"] < 100 and 0 < entry["std"] < 15
+
+
+def test_paws_and_the_supervised_encoder_are_trained_with_the_labels_of_the_other_features(finished):
+    labels = load_images("digits")["label"]
+    for split in range(5):
+        saved = json.loads((finished[0] / f"paws-{split}" / "labelled_images.json").read_text())
+        assert saved["rows"] == low_shot_indices(labels, images_per_class=5, seed=split).tolist()
+        assert len(saved["rows"]) == 50
 
 
 def test_raw_pixels_score_what_they_score_without_this_package(finished):
