@@ -165,7 +165,7 @@ def _tune(
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train()
-        return trainer.accelerator.unwrap_model(trainer.model), best
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best
 
     def on_held_out(model: PreTrainedModel) -> dict[str, float]:
         return measure(model, labels.train_rows, labels.dataset, labels.held_out)
