@@ -19,6 +19,7 @@ from ..recipe_arguments import DataArguments, LabelArguments
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .result import FinetuningResult
+from .starts import check_start
 from .tuning import finetune_classifier, finetune_suncet
 
 # a random crop and a flip, where pretraining has strong colour changes too
@@ -161,6 +162,8 @@ def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
     start = StartArguments(**of(StartArguments))
     training = arguments(**of(arguments))
     _check_output_dir(training)
+    if start.model is not None:
+        check_start(start.model)
     saved = None if start.model is None else _saved_image_processor(start.model)
     views = MultiViewTransform(**{**VIEWS, **_input_of(start.model, saved), **of(MultiViewTransform)})
     config_fields = of(SuNCEtConfig)
@@ -254,19 +257,10 @@ def _saved_image_processor(model: str) -> BaseImageProcessor | None:
 def _input_of(model: str | None, saved: BaseImageProcessor | None) -> dict[str, Any]:
     """Size and normalisation of the images that a model was trained with, as far as they are known."""
     if model is not None and model.startswith("timm:"):
-        name = model.removeprefix("timm:")
-        data = (
-            timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-            if timm.is_model(name)
-            else {}
-        )
-        known = {
-            "image_mean": data.get("mean"),
-            "image_std": data.get("std"),
-            "interpolation": data.get("interpolation"),
-        }
-        known["image_size"] = data["input_size"][-1] if data else None
-        return {name: value for name, value in known.items() if value is not None}
+        released = timm.get_pretrained_cfg(model.removeprefix("timm:")).to_dict()
+        data = timm.data.resolve_data_config(pretrained_cfg=released)
+        known = {"image_size": data["input_size"][-1], "image_mean": data["mean"], "image_std": data["std"]}
+        return {**known, "interpolation": data["interpolation"]}
     return {} if saved is None else _settings(saved)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 from transformers import (
@@ -20,6 +21,7 @@ from ..models.modeling_semi_supervised import SemiSupervisedModel
 from ..models.trunks import copy_trunk, fields_for, load_trunk
 
 Start = str | Path | PreTrainedConfig | PreTrainedModel
+_KINDS = ("msn", "paws", "suncet", "vit_msn")
 _OF_THE_LOSS = {"temperature": 0.1, "label_smoothing": 0.0}  # of pretraining, not of the weights
 
 
@@ -89,6 +91,26 @@ def load_for_classification(
         if head.bias is not None:
             nn.init.zeros_(head.bias)
     return model
+
+
+def check_start(name: str) -> None:
+    """Raises a `ValueError` if there is no such model, or it is of another kind. Reads no weights."""
+    if name.startswith("timm:"):
+        if not timm.is_model(name.removeprefix("timm:")):
+            raise ValueError(f"'{name}' must name an architecture of timm. `timm.list_models()` lists them.")
+        return
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model to fine-tune must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but "
+            f"'{name}' cannot be loaded: {error}"
+        ) from error
+    if kind not in _KINDS:
+        raise ValueError(
+            f"'{name}' is a checkpoint of type '{kind}', but the model to fine-tune must be of type "
+            f"{', '.join(repr(known) for known in _KINDS)}, or 'timm:ARCHITECTURE'."
+        )
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear:

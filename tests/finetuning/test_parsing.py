@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import ENCODER, PROCESSOR, VIEWS, digits, paws_config
+from transformers import ResNetConfig
 
 import hf_msn.finetuning.recipes as recipes
 from hf_msn import (
@@ -91,6 +92,8 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
         (["--refit", "perhaps"], "`refit` must be true or false, but is 'perhaps'"),
         (["--validation_fraction", "1.0"], r"must be in \[0, 1\), but is 1.0"),
         (["--resume_from_checkpoint", "x"], "no field `resume_from_checkpoint`"),
+        (["--model", "/no/such"], "'/no/such' cannot be loaded"),
+        (["--model", "timm:nonsense"], "'timm:nonsense' must name an architecture of timm"),
         (["--config", "/no/such.yaml"], "There is no recipe '/no/such.yaml'"),
         (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),
     ],
@@ -114,6 +117,20 @@ def test_help_says_that_a_run_is_not_resumed(capsys):
         parse_finetuning_recipe(["--head", "suncet", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "is not resumed" in said and "over all ranks together" in said and "--support_views_per_image" in said
+
+
+def test_a_checkpoint_of_another_kind_is_named_before_any_data_is_read(tmp_path):
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match="of type 'resnet', but the model to fine-tune must be of type 'msn', 'paws'"):
+        parse(tmp_path / "run", "--model", tmp_path / "resnet", "--dataset", "/no/such")
+
+
+def test_a_released_network_of_timm_gets_the_images_that_it_was_trained_on(tmp_path):
+    views = parse(tmp_path, "--model", "timm:vit_base_patch16_224.augreg_in21k").views
+    assert (views.image_size, views.image_mean, views.image_std) == (224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert views.interpolation == "bicubic"
+    smaller = parse(tmp_path, "--model", "timm:test_resnet", "--image_size", 32)
+    assert smaller.views.image_size == 32 and smaller.image_processor.crop_size["height"] == 32
 
 
 # Labels and images of a checkpoint

@@ -278,6 +278,18 @@ def test_learning_rate_momentum_and_decay_are_those_asked_for(tmp_path):
     }
 
 
+@pytest.mark.parametrize("method", [LINEAR, SUNCET])
+def test_mixed_precision_gives_a_model_like_any_other(method, tmp_path):
+    result = tune(method, tmp_path, bf16=True)
+    assert result.model.dtype == torch.float32 and 0 <= result.validation_accuracy <= 100
+    if method is LINEAR:
+        pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        twin = copy.deepcopy(result.model)
+        twin.forward = type(twin).forward.__get__(twin)  # without anything that accelerate may have left around it
+        with torch.no_grad():
+            assert result.model(pixels).logits.equal(twin(pixels).logits)
+
+
 def _tune_on_rank(rank, output_dir):
     runs = []
     for method, timm_model in ((LINEAR, None), (LINEAR, "test_resnet"), (SUNCET, None)):
