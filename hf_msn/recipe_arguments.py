@@ -35,13 +35,13 @@ class DataArguments:
         default="skip", metadata={"help": "skip: name it, count it, take the next. raise: stop there."}
     )
 
-    def load(self, split: str | None = None):
-        """The images of a split, by default the training split."""
+    def load(self, split: str | None = None, dataset: str | None = None):
+        """The images of a split, by default the training split; of another data set with the same columns if given."""
         return load_images(
-            self.dataset,
+            dataset or self.dataset,
             split=split or self.train_split,
-            config=self.dataset_config,
-            revision=self.dataset_revision,
+            config=self.dataset_config if dataset is None else None,
+            revision=self.dataset_revision if dataset is None else None,
             streaming=self.streaming and split is None,
             image_column=self.image_column,
             label_column=self.label_column,
@@ -169,6 +169,9 @@ class LowShotArguments:
         default=None, metadata={"help": "Split that the labelled images are drawn from; by default that of training."}
     )
     low_shot_test_split: str = field(default="validation", metadata={"help": "Split that accuracy is measured on."})
+    low_shot_test_dataset: str | None = field(
+        default=None, metadata={"help": "Data set of that split; by default the one to train on."}
+    )
     low_shot_images_per_class: tuple[int, ...] = field(
         default=(1, 2, 5),
         metadata={

@@ -123,7 +123,7 @@ def _build_parser(method: Method, show_all: bool = False) -> argparse.ArgumentPa
                 f"--{name}",
                 metavar=_metavar(f.type),
                 help=argparse.SUPPRESS if hidden else text,
-                **({"nargs": "?", "const": "true"} if _members(f.type) == [bool] else {"nargs": "+"}),
+                **({"nargs": "?", "const": "true"} if set(_members(f.type)) <= {bool, type(None)} else {"nargs": "+"}),
             )
     return parser
 

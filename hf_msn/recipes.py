@@ -161,7 +161,7 @@ class Recipe:
             tasks = {"images_per_class": (), "rows": {"labelled": rows}}
         evaluator = LowShotEvaluator(
             labelled,
-            self.data.load(settings.low_shot_test_split),
+            self.data.load(settings.low_shot_test_split, settings.low_shot_test_dataset),
             image_processor=self.build_image_processor(),
             **tasks,
             probe=settings.make_probe(),

@@ -195,6 +195,13 @@ def test_each_method_has_the_views_of_its_paper_unless_told_otherwise(out):
     assert parse_recipe(["--output_dir", out]).views.focal_views == 10
 
 
+def test_a_switch_that_may_be_left_open_needs_no_value(out):
+    assert parse_recipe(["--output_dir", out]).training.activation_checkpointing is not True
+    assert parse_recipe(["--output_dir", out, "--activation_checkpointing"]).training.activation_checkpointing is True
+    off = parse_recipe(["--output_dir", out, "--activation_checkpointing", "false"])
+    assert off.training.activation_checkpointing is False
+
+
 def test_options_of_timm_are_json_or_a_mapping(tmp_path, out):
     options = {"layers": [1, 1, 1, 1], "drop_path_rate": 0.1}
     text = '{"layers": [1, 1, 1, 1], "drop_path_rate": 0.1}'

@@ -141,9 +141,11 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         if getattr(transform, "focal_views", 0):
             sizes["focal_size"] = transform.focal_size
         for name, size in sizes.items():
-            if config.timm_model is not None or size is None:
+            if size is None:
                 continue
-            if size < config.patch_size or size % config.patch_size:
+            if config.timm_model is not None:
+                self._check_size_by_trying(name, size)
+            elif size < config.patch_size or size % config.patch_size:
                 raise ValueError(
                     f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, "
                     f"which is {config.patch_size}, at least one patch."
@@ -153,6 +155,21 @@ class SemiSupervisedTrainer(PretrainingTrainer):
                 f"`anchor_views` of the views is {transform.anchor_views}, but {type(self).__name__} compares two "
                 "global views of each image, the target and one anchor. Set it to 1."
             )
+
+    @torch.no_grad()
+    def _check_size_by_trying(self, name: str, size: int) -> None:
+        encoder, weight = self.model.encoder, next(self.model.encoder.parameters())
+        was_training = encoder.training
+        try:
+            encoder.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+        except (AssertionError, RuntimeError, ValueError) as error:  # each network of timm says it in its own way
+            raise ValueError(
+                f"`{name}` of the views is {size} pixels, which '{self.model.config.timm_model}' of timm cannot take: "
+                f"{error} Choose another size; a ViT of timm takes any with `timm_options` "
+                '{"dynamic_img_size": true}.'
+            ) from error
+        finally:
+            encoder.train(was_training)
 
     # The labelled rows, with each checkpoint
 

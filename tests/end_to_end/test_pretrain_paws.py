@@ -175,11 +175,13 @@ def test_labels_of_other_rows_do_not_change_a_bit(folder, tmp_path, kind, method
 def test_a_data_set_without_labels_learns_from_a_second_one(folder, tmp_path):
     few = write_dataset(tmp_path / "few", folder, "saved", CHANGES["true"])
     arguments = ["--method", "paws", *VIEWS, *VIT, "--labelled_dataset", few, "--labelled_split", "test"]
-    arguments += ["--max_steps", 3, "--global_support_images_per_class", 2]
+    arguments += ["--max_steps", 3, "--global_support_images_per_class", 2, "--low_shot_every_epochs", 1]
+    arguments += ["--low_shot_test_dataset", few, "--low_shot_test_split", "test"]
     for name, change in (("unlabelled", no_label), ("labelled", CHANGES["other"])):
         data = write_dataset(tmp_path / f"{name} data", folder, "saved", change)
         pretrain(tmp_path / name, "--dataset", data, *arguments)
     assert_same_run(tmp_path / "unlabelled", tmp_path / "labelled")
+    assert read_log(tmp_path / "unlabelled")["eval_low_shot/labelled/top1"] == [100.0]  # tested on the supports here
     saved = json.loads((tmp_path / "unlabelled" / "labelled_images.json").read_text())
     assert saved["rows"] == list(range(9)) and saved["labels"] == [0] * 3 + [1] * 3 + [2] * 3
 

@@ -222,6 +222,17 @@ def test_views_of_a_timm_network_may_have_any_size(tmp_path):
     assert trainer.state.global_step == 2 and math.isfinite(logged(trainer)[2])
 
 
+def test_a_timm_network_that_cannot_take_the_views_says_so_first(tmp_path):
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    fields = {"timm_model": "vit_tiny_patch16_224", "timm_options": options}
+    trainer = make_run(tmp_path, model_fields=fields)
+    with pytest.raises(ValueError, match=r"`focal_size` of the views is 4 pixels, which .*dynamic_img_size"):
+        trainer.train()
+    assert trainer.model.encoder.training and trainer.state.global_step == 0
+    fields["timm_options"] = {**options, "dynamic_img_size": True}
+    make_run(tmp_path, model_fields=fields, max_steps=1).train()
+
+
 def test_labelled_images_are_saved_beside_the_model(tmp_path):
     trainer = make_run(tmp_path, max_steps=1)
     trainer.train()
