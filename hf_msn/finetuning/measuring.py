@@ -29,10 +29,16 @@ def predict_logits(
     image_processor: BaseImageProcessor,
     args: FinetuningArguments,
     rows: np.ndarray | None = None,
+    on_broken_image: str = "skip",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, C), float32, of the readable images among `rows` (by default all), and their rows (N,)."""
     found = extract_features(
-        _LogitsAsProjections(model), dataset, image_processor, rows=rows, features="projection", **_settings(args)
+        _LogitsAsProjections(model),
+        dataset,
+        image_processor,
+        rows=rows,
+        features="projection",
+        **_settings(args, on_broken_image),
     )
     return found.features, found.rows
 
@@ -44,9 +50,10 @@ def classifier_accuracy(
     rows: np.ndarray | None,
     image_processor: BaseImageProcessor,
     args: FinetuningArguments,
+    on_broken_image: str = "skip",
 ) -> dict[str, float]:
     """`{"top1": percent}` of the images in `rows`, by default of all; output j of the model is class `classes[j]`."""
-    logits, rows = predict_logits(model, dataset, image_processor, args, rows)
+    logits, rows = predict_logits(model, dataset, image_processor, args, rows, on_broken_image)
     return {"top1": _percent(classes[logits.argmax(axis=1)] == class_numbers(dataset, rows))}
 
 
@@ -58,6 +65,7 @@ def suncet_accuracy(
     rows: np.ndarray | None,
     image_processor: BaseImageProcessor,
     args: FinetuningArguments,
+    on_broken_image: str = "skip",
 ) -> dict[str, float]:
     """`{"projection": percent, "backbone": percent}`: [`SoftNearestNeighborProbe`] with labelled images as supports.
 
@@ -67,10 +75,11 @@ def suncet_accuracy(
         dataset (`datasets.Dataset`), rows (`numpy.ndarray`, *optional*): The images to classify; by default all.
         image_processor (`BaseImageProcessor`): Of both.
         args ([`FinetuningArguments`]): Batch size and precision.
+        on_broken_image (`str`, *optional*, defaults to `"skip"`): "skip" or "raise".
     """
     accuracies = {}
     for space in ("projection", "backbone"):
-        settings = {"features": space, **_settings(args)}
+        settings = {"features": space, **_settings(args, on_broken_image)}
         supports = extract_features(model, labelled, image_processor, rows=support_rows, **settings)
         images = extract_features(model, dataset, image_processor, rows=rows, **settings)
         probe = SoftNearestNeighborProbe(temperature=model.config.temperature)
@@ -80,9 +89,13 @@ def suncet_accuracy(
     return accuracies
 
 
-def _settings(args: FinetuningArguments) -> dict:
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers, "dtype": dtype}
+def _settings(args: FinetuningArguments, on_broken_image: str) -> dict:
+    return {
+        "batch_size": args.per_device_eval_batch_size,
+        "num_workers": args.dataloader_num_workers,
+        "dtype": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        "on_broken_image": on_broken_image,
+    }
 
 
 def _percent(right: np.ndarray) -> float:

@@ -68,7 +68,7 @@ def finetune_classifier(
         )
 
     def measure(model, supports, on, on_rows):
-        return classifier_accuracy(model, labels.classes, on, on_rows, processor, args)
+        return classifier_accuracy(model, labels.classes, on, on_rows, processor, args, on_broken_image)
 
     def trainer_on(model, train_rows, args) -> FinetuningTrainer:
         support = SupportDataset(dataset, train_rows, views, seed=args.seed, on_broken_image=on_broken_image)
@@ -106,7 +106,7 @@ def finetune_suncet(
         return load_for_suncet(start, args.seed, **_fields(views, config_fields))
 
     def measure(model, supports, on, on_rows):
-        return suncet_accuracy(model, dataset, supports, on, on_rows, processor, args)
+        return suncet_accuracy(model, dataset, supports, on, on_rows, processor, args, on_broken_image)
 
     def trainer_on(model, train_rows, args) -> FinetuningTrainer:
         support = SupportDataset(

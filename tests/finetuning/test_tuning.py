@@ -19,7 +19,7 @@ from tiny_runs import (
 )
 from transformers import TrainerCallback
 
-from hf_msn import PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
+from hf_msn import BrokenImageError, PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
 from hf_msn.data import decode_image
 from hf_msn.finetuning.starts import linear_head, load_for_classification, load_for_suncet
 from hf_msn.trainers.pretraining_trainer import NonFiniteLossError
@@ -224,6 +224,23 @@ def test_bad_labels_are_refused(method, tmp_path):
         refused(dataset=dataset, rows=of_one)
     with pytest.raises(ValueError, match="10 of 10 classes have a single labelled image"):
         tune(method, tmp_path, dataset=dataset, rows=digits(1)[1])
+
+
+def test_a_broken_labelled_image_is_left_out_or_stops_the_run(tmp_path):
+    dataset, rows = digits()
+    whole = tune(LINEAR, tmp_path, num_train_epochs=1)
+    for broken in (whole.held_out_rows[0], whole.trained_rows[0]):
+        examples = dataset.select(range(rows.max() + 1)).to_list()
+        examples[broken]["image"]["bytes"] = b"no image"
+        damaged = dataset.from_list(examples, features=dataset.features)
+        args = classifier_arguments(tmp_path, num_train_epochs=1)
+        run = partial(finetune_classifier, suncet_config(), damaged, rows, VIEWS, args, image_processor=PROCESSOR)
+        result = run()
+        readable = [row for row in result.held_out_rows if row != broken]
+        share = result.validation_accuracy * len(readable) / 100
+        assert share == pytest.approx(round(share))  # a whole number of the images that can be read
+        with pytest.raises(BrokenImageError, match=f"{broken}"):
+            run(on_broken_image="raise")
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5])
