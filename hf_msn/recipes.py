@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, set_seed
 
 from .callbacks import LowShotCallback
 from .data import MultiViewTransform, SupportDataset, check_class_names, multi_view_dataset
@@ -99,7 +99,8 @@ class Recipe:
     low_shot: LowShotArguments
 
     def build_model(self) -> PreTrainedModel:
-        """The model from scratch, or from the trunk that the recipe names."""
+        """The model from scratch, or from the trunk that the recipe names. Its new weights depend on `seed` alone."""
+        set_seed(self.training.seed)  # Trainer does it too, but when the weights are there
         if self.model.from_backbone is not None:
             model = self.method.model.from_backbone(self.model.from_backbone, **self.config_fields)
         else:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from hf_msn import parse_recipe, read_recipe
@@ -193,6 +194,22 @@ def test_each_method_has_the_views_of_its_paper_unless_told_otherwise(out):
     assert suncet.focal_views == 0
     assert parse_recipe(["--output_dir", out, *PAWS, "--focal_views", "2"]).views.focal_views == 2
     assert parse_recipe(["--output_dir", out]).views.focal_views == 10
+
+
+@pytest.mark.parametrize("method", ["msn", "paws", "suncet"])
+def test_the_first_weights_depend_on_the_seed_alone(out, method):
+    sizes = "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16".split()
+    sizes += ["--projection_hidden_dim", "8", "--projection_dim", "8"]
+    labels = [] if method == "msn" else ["--labelled_images_per_class", "5"]
+
+    def weights(seed):
+        torch.rand(seed + 3)  # whatever was drawn before
+        arguments = ["--output_dir", out, "--method", method, "--seed", str(seed), *labels, *sizes]
+        return parse_recipe(arguments).build_model().state_dict()
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert not torch.equal(other["projection_head.fc1.weight"], first["projection_head.fc1.weight"])
 
 
 def test_a_switch_that_may_be_left_open_needs_no_value(out):
