@@ -1,5 +1,7 @@
 """The half of `scripts/demo.py` that trains with labels: PAWS, and the same encoder supervised, on the same ones."""
 
+import contextlib
+import io
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -80,7 +82,8 @@ def _train_on_split(
     set_seed(recipe.training.seed)
     trainer = recipe.build_trainer()
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with contextlib.redirect_stdout(io.StringIO()):  # the line about the support would come once for each split
+        trainer.train()
     trainer.save_model()
 
     images, test = recipe.data.load(), recipe.data.load(recipe.low_shot.low_shot_test_split)
