@@ -106,6 +106,14 @@ class ClassifierFinetuningArguments(FinetuningArguments):
     zero_init_head: bool = field(
         default=True, metadata={"help": "Start the linear head at 0, where all classes are equally likely."}
     )
+    standardize_features: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train the head on features less their mean, of spread 1, and fold that into its weights at the "
+            "end. By default with a frozen encoder alone; for a pretrained ViT it helps too, at a learning rate of "
+            "0.005."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,6 +23,40 @@ class _LogitsAsProjections(nn.Module):
         return self.classifier(pixel_values=pixel_values).logits
 
 
+class _HeadInputsAsProjections(_LogitsAsProjections):
+    """The same for what the head of a classifier gets."""
+
+    def __init__(self, classifier: PreTrainedModel, head: nn.Module):
+        super().__init__(classifier)
+        self._seen: list[torch.Tensor] = []
+        self._hook = head.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
+
+    def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        super().project(pixel_values)
+        return self._seen.pop()
+
+    def end(self) -> None:
+        self._hook.remove()
+
+
+def extract_head_inputs(
+    model: PreTrainedModel,
+    head: nn.Module,
+    dataset: datasets.Dataset,
+    image_processor: BaseImageProcessor,
+    args: FinetuningArguments,
+    rows: np.ndarray,
+    on_broken_image: str = "skip",
+) -> np.ndarray:
+    """The features (N, D), float32, that `head` gets for the readable images among `rows`."""
+    inputs = _HeadInputsAsProjections(model, head)
+    settings = {"features": "projection", **_settings(args, on_broken_image)}
+    try:
+        return extract_features(inputs, dataset, image_processor, rows=rows, **settings).features
+    finally:
+        inputs.end()
+
+
 def predict_logits(
     model: PreTrainedModel,
     dataset: datasets.Dataset,

@@ -15,6 +15,7 @@ from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .batches import classifier_loader, suncet_loader
+from .heads import fold_head, standardize_head
 from .held_out import held_out_rows
 from .measuring import classifier_accuracy, suncet_accuracy
 from .result import FinetuningResult
@@ -72,10 +73,14 @@ def finetune_classifier(
 
     def trainer_on(model, train_rows, args) -> FinetuningTrainer:
         support = SupportDataset(dataset, train_rows, views, seed=args.seed, on_broken_image=on_broken_image)
+        if args.standardize_features or (args.standardize_features is None and args.freeze_encoder):
+            standardize_head(model, dataset, train_rows, processor, args, on_broken_image)
         return FinetuningTrainer(model, args, classifier_loader(support, labels.classes, args), _encoder)
 
     processor = image_processor or views.evaluation_image_processor()
-    return _tune("linear", labels, build, trainer_on, measure, processor, args, callbacks)
+    result = _tune("linear", labels, build, trainer_on, measure, processor, args, callbacks)
+    fold_head(result.model)
+    return result
 
 
 def finetune_suncet(
