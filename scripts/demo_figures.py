@@ -82,7 +82,7 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
             if name in curves:
                 continue
             ((count, entry),) = by_count.items()
-            place = int(count) * 1.12  # beside the points of the curves
+            place = int(count) * 1.18  # beside the points of the curves
             axes.errorbar([place], [entry["mean"]], yerr=[entry["std"]], color=COLORS[name], marker="D", capsize=4)
             text = f"{NAMES[name]} {entry['mean']:.1f}"
             axes.annotate(
