@@ -33,7 +33,8 @@ class FinetuningArguments(TrainingArguments):
         default=0.2,
         metadata={
             "help": "Share of the labelled images of each class, at least one, that is held out to choose the best "
-            "epoch. 0: none is, and the last epoch is kept."
+            "epoch. 0: none is, and the last epoch is kept. Labels that pretraining had already look easier "
+            "than new ones would."
         },
     )
     eval_every_epochs: int = field(default=1, metadata={"help": "Measure the accuracy every this many epochs."})

@@ -60,7 +60,10 @@ class FinetuningResult:
 
     @property
     def validation_accuracy(self) -> float | None:
-        """Accuracy of the best epoch on the held-out labelled images, in percent; `None` if none were held out."""
+        """Accuracy of the best epoch on the held-out labelled images, in percent; `None` if none were held out.
+
+        It chose the epoch, so it is no measure of new images; less so after a pretraining that had these labels too.
+        """
         accuracies = self.accuracy_by_epoch.get(self.best_epoch)
         return None if accuracies is None else next(iter(accuracies.values()))
 

@@ -150,7 +150,7 @@ def test_without_freezing_every_weight_learns(tmp_path):
 
 
 def test_refit_is_a_run_of_the_best_length_on_all_labels(tmp_path):
-    settings = {"num_train_epochs": 12, "validation_fraction": 0.4}
+    settings = {"num_train_epochs": 6, "validation_fraction": 0.4}
     chosen, refit = tune(LINEAR, tmp_path, **settings), tune(LINEAR, tmp_path, **settings, refit=True)
     assert (refit.best_epoch, refit.accuracy_by_epoch) == (chosen.best_epoch, chosen.accuracy_by_epoch)
     assert refit.trained_rows.tolist() == digits()[1].tolist()
