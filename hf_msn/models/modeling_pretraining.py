@@ -47,11 +47,18 @@ class PretrainingModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks weights is an error instead of a warning.
+        """As in transformers, but a checkpoint of another method, or without some weights, is an error, not a warning.
 
         Raises:
             ValueError: If the checkpoint is of another architecture.
         """
+        found, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **_where(kwargs))
+        if found.get("model_type", cls.config_class.model_type) != cls.config_class.model_type:
+            raise ValueError(
+                f"'{pretrained_model_name_or_path}' is a checkpoint of type '{found['model_type']}', but "
+                f"{cls.__name__} is of type '{cls.config_class.model_type}'. To start from its trunk, call "
+                f"`{cls.__name__}.from_backbone`."
+            )
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -65,3 +72,9 @@ class PretrainingModel(PreTrainedModel):
 
     def _after_loading(self) -> None:
         """What a method puts right after `from_pretrained`, which makes every floating-point parameter trainable."""
+
+
+def _where(kwargs: dict) -> dict:
+    """Those of the arguments of `from_pretrained` that say where a checkpoint is."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+    return {name: kwargs[name] for name in names if name in kwargs}

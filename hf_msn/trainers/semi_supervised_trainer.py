@@ -113,7 +113,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         return support
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training and "support_pixel_values" not in inputs:  # a loss on other images, by one fixed support
+        if not model.training and "support_pixel_values" not in inputs and self.needs_support():
+            # a loss on other images, by one fixed support
             inputs = {**inputs, **self._support_for_evaluation()}
         outputs = model(**inputs)
         if model.training:

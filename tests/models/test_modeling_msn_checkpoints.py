@@ -93,9 +93,7 @@ def test_loading_information_can_be_asked_for(folder):
 
 
 def test_a_plain_trunk_is_refused_with_the_remedy(trunk):
-    with pytest.raises(
-        ValueError, match=r"is not a checkpoint of MSNForPreTraining: .* call `MSNForPreTraining.from_ba"
-    ):
+    with pytest.raises(ValueError, match=r"of type 'vit_msn', but .* call `MSNForPreTraining.from_backbone`"):
         MSNForPreTraining.from_pretrained(trunk[1])
 
 

@@ -171,8 +171,10 @@ def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
 
 
 def test_a_checkpoint_of_another_method_is_no_model_of_this_one(folders):
-    with pytest.raises(ValueError, match=r"not a checkpoint of MSNForPreTraining: .*from_backbone"):
+    with pytest.raises(ValueError, match=r"of type 'paws', but MSNForPreTraining is of type 'msn'\. .*from_backbone"):
         MSNForPreTraining.from_pretrained(folders["paws"][0])
+    with pytest.raises(ValueError, match=r"of type 'msn', but PAWSForPreTraining is of type 'paws'"):
+        PAWSForPreTraining.from_pretrained(folders["msn"][0])  # whose online encoder would fit
 
 
 def test_an_unknown_name_of_timm_is_an_error():
