@@ -15,7 +15,6 @@ from .configuration_msn import MSNConfig
 from .heads import ProjectionHead
 from .modeling_pretraining import PretrainingModel
 from .patch_dropping import PatchDroppingViTMSNModel, draw_kept_patches
-from .trunks import copy_trunk, fields_for, load_trunk
 
 
 @dataclass
@@ -83,21 +82,18 @@ class MSNForPreTraining(PretrainingModel):
 
     @classmethod
     def from_backbone(cls, name_or_path: str | Path, **config_fields) -> "MSNForPreTraining":
-        """Starts from a released trunk: both encoders get its weights; heads and prototypes are fresh.
+        """Starts from a pretrained trunk, as every pretraining model does: both encoders get its weights.
 
         Args:
             name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of
-                an `MSNForPreTraining`, whose target encoder is then taken.
+                a pretraining model of this package, whose evaluated encoder is taken.
             **config_fields: Fields of [`MSNConfig`] that differ from the trunk's or from the defaults. With another
                 `image_size` the position embeddings are interpolated.
 
         Raises:
             ValueError: If the checkpoint is of another architecture, or a field would change the shape of the trunk.
         """
-        trunk, fields = load_trunk(name_or_path)
-        fields = fields_for(cls.config_class, fields, name_or_path)
-        model = cls(cls.config_class(**{**fields, **config_fields}))
-        copy_trunk(trunk, model.encoder, model.config, fields, name_or_path)
+        model = super().from_backbone(name_or_path, **config_fields)
         model.update_target(0.0)
         return model
 

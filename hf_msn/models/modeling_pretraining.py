@@ -1,6 +1,7 @@
 """What the models of all pretraining methods share: how weights start, and how checkpoints load."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from transformers import initialization as init
 
 from .configuration_pretraining import PretrainingConfig
 from .patch_dropping import PatchDroppingViTMSNModel
+from .trunks import copy_trunk, fields_for, load_trunk
 
 
 class PretrainingModel(PreTrainedModel):
@@ -69,6 +71,25 @@ class PretrainingModel(PreTrainedModel):
             )
         model._after_loading()
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_backbone(cls, name_or_path: str | Path, **config_fields):
+        """Starts from a pretrained trunk; the heads are fresh.
+
+        Args:
+            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of
+                a pretraining model of this package, whose evaluated encoder is taken; or "timm:resnet50", with timm's
+                released weights.
+            **config_fields: Fields of the configuration that differ from the trunk's or from the defaults.
+
+        Raises:
+            ValueError: If the checkpoint is of another architecture, or a field would change the shape of the trunk.
+        """
+        trunk, fields = load_trunk(name_or_path)
+        fields = fields_for(cls.config_class, fields, name_or_path)
+        model = cls(cls.config_class(**{**fields, **config_fields}))
+        copy_trunk(trunk, model.encoder, model.config, fields, name_or_path)
+        return model
 
     def _after_loading(self) -> None:
         """What a method puts right after `from_pretrained`, which makes every floating-point parameter trainable."""

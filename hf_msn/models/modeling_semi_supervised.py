@@ -1,7 +1,5 @@
 """What PAWS and SimCLR + SuNCEt share: an encoder, a projection head, and a support set of labelled images."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +10,7 @@ from .configuration_semi_supervised import SemiSupervisedConfig
 from .heads import ProjectionHead
 from .modeling_pretraining import PretrainingModel
 from .patch_dropping import PatchDroppingViTMSNModel
-from .trunks import build_encoder, copy_trunk, fields_for, load_trunk
+from .trunks import build_encoder
 
 
 class SemiSupervisedModel(PretrainingModel):
@@ -38,25 +36,6 @@ class SemiSupervisedModel(PretrainingModel):
             config.projection_batch_norm,
             config.projection_activation,
         )
-
-    @classmethod
-    def from_backbone(cls, name_or_path: str | Path, **config_fields):
-        """Starts from a pretrained trunk; the heads are fresh.
-
-        Args:
-            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of
-                a pretraining model of this package, whose evaluated encoder is taken; or "timm:resnet50", with timm's
-                released weights.
-            **config_fields: Fields of the configuration that differ from the trunk's or from the defaults.
-
-        Raises:
-            ValueError: If the checkpoint is of another architecture, or a field would change the shape of the trunk.
-        """
-        trunk, fields = load_trunk(name_or_path)
-        fields = fields_for(cls.config_class, fields, name_or_path)
-        model = cls(cls.config_class(**{**fields, **config_fields}))
-        copy_trunk(trunk, model.encoder, model.config, fields, name_or_path)
-        return model
 
     @property
     def evaluation_encoder(self) -> nn.Module:
