@@ -161,6 +161,7 @@ def measure(args: BenchmarkArguments, precision: str) -> dict[str, list[float]]:
             per_device_train_batch_size=args.batch_size,
             max_steps=args.warmup_steps + args.steps,
             compile_encoder=args.compile_encoder,
+            sync_batch_norm=False,  # the plain step has each rank's own statistics
             warmup_epochs=0,
             logging_strategy="no",
             save_strategy="no",
