@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -20,7 +22,7 @@ from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..optim import LARS
 from ..schedules import cosine, warmup_cosine
 from .checkpointing_trainer import CheckpointingTrainer
-from .checkpoints import find_last_checkpoint
+from .checkpoints import CheckpointError, find_last_checkpoint
 from .pretraining_arguments import PretrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -138,6 +140,22 @@ class PretrainingTrainer(CheckpointingTrainer):
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and Path(checkpoint, OPTIMIZER_NAME).is_file():
+            self._check_optimizer_of(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_optimizer_of(self, checkpoint: str) -> None:
+        # torch takes any state whose groups have as many tensors, and the first update would miss its settings.
+        saved = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
+        missing = sorted(set(self.optimizer.param_groups[0]).difference(saved["param_groups"][0]))
+        if missing:
+            here = "LARS (`use_lars`)" if self.args.use_lars else f"`optim` {self.args.optim}"
+            raise CheckpointError(
+                f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
+                f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
+            )
 
     def _warmup_steps(self, num_training_steps: int) -> int:
         if self.args.warmup_steps:

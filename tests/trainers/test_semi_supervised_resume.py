@@ -75,6 +75,15 @@ def test_another_support_is_said_and_taken(stopped, tmp_path, caplog):
     assert [len(inputs["support_labels"]) for inputs in seen] == [18]
 
 
+@pytest.mark.parametrize("lars_first, missing", [(True, "betas"), (False, "trust_coeff")])
+def test_a_checkpoint_of_another_optimizer_is_refused_by_name(tmp_path, lars_first, missing):
+    make_run(tmp_path, use_lars=lars_first, changes={"callbacks": [StopAt(2)]}, **EVERY_SECOND_STEP).train()
+    with pytest.raises(
+        CheckpointError, match=rf"another optimizer: its state has no .*{missing}.*Give the same `use_lars`"
+    ):
+        make_run(tmp_path, use_lars=not lars_first).train(resume_from_checkpoint=True)
+
+
 def test_the_same_support_is_not_spoken_of(stopped, tmp_path, caplog):
     make_run(tmp_path, max_steps=3).train(resume_from_checkpoint=str(stopped))
     assert "another support" not in caplog.text
