@@ -1,7 +1,9 @@
 """The parts of a recipe that no other object of the package has: data, labels, start of the model, evaluation."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -93,11 +95,11 @@ class LabelArguments:
     )
 
     def __post_init__(self):
-        given = [name for name in _WAYS if getattr(self, name) is not None]
+        given = [name for name in WAYS_OF_LABELLING if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"Which images are labelled must be said in exactly one way, but {', '.join(given) or 'none'} "
-                f"{'is' if len(given) < 2 else 'are'} given. Give one of {', '.join(_WAYS)}."
+                f"{'is' if len(given) < 2 else 'are'} given. Give one of {', '.join(WAYS_OF_LABELLING)}."
             )
         if self.labelled_split is not None and self.labelled_dataset is None:
             raise ValueError("`labelled_split` is of a second data set. Give `labelled_dataset` too, or leave it out.")
@@ -130,7 +132,7 @@ class LabelArguments:
         return dataset, draw_labelled_rows(dataset, **size, seed=self.labelled_seed)
 
 
-_WAYS = (
+WAYS_OF_LABELLING = (
     "labelled_list_file",
     "labelled_rows_file",
     "labelled_dataset",
@@ -158,6 +160,24 @@ def read_rows_file(path: str | Path, num_rows: int) -> np.ndarray:
         ) from error
     is_mask = values.shape == (num_rows,) and num_rows > 2 and set(values.tolist()) <= {0, 1}
     return values.astype(bool) if is_mask else values
+
+
+def without_replaced_labels(in_file: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """The fields of a recipe file less how it says which images are labelled, if a field of `given` says it too."""
+    if not set(WAYS_OF_LABELLING) & set(given):
+        return in_file
+    return {name: value for name, value in in_file.items() if name not in (*WAYS_OF_LABELLING, "labelled_split")}
+
+
+def check_is_a_folder(output_dir: str) -> None:
+    """Raises a `ValueError` if a file is where the folder `output_dir`, or one above it, should be."""
+    for path in (Path(output_dir), *Path(output_dir).parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(
+                    f"`output_dir` '{output_dir}' must be a folder, but '{path}' is a file. Give another."
+                )
+            return
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from .recipe_arguments import without_replaced_labels
 from .recipes import METHODS, Method, Recipe, find_method, init_fields, known_fields, make_recipe
 
 _ENCODER_HELP = {
@@ -65,6 +66,7 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     if unknown:
         _refuse_unknown([unknown[0].lstrip("-").split("=")[0]], method, "on the command line")
     given = {name: value for name, value in vars(namespace).items() if name in known}
+    in_file = without_replaced_labels(in_file, given)
     return make_recipe({**in_file, **{name: _typed(name, value, known[name]) for name, value in given.items()}})
 
 

@@ -23,7 +23,13 @@ from .models import (
     SuNCEtConfig,
     SuNCEtForPreTraining,
 )
-from .recipe_arguments import DataArguments, LabelArguments, LowShotArguments, ModelArguments
+from .recipe_arguments import (
+    DataArguments,
+    LabelArguments,
+    LowShotArguments,
+    ModelArguments,
+    check_is_a_folder,
+)
 from .trainers import (
     MSNTrainer,
     MSNTrainingArguments,
@@ -231,6 +237,7 @@ def known_fields(method: Method) -> dict[str, Any]:
 
 
 def _check_output_dir(training) -> None:
+    check_is_a_folder(training.output_dir)
     if training.resume_from_checkpoint or training.overwrite_output_dir:
         return
     output_dir = Path(training.output_dir)

@@ -83,6 +83,14 @@ def test_an_unknown_field_names_the_nearest(tmp_path, out, name, nearest):
         (["--num_prototypes", "0"], "`num_prototypes` must be >= 1, but is 0"),
         (["--patch_size", "15"], "`image_size` must be a multiple of `patch_size`"),
         (["--temperature", "0"], "`temperature` must be > 0"),
+        (
+            ["--per_device_train_batch_size", "0"],
+            "`per_device_train_batch_size` must be a whole number >= 1, but is 0",
+        ),
+        (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps` must be .* >= 1, but is 0"),
+        (["--dataloader_num_workers", "-1"], "`dataloader_num_workers` must be a whole number >= 0, but is -1"),
+        (["--seed", "-1"], "`seed` must be a whole number >= 0, but is -1"),
+        (["--num_train_epochs", "0"], "`num_train_epochs` must be > 0, or `max_steps` be given, but is 0.0"),
         (["--focal_views", "0", "--anchor_views", "0"], "at least one of them must be >= 1"),
     ],
 )
@@ -94,6 +102,10 @@ def test_bad_values_are_refused_before_any_work(out, arguments, message):
 def test_output_dir_is_asked_for_and_must_be_empty(tmp_path, out):
     with pytest.raises(ValueError, match="`output_dir` is missing"):
         parse_recipe([])
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"must be a folder, but '.*file' is a file"):
+            parse_recipe(["--output_dir", str(place)])
     Path(out).mkdir()
     parse_recipe(["--output_dir", out])
     (Path(out) / "notes.txt").write_text("mine")
@@ -247,6 +259,13 @@ def test_options_of_timm_are_json_or_a_mapping(tmp_path, out):
 def test_which_images_are_labelled_is_said_in_exactly_one_way(out, arguments, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(["--output_dir", out, "--method", "paws", *arguments])
+
+
+def test_labels_named_on_the_command_line_replace_those_of_the_file(tmp_path, out):
+    in_file = write(tmp_path, method="paws", labelled_dataset="digits", labelled_split="train")
+    assert parse_recipe(["--config", in_file, "--output_dir", out]).labels.labelled_split == "train"
+    labels = parse_recipe(["--config", in_file, "--output_dir", out, "--labelled_fraction", "0.1"]).labels
+    assert (labels.labelled_fraction, labels.labelled_dataset, labels.labelled_split) == (0.1, None, None)
 
 
 def test_a_file_of_rows_holds_numbers_or_a_mask(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from ..recipe_arguments import without_replaced_labels
 from .recipes import HEADS, VIEWS, FinetuningRecipe, finetuning_fields, finetuning_homes, make_finetuning_recipe
 
 # The fields of transformers.TrainingArguments that mean something here, beside those of FinetuningArguments.
@@ -45,6 +46,7 @@ def parse_finetuning_recipe(arguments: list[str] | None = None) -> FinetuningRec
     if unknown:
         _refuse_unknown([unknown[0].lstrip("-").split("=")[0]], head, "on the command line")
     given = {name: value for name, value in vars(namespace).items() if name in fields}
+    in_file = without_replaced_labels(in_file, given)
     values = {name: typed_value(name, value, fields[name].type) for name, value in in_file.items()}
     values.update({name: typed_value(name, _from_text(value), fields[name].type) for name, value in given.items()})
     return make_finetuning_recipe(values)

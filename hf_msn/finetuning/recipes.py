@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.transforms import MultiViewTransform
 from ..models import SuNCEtConfig
-from ..recipe_arguments import DataArguments, LabelArguments
+from ..recipe_arguments import WAYS_OF_LABELLING, DataArguments, LabelArguments, check_is_a_folder
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .result import FinetuningResult
@@ -28,13 +28,6 @@ HEADS = {
     "linear": (ClassifierFinetuningArguments, finetune_classifier),
     "suncet": (SuNCEtFinetuningArguments, finetune_suncet),
 }
-_WAYS = (
-    "labelled_list_file",
-    "labelled_rows_file",
-    "labelled_dataset",
-    "labelled_images_per_class",
-    "labelled_fraction",
-)
 
 
 @dataclass
@@ -124,7 +117,7 @@ class FinetuningRecipe:
             raise ValueError(
                 "Fine-tuning picks labelled images by row, which a stream does not have. Set `streaming` false."
             )
-        given = [name for name in _WAYS if self.label_fields.get(name) is not None]
+        given = [name for name in WAYS_OF_LABELLING if self.label_fields.get(name) is not None]
         wanted = self.start.labelled_from_checkpoint
         if wanted and given:
             raise ValueError(
@@ -138,7 +131,7 @@ class FinetuningRecipe:
         if wanted:
             raise ValueError(
                 f"`labelled_from_checkpoint` needs a `{LABELLED_IMAGES_FILE}` beside the model, as PAWS and SuNCEt "
-                f"save it, but '{self.start.model}' has none. Give one of {', '.join(_WAYS)}."
+                f"save it, but '{self.start.model}' has none. Give one of {', '.join(WAYS_OF_LABELLING)}."
             )
         labels = LabelArguments(**self.label_fields)
         return labels.load(self.data, None if labels.labelled_dataset is not None else self.data.load())
@@ -241,7 +234,7 @@ def _rows_of_checkpoint(dataset: datasets.Dataset, saved: dict[str, Any], model:
     raise ValueError(
         f"'{model}' was trained with {len(saved['rows'])} labelled rows of another data set: `dataset` {other}. Give "
         f"the data set that it was trained with (its `labelled_dataset`, if there was one), or one of "
-        f"{', '.join(_WAYS)}."
+        f"{', '.join(WAYS_OF_LABELLING)}."
     )
 
 
@@ -277,6 +270,7 @@ def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
 
 
 def _check_output_dir(training: FinetuningArguments) -> None:
+    check_is_a_folder(training.output_dir)
     folder = Path(training.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not training.overwrite_output_dir:
         raise ValueError(

@@ -80,6 +80,19 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, lowest in (
+            ("per_device_train_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("dataloader_num_workers", 0),
+            ("seed", 0),
+        ):
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"`{name}` must be a whole number >= {lowest}, but is {getattr(self, name)}.")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(
+                f"`num_train_epochs` must be > 0, or `max_steps` be given, but is {self.num_train_epochs}: there "
+                "would be no update."
+            )
         for name in ("learning_rate", "start_learning_rate", "schedule_stretch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be > 0, but is {getattr(self, name)}.")

@@ -54,7 +54,13 @@ class SemiSupervisedTrainer(PretrainingTrainer):
             )
         self.label_names = []  # those of the supports are no labels of a batch: an eval_dataset has a loss without any
         self.support_dataset = support_dataset
-        self.support_sampler()  # what is wrong with the support is said before anything else starts
+        sampler = self.support_sampler()  # what is wrong with the support is said before anything else starts
+        if sampler.global_classes < 2:
+            raise ValueError(
+                f"A support must have at least 2 classes to tell apart, but has {sampler.global_classes} of the "
+                f"{len(sampler.class_sizes)} with labelled images: the loss would be 0 whatever the model does. Label "
+                "images of another class, or raise `global_support_classes`."
+            )
         if args.compile_encoder:
             self.model.compile_encoders()
         self._supports: Iterator[dict[str, torch.Tensor]] | None = None

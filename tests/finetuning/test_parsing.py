@@ -76,6 +76,12 @@ def test_the_command_line_wins_and_values_have_their_types(tmp_path):
     assert recipe.start.model is None and recipe.config_fields["image_size"] == 8
 
 
+def test_labels_named_on_the_command_line_replace_those_of_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("labelled_images_per_class: 3\nlabelled_seed: 4\n")
+    recipe = parse(tmp_path / "run", "--config", tmp_path / "r.yaml", "--labelled_fraction", "0.1")
+    assert recipe.label_fields == {"labelled_fraction": 0.1, "labelled_seed": 4}
+
+
 def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
     views = parse(tmp_path).views
     assert (views.color_jitter, views.grayscale, views.blur_probability, views.focal_views) == (0, 0, 0, 0)
@@ -108,6 +114,8 @@ def test_an_output_dir_that_is_not_empty_needs_a_word(tmp_path):
     with pytest.raises(ValueError, match=r"is not empty.*--overwrite_output_dir"):
         parse(tmp_path)
     assert parse(tmp_path, "--overwrite_output_dir").output_dir == str(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a folder, but .* is a file"):
+        parse(tmp_path / "file")
     with pytest.raises(ValueError, match="`output_dir` is missing"):
         parse_finetuning_recipe([])
 
