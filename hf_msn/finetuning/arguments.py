@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..trainers.pretraining_arguments import check_counts
+
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
@@ -59,6 +61,7 @@ class FinetuningArguments(TrainingArguments):
         self.lr_scheduler_type = "cosine_with_min_lr"
         self.lr_scheduler_kwargs = {"min_lr": self.final_learning_rate}
         super().__post_init__()
+        check_counts(self)
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be > 0, but is {self.learning_rate}. PAWS is fine-tuned at 0.02.")
         for name in ("final_learning_rate", "weight_decay", "max_grad_norm"):
@@ -160,4 +163,9 @@ class SuNCEtFinetuningArguments(FinetuningArguments):
             raise ValueError(
                 "SuNCEt compares each labelled image with others of its class, but an update has 1 image of each in 1 "
                 "view. Raise `global_support_images_per_class` or `support_views_per_image` to at least 2."
+            )
+        if self.global_support_classes == 1:
+            raise ValueError(
+                "`global_support_classes` must be at least 2, but is 1: SuNCEt tells the classes of an update apart. "
+                "Leave it out for all classes."
             )

@@ -92,6 +92,8 @@ class FinetuningRecipe:
     def finetune(self) -> FinetuningResult:
         """Reads the labelled images, and no other label, and trains."""
         labelled, rows = self.load_labelled()
+        if self.start.test_split is not None:
+            self.data.load(self.start.test_split)  # a split that is not there is said now; no row of it is read
         start, fields = self.start.model, self.config_fields
         if start is None:
             start, fields = SuNCEtConfig(**self.config_fields), {}

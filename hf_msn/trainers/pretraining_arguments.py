@@ -80,14 +80,7 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, lowest in (
-            ("per_device_train_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("dataloader_num_workers", 0),
-            ("seed", 0),
-        ):
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"`{name}` must be a whole number >= {lowest}, but is {getattr(self, name)}.")
+        check_counts(self)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(
                 f"`num_train_epochs` must be > 0, or `max_steps` be given, but is {self.num_train_epochs}: there "
@@ -121,3 +114,15 @@ class PretrainingArguments(TrainingArguments):
                 "`torch_compile` would compile the drawing of masks and the collectives of the loss too, which break "
                 "the graph. Use `compile_encoder`."
             )
+
+
+def check_counts(args: TrainingArguments) -> None:
+    """Raises a `ValueError` where a number of images, batches or workers, or a seed, cannot be one."""
+    for name, lowest in (
+        ("per_device_train_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+        ("seed", 0),
+    ):
+        if not getattr(args, name) >= lowest:
+            raise ValueError(f"`{name}` must be a whole number >= {lowest}, but is {getattr(args, name)}.")

@@ -97,6 +97,12 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
         (["--learning_rate", "fast"], "`learning_rate` must be a number, but is 'fast'"),
         (["--refit", "perhaps"], "`refit` must be true or false, but is 'perhaps'"),
         (["--validation_fraction", "1.0"], r"must be in \[0, 1\), but is 1.0"),
+        (
+            ["--gradient_accumulation_steps", "0"],
+            "`gradient_accumulation_steps` must be a whole number >= 1, but is 0",
+        ),
+        (["--seed", "-1"], "`seed` must be a whole number >= 0, but is -1"),
+        (["--head", "suncet", "--global_support_classes", "1"], "`global_support_classes` must be at least 2"),
         (["--resume_from_checkpoint", "x"], "no field `resume_from_checkpoint`"),
         (["--model", "/no/such"], "'/no/such' cannot be loaded"),
         (["--model", "timm:nonsense"], "'timm:nonsense' must name an architecture of timm"),
@@ -118,6 +124,13 @@ def test_an_output_dir_that_is_not_empty_needs_a_word(tmp_path):
         parse(tmp_path / "file")
     with pytest.raises(ValueError, match="`output_dir` is missing"):
         parse_finetuning_recipe([])
+
+
+def test_a_test_split_that_is_not_there_is_said_before_training(paws_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_msn.finetuning.tuning.FinetuningTrainer", None)
+    recipe = parse(tmp_path, "--model", paws_folder, "--labelled_images_per_class", 2, "--test_split", "tset")
+    with pytest.raises(ValueError, match="'tset'"):
+        recipe.finetune()
 
 
 def test_help_says_that_a_run_is_not_resumed(capsys):
