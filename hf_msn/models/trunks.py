@@ -43,14 +43,20 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
             whose evaluated encoder is taken; or "timm:ARCHITECTURE", with timm's released weights.
 
     Raises:
-        ValueError: If the checkpoint is of another architecture, or timm has none of that name.
+        ValueError: If there is no such checkpoint, it is of another architecture, or timm has none of that name.
     """
     if str(name_or_path).startswith("timm:"):
         name = str(name_or_path).removeprefix("timm:")
         _check_name("What follows 'timm:'", name)
         encoder = timm.create_model(name, pretrained=True, num_classes=0)
         return encoder, {"timm_model": name}
-    source = AutoConfig.from_pretrained(name_or_path)
+    try:
+        source = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The trunk must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but '{name_or_path}' "
+            f"cannot be loaded: {error}"
+        ) from error
     if source.model_type in _PRETRAINING_TYPES:
         encoder = AutoModelForPreTraining.from_pretrained(name_or_path).evaluation_encoder
     elif source.model_type == "vit_msn":

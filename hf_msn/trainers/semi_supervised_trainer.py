@@ -58,8 +58,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         if sampler.global_classes < 2:
             raise ValueError(
                 f"A support must have at least 2 classes to tell apart, but has {sampler.global_classes} of the "
-                f"{len(sampler.class_sizes)} with labelled images: the loss would be 0 whatever the model does. Label "
-                "images of another class, or raise `global_support_classes`."
+                f"{len(sampler.class_sizes)} with labelled images: whatever the model does, they would all be "
+                "predicted right. Label images of another class, or raise `global_support_classes`."
             )
         if args.compile_encoder:
             self.model.compile_encoders()

@@ -56,6 +56,12 @@ def test_tables_that_no_checkpoint_holds_are_made_again(network, tmp_path):
     torch.testing.assert_close(loaded.project(images()), model.project(images()), rtol=1e-5, atol=1e-6)
 
 
+def test_a_trunk_that_is_not_there_is_named(tmp_path):
+    for name in (tmp_path, tmp_path / "typo"):
+        with pytest.raises(ValueError, match=r"trunk must be a folder .* cannot be loaded"):
+            PAWSForPreTraining.from_backbone(name)
+
+
 def test_layers_of_the_heads_start_as_torch_draws_them():
     head = new_paws(**RESNET18, prediction_head=True).prediction_head
     for linear in (head.fc1, head.fc2):
