@@ -10,6 +10,7 @@ import numpy as np
 
 from .data import draw_labelled_rows, labelled_rows, load_images
 from .evaluation import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
+from .trainers.argument_names import in_terms_of
 
 PROBES = {"logistic": LogisticProbe, "soft_nearest_neighbor": SoftNearestNeighborProbe, "knn": KNNProbe}
 
@@ -127,9 +128,12 @@ class LabelArguments:
         if self.labelled_list_file is not None:
             return dataset, labelled_rows(dataset, list_file=self.labelled_list_file)
         if self.labelled_rows_file is not None:
-            return dataset, labelled_rows(dataset, mask=read_rows_file(self.labelled_rows_file, len(dataset)))
+            with in_terms_of({"mask": "labelled_rows_file"}):
+                return dataset, labelled_rows(dataset, mask=read_rows_file(self.labelled_rows_file, len(dataset)))
         size = {"images_per_class": self.labelled_images_per_class, "fraction": self.labelled_fraction}
-        return dataset, draw_labelled_rows(dataset, **size, seed=self.labelled_seed)
+        fields = {name: f"labelled_{name}" for name in ("images_per_class", "fraction", "seed")}
+        with in_terms_of(fields):
+            return dataset, draw_labelled_rows(dataset, **size, seed=self.labelled_seed)
 
 
 WAYS_OF_LABELLING = (

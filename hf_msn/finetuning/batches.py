@@ -9,6 +9,7 @@ import torch
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportBatches, SupportCollator, SupportDataset, SupportKey
 from ..distributed import collectives
+from ..trainers.argument_names import SUPPORT_FIELDS, in_terms_of
 from .arguments import ClassifierFinetuningArguments, SuNCEtFinetuningArguments
 
 _STREAM = 3
@@ -80,14 +81,15 @@ def classifier_loader(
 def suncet_loader(support: SupportDataset, args: SuNCEtFinetuningArguments) -> torch.utils.data.DataLoader:
     """The loader of this rank's part of the supports; an epoch draws at least as many images as are labelled."""
     num_classes = args.global_support_classes or len(np.unique(support.labels))
-    sampler = ClassStratifiedSampler(
-        support.labels,
-        global_classes=args.global_support_classes,
-        global_images_per_class=args.global_support_images_per_class,
-        shard=args.support_shard,
-        seed=args.seed,
-        num_steps=math.ceil(len(support) / (num_classes * args.global_support_images_per_class)),
-    )
+    with in_terms_of(SUPPORT_FIELDS):
+        sampler = ClassStratifiedSampler(
+            support.labels,
+            global_classes=args.global_support_classes,
+            global_images_per_class=args.global_support_images_per_class,
+            shard=args.support_shard,
+            seed=args.seed,
+            num_steps=math.ceil(len(support) / (num_classes * args.global_support_images_per_class)),
+        )
     return _loader(support, EpochSupports(sampler), SupportCollator(), args)
 
 

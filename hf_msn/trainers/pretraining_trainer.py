@@ -273,6 +273,10 @@ class PretrainingTrainer(CheckpointingTrainer):
         raise NonFiniteLossError(
             f"{what} Training stops; "
             + (f"the last good checkpoint is '{last}'. " if last else "no checkpoint had been saved yet. ")
-            + "Lower `learning_rate`, lengthen the warm-up, use bf16 instead of fp16, or, for a large model, raise "
-            "`mask_ratio` (the authors saw NaN for L/16 at 0.15 and 0.3, not at 0.5)."
+            + "Lower `learning_rate`, lengthen the warm-up, or use bf16 instead of fp16."
+            + (
+                " For a large model, raise `mask_ratio` (the authors saw NaN for L/16 at 0.15 and 0.3, not at 0.5)."
+                if hasattr(self.model.config, "mask_ratio")
+                else ""
+            )
         )

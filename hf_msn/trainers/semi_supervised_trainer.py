@@ -13,6 +13,7 @@ from ..data.labels import check_class_names
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader
 from ..models.modeling_semi_supervised import SemiSupervisedModel
+from .argument_names import SUPPORT_FIELDS, in_terms_of
 from .checkpoints import CheckpointError
 from .pretraining_trainer import PretrainingTrainer
 from .semi_supervised_arguments import SemiSupervisedArguments
@@ -70,17 +71,18 @@ class SemiSupervisedTrainer(PretrainingTrainer):
     def support_sampler(self, start_step: int = 0) -> ClassStratifiedSampler:
         """The sampler of this rank's part of the supports; its steps are micro-batches."""
         args = self.args
-        return ClassStratifiedSampler(
-            self.support_dataset.labels,
-            global_classes=args.global_support_classes,
-            global_images_per_class=args.global_support_images_per_class,
-            shard=args.support_shard,
-            on_small_class=args.support_on_small_class,
-            seed=args.seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-            start_step=start_step,
-        )
+        with in_terms_of(SUPPORT_FIELDS):
+            return ClassStratifiedSampler(
+                self.support_dataset.labels,
+                global_classes=args.global_support_classes,
+                global_images_per_class=args.global_support_images_per_class,
+                shard=args.support_shard,
+                on_small_class=args.support_on_small_class,
+                seed=args.seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+                start_step=start_step,
+            )
 
     def train(self, *args, **kwargs):
         """As [`PretrainingTrainer.train`]; says in one line what the support is."""

@@ -202,12 +202,18 @@ def test_wrong_use_fails_before_any_training(folder, tmp_path):
         (named / split / "red").rename(named / split / "rust")
     for arguments, message in (
         ([*here], "exactly one way, but none is given. Give one of"),
-        ([*here, *rows("zeros.txt", *[0] * 24)], "`mask` is False for every row, but at least one row must be"),
-        ([*here, *rows("nothing.txt")], "`mask` is empty, but at least one row must be labelled"),
+        (
+            [*here, *rows("zeros.txt", *[0] * 24)],
+            "`labelled_rows_file` is False for every row, but at least one row must be",
+        ),
+        ([*here, *rows("nothing.txt")], "`labelled_rows_file` is empty, but at least one row must be labelled"),
         ([*here, *rows("far.txt", 1, 24)], r"rows that are not there \(24\); the data set has 24"),
         ([*here, *rows("minus.txt", 1, -1)], r"rows that are not there \(-1\)"),
         ([*here, "--labelled_list_file", tmp_path / "list.txt"], "yellow_train_1"),
-        ([*here, *two, "--global_support_classes", 4], "`global_classes` is 4, but the labelled images are of 3"),
+        (
+            [*here, *two, "--global_support_classes", 4],
+            "`global_support_classes` is 4, but the labelled images are of 3",
+        ),
         (
             [*here, *two, "--global_support_images_per_class", 3, "--support_on_small_class", "raise"],
             "3 classes of the labelled images have fewer than .* = 3 images: 0 has 2.* Take fewer",

@@ -93,7 +93,8 @@ def _resume_on_this_rank(rank, folder):
     fields = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}
     results = {}
     with pytest.raises(
-        ValueError, match=r"`global_classes` is 3 .* divisible by the 2 ranks, .* Use 2, or shard='images'"
+        ValueError,
+        match=r"`global_support_classes` is 3 .* divisible by the 2 ranks, .* Use 2, or support_shard='images'",
     ):
         make_run(f"{folder}/refused", support_shard="classes")
     for shard in ("classes", "images"):
