@@ -5,7 +5,6 @@ configuration, what changes over training in its TrainingArguments; the rest is 
 names fields of any of them; `image_size` goes to both the views and the model.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from .recipe_arguments import (
     ModelArguments,
     check_is_a_folder,
 )
+from .recipe_forms import init_fields
 from .trainers import (
     MSNTrainer,
     MSNTrainingArguments,
@@ -217,14 +217,6 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, but is '{name}'.")
     return METHODS[name]
-
-
-def init_fields(cls) -> dict[str, dataclasses.Field]:
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
-    if issubclass(cls, PreTrainedConfig):
-        inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-        fields = {name: f for name, f in fields.items() if name not in inherited}
-    return fields
 
 
 def known_fields(method: Method) -> dict[str, Any]:

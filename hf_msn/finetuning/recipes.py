@@ -9,13 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 import timm
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.utils import cached_file
 
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.transforms import MultiViewTransform
 from ..models import SuNCEtConfig
 from ..recipe_arguments import WAYS_OF_LABELLING, DataArguments, LabelArguments, check_is_a_folder
+from ..recipe_forms import init_fields
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .result import FinetuningResult
@@ -197,10 +198,7 @@ def finetuning_homes(head: str) -> dict[type, str]:
 
 def finetuning_fields(cls: type) -> dict[str, dataclasses.Field]:
     """The fields of an object that a recipe can name."""
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and not f.name.startswith("_")}
-    if issubclass(cls, PreTrainedConfig):
-        inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)}
-        fields = {name: f for name, f in fields.items() if name not in inherited}
+    fields = init_fields(cls)
     if cls is LabelArguments:
         fields.pop("support_views_per_image")  # a field of SuNCEt's training, with another default
     return fields

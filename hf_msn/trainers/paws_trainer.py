@@ -35,8 +35,7 @@ class PAWSTrainer(SemiSupervisedTrainer):
         target = outputs.target_probabilities
         first, second = target.argmax(dim=-1).chunk(2)
         return {
-            "cross_entropy": outputs.cross_entropy,
-            "me_max": outputs.me_max,
+            **super().values_to_log(outputs),
             "mean_max_target_probability": target.amax(dim=-1).mean(),
             "view_agreement": (first == second).float().mean(),
             "classes_in_use": torch.special.entr(target.mean(dim=0)).sum().exp(),

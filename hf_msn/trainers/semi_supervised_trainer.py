@@ -130,8 +130,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def values_to_log(self, outputs) -> dict[str, torch.Tensor]:
-        """Scalars of a forward pass whose means are logged."""
-        raise NotImplementedError
+        """Scalars of a forward pass whose means are logged: the parts of the loss, to which methods add."""
+        return {name: value for name, value in outputs.items() if name != "loss" and value.ndim == 0}
 
     def _support_for_evaluation(self) -> dict[str, torch.Tensor]:
         if self._evaluation_support is None:

@@ -21,8 +21,7 @@ class SuNCEtTrainer(SemiSupervisedTrainer):
 
     def values_to_log(self, outputs: SuNCEtForPreTrainingOutput) -> dict[str, torch.Tensor]:
         # 0 where a part is left out, so that all micro-batches between two logs count alike.
-        nothing = torch.zeros_like(outputs.loss)
-        return {"nt_xent": outputs.nt_xent, "suncet": nothing if outputs.suncet is None else outputs.suncet}
+        return {"suncet": torch.zeros_like(outputs.loss), **super().values_to_log(outputs)}
 
     def check_before_training(self) -> None:
         super().check_before_training()
