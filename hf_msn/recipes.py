@@ -6,6 +6,7 @@ names fields of any of them; `image_size` goes to both the views and the model.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,23 @@ class Recipe:
             model.set_attn_implementation(self.model.attn_implementation)
         return model
 
+    @cached_property
+    def images(self):
+        """The images to train on."""
+        return self.data.load()
+
+    @cached_property
+    def labelled(self) -> tuple[Any, Any]:
+        """The data set that holds the labelled images, and their rows in it: one draw for training and evaluation."""
+        return self.labels.load(self.data, self.images)
+
     def build_datasets(self) -> dict[str, Any]:
         """`train_dataset`, the views of the training images, and `support_dataset` where some images are labelled."""
-        images = self.data.load()
+        images = self.images
         settings = {"seed": self.training.seed, "on_broken_image": self.data.on_broken_image}
         built = {"train_dataset": multi_view_dataset(images, self.views, **settings)}
         if self.labels is not None:
-            labelled, rows = self.labels.load(self.data, images)
+            labelled, rows = self.labelled
             check_class_names(labelled, images)
             views_per_image = self.labels.support_views_per_image
             built["support_dataset"] = SupportDataset(
@@ -153,18 +164,16 @@ class Recipe:
         settings = self.low_shot
         if settings.low_shot_every_epochs == 0:
             return
-        train_split = settings.low_shot_train_split or self.data.train_split
         if self.labels is None:
-            labelled, tasks = self.data.load(train_split), {"images_per_class": settings.low_shot_images_per_class}
+            labelled = self.data.load(settings.low_shot_train_split or self.data.train_split)
+            tasks = {"images_per_class": settings.low_shot_images_per_class}
         elif settings.low_shot_train_split is not None:
             raise ValueError(
                 "`low_shot_train_split` would read labels of images that the method does not know. It is evaluated "
                 "with the images that it is trained with; leave the field out."
             )
         else:
-            # a second data set holds all labelled images: the first, which may be a long stream, is not asked for
-            images = None if self.labels.labelled_dataset is not None else self.data.load(train_split)
-            labelled, rows = self.labels.load(self.data, images)
+            labelled, rows = self.labelled
             tasks = {"images_per_class": (), "rows": {"labelled": rows}}
         evaluator = LowShotEvaluator(
             labelled,

@@ -86,8 +86,8 @@ def _train_on_split(
         trainer.train()
     trainer.save_model()
 
-    images, test = recipe.data.load(), recipe.data.load(recipe.low_shot.low_shot_test_split)
-    rows = trainer.support_dataset.rows
+    images, rows = recipe.labelled
+    test = recipe.data.load(recipe.low_shot.low_shot_test_split)
     evaluator = LowShotEvaluator(
         images,
         test,
