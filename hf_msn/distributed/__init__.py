@@ -2,9 +2,25 @@
 
 from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
+from .topology import (
+    BipartiteExponentialTopology,
+    CompleteTopology,
+    ExponentialTopology,
+    RandomOnePeerTopology,
+    RepairedTopology,
+    RingTopology,
+    Topology,
+)
 
 __all__ = [
+    "BipartiteExponentialTopology",
+    "CompleteTopology",
     "CrossRankBatchNorm",
+    "ExponentialTopology",
+    "RandomOnePeerTopology",
+    "RepairedTopology",
+    "RingTopology",
+    "Topology",
     "all_gather_cat",
     "all_reduce_mean",
     "all_reduce_sum",

@@ -1,0 +1,68 @@
+"""The picture of topologies, and the consensus distances in it."""
+
+import builtins
+import math
+
+import pytest
+import torch
+from topologies import (
+    MAKERS,
+    Star,
+)
+
+from hf_msn.distributed import (
+    CompleteTopology,
+    ExponentialTopology,
+    RingTopology,
+)
+from hf_msn.distributed.topology import plot
+from hf_msn.distributed.topology_plot import consensus_distances
+
+
+def test_plot_writes_a_picture_of_one_or_several_topologies(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    single, several = tmp_path / "new" / "one.png", tmp_path / "several.png"
+    plot(ExponentialTopology(6, 2), single)
+    plot([*[make(5) for make in MAKERS.values()][:4], RingTopology(5).without([2]), RingTopology(1)], several, steps=3)
+    sizes = [image.open(path).size for path in (single, several)]
+    assert sizes[1][0] > 2 * sizes[0][0], "several topologies stand beside one another"
+    assert all(len(set(image.open(path).convert("RGB").getdata())) > 50 for path in (single, several))
+    before = image.open(single).tobytes()
+    plot(ExponentialTopology(6, 2), single, steps=1)
+    assert image.open(single).tobytes() != before
+
+
+def test_consensus_distances_are_those_of_the_values_and_of_push_sum():
+    exact = consensus_distances(ExponentialTopology(8), 4)
+    assert len(exact) == 5 and min(exact[:3]) > 0.1 and max(exact[3:]) < 1e-14
+    assert consensus_distances(Star(5), 200)[-1] < 1e-12
+    assert consensus_distances(CompleteTopology(5).without([0]), 1)[-1] < 1e-14
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    total = 0.0
+    for row in RingTopology(6).mixing_matrix(0) @ x:
+        total += float(((row - x.mean(0)) ** 2).sum()) / 64 / 6
+    assert consensus_distances(RingTopology(6), 1, seed=4)[1] == pytest.approx(math.sqrt(total), abs=1e-14)
+
+
+def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
+    real_import = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r"not installed.*pip install 'hf_msn\[demo\]'"):
+        plot(RingTopology(3), tmp_path / "a.png")
+
+
+def test_number_of_steps_and_what_is_no_topology_are_refused(tmp_path):
+    for steps in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"`steps` .* >= 1, but is {steps}"):
+            plot(RingTopology(4), tmp_path / "a.png", steps=steps)
+        with pytest.raises(ValueError, match=f"`consensus_steps` .* >= 1, but is {steps}"):
+            plot(RingTopology(4), tmp_path / "a.png", consensus_steps=steps)
+    for nothing in ([], [3], "ring"):
+        with pytest.raises(ValueError, match="`topology` must be a Topology or a sequence of at least one"):
+            plot(nothing, tmp_path / "a.png")
