@@ -2,6 +2,8 @@
 
 from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
+from .exchange import PeerError
+from .flat import FlatTensors
 from .topology import (
     BipartiteExponentialTopology,
     CompleteTopology,
@@ -17,6 +19,8 @@ __all__ = [
     "CompleteTopology",
     "CrossRankBatchNorm",
     "ExponentialTopology",
+    "FlatTensors",
+    "PeerError",
     "RandomOnePeerTopology",
     "RepairedTopology",
     "RingTopology",

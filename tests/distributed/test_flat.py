@@ -1,0 +1,45 @@
+"""Flat copies of tensors: what goes in comes back, in place."""
+
+import torch
+
+from hf_msn.distributed import FlatTensors
+from hf_msn.distributed.flat import split_into_buckets
+
+
+def test_values_of_every_dtype_and_layout_come_back_into_the_same_memory():
+    tensors = [
+        torch.arange(6.0).view(2, 3).T,
+        torch.tensor(3.0),
+        torch.arange(4),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.empty(0),
+        torch.full((2, 2), 7.0),
+    ]
+    places = [tensor.data_ptr() for tensor in tensors]
+    flat = FlatTensors(tensors)
+    assert [buffer.tolist() for buffer in flat.copy_in()] == [[0, 3, 1, 4, 2, 5, 3, 7, 7, 7, 7], [0, 1, 2, 3], [1, 1]]
+    assert flat.num_bytes == 11 * 4 + 4 * 8 + 2 * 2
+    for buffer in flat.buffers:
+        buffer.mul_(2)
+    assert tensors[0].tolist() == [[0, 3], [1, 4], [2, 5]]  # a copy
+    flat.copy_back()
+    assert tensors[0].tolist() == [[0, 6], [2, 8], [4, 10]]
+    assert (tensors[1].item(), tensors[2].tolist(), tensors[3].tolist()) == (6.0, [0, 2, 4, 6], [2, 2])
+    assert [tensor.data_ptr() for tensor in tensors] == places
+
+
+def test_padding_is_zero_and_stays_out_of_the_tensors():
+    tensor = torch.ones(5, requires_grad=True)
+    flat = FlatTensors([tensor], multiple_of=4)
+    assert flat.copy_in()[0].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    flat.buffers[0].fill_(3)
+    flat.copy_back()
+    assert tensor.tolist() == [3] * 5
+
+
+def test_buckets_hold_one_dtype_keep_the_order_and_the_limit():
+    sizes = [10, 20, 5, 100, 1, 2]
+    tensors = [torch.empty(n) for n in sizes]
+    tensors.insert(1, torch.empty(3, dtype=torch.float64))
+    buckets = split_into_buckets(tensors, max_bytes=120)
+    assert buckets == [[0, 2], [1], [3], [4], [5, 6]]
