@@ -4,6 +4,9 @@ from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
 from .exchange import PeerError
 from .flat import FlatTensors
+from .local_sgd import LocalSGD
+from .local_update import LocalUpdate
+from .slowmo import SlowMo
 from .topology import (
     BipartiteExponentialTopology,
     CompleteTopology,
@@ -20,10 +23,13 @@ __all__ = [
     "CrossRankBatchNorm",
     "ExponentialTopology",
     "FlatTensors",
+    "LocalSGD",
+    "LocalUpdate",
     "PeerError",
     "RandomOnePeerTopology",
     "RepairedTopology",
     "RingTopology",
+    "SlowMo",
     "Topology",
     "all_gather_cat",
     "all_reduce_mean",

@@ -1,0 +1,207 @@
+"""SlowMo: momentum over the averages of local training."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .flat import FlatTensors
+from .local_update import LocalUpdate
+
+
+class SlowMo(LocalUpdate):
+    """Takes, every `sync_every` optimizer steps, a step of slow momentum along what the local steps did on average.
+
+        v <- beta * (gamma_t / gamma_prev) * v + (x0 - xbar),    xbar = mean_i x_i
+        x <- x0 - alpha * v;    x0 <- x
+
+    [arXiv 1910.00643](https://arxiv.org/abs/1910.00643), with v the paper's gamma * u, so that nothing is divided by a
+    learning rate of 0. x0 is the point before the first local step (taken when entering, after the ranks were made
+    equal, or at `sync_start_step`), v starts at 0. gamma_t is the learning rate of the last local step of the period,
+    for each parameter group its own (1 for what trains without the optimizer), and gamma_prev that of the period
+    before; the factor is left out in the first period and where gamma_prev is 0.
+
+    beta = 0 and alpha = 1 is [`LocalSGD`] to the bit. SGD with beta > 0 and alpha = 1 is block-wise model-update
+    filtering (BMUF, ICASSP 2016; section 2 of arXiv 1910.00643). On one rank it is slow momentum on one worker:
+    Lookahead ([arXiv 1907.08610](https://arxiv.org/abs/1907.08610)) with momentum.
+
+    Memory beside the model: x0 and v, twice the trainable parameters, 2/n with `shard_state`, none with beta = 0 and
+    alpha = 1; during the outer step one bucket of 32 MiB or the largest parameter, if that is larger. v is kept in
+    float32 for parameters of lower precision.
+
+    Args:
+        model (`nn.Module`): See [`LocalUpdate`].
+        optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
+        sync_every (`int`, *optional*, defaults to 12): Optimizer steps of a period. The paper: 12 over Local SGD.
+        slow_momentum (`float`, *optional*, defaults to 0.5): beta in [0, 1). The paper: 0.4 to 0.8.
+        slow_lr (`float`, *optional*, defaults to 1.0): alpha > 0. The paper: 1 is always best.
+        base_buffers (`str`, *optional*, defaults to `"maintain"`): See [`LocalUpdate`]. The paper: `"reset"` for
+            Nesterov SGD, `"maintain"` for Adam.
+        average (`bool`, *optional*, defaults to `True`): `False` is the paper's "noaverage": xbar is the rank's own x,
+            nothing is sent in an outer step, and each rank has an x0 and a v of its own. `sync()` still averages.
+        shard_state (`bool`, *optional*, defaults to `False`): Each rank keeps 1/n of x0 and v: a reduce-scatter of x
+            and an all-gather of the result stand for the all-reduce, and send as much.
+        group (`ProcessGroup`, *optional*): See [`LocalUpdate`].
+        kwargs: `sync_start_step`, `inner_group` and `timeout_seconds` of [`LocalUpdate`].
+
+    Raises:
+        ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` without `average`; and
+            what [`LocalUpdate`] raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sync_every: int = 12,
+        slow_momentum: float = 0.5,
+        slow_lr: float = 1.0,
+        base_buffers: str = "maintain",
+        average: bool = True,
+        shard_state: bool = False,
+        group: dist.ProcessGroup | None = None,
+        **kwargs: Any,
+    ):
+        if not 0.0 <= slow_momentum < 1.0:
+            raise ValueError(
+                "`slow_momentum` is the part of the slow momentum that is kept and must be in [0, 1), but is "
+                f"{slow_momentum!r}. The paper uses 0.4 to 0.8."
+            )
+        if not 0.0 < slow_lr < float("inf"):
+            raise ValueError(
+                f"`slow_lr` is the length of an outer step and must be finite and > 0, but is {slow_lr!r}. "
+                "The paper finds 1 always best."
+            )
+        if shard_state and not average:
+            raise ValueError(
+                "`shard_state=True` needs an x0 that all ranks share, but with `average=False` each has its own. "
+                "Leave one of the two out."
+            )
+        super().__init__(model, optimizer, sync_every=sync_every, base_buffers=base_buffers, group=group, **kwargs)
+        self.slow_momentum, self.slow_lr = float(slow_momentum), float(slow_lr)
+        self.average, self.shard_state = average, shard_state
+        self._anchors: list[torch.Tensor] = []
+        self._momenta: list[torch.Tensor] = []
+        self._previous_learning_rates: list[float] | None = None
+
+    @property
+    def _only_averages(self) -> bool:
+        return self.slow_momentum == 0.0 and self.slow_lr == 1.0
+
+    @property
+    def _num_shards(self) -> int:
+        return self._exchange.size if self.shard_state else 1
+
+    def _settings(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("slow_momentum", "slow_lr", "average", "shard_state")}
+        return {**super()._settings(), **own}
+
+    def start(self) -> "SlowMo":
+        super().start()
+        if self._anchors:
+            have = [anchor.numel() * self._num_shards for anchor in self._anchors]
+            need = [FlatTensors(bucket, multiple_of=self._num_shards) for bucket in self._bucket_tensors()]
+            need = [flat.buffers[0].numel() for flat in need]
+            if have != need:
+                self.stop(error=ValueError())
+                raise ValueError(
+                    f"A state of SlowMo must hold an anchor of every trainable parameter, here buffers of {need} "
+                    f"numbers, but holds {have}. Load the state of the same model with the same parameters frozen."
+                )
+        return self
+
+    @torch.no_grad()
+    def _begin_local_steps(self) -> None:
+        self._previous_learning_rates = None
+        if self._only_averages:
+            return
+        self._anchors = [
+            self._shard(FlatTensors(bucket, multiple_of=self._num_shards).copy_in()[0])
+            for bucket in self._bucket_tensors()
+        ]
+        if self.slow_momentum > 0.0:
+            self._momenta = [
+                torch.zeros_like(anchor, dtype=torch.promote_types(anchor.dtype, torch.float32))
+                for anchor in self._anchors
+            ]
+
+    @torch.no_grad()
+    def _take_outer_step(self) -> None:
+        if self._only_averages and not self.average:
+            return
+        factors = self._factors()
+        for index, bucket in enumerate(self._bucket_tensors()):
+            flat = FlatTensors(bucket, multiple_of=self._num_shards)
+            [x] = flat.copy_in()
+            if self.shard_state:
+                part = self._exchange.mean_shard(x)
+            else:
+                part = x
+                if self.average:
+                    self._exchange.mean_([x])
+            if not self._only_averages:
+                self._add_slow_momentum(index, part, factors)
+            if self.shard_state:
+                self._exchange.gather_(x, part)
+            flat.copy_back()
+        self._previous_learning_rates = list(self._learning_rates)
+
+    def _add_slow_momentum(self, index: int, x: torch.Tensor, factors: list[float]) -> None:
+        """From xbar to the new x, in place in `x`: all or a shard of a bucket, of the shape of its anchor."""
+        x0 = self._anchors[index]
+        torch.sub(x0, x, out=x)
+        if self.slow_momentum > 0.0:
+            v = self._momenta[index]
+            for group, part in self._parts_by_group(index, v):
+                part.mul_(self.slow_momentum * (1.0 if group is None else factors[group]))
+            v.add_(x)
+            x0.sub_(v, alpha=self.slow_lr)
+        else:
+            x0.sub_(x, alpha=self.slow_lr)
+        x.copy_(x0)
+
+    def _factors(self) -> list[float]:
+        """gamma_t / gamma_prev of each parameter group."""
+        previous = self._previous_learning_rates or [0.0] * len(self._learning_rates)
+        return [now / before if before != 0.0 else 1.0 for now, before in zip(self._learning_rates, previous)]
+
+    def _parts_by_group(self, index: int, v: torch.Tensor) -> list[tuple[int | None, torch.Tensor]]:
+        """Views of a bucket's v (or of this rank's shard of it), cut where the parameter group changes."""
+        first = self._exchange.rank * v.numel() if self.shard_state else 0
+        bounds: list[list] = []
+        end = 0
+        for place in self._buckets[index]:
+            _, parameter, group = self._parameters[place]
+            start, end = end, end + parameter.numel()
+            if bounds and bounds[-1][0] == group:
+                bounds[-1][2] = end
+            else:
+                bounds.append([group, start, end])
+        cut = [(group, max(start - first, 0), min(end - first, v.numel())) for group, start, end in bounds]
+        return [(group, v[start:end]) for group, start, end in cut if start < end]
+
+    def _shard(self, whole: torch.Tensor) -> torch.Tensor:
+        # A copy, or the shard would keep the whole buffer alive.
+        return whole.chunk(self._num_shards)[self._exchange.rank].clone() if self._num_shards > 1 else whole
+
+    def _method_state(self) -> dict[str, Any]:
+        return {
+            "anchors": [anchor.clone() for anchor in self._anchors],
+            "momenta": [momentum.clone() for momentum in self._momenta],
+            "previous_learning_rates": self._previous_learning_rates,
+            "slow": (self._only_averages, self.slow_momentum > 0.0, self.shard_state),
+        }
+
+    def _load_method_state(self, state: dict[str, Any]) -> None:
+        here = (self._only_averages, self.slow_momentum > 0.0, self.shard_state)
+        if tuple(state["slow"]) != here:
+            raise ValueError(
+                "A state of SlowMo must have been saved with the same kinds of tensors, here (none, momentum, "
+                f"sharded) = {here}, but has {tuple(state['slow'])}. Give the settings that it was saved with."
+            )
+        device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
+        self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
+        self._momenta = [momentum.to(device, copy=True) for momentum in state["momenta"]]
+        self._previous_learning_rates = state["previous_learning_rates"]

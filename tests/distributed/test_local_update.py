@@ -1,0 +1,555 @@
+"""Local steps: what stays local, what comes to consensus, and what is refused; real ranks over gloo."""
+
+import copy
+import json
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from launch import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_msn.distributed import LocalSGD, PeerError, SlowMo
+from hf_msn.distributed.exchange import Exchange
+
+
+def batch(rank, step):
+    return torch.randn(6, 3, generator=torch.Generator().manual_seed(100 * rank + step))
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def sgd(model, momentum=0.0):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+
+
+def backward(model, optimizer, rank, step):
+    optimizer.zero_grad()
+    model(batch(rank, step)).square().mean().backward()
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+
+
+def parameters(model):
+    return flat(model.parameters())
+
+
+def gradients(model):
+    return flat(p.grad for p in model.parameters())
+
+
+# Against DistributedDataParallel
+
+
+def _train_by_ddp_and_by_local_sgd(rank):
+    def run(use_ddp, inner=None, outer=None):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        torch.manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p)
+        optimizer = sgd(model)
+        sync = None
+        if use_ddp:
+            model = DistributedDataParallel(model)
+        else:
+            sync = LocalSGD(model, optimizer, sync_every=1, group=outer, inner_group=inner).start()
+        for step in range(10):
+            backward(model, optimizer, rank, step)
+            optimizer.step()
+            if sync is not None:
+                sync.step()
+        return parameters(model)
+
+    results = [run(True), run(False)]
+    if dist.get_world_size() == 4:
+        groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+        results.append(run(False, inner=groups[rank // 2], outer=groups[2 + rank % 2]))
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_averaging_after_every_sgd_step_is_training_with_averaged_gradients(num_ranks):
+    for by_ddp, *by_local_sgd in run_ranks(_train_by_ddp_and_by_local_sgd, num_ranks):
+        assert len(by_local_sgd) == num_ranks - 2  # with 4 ranks also as two groups that share gradients inside
+        for result in by_local_sgd:
+            torch.testing.assert_close(result, by_ddp, rtol=1e-5, atol=1e-6)
+
+
+def _ddp_with_inner_groups(rank):
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    inner, outer = groups[rank // 2], groups[2 + rank % 2]
+    model = make_model()
+    ddp = DistributedDataParallel(model)
+    optimizer = sgd(model)
+    own = copy.deepcopy(model)
+    backward(own, sgd(own), rank, 0)
+    mean = gradients(own)
+    dist.all_reduce(mean, group=inner)
+    with SlowMo(ddp, optimizer, sync_every=2, group=outer, inner_group=inner) as sync:
+        seen = []
+        for step in range(4):
+            backward(ddp, optimizer, rank, step)
+            if step == 0:
+                in_node = torch.allclose(gradients(model), mean / 2, atol=1e-7)
+            optimizer.step()
+            sync.step()
+            seen.append(parameters(model))
+        sync.sync()
+    return in_node, seen, flat(model.buffers())
+
+
+@pytest.mark.distributed
+def test_inner_groups_share_gradients_at_every_step_and_the_outer_group_parameters_now_and_then():
+    results = run_ranks(_ddp_with_inner_groups, 4)
+    steps = [[seen[step] for _, seen, _ in results] for step in range(4)]
+    for step, (a, b, c, d) in enumerate(steps):
+        assert torch.equal(a, b)
+        assert torch.equal(c, d)
+        assert torch.equal(a, c) == (step % 2 == 1)
+    assert all(in_node for in_node, *_ in results)
+    assert all(torch.equal(statistics, results[0][2]) for *_, statistics in results)
+
+
+def _gradients_inside_and_outside(rank):
+    model = make_model()
+    ddp = DistributedDataParallel(model)
+    optimizer = sgd(model)
+
+    def seen(step):
+        # The model is the same at every look: only the averaging makes a difference.
+        own = copy.deepcopy(model)
+        backward(own, sgd(own), rank, step)
+        backward(ddp, optimizer, rank, step)
+        mean = gradients(own)
+        dist.all_reduce(mean)
+        return torch.equal(gradients(model), gradients(own)), torch.allclose(gradients(model), mean / 2, atol=1e-7)
+
+    results = [seen(0)]
+    with LocalSGD(ddp, optimizer, sync_every=2):
+        results.append(seen(1))
+        inside = ddp.broadcast_buffers
+    results.append(seen(2))
+    with SlowMo(ddp, optimizer, sync_every=2):  # DDP takes one hook in its life
+        results.append(seen(3))
+    results.append(seen(4))
+    return results, inside, ddp.broadcast_buffers
+
+
+@pytest.mark.distributed
+def test_gradients_of_ddp_are_local_inside_and_averaged_again_outside():
+    for results, inside, outside in run_ranks(_gradients_inside_and_outside, 2):
+        outside_looks, inside_looks = [(False, True)] * 3, [(True, False)] * 2
+        assert results[::2] == outside_looks
+        assert results[1::2] == inside_looks
+        assert (inside, outside) == (False, True)
+
+
+def _post_local(rank, wrap):
+    def run(start_step):
+        model = make_model()
+        wrapped = DistributedDataParallel(model) if wrap or start_step is None else model
+        optimizer = sgd(model, momentum=0.9)
+        sync = None
+        if start_step is not None:
+            sync = SlowMo(wrapped, optimizer, sync_every=2, sync_start_step=start_step).start()
+        seen = []
+        for step in range(6):
+            backward(wrapped, optimizer, rank, step)
+            optimizer.step()
+            if sync is not None:
+                sync.step()
+            seen.append((parameters(model), flat(model.buffers())))
+        return seen
+
+    return run(None), run(3)
+
+
+@pytest.mark.distributed
+def test_a_post_local_start_is_ddp_until_then_and_local_after():
+    results = run_ranks(_post_local, 2, True)
+    for by_ddp, post_local in results:
+        for step in range(3):
+            assert torch.equal(by_ddp[step][0], post_local[step][0])
+            assert torch.equal(by_ddp[step][1], post_local[step][1])
+        assert not torch.allclose(by_ddp[3][0], post_local[3][0], atol=1e-5)
+    (_, first), (_, second) = results
+    equal = [torch.equal(first[step][0], second[step][0]) for step in range(6)]
+    assert equal == [True, True, True, False, True, False]
+    for by_ddp, post_local in run_ranks(_post_local, 2, False):  # without DDP: gradients only
+        torch.testing.assert_close(by_ddp[2][0], post_local[2][0], rtol=1e-5, atol=1e-6)
+
+
+def _accelerate_accumulates(rank):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(*(lambda m: (m, sgd(m)))(make_model()))
+    own = copy.deepcopy(accelerator.unwrap_model(model))
+    own_optimizer = sgd(own)
+    is_local = []
+    with LocalSGD(model, optimizer, sync_every=2) as sync:
+        for step in range(6):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch(rank, step)).square().mean())
+                optimizer.step()
+                (own(batch(rank, step)).square().mean() / 2).backward()
+                if step % 2:
+                    own_optimizer.step()
+                    own_optimizer.zero_grad()
+                optimizer.zero_grad()
+            if step < 3:
+                is_local.append(torch.equal(parameters(model), parameters(own)))
+            sync.step()
+            assert sync.steps == (step + 1) // 2
+        pending = sync.local_steps
+    return isinstance(model, DistributedDataParallel), is_local, pending
+
+
+@pytest.mark.distributed
+def test_accelerate_accumulates_locally_and_only_optimizer_steps_count():
+    assert run_ranks(_accelerate_accumulates, 2) == [(True, [True] * 3, 1)] * 2
+
+
+# Consensus
+
+
+class Everything(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.trained = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.target = nn.Linear(3, 4).requires_grad_(False)
+        self.register_buffer("integers", torch.full((2,), rank))
+        self.register_buffer("flags", torch.tensor([rank == 0, rank > 0]))
+        self.register_buffer("cache", torch.full((2 + rank,), float(rank)), persistent=False)
+        self.low = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x):
+        return self.norm(self.trained(x))
+
+
+def _consensus_of_everything(rank):
+    torch.manual_seed(rank)
+    model = Everything(rank)
+    pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    optimizer = sgd(model, momentum=0.9)
+    with LocalSGD(model, optimizer, sync_every=5) as sync:
+        begin = copy.deepcopy(model.state_dict())
+        for step in range(2):
+            backward(model, optimizer, rank, step)
+            optimizer.step()
+            sync.step()
+        with torch.no_grad():
+            model.target.weight.add_(rank)
+            model.low.fill_(rank)
+            model.integers.fill_(10 * rank + 1)
+            model.flags.copy_(torch.tensor([rank > 0, rank == 0]))
+        before = copy.deepcopy(model.state_dict())
+        distance = sync.consensus_distance()
+        sync.sync()
+        after = copy.deepcopy(model.state_dict())
+        pending, no_distance = sync.local_steps, sync.consensus_distance()
+    buffer = optimizer.state[model.trained.weight]["momentum_buffer"]
+    same_memory = pointers == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    return begin, before, after, pending, (distance, no_distance), buffer, model.cache, same_memory
+
+
+@pytest.mark.distributed
+def test_statistics_frozen_parameters_and_integers_come_to_consensus_by_the_rule():
+    results = run_ranks(_consensus_of_everything, 3)
+    befores = [before for _, before, *_ in results]
+    trained = ("trained.weight", "trained.bias", "norm.weight", "norm.bias")
+    mean = {name: sum(b[name].double() for b in befores) / 3 for name in befores[0]}
+    squared = sum(((b[name] - mean[name]) ** 2).sum() for b in befores for name in trained) / 3
+    for rank, (begin, before, after, pending, distances, _, cache, same_memory) in enumerate(results):
+        assert all(torch.equal(begin[name], results[0][0][name]) for name in begin)  # entering makes all equal
+        assert begin["integers"].tolist() == [0, 0]
+        for name, value in after.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value.double(), mean[name], rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(value, befores[0][name]), name
+        assert before["norm.running_mean"].sum() != mean["norm.running_mean"].sum()
+        assert (after["integers"].tolist(), after["flags"].tolist()) == ([1, 1], [False, True])
+        assert after["low"].tolist() == [1, 1, 1]
+        assert cache.tolist() == [rank] * (2 + rank)  # not in the state dict, of another shape on each rank
+        assert pending == 2  # a sync ends no period
+        assert distances == (pytest.approx(math.sqrt(squared), rel=1e-5), pytest.approx(0.0, abs=1e-6))
+        assert same_memory
+    assert not torch.equal(results[0][5], results[1][5])  # "maintain": momentum stays each rank's own
+
+
+def _moments(rank, base_buffers):
+    model = make_model()
+    optimizer = torch.optim.NAdam(model.parameters(), lr=0.01)
+    sync = LocalSGD(model, optimizer, sync_every=2, base_buffers=base_buffers).start()
+    for step in range(2):
+        backward(model, optimizer, rank, step)
+        if rank == 1:
+            model[0].bias.grad = None  # without a moment on this rank
+        optimizer.step()
+        own = copy.deepcopy(optimizer.state[model[0].weight])
+        own_bias = copy.deepcopy(optimizer.state.get(model[0].bias, {}))
+        sync.step()
+    state = optimizer.state
+    return own, dict(state[model[0].weight]), own_bias, dict(state.get(model[0].bias, {}))
+
+
+@pytest.mark.distributed
+def test_moments_are_maintained_reset_or_averaged_at_an_outer_step():
+    for own, now, *_ in run_ranks(_moments, 2, "maintain"):
+        assert all(torch.equal(own[name], now[name]) for name in own)
+    for own, now, *_ in run_ranks(_moments, 2, "reset"):
+        assert own["exp_avg"].abs().sum() > 0
+        assert (now["exp_avg"].abs().sum(), now["exp_avg_sq"].abs().sum()) == (0, 0)
+        assert (float(now["step"]), float(now["mu_product"])) == (0, 1)  # or the bias corrections would be off
+    results = run_ranks(_moments, 2, "average")
+    for name in ("exp_avg", "exp_avg_sq"):
+        expected = (results[0][0][name] + results[1][0][name]) / 2
+        assert all(torch.equal(now[name], expected) for _, now, *_ in results)
+    assert torch.equal(results[0][3]["exp_avg"], results[0][2]["exp_avg"])  # a moment that one rank lacks stays
+    assert all(float(now["step"]) == 2 for _, now, *_ in results)
+
+
+# Counting
+
+
+def _wait_for_a_slow_rank(rank):
+    model = make_model()
+    with LocalSGD(model, sgd(model), sync_every=1) as sync:
+        before = sync.seconds_waiting, sync.bytes_sent
+        if rank == 0:
+            time.sleep(0.5)
+        sync.step()
+        return sync.seconds_waiting - before[0], sync.bytes_sent - before[1]
+
+
+@pytest.mark.distributed
+def test_waiting_is_the_fast_rank_s_and_bytes_are_those_of_a_ring():
+    (slow, slow_bytes), (fast, fast_bytes) = run_ranks(_wait_for_a_slow_rank, 2)
+    numbers = sum(p.numel() for p in make_model().parameters())
+    assert slow_bytes == fast_bytes == 2 * 4 * numbers // 2
+    assert fast > 0.4 > slow
+
+
+def test_calls_count_whether_or_not_the_optimizer_stepped():
+    model = make_model()
+    sync = SlowMo(model, sgd(model), sync_every=3)
+    with sync:
+        for _ in range(7):
+            sync.step()
+        assert (sync.steps, sync.local_steps) == (7, 1)
+    assert (sync.steps, sync.local_steps) == (7, 0)  # leaving ends the period
+
+
+def test_an_error_leaves_without_an_outer_step_and_frees_the_model():
+    model = make_model()
+    optimizer = sgd(model)
+    with pytest.raises(KeyError), SlowMo(model, optimizer, sync_every=3) as sync:
+        sync.step()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        moved = parameters(model)
+        raise KeyError
+    assert torch.equal(parameters(model), moved)
+    assert (sync.local_steps, len(optimizer._optimizer_step_pre_hooks)) == (1, 0)
+    with SlowMo(model, optimizer):
+        pass
+
+
+def test_one_process_is_told_that_local_sgd_does_nothing():
+    model = make_model()
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="one rank only") as caught, LocalSGD(model, sgd(model), sync_every=1) as sync:
+        for _ in range(3):
+            sync.step()
+        assert (sync.bytes_sent, sync.consensus_distance()) == (0, 0.0)
+    assert len(caught) == 1
+    assert torch.equal(parameters(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with SlowMo(model, sgd(model)):
+            pass
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sync_every": 0}, r"sync_every.*integer >= 1.*is 0.*12"),
+        ({"sync_every": 1.5}, r"sync_every.*1.5"),
+        ({"sync_every": True}, r"sync_every.*True"),
+        ({"sync_start_step": -1}, r"sync_start_step.*-1"),
+        ({"base_buffers": "keep"}, r"base_buffers.*'reset'.*'keep'"),
+        ({"timeout_seconds": 0}, r"timeout_seconds.*> 0.*is 0"),
+        ({"group": object()}, r"group.*init_process_group"),
+    ],
+)
+def test_settings_outside_their_rules_are_refused_with_value_and_rule(options, words):
+    model = make_model()
+    with pytest.raises(ValueError, match=words):
+        LocalSGD(model, sgd(model), **options)
+
+
+def test_a_second_sync_object_is_refused():
+    model = make_model()
+    optimizer = sgd(model)
+    with SlowMo(model, optimizer):
+        with pytest.raises(ValueError, match="A model takes one sync object"):
+            SlowMo(model, sgd(model)).start()
+        with pytest.raises(ValueError, match="An optimizer takes one"):
+            SlowMo(make_model(), optimizer).start()
+
+
+def test_use_before_entering_and_unfreezing_inside_are_refused():
+    model = make_model()
+    model[0].requires_grad_(False)
+    sync = SlowMo(model, sgd(model), sync_every=1)
+    for method in (sync.step, sync.sync, sync.consensus_distance):
+        with pytest.raises(RuntimeError, match=r"must be entered.*start\(\)"):
+            method()
+    sync.start()
+    model[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="unfrozen or added"):
+        sync.step()
+
+
+def test_sharded_models_and_other_optimizers_are_refused():
+    class DeepSpeedEngine(nn.Linear):
+        pass
+
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    for kind, name in ((DeepSpeedEngine, "DeepSpeed"), (FullyShardedDataParallel, "FSDP")):
+        model = nn.Sequential(kind(1, 1))
+        with pytest.raises(TypeError, match=f"whole model on every rank.*{name}"):
+            SlowMo(model, sgd(model))
+    with pytest.raises(TypeError, match=r"torch.optim.Optimizer.*is a object"):
+        SlowMo(make_model(), object())
+
+
+def _refusals_on_ranks(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    def error_of(function):
+        try:
+            function()
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return None
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2 + rank))
+    errors = [error_of(lambda: SlowMo(model, sgd(model)).start())]
+    same = make_model()
+    errors.append(error_of(lambda: LocalSGD(same, sgd(same), sync_every=3 + rank).start()))
+    hooked = DistributedDataParallel(make_model())
+    hooked.register_comm_hook(None, lambda state, bucket: None)
+    errors.append(error_of(lambda: SlowMo(hooked, sgd(hooked)).start()))
+    outside = dist.new_group([1])
+    if rank == 0:
+        errors.append(error_of(lambda: SlowMo(same, sgd(same), group=outside)))
+    sharded = make_model()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(sharded, mesh=mesh)
+    errors.append(error_of(lambda: SlowMo(sharded, sgd(sharded))))
+    tensor_parallel = nn.Linear(4, 4)
+    weight = dist.tensor.distribute_tensor(tensor_parallel.weight.detach(), mesh, [dist.tensor.Shard(0)])
+    tensor_parallel.weight = nn.Parameter(weight)
+    errors.append(error_of(lambda: SlowMo(tensor_parallel, sgd(tensor_parallel))))
+    return errors
+
+
+@pytest.mark.distributed
+def test_ranks_that_differ_are_named_before_the_first_exchange_and_sharded_parameters_refused():
+    first, second = run_ranks(_refusals_on_ranks, 2)
+    for shapes, settings, hook, *_ in (first, second):
+        assert "rank 0 has `1.weight (2, 4) torch.float32 in group 0` where rank 1 has `1.weight (3, 4)" in shapes
+        assert "rank 0 has `setting sync_every=3` where rank 1 has `setting sync_every=4`" in settings
+        assert "takes one only, but `_refusals_on_ranks.<locals>.<lambda>` is registered" in hook
+    assert "rank 0 is not one of them" in first[3]
+    for fsdp, dtensor in (first[4:], second[3:]):
+        assert "FSDP" in fsdp
+        assert "shape (4, 4) is a DTensor" in dtensor
+
+
+def test_cpu_tensors_over_nccl_are_refused(monkeypatch):
+    exchange = Exchange()
+    exchange.size = 2
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(ValueError, match=r"cuda:nccl.*some are on 'cpu'.*gloo for 'cpu'"):
+        exchange.check_devices([torch.zeros(1)])
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    exchange.check_devices([torch.zeros(1)])
+
+
+# Faults
+
+
+def _train_beside_a_lost_peer(rank, folder, how, timeout_seconds):
+    model = make_model()
+    optimizer = sgd(model)
+    lost = 1
+    started = time.monotonic()
+    try:
+        with SlowMo(model, optimizer, sync_every=2, timeout_seconds=timeout_seconds) as sync:
+            for step in range(20):
+                if step == 5 and rank == lost:
+                    if how == "dies":
+                        os._exit(0)
+                    while len(list(Path(folder).iterdir())) < dist.get_world_size() - 1:
+                        time.sleep(0.05)
+                    os._exit(0)
+                if step == 5:
+                    started = time.monotonic()
+                backward(model, optimizer, rank, step)
+                optimizer.step()
+                sync.step()
+    except PeerError as error:
+        report = {"ranks": error.ranks, "message": str(error), "seconds": time.monotonic() - started}
+        temporary = Path(folder, f"{rank}.part")
+        temporary.write_text(json.dumps({**report, "steps": sync.steps}))
+        # The first rank holds the store: it stays until the others have asked it.
+        temporary.rename(Path(folder).parent / f"{rank}.json")
+        Path(folder, f"{rank}.done").touch()
+        deadline = time.monotonic() + 10
+        while len(list(Path(folder).glob("*.done"))) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os._exit(0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how, timeout_seconds", [("dies", 4.0), ("hangs", 1.5), ("dies", None)])
+def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, how, timeout_seconds):
+    folder = tmp_path / "done"
+    folder.mkdir()
+    # No rank returns: the lost one cannot, and the others report through the folder.
+    with pytest.raises(FileNotFoundError):
+        run_ranks(_train_beside_a_lost_peer, 3, str(folder), how, timeout_seconds, timeout=40.0)
+    for rank in (0, 2):
+        report = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert report["steps"] == 6  # the exchange after the loss, and none later
+        assert report["seconds"] < (timeout_seconds or 4.0) + 2.5  # the store is asked for 2 s at most
+        if timeout_seconds is None:
+            assert "Give `timeout_seconds` to learn which" in report["message"]
+        else:
+            assert 1 in report["ranks"]
+            assert rank not in report["ranks"]
+            assert f"over the ranks [0, 1, 2] failed on rank {rank}" in report["message"]
+        if how == "hangs":
+            assert report["ranks"] == [1]
+            assert report["seconds"] >= timeout_seconds - 0.1

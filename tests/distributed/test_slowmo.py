@@ -1,0 +1,361 @@
+"""SlowMo against its equations, written as loops over ranks in float64."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run_ranks
+
+from hf_msn.distributed import LocalSGD, SlowMo, local_update
+
+NUM_STEPS = 8
+# The last step of a period, a step inside of one, and a whole period are without a step size somewhere.
+WITH_ZEROS = [(0.2, 0.1), (0.0, 0.3), (0.1, 0.0), (0.1, 0.2), (0.1, 0.2), (0.0, 0.4), (0.3, 0.3), (0.1, 0.1)]
+CHANGING = [(0.2 / (1 + k), 0.1 + 0.02 * k) for k in range(NUM_STEPS)]
+
+DEFAULTS = {"optimizer": "sgd", "rates": CHANGING, "sync_after": None, "sync_every": 3, "slow_momentum": 0.6}
+CASES = {
+    "plain": {},
+    "slow_lr": {"slow_lr": 0.7},
+    "reset": {"base_buffers": "reset"},
+    "average": {"base_buffers": "average"},
+    "adam maintain": {"optimizer": "adam"},
+    "adam reset": {"optimizer": "adam", "base_buffers": "reset"},
+    "adam average": {"optimizer": "adam", "base_buffers": "average"},
+    "zeros": {"rates": WITH_ZEROS},
+    "zeros in every last step": {"rates": [(0.2 * (k % 2), 0.1) for k in range(1, 9)], "sync_every": 2},
+    "noaverage": {"average": False},
+    "sync in the middle": {"sync_after": 4},
+    "no momentum": {"slow_momentum": 0.0, "slow_lr": 0.5},
+    "every step": {"sync_every": 1},
+    "local sgd": {"slow_momentum": 0.0},
+    "sharded": {"shard_state": True},
+    "sharded zeros": {"shard_state": True, "rates": WITH_ZEROS},
+    "sharded local sgd": {"shard_state": True, "slow_momentum": 0.0},
+}
+
+
+def data(rank, step):
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(5, 3, generator=generator).double(), torch.randn(5, 2, generator=generator).double()
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(3, 2).double()
+
+
+def make_optimizer(model, name):
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+    if name == "adam":
+        return torch.optim.Adam(groups, lr=0.1)
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def take_local_step(model, optimizer, rates, rank, step):
+    x, y = data(rank, step)
+    optimizer.zero_grad()
+    ((model(x) - y) ** 2).mean().backward()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 123.0  # a scheduler that has moved on: the outer step must have seen what was used
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def train(rank, case):
+    case = {**DEFAULTS, **case}
+    name, rates, sync_after = (case.pop(key) for key in ("optimizer", "rates", "sync_after"))
+    model = make_model(seed=rank)  # made equal when entering
+    optimizer = make_optimizer(model, name)
+    seen = []
+    with SlowMo(model, optimizer, **case) as sync:
+        for step in range(NUM_STEPS):
+            take_local_step(model, optimizer, rates[step], rank, step)
+            sync.step()
+            if step == sync_after:
+                sync.sync()
+            seen.append(values(model))
+    return [*seen, values(model)]
+
+
+def reference(num_ranks, case):
+    """What `train` returns for each rank: loops over ranks and parameters, no tensor shared."""
+    case = {"base_buffers": "maintain", "slow_lr": 1.0, "average": True, **DEFAULTS, **case}
+    x = [values(make_model()) for _ in range(num_ranks)]
+    x0 = copy.deepcopy(x)
+    v = [[torch.zeros_like(p) for p in values(make_model())] for _ in range(num_ranks)]
+    moments = [[[torch.zeros_like(p), torch.zeros_like(p)] for p in values(make_model())] for _ in range(num_ranks)]
+    counts = [0] * num_ranks
+    previous = [None, None]
+    seen = [[] for _ in range(num_ranks)]
+
+    def mean_over_ranks(per_rank):
+        return sum(per_rank) / num_ranks
+
+    def outer_step(rates):
+        for i in range(2):
+            mean = mean_over_ranks([x[r][i] for r in range(num_ranks)])
+            for r in range(num_ranks):
+                xbar = mean if case["average"] else x[r][i]
+                factor = rates[i] / previous[i] if previous[i] else 1.0
+                v[r][i] = case["slow_momentum"] * factor * v[r][i] + (x0[r][i] - xbar)
+                x[r][i] = x0[r][i] - case["slow_lr"] * v[r][i]
+                x0[r][i] = x[r][i].clone()
+            previous[i] = rates[i]
+            for m in range(2):
+                mean_moment = mean_over_ranks([moments[r][i][m] for r in range(num_ranks)])
+                for r in range(num_ranks):
+                    if case["base_buffers"] == "average":
+                        moments[r][i][m] = mean_moment.clone()
+                    if case["base_buffers"] == "reset":
+                        moments[r][i][m] = torch.zeros_like(mean_moment)
+        if case["base_buffers"] == "reset":
+            counts[:] = [0] * num_ranks
+
+    def consensus():
+        for i in range(2):
+            mean = mean_over_ranks([x[r][i] for r in range(num_ranks)])
+            for r in range(num_ranks):
+                x[r][i] = mean.clone()
+
+    pending = 0
+    for step in range(NUM_STEPS):
+        rates = case["rates"][step]
+        for r in range(num_ranks):
+            inputs, targets = data(r, step)
+            residual = inputs @ x[r][0].T + x[r][1] - targets
+            gradients = [2 * residual.T @ inputs / residual.numel(), 2 * residual.sum(0) / residual.numel()]
+            counts[r] += 1
+            for i, g in enumerate(gradients):
+                m = moments[r][i]
+                if case["optimizer"] == "adam":
+                    m[0] = 0.9 * m[0] + 0.1 * g
+                    m[1] = 0.999 * m[1] + 0.001 * g * g
+                    hat0, hat1 = m[0] / (1 - 0.9 ** counts[r]), m[1] / (1 - 0.999 ** counts[r])
+                    x[r][i] = x[r][i] - rates[i] * hat0 / (hat1.sqrt() + 1e-8)
+                else:
+                    m[0] = 0.9 * m[0] + g
+                    x[r][i] = x[r][i] - rates[i] * m[0]
+        pending += 1
+        if pending == case["sync_every"]:
+            outer_step(rates)
+            pending = 0
+        if step == case["sync_after"]:
+            consensus()
+        for r in range(num_ranks):
+            seen[r].append([p.clone() for p in x[r]])
+    if pending:
+        outer_step(rates)
+    consensus()
+    return [[*seen[r], x[r]] for r in range(num_ranks)]
+
+
+def _train_all_cases(rank):
+    results = {name: train(rank, case) for name, case in CASES.items()}
+    local_update._BUCKET_BYTES = 1  # a bucket for each tensor
+    small = {name: train(rank, CASES[name]) for name in ("zeros", "sharded zeros", "adam average")}
+    return results, small
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_every_variant_follows_its_equations_on_every_rank_at_every_step(num_ranks):
+    results, small = zip(*run_ranks(_train_all_cases, num_ranks))
+    for name, case in CASES.items():
+        expected = reference(num_ranks, case)
+        for rank in range(num_ranks):
+            torch.testing.assert_close(small[rank].get(name, expected[rank]), expected[rank], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(
+                results[rank][name], expected[rank], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r[name][-1], results[0][name][-1])), name
+
+
+@pytest.mark.parametrize("case", ["plain", "adam reset", "adam average", "zeros", "slow_lr", "sharded"])
+def test_one_rank_is_an_outer_sgd_with_momentum(case):
+    torch.testing.assert_close(train(0, CASES[case]), reference(1, CASES[case])[0], rtol=1e-9, atol=1e-11)
+
+
+def _average_in_three_ways(rank):
+    def run(make_sync):
+        model = make_model(seed=0).float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        sync = make_sync(model, optimizer)
+        for step in range(6):
+            x, y = data(rank, step)
+            optimizer.zero_grad()
+            ((model(x.float()) - y.float()) ** 2).mean().backward()
+            optimizer.step()
+            if sync is not None:
+                sync.step()
+            elif step % 2:
+                flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+                dist.all_reduce(flat)
+                flat /= dist.get_world_size()
+                torch.nn.utils.vector_to_parameters(flat, model.parameters())
+        return values(model)
+
+    return [
+        run(lambda *_: None),
+        run(lambda *it: SlowMo(*it, sync_every=2, slow_momentum=0.0).start()),
+        run(lambda *it: LocalSGD(*it, sync_every=2).start()),
+        run(lambda *it: SlowMo(*it, sync_every=2, slow_momentum=0.0, shard_state=True).start()),
+    ]
+
+
+@pytest.mark.distributed
+def test_without_momentum_it_is_averaging_to_the_bit():
+    for plain, slow, local, sharded in run_ranks(_average_in_three_ways, 3):
+        for p, a, b, c in zip(plain, slow, local, sharded):
+            assert torch.equal(p, a)
+            assert torch.equal(p, b)
+            torch.testing.assert_close(p, c)
+
+
+def _state_sizes_and_bytes(rank, shard):
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sync = SlowMo(model, optimizer, sync_every=1, shard_state=shard).start()
+    before = sync.bytes_sent
+    sync.step()
+    state = sync.state_dict()
+    return sum(t.numel() for t in state["anchors"] + state["momenta"]), sync.bytes_sent - before
+
+
+@pytest.mark.distributed
+def test_sharded_state_is_a_share_of_the_memory_and_sends_as_much():
+    numbers = 10100
+    assert run_ranks(_state_sizes_and_bytes, 4, False) == [(2 * numbers, 2 * 3 * numbers * 4 // 4)] * 4
+    assert run_ranks(_state_sizes_and_bytes, 4, True) == [(2 * numbers // 4, 2 * 3 * numbers * 4 // 4)] * 4
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def _resume(rank, case):
+    case = {**DEFAULTS, **case}
+    name, rates = case.pop("optimizer"), case.pop("rates")
+    case.pop("sync_after")
+
+    def run(model, optimizer, sync, steps):
+        for step in steps:
+            take_local_step(model, optimizer, rates[step], rank, step)
+            sync.step()
+        return {
+            "model": copy.deepcopy(model.state_dict()),
+            "optimizer": copy.deepcopy(optimizer.state_dict()),
+            "sync": saved_and_loaded(sync.state_dict()),
+        }
+
+    def make(seed):
+        model = make_model(seed).float().double()
+        optimizer = make_optimizer(model, name)
+        return model, optimizer, SlowMo(model, optimizer, **case)
+
+    whole = make(0)
+    whole[2].start()
+    saved = run(*whole, range(4))
+    straight = run(*whole, range(4, NUM_STEPS))
+    whole[2].stop()
+    ends = []
+    for started_first in (False, True):
+        model, optimizer, sync = make(7 + rank)
+        if started_first:
+            sync.start()
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # torch takes the tensors themselves
+        sync.load_state_dict(saved["sync"])
+        if not started_first:
+            sync.start()
+        ends.append(run(model, optimizer, sync, range(4, NUM_STEPS)))
+        sync.stop()
+        ends.append(values(model))
+    return straight, ends[0], ends[2], values(whole[0]), ends[1], ends[3], saved
+
+
+RESUMED = [{}, {"shard_state": True, "optimizer": "adam", "base_buffers": "average"}, {"sync_start_step": 5}]
+
+
+def _resume_all(rank):
+    return [_resume(rank, case) for case in RESUMED]
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_period(num_ranks):
+    results = run_ranks(_resume_all, num_ranks)
+    for case, outcome in [entry for result in results for entry in enumerate(result)]:
+        straight, first, second, end, first_end, second_end, saved = outcome
+        assert saved["sync"]["local_steps"] == [1, 1, 0][case]
+        assert same(straight, first), case
+        assert same(straight, second), case
+        assert same(end, first_end), case
+        assert same(end, second_end), case
+    weights = [r[0][-1]["model"]["weight"] for r in results]
+    assert not torch.equal(weights[0], weights[1])  # the state was each rank's own
+
+
+def test_a_state_of_other_tensors_is_refused():
+    model = make_model()
+    state = SlowMo(model, make_optimizer(model, "sgd")).start().state_dict()
+    larger = torch.nn.Linear(5, 2)
+    optimizer = torch.optim.SGD(larger.parameters(), lr=0.1)
+    sync = SlowMo(larger, optimizer)
+    sync.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"here buffers of \[12\] numbers, but holds \[8\]"):
+        sync.start()
+    with pytest.raises(ValueError, match="same kinds of tensors"):
+        SlowMo(larger, optimizer, slow_momentum=0.0).load_state_dict(state)
+    with pytest.raises(ValueError, match="LocalSGD on rank"):
+        LocalSGD(larger, optimizer).load_state_dict(state)
+
+
+def test_bfloat16_parameters_have_a_momentum_in_float32():
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    torch.nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sync = SlowMo(model, optimizer, sync_every=1, slow_momentum=0.9).start()
+    for _ in range(2):
+        with torch.no_grad():
+            model.weight.sub_(0.125)
+        sync.step()
+    assert sync.state_dict()["momenta"][0].dtype == torch.float32
+    assert sync.state_dict()["momenta"][0].item() == pytest.approx(0.9 * 0.125 + 0.125)
+    assert model.weight.item() == torch.tensor(0.875 - 0.2375).bfloat16().item()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"slow_momentum": 1.0}, r"slow_momentum.*\[0, 1\).*1.0"),
+        ({"slow_momentum": -0.1}, r"slow_momentum.*-0.1"),
+        ({"slow_momentum": float("nan")}, r"slow_momentum.*nan"),
+        ({"slow_lr": 0.0}, r"slow_lr.*> 0.*0.0"),
+        ({"shard_state": True, "average": False}, "shard_state=True"),
+    ],
+)
+def test_settings_outside_their_rules_are_refused_with_value_and_rule(options, words):
+    model = make_model()
+    with pytest.raises(ValueError, match=words):
+        SlowMo(model, make_optimizer(model, "sgd"), **options)
