@@ -322,6 +322,28 @@ def test_moments_are_maintained_reset_or_averaged_at_an_outer_step():
     assert all(float(now["step"]) == 2 for _, now, *_ in results)
 
 
+def _moments_after_a_sync(rank, base_buffers):
+    model = make_model()
+    optimizer = sgd(model, momentum=0.9)
+    sync = LocalSGD(model, optimizer, sync_every=5, base_buffers=base_buffers).start()
+    backward(model, optimizer, rank, 0)
+    optimizer.step()
+    sync.step()
+    before = optimizer.state[model[0].weight]["momentum_buffer"].clone()
+    sync.sync()
+    return before, optimizer.state[model[0].weight]["momentum_buffer"]
+
+
+@pytest.mark.distributed
+def test_a_sync_averages_moments_only_where_they_are_averaged_and_never_resets_them():
+    for base_buffers in ("maintain", "reset"):
+        assert all(torch.equal(before, after) for before, after in run_ranks(_moments_after_a_sync, 2, base_buffers))
+    (first, mean), (second, other) = run_ranks(_moments_after_a_sync, 2, "average")
+    assert not torch.equal(first, second)
+    assert torch.equal(mean, other)
+    assert torch.equal(mean, (first + second) / 2)
+
+
 # Counting
 
 

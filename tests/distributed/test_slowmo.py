@@ -331,6 +331,25 @@ def test_a_state_of_other_tensors_is_refused():
         LocalSGD(larger, optimizer).load_state_dict(state)
 
 
+def test_entering_again_starts_the_momentum_anew():
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sync = SlowMo(model, optimizer, sync_every=1, slow_momentum=0.5)
+    for rate in (1.0, 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        with torch.no_grad():
+            model.weight.fill_(2.0)
+        with sync:
+            for expected in (1.0, -0.5):  # v = 1, then 0.5 * 1 + 1
+                with torch.no_grad():
+                    model.weight.sub_(1.0)
+                sync.step()
+                assert model.weight.item() == expected
+            assert sync.state_dict()["previous_learning_rates"] == [rate]
+    sync.start()
+    assert sync.state_dict()["previous_learning_rates"] is None
+
+
 def test_bfloat16_parameters_have_a_momentum_in_float32():
     model = torch.nn.Linear(1, 1, bias=False).bfloat16()
     torch.nn.init.ones_(model.weight)
