@@ -2,6 +2,7 @@
 
 import timm.layers
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,10 +25,11 @@ class CrossRankBatchNorm(_BatchNorm):
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         self.training = norm.training
+        self.process_group: dist.ProcessGroup | None = None  # of the name that `nn.SyncBatchNorm` gives it
         self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and is_distributed():
+        if self.training and is_distributed(self.process_group):
             return self.act(self.drop(self._normalize_over_ranks(x)))
         return self.act(self.drop(super().forward(x)))
 
@@ -35,11 +37,12 @@ class CrossRankBatchNorm(_BatchNorm):
         dimensions = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         wide = x if x.dtype == torch.float64 else x.float()
-        mean = all_reduce_mean(wide.mean(dimensions))
+        mean = all_reduce_mean(wide.mean(dimensions), self.process_group)
         centred = wide - mean.view(shape)
-        variance = all_reduce_mean(centred.square().mean(dimensions))
+        variance = all_reduce_mean(centred.square().mean(dimensions), self.process_group)
         if self.track_running_stats:
-            self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * world_size())
+            count = x.numel() // x.shape[1] * world_size(self.process_group)
+            self._track(mean.detach(), variance.detach(), count)
         normalized = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             normalized = normalized * self.weight.view(shape) + self.bias.view(shape)

@@ -8,8 +8,29 @@ ranks. A loss that is the mean over ranks therefore gets the gradient of the con
 times too large nor too small.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+
+# What `group=None` means at the moment, innermost last; empty for the default group.
+_scopes: list[dist.ProcessGroup] = []
+
+
+@contextmanager
+def group_scope(group: dist.ProcessGroup) -> Iterator[None]:
+    """Makes `group=None` mean `group` to the functions of this module: a loss that is not given a group follows."""
+    _scopes.append(group)
+    try:
+        yield
+    finally:
+        _scopes.pop()
+
+
+def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group itself, that of the enclosing [`group_scope`], or `None` for the default group."""
+    return _scopes[-1] if group is None and _scopes else group
 
 
 def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
@@ -19,19 +40,19 @@ def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of ranks in `group`; 1 where `torch.distributed` is not initialised."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(resolve_group(group)) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
     """This process' rank in `group`; 0 where `torch.distributed` is not initialised."""
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(resolve_group(group)) if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Sum of `tensor` over the ranks, without gradient. Returns a new tensor of the same shape."""
     total = tensor.detach().clone()
     if is_distributed(group):
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=resolve_group(group))
     return total
 
 
@@ -47,7 +68,7 @@ def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
     """
     if not is_distributed(group):
         return tensor
-    return _AllReduceMean.apply(tensor, group)
+    return _AllReduceMean.apply(tensor, resolve_group(group))
 
 
 def all_gather_cat(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -63,7 +84,7 @@ def all_gather_cat(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     """
     if not is_distributed(group):
         return tensor
-    return _AllGatherCat.apply(tensor, group)
+    return _AllGatherCat.apply(tensor, resolve_group(group))
 
 
 class _AllReduceMean(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .exchange import Exchange
 from .flat import FlatTensors
+from .forward_scope import ForwardScope
 
 # DDP takes one hook for its lifetime, so a second sync object has to find the first one's.
 _switches: "weakref.WeakKeyDictionary[DistributedDataParallel, _Switch]" = weakref.WeakKeyDictionary()
@@ -37,7 +38,10 @@ def _switchable_hook(switch: _Switch, bucket: dist.GradBucket) -> torch.futures.
 class GradientSync:
     """What happens to gradients while a sync object is active: local, averaged inside `inner`, or averaged over all.
 
+    What a forward pass exchanges goes along with them, see [`ForwardScope`].
+
     Args:
+        model (`nn.Module`): The model without wrapper.
         ddp (`DistributedDataParallel`, *optional*): The wrapper, if there is one. Its hook is switched; its buffers
             are not broadcast while gradients are local.
         optimizer (`torch.optim.Optimizer`): Without `ddp`, gradients are averaged before its step, where they must be.
@@ -51,6 +55,7 @@ class GradientSync:
 
     def __init__(
         self,
+        model: nn.Module,
         ddp: DistributedDataParallel | None,
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[torch.Tensor],
@@ -59,6 +64,7 @@ class GradientSync:
     ):
         self._ddp, self._optimizer, self._parameters = ddp, optimizer, list(parameters)
         self._outer, self._inner = outer, inner
+        self._forward_scope = ForwardScope(model)
         self._exchanges: list[Exchange] = []
         self._remove_hook: Callable[[], None] | None = None
         if ddp is None:
@@ -69,6 +75,7 @@ class GradientSync:
 
     def average_over_all(self) -> None:
         """As without a sync object: until the local steps begin."""
+        self._forward_scope.lift()
         if self._ddp is None:
             self._exchanges = [exchange for exchange in (self._inner, self._outer) if exchange is not None]
         else:
@@ -78,6 +85,7 @@ class GradientSync:
 
     def keep_local(self) -> None:
         """Each rank (or each inner group) steps on gradients of its own."""
+        self._forward_scope.limit_to(None if self._inner is None else self._inner.group)
         if self._ddp is None:
             self._exchanges = [] if self._inner is None else [self._inner]
         else:
@@ -87,6 +95,7 @@ class GradientSync:
 
     def restore(self) -> None:
         """DDP averages over its own group again and broadcasts buffers as before; the optimizer's hook is removed."""
+        self._forward_scope.lift()
         if self._remove_hook is not None:
             self._remove_hook()
         if self._ddp is not None:

@@ -12,6 +12,7 @@ from .flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper
 from .training_state import (
     average_moments,
+    compare_ranks,
     frozen_and_buffers,
     plain_optimizer,
     refuse_unsupported,
@@ -144,18 +145,12 @@ class LocalUpdate:
                     f"{name} takes one sync object at a time, but another one is active on this one. Leave that one "
                     "(`with`, or `stop`) first, or train with one only."
                 )
-        self._parameters = trainable_parameters(self.model, self.optimizer)
-        self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        self._num_groups = len(self.optimizer.param_groups)
-        tensors = [p for _, p, _ in self._parameters]
-        for exchange in self._exchanges:
-            exchange.check_devices([*tensors, *frozen_and_buffers(self.model)])
-            self._compare_ranks(exchange, tensors)
-        self._buckets = split_into_buckets(tensors, _BUCKET_BYTES)
+        self._attach()
         if not self._restored:
             self._make_equal()
-        self._gradients = GradientSync(self._ddp, self.optimizer, tensors, self._exchange, self._inner)
-        self._note_handle = self.optimizer.register_step_pre_hook(lambda *_: self._note_learning_rates())
+        tensors = [p for _, p, _ in self._parameters]
+        self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
+        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
         _active.update((self.model, self.optimizer))
         if self.steps < self.sync_start_step:
             self._gradients.average_over_all()
@@ -176,8 +171,8 @@ class LocalUpdate:
         finally:
             self._gradients.restore()
             self._gradients = None
-            self._note_handle.remove()
-            self._restored = False
+            self._step_hook.remove()
+            self._detach()
             _active.difference_update((self.model, self.optimizer))
 
     def __enter__(self) -> "LocalUpdate":
@@ -204,9 +199,7 @@ class LocalUpdate:
                 self._gradients.keep_local()
                 self._begin_local_steps()
             return
-        self.local_steps += 1
-        if self.local_steps == self.sync_every:
-            self._end_period()
+        self._count_local_step()
 
     def sync(self) -> None:
         """Brings the whole training state to consensus by the class's rule, before an evaluation, a save, or the end.
@@ -215,7 +208,9 @@ class LocalUpdate:
         sees the local steps before and after.
         """
         self._require_started()
+        self._before_mean()
         self._average_in_place([p for _, p, _ in self._parameters])
+        self._after_mean()
         others = frozen_and_buffers(self.model)
         self._average_in_place([t for t in others if t.is_floating_point() or t.is_complex()])
         self._broadcast([t for t in others if not (t.is_floating_point() or t.is_complex())])
@@ -272,12 +267,42 @@ class LocalUpdate:
 
     # What a method adds.
 
+    def _attach(self) -> None:
+        """Takes up what is to be trained, and compares it with the other ranks."""
+        self._parameters = trainable_parameters(self.model, self.optimizer)
+        self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        self._num_groups = len(self.optimizer.param_groups)
+        tensors = [p for _, p, _ in self._parameters]
+        for exchange in self._exchanges:
+            exchange.check_devices([*tensors, *frozen_and_buffers(self.model)])
+            compare_ranks(exchange, self._description(), self._device)
+        self._buckets = split_into_buckets(tensors, _BUCKET_BYTES)
+
+    def _detach(self) -> None:
+        """Lets go of what `_attach` took up; also after an error, when other ranks may not be there to talk to."""
+        self._restored = False
+
     def _begin_local_steps(self) -> None:
         """Called when the ranks are equal, before the first local step: the place to take anchors."""
+
+    def _before_local_step(self) -> None:
+        """Called before the optimizer changes the parameters, gradients ready; not if a gradient scaler skips it."""
+
+    def _after_local_step(self) -> None:
+        """Called on every rank after every local step, before the outer step if it is the last of a period."""
 
     def _take_outer_step(self) -> None:
         """Called on every rank after the last local step of a period."""
         raise NotImplementedError
+
+    def _before_mean(self) -> None:
+        """Makes the plain mean of the parameters over the ranks the consensus: nothing under way, no other weights."""
+
+    def _after_mean(self) -> None:
+        """The parameters have been replaced by their mean."""
+
+    def _after_change(self) -> None:
+        """An owner has changed this rank's parameters, as an optimizer would."""
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -299,6 +324,13 @@ class LocalUpdate:
     def _place(self) -> tuple[int, ...]:
         return tuple(number for exchange in self._exchanges for number in (exchange.rank, exchange.size))
 
+    def _description(self) -> list[str]:
+        """A line for everything that must be the same on all ranks."""
+        lines = [f"method {type(self).__name__}"]
+        lines += [f"setting {name}={value!r}" for name, value in self._settings().items()]
+        lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
+        return lines + [f"frozen or buffer {tuple(t.shape)} {t.dtype}" for t in frozen_and_buffers(self.model)]
+
     @property
     def _device(self) -> torch.device:
         return self._parameters[0][1].device
@@ -312,6 +344,17 @@ class LocalUpdate:
                 f"{type(self).__name__} must be entered before it is used, but is not active. Use it as "
                 "`with ... as sync:`, or call `start()` first."
             )
+
+    def _before_any_step(self) -> None:
+        self._noted = self._current_learning_rates()
+        if self.steps >= self.sync_start_step:
+            self._before_local_step()
+
+    def _count_local_step(self) -> None:
+        self.local_steps += 1
+        self._after_local_step()
+        if self.local_steps == self.sync_every:
+            self._end_period()
 
     def _end_period(self) -> None:
         if len(self.optimizer.param_groups) != self._num_groups or any(p.requires_grad for p in self._frozen):
@@ -354,26 +397,5 @@ class LocalUpdate:
     def _make_equal(self) -> None:
         self._broadcast([p for _, p, _ in self._parameters] + frozen_and_buffers(self.model))
 
-    def _compare_ranks(self, exchange: Exchange, tensors: list[torch.Tensor]) -> None:
-        lines = [f"method {type(self).__name__}"]
-        lines += [f"setting {name}={value!r}" for name, value in self._settings().items()]
-        lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
-        lines += [f"frozen or buffer {tuple(t.shape)} {t.dtype}" for t in frozen_and_buffers(self.model)]
-        texts = exchange.texts_that_differ("\n".join(lines), self._device)
-        if texts is None:
-            return
-        ranks, first = exchange.global_ranks, texts[0].split("\n")
-        for global_rank, text in zip(ranks, texts):
-            other = text.split("\n")
-            for here, there in zip([*first, "nothing more"], [*other, "nothing more"]):
-                if here != there:
-                    raise ValueError(
-                        "All ranks must train the same parameters with the same settings, but rank "
-                        f"{ranks[0]} has `{here}` where rank {global_rank} has `{there}`. Build them alike."
-                    )
-
     def _current_learning_rates(self) -> list[float]:
         return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
-
-    def _note_learning_rates(self) -> None:
-        self._noted = self._current_learning_rates()

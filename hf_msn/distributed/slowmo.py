@@ -42,12 +42,15 @@ class SlowMo(LocalUpdate):
             nothing is sent in an outer step, and each rank has an x0 and a v of its own. `sync()` still averages.
         shard_state (`bool`, *optional*, defaults to `False`): Each rank keeps 1/n of x0 and v: a reduce-scatter of x
             and an all-gather of the result stand for the all-reduce, and send as much.
+        base ([`Gossip`] or [`OverlapGossip`], *optional*): What happens between the outer steps, of the same model,
+            optimizer and groups: SlowMo over SGP or OSGP. By default nothing: SlowMo over Local SGD. The paper has 48
+            steps in a period then. SlowMo starts it and stops it.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`].
         kwargs: `sync_start_step`, `inner_group` and `timeout_seconds` of [`LocalUpdate`].
 
     Raises:
-        ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` without `average`; and
-            what [`LocalUpdate`] raises.
+        ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` without `average`,
+            `base` of another model, optimizer or group; and what [`LocalUpdate`] raises.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class SlowMo(LocalUpdate):
         base_buffers: str = "maintain",
         average: bool = True,
         shard_state: bool = False,
+        base: LocalUpdate | None = None,
         group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ):
@@ -82,6 +86,9 @@ class SlowMo(LocalUpdate):
         super().__init__(model, optimizer, sync_every=sync_every, base_buffers=base_buffers, group=group, **kwargs)
         self.slow_momentum, self.slow_lr = float(slow_momentum), float(slow_lr)
         self.average, self.shard_state = average, shard_state
+        self.base = base
+        if base is not None:
+            self._check_base(base)
         self._anchors: list[torch.Tensor] = []
         self._momenta: list[torch.Tensor] = []
         self._previous_learning_rates: list[float] | None = None
@@ -97,6 +104,59 @@ class SlowMo(LocalUpdate):
     def _settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("slow_momentum", "slow_lr", "average", "shard_state")}
         return {**super()._settings(), **own}
+
+    @property
+    def bytes_sent(self) -> int:
+        return super().bytes_sent + (0 if self.base is None else self.base.bytes_sent)
+
+    @property
+    def seconds_waiting(self) -> float:
+        return super().seconds_waiting + (0.0 if self.base is None else self.base.seconds_waiting)
+
+    def _check_base(self, base: LocalUpdate) -> None:
+        if not isinstance(base, LocalUpdate) or isinstance(base, SlowMo):
+            raise ValueError(
+                "`base` is what happens between the outer steps and must be a Gossip or an OverlapGossip, but is a "
+                f"{type(base).__name__}. Leave it out for SlowMo over Local SGD."
+            )
+        same = base.model is self.model and base.optimizer is self.optimizer
+        if not same or base._place != self._place or base.sync_start_step:
+            raise ValueError(
+                "`base` must be built with the model, optimizer and groups of SlowMo and without `sync_start_step`, "
+                f"but this {type(base).__name__} differs in one of them. Build both from the same; SlowMo's own "
+                "`sync_start_step` holds for both."
+            )
+
+    # A base has its part in whatever happens.
+
+    def _attach(self) -> None:
+        super()._attach()
+        if self.base is not None:
+            self.base._attach()
+
+    def _detach(self) -> None:
+        super()._detach()
+        if self.base is not None:
+            self.base._detach()
+
+    def _before_local_step(self) -> None:
+        if self.base is not None:
+            self.base._noted = self._noted
+            self.base._before_local_step()
+
+    def _after_local_step(self) -> None:
+        if self.base is not None:
+            self.base.steps += 1
+            self.base._learning_rates = self._learning_rates
+            self.base._count_local_step()
+
+    def _before_mean(self) -> None:
+        if self.base is not None:
+            self.base._before_mean()
+
+    def _after_mean(self) -> None:
+        if self.base is not None:
+            self.base._after_mean()
 
     def start(self) -> "SlowMo":
         super().start()
@@ -115,6 +175,8 @@ class SlowMo(LocalUpdate):
     @torch.no_grad()
     def _begin_local_steps(self) -> None:
         self._previous_learning_rates = None
+        if self.base is not None:
+            self.base._begin_local_steps()
         if self._only_averages:
             return
         self._anchors = [
@@ -132,6 +194,8 @@ class SlowMo(LocalUpdate):
         if self._only_averages and not self.average:
             return
         factors = self._factors()
+        if self.average:
+            self._before_mean()
         for index, bucket in enumerate(self._bucket_tensors()):
             flat = FlatTensors(bucket, multiple_of=self._num_shards)
             [x] = flat.copy_in()
@@ -146,6 +210,10 @@ class SlowMo(LocalUpdate):
             if self.shard_state:
                 self._exchange.gather_(x, part)
             flat.copy_back()
+        if self.average:
+            self._after_mean()
+        elif self.base is not None:
+            self.base._after_change()
         self._previous_learning_rates = list(self._learning_rates)
 
     def _add_slow_momentum(self, index: int, x: torch.Tensor, factors: list[float]) -> None:
@@ -191,6 +259,7 @@ class SlowMo(LocalUpdate):
             "anchors": [anchor.clone() for anchor in self._anchors],
             "momenta": [momentum.clone() for momentum in self._momenta],
             "previous_learning_rates": self._previous_learning_rates,
+            "base": None if self.base is None else self.base.state_dict(),
             "slow": (self._only_averages, self.slow_momentum > 0.0, self.shard_state),
         }
 
@@ -205,3 +274,5 @@ class SlowMo(LocalUpdate):
         self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
         self._momenta = [momentum.to(device, copy=True) for momentum in state["momenta"]]
         self._previous_learning_rates = state["previous_learning_rates"]
+        if self.base is not None:
+            self.base.load_state_dict(state["base"])

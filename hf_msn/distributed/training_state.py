@@ -131,3 +131,23 @@ def average_moments(
         flat = FlatTensors([tensors[i] for i in bucket])
         exchange.mean_(flat.copy_in())
         flat.copy_back()
+
+
+def compare_ranks(exchange: Exchange, description: list[str], device: torch.device) -> None:
+    """Refuses ranks that describe themselves differently.
+
+    Raises:
+        ValueError: With the first line that differs and the two ranks.
+    """
+    texts = exchange.texts_that_differ("\n".join(description), device)
+    if texts is None:
+        return
+    ranks, first = exchange.global_ranks, texts[0].split("\n")
+    for global_rank, text in zip(ranks, texts):
+        other = text.split("\n")
+        for here, there in zip([*first, "nothing more"], [*other, "nothing more"]):
+            if here != there:
+                raise ValueError(
+                    "All ranks must train the same parameters with the same settings, but rank "
+                    f"{ranks[0]} has `{here}` where rank {global_rank} has `{there}`. Build them alike."
+                )
