@@ -15,6 +15,17 @@ from .data import (
     multi_view_dataset,
     support_loader,
 )
+from .distributed import (
+    BipartiteExponentialTopology,
+    CompleteTopology,
+    ExponentialTopology,
+    LocalSGD,
+    PeerError,
+    RandomOnePeerTopology,
+    RingTopology,
+    SlowMo,
+    Topology,
+)
 from .evaluation import (
     KNNProbe,
     LinearProbe,
@@ -58,12 +69,16 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LARS",
+    "BipartiteExponentialTopology",
     "BrokenImageError",
     "ClassStratifiedSampler",
     "ClassifierFinetuningArguments",
+    "CompleteTopology",
+    "ExponentialTopology",
     "FinetuningResult",
     "KNNProbe",
     "LinearProbe",
+    "LocalSGD",
     "LogisticProbe",
     "LowShotCallback",
     "LowShotEvaluator",
@@ -78,6 +93,10 @@ __all__ = [
     "PAWSForPreTraining",
     "PAWSTrainer",
     "PAWSTrainingArguments",
+    "PeerError",
+    "RandomOnePeerTopology",
+    "RingTopology",
+    "SlowMo",
     "SoftNearestNeighborProbe",
     "SuNCEtConfig",
     "SuNCEtFinetuningArguments",
@@ -85,6 +104,7 @@ __all__ = [
     "SuNCEtTrainer",
     "SuNCEtTrainingArguments",
     "SupportDataset",
+    "Topology",
     "draw_labelled_rows",
     "evaluation_image_processor",
     "export_backbone",

@@ -5,9 +5,7 @@ from torch import nn
 
 from .batch_norm import CrossRankBatchNorm
 from .collectives import group_scope
-
-# A group of this process alone for each default group, made once: torch keeps groups to the end of the process.
-_alone: dict[str, dist.ProcessGroup] = {}
+from .subgroups import subgroup
 
 
 class ForwardScope:
@@ -32,7 +30,7 @@ class ForwardScope:
         self.lift()
         if not (dist.is_available() and dist.is_initialized()):
             return
-        group = _group_of_this_process() if group is None else group
+        group = subgroup([dist.get_rank()], name="alone") if group is None else group
         self._handles = [
             self._model.register_forward_pre_hook(lambda *_: self._enter(group)),
             self._model.register_forward_hook(lambda *_: self._leave(), always_call=True),
@@ -58,11 +56,3 @@ class ForwardScope:
     def _leave(self) -> None:
         if self._open:
             self._open.pop().__exit__(None, None, None)
-
-
-def _group_of_this_process() -> dist.ProcessGroup:
-    key = dist.group.WORLD.group_name
-    # A cached group of a default group that was destroyed since, and whose name came again, is of no use.
-    if key not in _alone or _alone[key] not in dist.distributed_c10d._world.pg_map:
-        _alone[key] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return _alone[key]
