@@ -1,8 +1,14 @@
 """Local SGD: every rank for itself, and now and then the average."""
 
 import warnings
+from typing import Any
 
+import torch
+from torch import nn
+
+from .flat import FlatTensors
 from .local_update import LocalUpdate
+from .wire import RoundedMean, checked_wire_dtype
 
 
 class LocalSGD(LocalUpdate):
@@ -12,7 +18,7 @@ class LocalSGD(LocalUpdate):
 
     [arXiv 1805.09767](https://arxiv.org/abs/1805.09767); post-local with `sync_start_step`. With `sync_every=1` and
     plain SGD it is training with averaged gradients, in one more rounding. On one rank it is a no-op, and says so.
-    Arguments, consensus and errors are those of [`LocalUpdate`].
+    Other arguments, consensus and errors are those of [`LocalUpdate`].
 
     Example:
 
@@ -22,12 +28,70 @@ class LocalSGD(LocalUpdate):
         optimizer.step()
         sync.step()
     ```
+
+    Args:
+        model (`nn.Module`): See [`LocalUpdate`].
+        optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
+        sync_every (`int`, *optional*, defaults to 12): Optimizer steps of a period.
+        wire_dtype (`str`, *optional*): `"bfloat16"` halves what an average sends: the change since the last one is
+            rounded, and what rounding took is sent with the next ([`RoundedMean`]). It takes twice the trainable
+            parameters in memory. By default the parameters' own precision, and no memory.
+        kwargs: `group` and the others of [`LocalUpdate`].
+
+    Raises:
+        ValueError: If `wire_dtype` is unknown; and what [`LocalUpdate`] raises.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sync_every: int = 12,
+        wire_dtype: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model, optimizer, sync_every=sync_every, **kwargs)
+        self.wire_dtype, dtype = wire_dtype, checked_wire_dtype(wire_dtype)
+        self._rounded = None if dtype is None else RoundedMean(self._exchange, dtype)
+        self._anchors: list[torch.Tensor] = []
 
     def start(self) -> "LocalSGD":
         if all(exchange.size == 1 for exchange in self._exchanges):
             warnings.warn("LocalSGD has one rank only: it trains as without it.", stacklevel=2)
         return super().start()
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "wire_dtype": self.wire_dtype}
+
+    def _begin_local_steps(self) -> None:
+        if self._rounded is not None:
+            self._rounded.residuals.clear()
+            self._anchors = [FlatTensors(bucket).copy_in()[0] for bucket in self._bucket_tensors()]
+
     def _take_outer_step(self) -> None:
-        self._average_over_group()
+        for index, bucket in enumerate(self._bucket_tensors()):
+            flat = FlatTensors(bucket)
+            [x] = flat.copy_in()
+            if self._rounded is None:
+                self._exchange.mean_([x])
+            else:
+                self._rounded.mean_(index, x, self._anchors[index])
+                self._anchors[index].copy_(x)
+            flat.copy_back()
+
+    def _method_state(self) -> dict[str, Any]:
+        if self._rounded is None:
+            return {}
+        return {"anchors": [anchor.clone() for anchor in self._anchors], "residuals": self._rounded.state()}
+
+    def _load_method_state(self, state: dict[str, Any]) -> None:
+        if ("anchors" in state) != (self._rounded is not None):
+            raise ValueError(
+                f"A state of LocalSGD goes on with the `wire_dtype` that it was saved with, but here it is "
+                f"{self.wire_dtype!r} and there it was {'rounded' if 'anchors' in state else 'None'}. Give the same."
+            )
+        if self._rounded is not None:
+            device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
+            self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
+            self._rounded.load_state(state["residuals"], device)

@@ -373,13 +373,6 @@ class LocalUpdate:
         for exchange in self._exchanges:
             average_moments(self.optimizer, exchange, self._device, _BUCKET_BYTES)
 
-    def _average_over_group(self) -> None:
-        """The mean of the trainable parameters; those of an inner group are equal already."""
-        for bucket in self._bucket_tensors():
-            flat = FlatTensors(bucket)
-            self._exchange.mean_(flat.copy_in())
-            flat.copy_back()
-
     def _average_in_place(self, tensors: list[torch.Tensor]) -> None:
         for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
             flat = FlatTensors([tensors[i] for i in bucket])

@@ -8,6 +8,7 @@ from torch import nn
 
 from .flat import FlatTensors
 from .local_update import LocalUpdate
+from .wire import RoundedMean, checked_wire_dtype
 
 
 class SlowMo(LocalUpdate):
@@ -27,8 +28,8 @@ class SlowMo(LocalUpdate):
     Lookahead ([arXiv 1907.08610](https://arxiv.org/abs/1907.08610)) with momentum.
 
     Memory beside the model: x0 and v, twice the trainable parameters, 2/n with `shard_state`, none with beta = 0 and
-    alpha = 1; during the outer step one bucket of 32 MiB or the largest parameter, if that is larger. v is kept in
-    float32 for parameters of lower precision.
+    alpha = 1 in full precision; during the outer step one bucket of 32 MiB or the largest parameter, if that is
+    larger. v is kept in float32 for parameters of lower precision.
 
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
@@ -42,6 +43,9 @@ class SlowMo(LocalUpdate):
             nothing is sent in an outer step, and each rank has an x0 and a v of its own. `sync()` still averages.
         shard_state (`bool`, *optional*, defaults to `False`): Each rank keeps 1/n of x0 and v: a reduce-scatter of x
             and an all-gather of the result stand for the all-reduce, and send as much.
+        wire_dtype (`str`, *optional*): `"bfloat16"` halves what an outer step sends: x - x0 is rounded, and what
+            rounding took is sent with the next ([`RoundedMean`]), for once the trainable parameters in memory more.
+            By default the parameters' own precision.
         base ([`Gossip`] or [`OverlapGossip`], *optional*): What happens between the outer steps, of the same model,
             optimizer and groups: SlowMo over SGP or OSGP. By default nothing: SlowMo over Local SGD. The paper has 48
             steps in a period then. SlowMo starts it and stops it.
@@ -49,8 +53,9 @@ class SlowMo(LocalUpdate):
         kwargs: `sync_start_step`, `inner_group` and `timeout_seconds` of [`LocalUpdate`].
 
     Raises:
-        ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` without `average`,
-            `base` of another model, optimizer or group; and what [`LocalUpdate`] raises.
+        ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` or `wire_dtype` without
+            `average` or with one another, `wire_dtype` unknown, or `base` of another model, optimizer or group; and
+            what [`LocalUpdate`] raises.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class SlowMo(LocalUpdate):
         base_buffers: str = "maintain",
         average: bool = True,
         shard_state: bool = False,
+        wire_dtype: str | None = None,
         base: LocalUpdate | None = None,
         group: dist.ProcessGroup | None = None,
         **kwargs: Any,
@@ -83,9 +89,16 @@ class SlowMo(LocalUpdate):
                 "`shard_state=True` needs an x0 that all ranks share, but with `average=False` each has its own. "
                 "Leave one of the two out."
             )
+        if wire_dtype is not None and (shard_state or not average):
+            raise ValueError(
+                f"`wire_dtype={wire_dtype!r}` sends what changed since an x0 that every rank has, but with "
+                f"`shard_state={shard_state}` and `average={average}` it has only a part, or another. Leave it out."
+            )
         super().__init__(model, optimizer, sync_every=sync_every, base_buffers=base_buffers, group=group, **kwargs)
         self.slow_momentum, self.slow_lr = float(slow_momentum), float(slow_lr)
         self.average, self.shard_state = average, shard_state
+        self.wire_dtype, dtype = wire_dtype, checked_wire_dtype(wire_dtype)
+        self._rounded = None if dtype is None else RoundedMean(self._exchange, dtype)
         self.base = base
         if base is not None:
             self._check_base(base)
@@ -95,6 +108,7 @@ class SlowMo(LocalUpdate):
 
     @property
     def _only_averages(self) -> bool:
+        """Whether the new x is xbar, to the bit."""
         return self.slow_momentum == 0.0 and self.slow_lr == 1.0
 
     @property
@@ -102,8 +116,8 @@ class SlowMo(LocalUpdate):
         return self._exchange.size if self.shard_state else 1
 
     def _settings(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("slow_momentum", "slow_lr", "average", "shard_state")}
-        return {**super()._settings(), **own}
+        own = ("slow_momentum", "slow_lr", "average", "shard_state", "wire_dtype")
+        return {**super()._settings(), **{name: getattr(self, name) for name in own}}
 
     @property
     def bytes_sent(self) -> int:
@@ -177,8 +191,10 @@ class SlowMo(LocalUpdate):
         self._previous_learning_rates = None
         if self.base is not None:
             self.base._begin_local_steps()
-        if self._only_averages:
+        if self._only_averages and self._rounded is None:
             return
+        if self._rounded is not None:
+            self._rounded.residuals.clear()
         self._anchors = [
             self._shard(FlatTensors(bucket, multiple_of=self._num_shards).copy_in()[0])
             for bucket in self._bucket_tensors()
@@ -203,10 +219,14 @@ class SlowMo(LocalUpdate):
                 part = self._exchange.mean_shard(x)
             else:
                 part = x
-                if self.average:
+                if self.average and self._rounded is not None:
+                    self._rounded.mean_(index, x, self._anchors[index])
+                elif self.average:
                     self._exchange.mean_([x])
             if not self._only_averages:
                 self._add_slow_momentum(index, part, factors)
+            elif self._rounded is not None:
+                self._anchors[index].copy_(x)
             if self.shard_state:
                 self._exchange.gather_(x, part)
             flat.copy_back()
@@ -260,19 +280,26 @@ class SlowMo(LocalUpdate):
             "momenta": [momentum.clone() for momentum in self._momenta],
             "previous_learning_rates": self._previous_learning_rates,
             "base": None if self.base is None else self.base.state_dict(),
-            "slow": (self._only_averages, self.slow_momentum > 0.0, self.shard_state),
+            "residuals": {} if self._rounded is None else self._rounded.state(),
+            "slow": self._kinds_of_tensors,
         }
 
+    @property
+    def _kinds_of_tensors(self) -> tuple[bool, ...]:
+        return self._only_averages, self.slow_momentum > 0.0, self.shard_state, self._rounded is not None
+
     def _load_method_state(self, state: dict[str, Any]) -> None:
-        here = (self._only_averages, self.slow_momentum > 0.0, self.shard_state)
+        here = self._kinds_of_tensors
         if tuple(state["slow"]) != here:
             raise ValueError(
                 "A state of SlowMo must have been saved with the same kinds of tensors, here (none, momentum, "
-                f"sharded) = {here}, but has {tuple(state['slow'])}. Give the settings that it was saved with."
+                f"sharded, rounded) = {here}, but has {tuple(state['slow'])}. Give the settings that it was saved with."
             )
         device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
         self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
         self._momenta = [momentum.to(device, copy=True) for momentum in state["momenta"]]
         self._previous_learning_rates = state["previous_learning_rates"]
+        if self._rounded is not None:
+            self._rounded.load_state(state["residuals"], device)
         if self.base is not None:
             self.base.load_state_dict(state["base"])
