@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tests.launch import run_ranks
 from torch import nn
 
 from hf_msn import LocalSGD, SlowMo
 from hf_msn.distributed.exchange import Exchange
 from hf_msn.distributed.wire import RoundedMean, checked_wire_dtype
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 STEPS, SIZE = 12, 50
@@ -95,7 +95,7 @@ def test_a_bfloat16_wire_goes_on_bit_for_bit_inside_a_period(kind):
 
 def test_an_unknown_wire_dtype_is_refused():
     assert checked_wire_dtype(None) is None
-    with pytest.raises(ValueError, match="'float32', 'bfloat16' or None .*'fp8'"):
+    with pytest.raises(ValueError, match=r"'float32', 'bfloat16' or None .*'fp8'"):
         checked_wire_dtype("fp8")
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
