@@ -293,7 +293,7 @@ class SlowMo(LocalUpdate):
         if tuple(state["slow"]) != here:
             raise ValueError(
                 "A state of SlowMo must have been saved with the same kinds of tensors, here (none, momentum, "
-                f"sharded, rounded) = {here}, but has {tuple(state['slow'])}. Give the settings that it was saved with."
+                f"sharded, rounded) = {here}, but has {tuple(state['slow'])}. Give the settings of then."
             )
         device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
         self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
