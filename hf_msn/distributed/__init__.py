@@ -4,6 +4,7 @@ from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
 from .exchange import PeerError
 from .flat import FlatTensors
+from .gossip import Gossip
 from .local_sgd import LocalSGD
 from .local_update import LocalUpdate
 from .slowmo import SlowMo
@@ -23,6 +24,7 @@ __all__ = [
     "CrossRankBatchNorm",
     "ExponentialTopology",
     "FlatTensors",
+    "Gossip",
     "LocalSGD",
     "LocalUpdate",
     "PeerError",

@@ -218,21 +218,24 @@ class Exchange:
 
     def _missing_ranks(self) -> list[int] | None:
         """Global ranks whose arrival at this exchange is not in the store; `None` if the store does not answer."""
-        count, key, found = _arrivals.get(self._store_key, 0), self._store_key, []
+        arrivals = self._arrivals_of_all()
+        count = _arrivals.get(self._store_key, 0)
+        return None if arrivals is None else [rank for rank, arrived in arrivals.items() if arrived < count]
+
+    def _arrivals_of_all(self) -> dict[int, int] | None:
+        """How many exchanges each global rank has arrived at; `None` if the store does not answer."""
+        key, found = self._store_key, {}
 
         def ask():
             store = dist.distributed_c10d._get_default_store()
             for place, global_rank in enumerate(self.global_ranks):
-                arrived = store.check([f"{key}/{place}"]) and int(store.get(f"{key}/{place}")) >= count
-                found.append((global_rank, arrived))
+                found[global_rank] = int(store.get(f"{key}/{place}")) if store.check([f"{key}/{place}"]) else 0
 
         # In a thread: a stopped host of the store would keep this one waiting past the deadline.
         thread = threading.Thread(target=_without_error, args=(ask,), daemon=True)
         thread.start()
         thread.join(_STORE_SECONDS)
-        if len(found) < self.size:
-            return None
-        return [global_rank for global_rank, arrived in found if not arrived]
+        return found if len(found) == self.size else None
 
 
 def _without_error(function) -> None:

@@ -1,0 +1,77 @@
+"""Messages between peers of one group, with the deadline, the account and the errors of [`Exchange`]."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from .exchange import Exchange, _arrivals, _bytes
+
+_FIRST_TAG = 4100  # away from 0, which others who use the group are likely to take
+
+Messages = Mapping[int, Sequence[torch.Tensor]]  # by the peer's place in the group
+
+
+class PeerExchange(Exchange):
+    """An [`Exchange`] that can also send to single peers and receive from them.
+
+    Ranks that talk to peers only are not in lockstep: one that waits for the missing rank has itself not arrived in
+    the eyes of a third. Named are therefore those that are furthest behind, for whom all others wait; and where a
+    connection broke before the deadline, also its other end, which is gone.
+
+    Arguments and errors are those of [`Exchange`].
+    """
+
+    _broken_off_by: int | None = None  # place of the peer whose connection broke
+
+    @torch.no_grad()
+    def send_and_receive(self, sends: Messages, receives: Messages) -> None:
+        """Sends tensors to peers and fills others with what peers send; returns when both is done.
+
+        Every rank must call it equally often, also one that has no peer this time, or it would count as missing.
+        The first tensor sent to a peer arrives in the first one that this peer fills from here, and so on.
+
+        Args:
+            sends (`Mapping[int, Sequence[Tensor]]`): What to send, by the receiver's place in the group. Contiguous.
+            receives (`Mapping[int, Sequence[Tensor]]`): What to fill, by the sender's place in the group. Contiguous.
+
+        Raises:
+            PeerError: If a peer died, or did not come before the deadline.
+        """
+        if self.size == 1:
+            return
+        started, waited_for = time.monotonic(), None
+        ranks = self.global_ranks
+        places = [place for messages in (receives, sends) for place, tensors in messages.items() for _ in tensors]
+        operations = [
+            dist.P2POp(kind, tensor, ranks[place], self.group, _FIRST_TAG + number)
+            for kind, messages in ((dist.irecv, receives), (dist.isend, sends))
+            for place, tensors in messages.items()
+            for number, tensor in enumerate(tensors)
+        ]
+        try:
+            self._note_arrival()
+            works = dist.batch_isend_irecv(operations) if operations else []
+            for index, work in enumerate(works):
+                # A backend that joins the messages has fewer works: which peer it is for is not known then.
+                waited_for = places[index] if len(works) == len(places) else None
+                self._wait(work, started)
+        except RuntimeError as error:
+            in_time = self.timeout_seconds is not None and time.monotonic() - started < self.timeout_seconds
+            self._broken_off_by = waited_for if in_time else None
+            raise self._peer_error("an exchange with peers", error) from error
+        finally:
+            self.seconds_waiting += time.monotonic() - started
+        self.bytes_sent += sum(_bytes(tensor) for tensors in sends.values() for tensor in tensors)
+
+    def _missing_ranks(self) -> list[int] | None:
+        arrivals = self._arrivals_of_all()
+        if arrivals is None:
+            return None
+        least = min(arrivals.values())
+        behind = least < _arrivals.get(self._store_key, 0)
+        missing = {rank for rank, arrived in arrivals.items() if behind and arrived == least}
+        if self._broken_off_by is not None:
+            missing.add(self.global_ranks[self._broken_off_by])
+        return sorted(missing)
