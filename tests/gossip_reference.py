@@ -1,10 +1,10 @@
-"""Gossip as its equations say it: loops over ranks and mixing matrices in float64, no tensor shared with the package."""
+"""Gossip as its equations say it: loops over ranks and mixing matrices in float64."""
 
 import copy
 
 import torch
 
-from hf_msn.distributed import Gossip, SlowMo, Topology
+from hf_msn.distributed import ExponentialTopology, Gossip, RingTopology, SlowMo, Topology
 
 NUM_STEPS = 8
 CHANGING = [(0.2 / (1 + k), 0.1 + 0.02 * k) for k in range(NUM_STEPS)]
@@ -26,7 +26,7 @@ GROUP = torch.tensor([0] * 6 + [1] * 2)
 
 
 class Lopsided(Topology):
-    """Directed, irregular, without a period: rank 0 sends to all, the others to the next one, at every third to none."""
+    """Directed, irregular, without a period: rank 0 sends to all, others to the next one; every third step nobody."""
 
     def _out_peers(self, rank, step):
         if step % 3 == 2:
@@ -125,18 +125,12 @@ def reference(n, case):
     slow = run["slowmo"] and {"slow_lr": 1.0, "average": True, **run["slowmo"]}
     topology = options["topology"] and options["topology"](n)
     if topology is None:
-        from hf_msn.distributed import ExponentialTopology, RingTopology
-
         topology = (ExponentialTopology if options["push_sum"] else RingTopology)(n)
     pair = options["quasi_global_momentum"]
     beta, mu = pair if isinstance(pair, tuple) else (pair, pair)
     x = [flat(make_model()) for _ in range(n)]
     w = [torch.ones(1, dtype=torch.float64) for _ in range(n)]
-    momentum, mhat, v = (
-        [torch.zeros(8, dtype=torch.float64) for _ in range(n)],
-        [torch.zeros(8, dtype=torch.float64) for _ in range(n)],
-        [torch.zeros(8, dtype=torch.float64) for _ in range(n)],
-    )
+    momentum, mhat, v = ([torch.zeros(8, dtype=torch.float64) for _ in range(n)] for _ in range(3))
     x0, previous, rounds, extra_rounds, seen = copy.deepcopy(x), None, 0, 0, []
 
     def z():

@@ -217,7 +217,8 @@ class Gossip(LocalUpdate):
     @torch.no_grad()
     def _after_local_step(self) -> None:
         if self._holds_numerators:
-            self._numerators = self._copies()
+            for index in range(len(self._buckets)):
+                self._numerators[index] = self._copy(index)
             self._holds_numerators = False
             self._write_quotients()
         if self.local_steps < self.sync_every:
@@ -236,7 +237,8 @@ class Gossip(LocalUpdate):
 
     def _end_step(self) -> None:
         if self._momentum is not None and self._before is not None:
-            self._momentum.update(self._before, self._copies(), self._learning_rates)
+            now = (self._copy(index) for index in range(len(self._buckets)))
+            self._momentum.update(self._before, now, self._learning_rates)
         self._before = None
 
     def _mix(self, before: list[torch.Tensor] | None) -> None:

@@ -17,8 +17,8 @@ class PeerExchange(Exchange):
     """An [`Exchange`] that can also send to single peers and receive from them.
 
     Ranks that talk to peers only are not in lockstep: one that waits for the missing rank has itself not arrived in
-    the eyes of a third. Named are therefore those that are furthest behind, for whom all others wait; and where a
-    connection broke before the deadline, also its other end, which is gone.
+    the eyes of a third. Named are therefore those that are furthest behind, for whom all others wait; and after them,
+    where a connection broke before the deadline, its other end, which has died too or has given up.
 
     Arguments and errors are those of [`Exchange`].
     """
@@ -71,7 +71,7 @@ class PeerExchange(Exchange):
             return None
         least = min(arrivals.values())
         behind = least < _arrivals.get(self._store_key, 0)
-        missing = {rank for rank, arrived in arrivals.items() if behind and arrived == least}
-        if self._broken_off_by is not None:
-            missing.add(self.global_ranks[self._broken_off_by])
-        return sorted(missing)
+        missing = [rank for rank, arrived in arrivals.items() if behind and arrived == least]
+        if self._broken_off_by is not None and self.global_ranks[self._broken_off_by] not in missing:
+            missing.append(self.global_ranks[self._broken_off_by])
+        return missing

@@ -1,6 +1,6 @@
 """Quasi-global momentum: momentum from what the mixed parameters did, instead of each rank's own gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -90,7 +90,9 @@ class QuasiGlobalMomentum:
                     parameter.grad = own.to(parameter.dtype)
 
     @torch.no_grad()
-    def update(self, before: list[torch.Tensor], after: list[torch.Tensor], learning_rates: list[float]) -> None:
+    def update(
+        self, before: Iterable[torch.Tensor], after: Iterable[torch.Tensor], learning_rates: list[float]
+    ) -> None:
         """mhat <- mu * mhat + (1 - mu) * (x - x') / eta, where eta is not 0; buffers of the parameters, flat."""
         for buffer, old, new, bucket in zip(self.buffers, before, after, self._parameters):
             for group, start, end in _runs(bucket):

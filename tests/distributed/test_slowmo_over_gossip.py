@@ -1,0 +1,102 @@
+"""SlowMo over gossip against loops over ranks in float64, and its resume."""
+
+import pytest
+import torch
+from gossip_reference import NUM_STEPS, WITH_ZEROS, Lopsided, flat, make_model, make_optimizer, reference, train
+from launch import run_ranks
+from test_gossip import resume, same
+from topologies import Star
+
+from hf_msn.distributed import CompleteTopology, Gossip, SlowMo
+
+SLOW = {"sync_every": 3, "slow_momentum": 0.6}
+PLAIN = {"momentum": 0.0, "quasi_global_momentum": (0.5, 0.8)}
+CASES = {
+    "sgp": {"slowmo": SLOW},
+    "sgp, irregular": {"slowmo": SLOW, "topology": Lopsided},
+    "sgp, irregular, zeros": {"slowmo": {**SLOW, "sync_every": 2}, "topology": Star, "rates": WITH_ZEROS},
+    "sgp, every other step": {"slowmo": SLOW, "sync_every": 2},
+    "noaverage": {"slowmo": {**SLOW, "average": False}},
+    "noaverage, irregular": {"slowmo": {**SLOW, "average": False}, "topology": Star},
+    "slow_lr": {"slowmo": {**SLOW, "slow_lr": 0.7}, "topology": Star, "sync_after": 4},
+    "sharded": {"slowmo": {**SLOW, "shard_state": True}, "topology": Star},
+    "only averages": {"slowmo": {**SLOW, "slow_momentum": 0.0}, "topology": Lopsided},
+    "d-psgd": {"slowmo": SLOW, "push_sum": False},
+    "qgm": {"slowmo": SLOW, **PLAIN, "topology": Lopsided},
+    "extra rounds and bfloat16": {"slowmo": SLOW, "consensus_target": 0.1, "wire_dtype": "bfloat16"},
+}
+
+
+def _train_all_cases(rank, n):
+    return {name: train(rank, case, n) for name, case in CASES.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("n", [2, 4])
+def test_every_variant_follows_its_equations_on_every_rank_at_every_step(n):
+    results = run_ranks(_train_all_cases, n, n)
+    for name, case in CASES.items():
+        expected, _ = reference(n, case)
+        for rank in range(n):
+            torch.testing.assert_close(
+                results[rank][name], expected[rank], rtol=1e-9, atol=1e-11, msg=lambda m, k=name: f"{k}: {m}"
+            )
+        assert all(torch.equal(result[name][NUM_STEPS], results[0][name][NUM_STEPS]) for result in results), name
+
+
+def test_one_rank_is_slow_momentum_with_and_without_a_quasi_global_one():
+    for case in ({"slowmo": SLOW}, {"slowmo": SLOW, **PLAIN}):
+        torch.testing.assert_close(train(0, case, 1), reference(1, case)[0][0], rtol=1e-9, atol=1e-11)
+
+
+RESUMED = [
+    {"slowmo": SLOW},
+    {"slowmo": SLOW, "topology": Star},
+    {"slowmo": {**SLOW, "average": False}, "topology": Star, "sync_every": 3},
+    {"slowmo": SLOW, **PLAIN, "topology": Lopsided, "wire_dtype": "bfloat16"},
+]
+
+
+def _resume_all(rank, n):
+    return [resume(rank, case, n) for case in RESUMED]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_period(n):
+    results = run_ranks(_resume_all, n, n)
+    for result in results:
+        for case, (ends, saved) in enumerate(result):
+            straight, *resumed = ends
+            assert saved["sync"]["local_steps"] == 1  # three steps to the outer one, one after it
+            assert all(same(straight, other) for other in resumed), case
+    for case in (1, 2):
+        weights = [result[case][1]["sync"]["base"]["push_sum_weight"] for result in results]
+        assert len(set(weights)) > 1
+        assert sum(weights) == pytest.approx(n)
+
+
+def _start_late(rank):
+    model = make_model(rank)
+    optimizer = make_optimizer(model, 0.0)
+    gossip = Gossip(model, optimizer, topology=CompleteTopology(2))
+    with SlowMo(model, optimizer, base=gossip, sync_every=4, sync_start_step=2) as sync:
+        rounds, seen = [], []
+        for step in range(8):
+            model.weight.grad = torch.full_like(model.weight, float(rank == step % 2))
+            model.bias.grad = torch.zeros_like(model.bias)
+            optimizer.step()
+            sync.step()
+            rounds.append(gossip.rounds)
+            seen.append(flat(model))
+        return rounds, torch.stack(seen), (sync.bytes_sent >= gossip.bytes_sent > 0)
+
+
+@pytest.mark.distributed
+def test_gossip_begins_with_the_first_local_step():
+    results = run_ranks(_start_late, 2)
+    for rounds, seen, counted in results:
+        assert rounds == [0, 0, 1, 2, 3, 4, 5, 6]
+        assert counted
+        # Before, gradients are averaged; after, parameters are.
+        torch.testing.assert_close(seen, results[0][1])
