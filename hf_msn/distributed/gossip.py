@@ -263,9 +263,10 @@ class Gossip(LocalUpdate):
             if self.push_sum or before is None:
                 self._mix_bucket(index, [x], to, sources)
             else:
-                mixed = before[index].clone()
+                x.sub_(before[index])
+                mixed = before[index] if self._momentum is None else before[index].clone()
                 self._mix_bucket(index, [mixed], to, sources)
-                x.sub_(before[index]).add_(mixed)
+                x.add_(mixed)
             self._write(index, x)
 
     def _mix_bucket(self, index: int, tensors: list[torch.Tensor], to: list[int], sources: list[int]) -> None:

@@ -50,12 +50,19 @@ class PeerExchange(Exchange):
             for place, tensors in messages.items()
             for number, tensor in enumerate(tensors)
         ]
+        # Together, as NCCL needs it, or one by one: then it is known whose connection is broken.
+        one_by_one = all(operation.tensor.is_cpu for operation in operations)
+        batches = [[operation] for operation in operations] if one_by_one else [operations]
+        if len(batches) != len(places):
+            places = [None] * len(batches)
         try:
             self._note_arrival()
-            works = dist.batch_isend_irecv(operations) if operations else []
-            for index, work in enumerate(works):
-                # A backend that joins the messages has fewer works: which peer it is for is not known then.
-                waited_for = places[index] if len(works) == len(places) else None
+            works = []
+            for place, batch in zip(places, batches):
+                waited_for = place
+                works += [(place, work) for work in dist.batch_isend_irecv(batch)]
+            for place, work in works:
+                waited_for = place
                 self._wait(work, started)
         except RuntimeError as error:
             in_time = self.timeout_seconds is not None and time.monotonic() - started < self.timeout_seconds

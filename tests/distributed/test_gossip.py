@@ -42,6 +42,8 @@ from hf_msn.distributed import (
     Topology,
     local_update,
 )
+from hf_msn.distributed.consensus_control import sampled_distance
+from hf_msn.distributed.exchange import Exchange
 
 PLAIN = {"momentum": 0.0, "quasi_global_momentum": 0.9}
 CASES = {
@@ -270,6 +272,27 @@ def test_extra_rounds_bring_the_ranks_under_the_target_by_an_estimate_that_all_s
         assert 0 < cost <= 8 * (4096 + 4)
         assert limited == (5 + 3 * 2, 3 * 2)
     assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+class OneOfTwo(Exchange):
+    """Looks at what is exchanged; the other rank has zeros."""
+
+    def mean_(self, tensors):
+        self.sample = tensors[0].clone()
+        tensors[0].div_(2)
+
+
+def test_the_samples_of_successive_steps_take_every_coordinate_of_every_tensor_once():
+    sizes = [*[1] * 5000, 2, 3, 5000, 4, 2000, 2, 3]
+    numbers = torch.arange(1.0, sum(sizes) + 1)
+    exchange, taken, squared = OneOfTwo(), [], 0.0
+    for step in range(10, 13):  # ceil(12014 / 4096) = 3 of them
+        distance = sampled_distance(numbers.split(sizes), exchange, step)
+        taken.append(exchange.sample)
+        squared += distance**2 * len(exchange.sample) / len(numbers)
+    assert torch.equal(torch.cat(taken).sort().values, numbers)
+    assert max(map(len, taken)) <= 4096
+    assert squared == pytest.approx((numbers.double() / 2).square().sum().item(), rel=1e-6)
 
 
 # Training

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from gossip_reference import NUM_STEPS, WITH_ZEROS, Lopsided, flat, make_model, make_optimizer, reference, train
+from gossip_reference import (
+    NUM_STEPS,
+    WITH_ZEROS,
+    Lopsided,
+    flat,
+    make_model,
+    make_optimizer,
+    reference,
+    take_step,
+    train,
+)
 from launch import run_ranks
 from test_gossip import resume, same
 from topologies import Star
@@ -47,6 +57,18 @@ def test_every_variant_follows_its_equations_on_every_rank_at_every_step(n):
 def test_one_rank_is_slow_momentum_with_and_without_a_quasi_global_one():
     for case in ({"slowmo": SLOW}, {"slowmo": SLOW, **PLAIN}):
         torch.testing.assert_close(train(0, case, 1), reference(1, case)[0][0], rtol=1e-9, atol=1e-11)
+
+
+def test_entering_again_starts_a_period_of_the_base_too():
+    model = make_model()
+    optimizer = make_optimizer(model, 0.0)
+    gossip = Gossip(model, optimizer, sync_every=2)
+    for _ in range(2):
+        with SlowMo(model, optimizer, base=gossip, sync_every=3) as sync:
+            assert gossip.local_steps == 0
+            for step in range(3):
+                take_step(model, optimizer, (0.1, 0.1), 0, step)
+                sync.step()
 
 
 RESUMED = [
