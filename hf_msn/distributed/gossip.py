@@ -17,8 +17,8 @@ from .quasi_global_momentum import QuasiGlobalMomentum
 from .topology import ExponentialTopology, RingTopology
 from .topology_base import Topology
 from .training_state import trainable_parameters
+from .wire import checked_wire_dtype
 
-_WIRE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _DESCRIBED_STEPS = 8  # whose peers are compared between the ranks
 
 
@@ -132,12 +132,7 @@ class Gossip(LocalUpdate):
             topology = (ExponentialTopology if push_sum else RingTopology)(self._exchange.size)
         self.topology = topology
         self._check_topology()
-        if wire_dtype not in _WIRE_DTYPES:
-            raise ValueError(
-                "`wire_dtype` is the precision in which parameters are sent and must be 'float32', 'bfloat16' or None "
-                f"(that of the parameters), but is {wire_dtype!r}. 'bfloat16' halves the bytes of float32."
-            )
-        self.wire_dtype = wire_dtype
+        self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype)
         self._momentum = None
         if quasi_global_momentum is not None:
             self._momentum = QuasiGlobalMomentum.from_setting(quasi_global_momentum)
@@ -272,7 +267,7 @@ class Gossip(LocalUpdate):
     def _mix_bucket(self, index: int, tensors: list[torch.Tensor], to: list[int], sources: list[int]) -> None:
         """x <- P_ii x + sum_j P_ij x_j for a bucket's buffer (and w behind it), in place."""
         x, *weight = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-        wire_dtype = _WIRE_DTYPES[self.wire_dtype] or self._parameters[self._buckets[index][0]][1].dtype.to_real()
+        wire_dtype = self._wire_dtype or self._parameters[self._buckets[index][0]][1].dtype.to_real()
         shares = [(t / (len(to) + 1)).to(dtype) for t, dtype in zip([x, *weight], [wire_dtype, torch.float64])]
         received = {source: [torch.empty_like(share) for share in shares] for source in sources}
         self._exchange.send_and_receive(dict.fromkeys(to, shares), received)
