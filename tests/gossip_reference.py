@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from hf_msn.distributed import ExponentialTopology, Gossip, RingTopology, SlowMo, Topology
+from hf_msn.distributed import ExponentialTopology, Gossip, SlowMo, Topology
 
 NUM_STEPS = 8
 CHANGING = [(0.2 / (1 + k), 0.1 + 0.02 * k) for k in range(NUM_STEPS)]
@@ -125,7 +125,7 @@ def reference(n, case):
     slow = run["slowmo"] and {"slow_lr": 1.0, "average": True, **run["slowmo"]}
     topology = options["topology"] and options["topology"](n)
     if topology is None:
-        topology = (ExponentialTopology if options["push_sum"] else RingTopology)(n)
+        topology = ExponentialTopology(n)
     pair = options["quasi_global_momentum"]
     beta, mu = pair if isinstance(pair, tuple) else (pair, pair)
     x = [flat(make_model()) for _ in range(n)]

@@ -14,7 +14,7 @@ from .flat import FlatTensors
 from .local_update import LocalUpdate
 from .peer_exchange import PeerExchange
 from .quasi_global_momentum import QuasiGlobalMomentum
-from .topology import ExponentialTopology, RingTopology
+from .topology import ExponentialTopology
 from .topology_base import Topology
 from .training_state import trainable_parameters
 from .wire import checked_wire_dtype
@@ -82,7 +82,7 @@ class Gossip(LocalUpdate):
         model (`nn.Module`): See [`LocalUpdate`].
         optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
         topology ([`Topology`], *optional*): Who sends to whom, in places of `group`; its step counts the mixings. By
-            default [`ExponentialTopology`] for push-sum and [`RingTopology`] for D-PSGD.
+            default [`ExponentialTopology`]: one peer, at another distance each time.
         push_sum (`bool`, *optional*, defaults to `True`): SGP; `False` is D-PSGD.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`].
         sync_every (`int`, *optional*, defaults to 1): Optimizer steps between two mixings.
@@ -129,7 +129,7 @@ class Gossip(LocalUpdate):
         self._exchange = PeerExchange(group, self._exchange.timeout_seconds)
         self.push_sum = push_sum
         if topology is None:
-            topology = (ExponentialTopology if push_sum else RingTopology)(self._exchange.size)
+            topology = ExponentialTopology(self._exchange.size)
         self.topology = topology
         self._check_topology()
         self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype)

@@ -56,7 +56,7 @@ CASES = {
     "sgp, sync": {"topology": Lopsided, "sync_after": 4},
     "sgp, zeros": {"rates": WITH_ZEROS},
     "d-psgd": {"push_sum": False},
-    "d-psgd, exponential": {"push_sum": False, "topology": ExponentialTopology, "rates": WITH_ZEROS},
+    "d-psgd, ring": {"push_sum": False, "topology": RingTopology, "rates": WITH_ZEROS},
     "d-psgd, every third step": {"push_sum": False, "sync_every": 3},
     "bfloat16": {"wire_dtype": "bfloat16"},
     "bfloat16, irregular": {"wire_dtype": "bfloat16", "topology": Star},
