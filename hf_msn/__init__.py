@@ -1,6 +1,6 @@
 """Label-efficient vision pretraining for transformers.Trainer and accelerate."""
 
-from .callbacks import LowShotCallback
+from .callbacks import LocalSGDCallback, LocalUpdateCallback, LowShotCallback, SlowMoCallback, bring_to_consensus
 from .data import (
     BrokenImageError,
     ClassStratifiedSampler,
@@ -81,6 +81,8 @@ __all__ = [
     "KNNProbe",
     "LinearProbe",
     "LocalSGD",
+    "LocalSGDCallback",
+    "LocalUpdateCallback",
     "LogisticProbe",
     "LowShotCallback",
     "LowShotEvaluator",
@@ -99,6 +101,7 @@ __all__ = [
     "RandomOnePeerTopology",
     "RingTopology",
     "SlowMo",
+    "SlowMoCallback",
     "SoftNearestNeighborProbe",
     "SuNCEtConfig",
     "SuNCEtFinetuningArguments",
@@ -107,6 +110,7 @@ __all__ = [
     "SuNCEtTrainingArguments",
     "SupportDataset",
     "Topology",
+    "bring_to_consensus",
     "draw_labelled_rows",
     "evaluation_image_processor",
     "export_backbone",

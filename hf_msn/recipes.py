@@ -31,6 +31,7 @@ from .recipe_arguments import (
     check_is_a_folder,
 )
 from .recipe_forms import init_fields
+from .recipe_sync import SyncArguments
 from .trainers import (
     MSNTrainer,
     MSNTrainingArguments,
@@ -64,6 +65,7 @@ class Method:
             ModelArguments: "start of the model",
             self.arguments: "training",
             LowShotArguments: "low-shot evaluation while training",
+            SyncArguments: "training with little communication",
         }
 
 
@@ -104,6 +106,7 @@ class Recipe:
     config_fields: dict[str, Any]
     training: Any
     low_shot: LowShotArguments
+    sync: SyncArguments
 
     def build_model(self) -> PreTrainedModel:
         """The model from scratch, or from the trunk that the recipe names. Its new weights depend on `seed` alone."""
@@ -154,6 +157,7 @@ class Recipe:
             **kwargs,
         )
         self.add_low_shot_callback(trainer)
+        self.sync.add_callback(trainer)
         return trainer
 
     def add_low_shot_callback(self, trainer) -> None:
@@ -214,6 +218,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         config_fields=config_fields,
         training=training,
         low_shot=build(LowShotArguments),
+        sync=build(SyncArguments),
     )
 
 

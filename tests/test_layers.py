@@ -20,6 +20,7 @@ LAYERS = {
     "callbacks": 4,
     "trainers": 5,
     "recipe_arguments": 6,
+    "recipe_sync": 6,
     "recipe_forms": 6,
     "finetuning": 7,
     "recipes": 7,

@@ -78,7 +78,10 @@ def find_fault(checkpoint: str | Path) -> str | None:
 
     if not any(checkpoint.glob("rng_state*.pth")):
         return "'rng_state.pth' is missing (was it saved with `save_only_model`?)"
-    for name in ("optimizer.pt", "scheduler.pt", *(file.name for file in sorted(checkpoint.glob("rng_state*.pth")))):
+    of_ranks = [file.name for file in sorted(checkpoint.glob("rng_state*.pth"))]
+    if any(checkpoint.glob("sync_state_*.pt")):  # each rank that trained locally has one
+        of_ranks += [f"sync_state_{rank}.pt" for rank in range(saved_world_size(checkpoint))]
+    for name in ("optimizer.pt", "scheduler.pt", *of_ranks):
         file = checkpoint / name
         if not file.is_file():
             return f"'{name}' is missing"

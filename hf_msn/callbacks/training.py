@@ -1,10 +1,12 @@
-"""Thin adapters between the events of a Trainer and the objects of the layers above."""
+"""What the pretraining trainers do at the events of a Trainer: epochs, target, progress, evaluation."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+from .trainer_seams import bring_to_consensus
 
 
 class DatasetEpochCallback(TrainerCallback):
@@ -48,6 +50,8 @@ class ThroughputProgressCallback(ProgressCallback):
 class LowShotCallback(TrainerCallback):
     """Runs a low-shot evaluation every few epochs and after the last, and logs it with what the Trainer logs.
 
+    Ranks that train locally come to consensus before.
+
     Args:
         trainer (`Trainer`): The trainer whose model is evaluated; it also takes the metrics to its reporters.
         evaluator ([`LowShotEvaluator`]): Called with the model; gives a dict of metrics.
@@ -70,6 +74,7 @@ class LowShotCallback(TrainerCallback):
     def _evaluate(self, state, model):
         if self._last_step != state.global_step:
             self._last_step = state.global_step
+            bring_to_consensus(self.trainer)
             with getattr(self.trainer, "clock_stopped", nullcontext)():
                 metrics = self.evaluator(model)
             self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})

@@ -1,0 +1,26 @@
+"""Thin adapters between the events of a Trainer and the objects of the layers above."""
+
+from .sync import (
+    AsyncGossipCallback,
+    GossipCallback,
+    LocalSGDCallback,
+    LocalUpdateCallback,
+    OverlapGossipCallback,
+    SlowMoCallback,
+)
+from .trainer_seams import bring_to_consensus
+from .training import DatasetEpochCallback, LowShotCallback, ThroughputProgressCallback, UpdateTargetCallback
+
+__all__ = [
+    "AsyncGossipCallback",
+    "DatasetEpochCallback",
+    "GossipCallback",
+    "LocalSGDCallback",
+    "LocalUpdateCallback",
+    "LowShotCallback",
+    "OverlapGossipCallback",
+    "SlowMoCallback",
+    "ThroughputProgressCallback",
+    "UpdateTargetCallback",
+    "bring_to_consensus",
+]

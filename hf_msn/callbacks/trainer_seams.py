@@ -1,0 +1,111 @@
+"""Where a sync callback has its part in a Trainer beyond the events, which come too late or not on every path.
+
+A Trainer evaluates, saves and loads the best model between its events, and not only there: other callbacks do too. So
+the methods themselves are wrapped, on the one trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    from .sync import LocalUpdateCallback
+
+_MARK = "_hf_msn_sync_seams"
+
+
+class SyncCallback:
+    """What marks a callback as the one that the seams of its trainer are for."""
+
+
+def find_sync_callback(trainer: Trainer | None) -> LocalUpdateCallback | None:
+    """The sync callback that was added to a trainer, if any.
+
+    Raises:
+        ValueError: If there are two.
+    """
+    handler = getattr(trainer, "callback_handler", None)
+    found = [callback for callback in getattr(handler, "callbacks", ()) if isinstance(callback, SyncCallback)]
+    if len(found) > 1:
+        raise too_many(found[0], found[1])
+    return found[0] if found else None
+
+
+def too_many(first: SyncCallback, second: SyncCallback) -> ValueError:
+    return ValueError(
+        f"A trainer takes one sync callback, but has {type(first).__name__} and {type(second).__name__}. Take one off "
+        "by `trainer.remove_callback`. SlowMo over a gossip is one callback: `SlowMoCallback(trainer, base=Gossip)`."
+    )
+
+
+def bring_to_consensus(trainer: Trainer) -> None:
+    """Makes the models of all ranks equal, where a sync callback trains them locally; else nothing.
+
+    `evaluate`, `predict` and the checkpoints of the trainer do it on their own. A callback that uses the model in
+    another way calls it first, on every rank.
+    """
+    callback = find_sync_callback(trainer)
+    if callback is not None:
+        callback.bring_to_consensus()
+
+
+def open_seams(trainer: Trainer) -> None:
+    """Wraps the methods of a trainer, once. They stay as they were while no sync callback is on it."""
+    if hasattr(trainer, _MARK):
+        return
+    setattr(trainer, _MARK, True)
+
+    def wrap(name, around):
+        original = getattr(trainer, name)
+
+        @functools.wraps(original)
+        def wrapped(*args, **kwargs):
+            callback = find_sync_callback(trainer)
+            if callback is None:
+                return original(*args, **kwargs)
+            return around(callback, original, *args, **kwargs)
+
+        setattr(trainer, name, wrapped)
+
+    wrap("_inner_training_loop", _train)
+    for name in ("evaluate", "predict", "_save_checkpoint"):
+        wrap(name, _at_consensus)
+    wrap("_save_rng_state", _save_rank)
+    wrap("_load_best_model", _after_the_end)
+    wrap("log", _log)
+
+
+def _train(callback, original, *args, **kwargs):
+    callbacks = callback.trainer.callback_handler.callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)  # a target encoder must follow what the next forward pass sees
+    callback.checkpoint = kwargs.get("resume_from_checkpoint")
+    try:
+        return original(*args, **kwargs)
+    except BaseException as error:
+        callback.finish(error)
+        raise
+
+
+def _at_consensus(callback, original, *args, **kwargs):
+    callback.bring_to_consensus()
+    return original(*args, **kwargs)
+
+
+def _after_the_end(callback, original, *args, **kwargs):
+    callback.finish()
+    return original(*args, **kwargs)
+
+
+def _save_rank(callback, original, output_dir, *args, **kwargs):
+    # Every rank comes here, with the folder, before it is renamed, pushed or counted against `save_total_limit`.
+    original(output_dir, *args, **kwargs)
+    callback.save(output_dir)
+
+
+def _log(callback, original, logs, *args, **kwargs):
+    logs.update(callback.values_to_log(is_training_log="loss" in logs))  # in place, as Trainer.log does
+    return original(logs, *args, **kwargs)

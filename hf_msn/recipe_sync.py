@@ -1,0 +1,183 @@
+"""The part of a recipe that says how ranks train with little communication."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from . import callbacks, distributed
+from .trainers.argument_names import in_terms_of
+
+TOPOLOGIES = {
+    "ring": distributed.RingTopology,
+    "complete": distributed.CompleteTopology,
+    "exponential": distributed.ExponentialTopology,
+    "bipartite_exponential": distributed.BipartiteExponentialTopology,
+    "random_one_peer": distributed.RandomOnePeerTopology,
+}
+
+_PERIODS = ("sync_every", "sync_start_step", "sync_base_buffers", "sync_timeout_seconds")
+_MIXING = ("sync_topology", "sync_peers_per_step", "sync_wire_dtype")
+_BASES = {
+    "gossip": (*_MIXING, "push_sum"),
+    "overlap_gossip": (*_MIXING, "staleness_bound", "deterministic"),
+}
+# The class in `distributed` (and, with Callback, in `callbacks`) of each method, and the fields that it knows.
+METHODS = {
+    "local_sgd": ("LocalSGD", _PERIODS),
+    "slowmo": ("SlowMo", (*_PERIODS, "slow_momentum", "slow_lr", "slow_average", "slow_shard_state", "sync_base")),
+    "gossip": ("Gossip", (*_PERIODS, *_BASES["gossip"])),
+    "overlap_gossip": ("OverlapGossip", (*_PERIODS, *_BASES["overlap_gossip"])),
+    "async_gossip": ("AsyncGossip", (*_PERIODS, *_MIXING, "async_method", "staleness_bound")),
+}
+# What a method calls a field, where it is not the field's own name.
+_NAMES = {
+    "sync_base_buffers": "base_buffers",
+    "sync_timeout_seconds": "timeout_seconds",
+    "sync_topology": "topology",
+    "sync_peers_per_step": "peers_per_step",
+    "sync_wire_dtype": "wire_dtype",
+    "slow_average": "average",
+    "slow_shard_state": "shard_state",
+    "async_method": "method",
+}
+
+
+@dataclass
+class SyncArguments:
+    """Local steps on each rank, and exchanges now and then; see [`LocalUpdate`]. A field left out is the method's own.
+
+    Raises:
+        ValueError: If a field is given that the method does not know, or any without `sync`.
+    """
+
+    sync: str | None = field(
+        default=None,
+        metadata={
+            "help": "local_sgd, slowmo, gossip, overlap_gossip or async_gossip; none: gradients are averaged at "
+            "every step."
+        },
+    )
+    sync_every: int | None = field(
+        default=None, metadata={"help": "Updates of a period between two outer steps; SlowMo's paper has 12."}
+    )
+    sync_start_step: int | None = field(
+        default=None, metadata={"help": "Number of first updates with averaged gradients (post-local SGD)."}
+    )
+    sync_base_buffers: str | None = field(
+        default=None, metadata={"help": "Optimizer moments at an outer step: maintain, reset or average."}
+    )
+    sync_timeout_seconds: float | None = field(
+        default=None, metadata={"help": "Deadline of an exchange, after which the missing rank is named."}
+    )
+    slow_momentum: float | None = field(default=None, metadata={"help": "SlowMo's beta, in [0, 1); paper: 0.4-0.8."})
+    slow_lr: float | None = field(default=None, metadata={"help": "SlowMo's alpha, > 0; paper: 1."})
+    slow_average: bool | None = field(
+        default=None, metadata={"help": "false: SlowMo without the average at an outer step ('noaverage')."}
+    )
+    slow_shard_state: bool | None = field(
+        default=None, metadata={"help": "Each rank keeps its share of SlowMo's anchor and momentum only."}
+    )
+    sync_base: str | None = field(
+        default=None,
+        metadata={"help": "SlowMo over gossip or overlap_gossip, whose fields it then takes; by default Local SGD."},
+    )
+    sync_topology: str | None = field(
+        default=None, metadata={"help": f"Who gossips with whom: {', '.join(TOPOLOGIES)}."}
+    )
+    sync_peers_per_step: int | None = field(
+        default=None, metadata={"help": "Peers that a rank sends to at a step, with sync_topology exponential."}
+    )
+    sync_wire_dtype: str | None = field(
+        default=None, metadata={"help": "What gossip sends: float32 or bfloat16; by default the parameters' own."}
+    )
+    push_sum: bool | None = field(
+        default=None, metadata={"help": "Gossip by push-sum (SGP), or doubly stochastic without it (D-PSGD)."}
+    )
+    staleness_bound: int | None = field(
+        default=None, metadata={"help": "Updates that a message of overlap_gossip or async_gossip may be late."}
+    )
+    deterministic: bool | None = field(
+        default=None, metadata={"help": "overlap_gossip takes each message at the step of the bound, not on arrival."}
+    )
+    async_method: str | None = field(default=None, metadata={"help": "async_gossip by ad_psgd or push_sum."})
+
+    def __post_init__(self):
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+        if self.sync is None:
+            if given:
+                raise ValueError(
+                    f"`{given[0]}` is of training with little communication, but `sync` is not given. Give `sync`, "
+                    f"one of {', '.join(METHODS)}, or leave `{given[0]}` out."
+                )
+            return
+        if self.sync not in METHODS:
+            raise ValueError(f"`sync` must be one of {', '.join(METHODS)}, but is '{self.sync}'.")
+        if self.sync_base is not None and self.sync_base not in _BASES:
+            raise ValueError(f"`sync_base` must be one of {', '.join(_BASES)}, but is '{self.sync_base}'.")
+        title, known = METHODS[self.sync]
+        known += _BASES[self.sync_base] if self.sync_base is not None and self.sync == "slowmo" else ()
+        for name in given:
+            if name != "sync" and name not in known:
+                owners = [method for method, (_, fields) in METHODS.items() if name in fields]
+                raise ValueError(
+                    f"`{name}` is of `sync` {' and '.join(owners)}, but `sync` is {self.sync}"
+                    f"{' without `sync_base`' if self.sync == 'slowmo' and self.sync_base is None else ''}. "
+                    f"Leave it out; {self.sync} takes {', '.join(known)}."
+                )
+        if self.sync_topology is not None and self.sync_topology not in TOPOLOGIES:
+            raise ValueError(f"`sync_topology` must be one of {', '.join(TOPOLOGIES)}, but is '{self.sync_topology}'.")
+        if self.sync_peers_per_step is not None and self.sync_topology != "exponential":
+            raise ValueError(
+                f"`sync_peers_per_step` is of `sync_topology` exponential, but that is {self.sync_topology}. Give "
+                "both."
+            )
+        missing = [name for name in {title, *self._base_title()} if not hasattr(distributed, name)]
+        if missing:
+            raise ValueError(f"`sync` {self.sync} needs {missing[0]}, which this version of hf_msn does not have.")
+        self._check_values()
+
+    def add_callback(self, trainer: Trainer) -> None:
+        """Adds the callback of the method, if there is one, to a trainer."""
+        if self.sync is None:
+            return
+        title, known = METHODS[self.sync]
+        with in_terms_of(_fields_by_name()):
+            settings = self._settings(known, trainer.args.world_size)
+            if self.sync_base is not None:
+                settings["base"] = self._make_base(trainer.args.world_size)
+            trainer.add_callback(getattr(callbacks, f"{title}Callback")(trainer, **settings))
+
+    def _settings(self, fields: tuple[str, ...], world_size: int) -> dict[str, Any]:
+        """The arguments of a method that `fields` give."""
+        given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        given.pop("sync_base", None)
+        peers = given.pop("sync_peers_per_step", None)
+        if self.sync_topology is not None and "sync_topology" in given:
+            topology = TOPOLOGIES[self.sync_topology]
+            given["sync_topology"] = topology(world_size, **({} if peers is None else {"peers_per_step": peers}))
+        return {_NAMES.get(name, name): value for name, value in given.items()}
+
+    def _base_title(self) -> list[str]:
+        return [] if self.sync_base is None else [METHODS[self.sync_base][0]]
+
+    def _make_base(self, world_size: int):
+        (title,) = self._base_title()
+        fields = (*_BASES[self.sync_base], "sync_timeout_seconds")
+        return partial(getattr(distributed, title), **self._settings(fields, world_size))
+
+    def _check_values(self) -> None:
+        """Before any data is read; what depends on the number of ranks is checked when the callback is made."""
+        fields = [name for name in METHODS[self.sync][1] if name not in ("sync_topology", "sync_peers_per_step")]
+        parameter = nn.Linear(1, 1)
+        with in_terms_of(_fields_by_name()):
+            method = getattr(distributed, METHODS[self.sync][0])
+            method(parameter, torch.optim.SGD(parameter.parameters(), lr=1.0), **self._settings(tuple(fields), 1))
+
+
+def _fields_by_name() -> dict[str, str]:
+    return {name: field_name for field_name, name in _NAMES.items()}
