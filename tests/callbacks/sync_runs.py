@@ -1,0 +1,131 @@
+"""Short runs of plain Trainers on tiny models, in float64, and what to watch in them."""
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+
+def image_rows(count: int = 32) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"pixel_values": torch.randn(3, 8, 8, generator=generator).double(), "labels": row % 3} for row in range(count)
+    ]
+
+
+def text_rows(count: int = 32) -> list[dict]:
+    """Sequences of 6 tokens, of which between 1 and 5 count."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for row in range(count):
+        tokens = torch.randint(0, 11, (6,), generator=generator)
+        place = torch.arange(6)
+        counts = (place > 0) & (place < row % 5 + 2)  # none predicts the first; not all versions leave it out
+        rows.append({"input_ids": tokens, "labels": torch.where(counts, tokens, -100)})
+    return rows
+
+
+def image_model() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config).double()
+
+
+def text_model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, **rates
+    )
+    return GPT2LMHeadModel(config).double()
+
+
+KINDS = {"image": (image_model, image_rows), "text": (text_model, text_rows)}
+
+
+def make_trainer(folder, kind: str = "image", model=None, callbacks=None, **arguments) -> Trainer:
+    """AdamW, 4 rows a batch on each rank, 8 updates, learning rate to 0 in a straight line."""
+    make_model, make_rows = KINDS[kind]
+    arguments = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        **arguments,
+    }
+    rows = make_rows()
+    return Trainer(
+        model or make_model(),
+        TrainingArguments(str(folder), **arguments),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        callbacks=callbacks,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class Snapshots(TrainerCallback):
+    """The weights at events, as (event, step, weights)."""
+
+    def __init__(self):
+        self.taken = []
+
+    def _take(self, event, state, model):
+        self.taken.append((event, state.global_step, weights(model)))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._take("step", state, model)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self._take("evaluate", state, model)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self._take("save", state, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._take("end", state, model)
+
+
+def watch_batches(trainer) -> list[dict]:
+    """The inputs of every micro-batch, as they come."""
+    seen, training_step = [], trainer.training_step
+
+    def watched(model, inputs, *args, **kwargs):
+        seen.append({name: value.clone() for name, value in inputs.items()})
+        return training_step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = watched
+    return seen
+
+
+def same(first: dict, second: dict) -> bool:
+    """Bitwise."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def logged(trainer, name: str) -> dict[int, float]:
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
