@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer
+from safetensors import safe_open
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..distributed import LocalUpdate
@@ -98,6 +99,26 @@ def restore(trainer: Trainer, sync: LocalUpdate, state: dict[str, Any]) -> None:
     if state["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     sync.load_state_dict(state["sync"])
+
+
+def load_renamed_weights(trainer: Trainer, checkpoint: str) -> None:
+    """Loads the model by its class where the Trainer, which goes by names alone, has left weights as they were.
+
+    transformers saves some models, ViT among them, under the names of earlier versions, which only `from_pretrained`
+    knows how to read.
+    """
+    model = trainer.model
+    if (
+        not isinstance(model, PreTrainedModel)
+        or type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint
+    ):
+        return
+    saved = set()
+    for file in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            saved.update(weights.keys())
+    if not saved <= set(model.state_dict()):
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
 def _read(checkpoint: str, rank: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from transformers import Trainer
 
+from .sync_checkpoints import load_renamed_weights
+
 if TYPE_CHECKING:
     from .sync import LocalUpdateCallback
 
@@ -74,6 +76,7 @@ def open_seams(trainer: Trainer) -> None:
     for name in ("evaluate", "predict", "_save_checkpoint"):
         wrap(name, _at_consensus)
     wrap("_save_rng_state", _save_rank)
+    wrap("_load_from_checkpoint", _load_weights)
     wrap("_load_best_model", _after_the_end)
     wrap("log", _log)
 
@@ -104,6 +107,11 @@ def _save_rank(callback, original, output_dir, *args, **kwargs):
     # Every rank comes here, with the folder, before it is renamed, pushed or counted against `save_total_limit`.
     original(output_dir, *args, **kwargs)
     callback.save(output_dir)
+
+
+def _load_weights(callback, original, checkpoint, *args, **kwargs):
+    original(checkpoint, *args, **kwargs)
+    load_renamed_weights(callback.trainer, checkpoint)
 
 
 def _log(callback, original, logs, *args, **kwargs):

@@ -1,0 +1,126 @@
+"""Wrong use of the sync callbacks says value, rule and remedy; and no use leaves a trainer as it was."""
+
+import pytest
+import semi_supervised_runs
+from launch import run_ranks
+from sync_runs import make_trainer, same, weights
+from transformers import TrainerCallback
+
+from hf_msn import LocalSGDCallback, SlowMoCallback
+from hf_msn.distributed import LocalSGD
+
+
+def test_two_sync_callbacks_on_one_trainer_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    first, second = SlowMoCallback(trainer), LocalSGDCallback(trainer)
+    trainer.add_callback(first)
+    with pytest.raises(ValueError, match="one sync callback, but has SlowMoCallback and LocalSGDCallback"):
+        LocalSGDCallback(trainer)
+    trainer.add_callback(second)
+    with pytest.raises(ValueError, match="one sync callback, but has SlowMoCallback and LocalSGDCallback"):
+        trainer.train()
+    trainer.remove_callback(second)
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("callback", "settings", "words"),
+    [
+        (LocalSGDCallback, {"sync_every": 0}, "`sync_every` .* >= 1, but is 0"),
+        (LocalSGDCallback, {"sync_every": 2.5}, "`sync_every` .* integer >= 1, but is 2.5"),
+        (SlowMoCallback, {"slow_momentum": 1.0}, r"`slow_momentum` .* in \[0, 1\), but is 1.0"),
+        (SlowMoCallback, {"base": 3}, "`base` .* class or a function, but is a int"),
+        (
+            SlowMoCallback,
+            {"base": lambda *it: LocalSGD(*it, sync_start_step=3)},
+            "`base` .* without `sync_start_step`",
+        ),
+    ],
+)
+def test_a_setting_outside_its_rule_is_named_before_the_training(tmp_path, callback, settings, words):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        callback(trainer, **settings)
+    trainer.add_callback(callback(trainer))  # the wrong one is not on the trainer
+
+
+@pytest.mark.parametrize(
+    ("attribute", "kind"),
+    [
+        ("is_fsdp_enabled", "FSDP"),
+        ("is_deepspeed_enabled", "DeepSpeed"),
+        ("get_tp_size", "tensor parallelism"),
+        ("get_cp_size", "context parallelism"),
+    ],
+)
+def test_sharded_models_are_refused(tmp_path, monkeypatch, attribute, kind):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, attribute, (lambda: 2) if attribute.startswith("get") else True)
+    with pytest.raises(TypeError, match=f"this trainer uses {kind}. Train with DistributedDataParallel"):
+        SlowMoCallback(trainer)
+
+
+def test_a_callback_of_another_trainer_or_added_too_late_is_refused(tmp_path):
+    trainer, other = make_trainer(tmp_path), make_trainer(tmp_path)
+    other.add_callback(SlowMoCallback(trainer))
+    with pytest.raises(ValueError, match="must be added to the trainer that it was built with"):
+        other.train()
+
+    class AddLate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.add_callback(SlowMoCallback(trainer))
+
+    trainer.add_callback(AddLate())
+    with pytest.raises(RuntimeError, match="must be on its trainer when the training begins"):
+        trainer.train()
+
+
+def _on_two_ranks(rank, folder):
+    paws = semi_supervised_runs.make_run(f"{folder}/paws", global_support_classes=2)
+    with pytest.raises(ValueError, match=r"`support_shard` must be 'images' .*, but is 'classes'"):
+        SlowMoCallback(paws)
+    default, asked = make_trainer(folder), make_trainer(folder, ddp_find_unused_parameters=True)
+    LocalSGDCallback(default)
+    LocalSGDCallback(asked)
+    return [
+        (
+            trainer.accelerator.ddp_handler.find_unused_parameters,
+            trainer.args.average_tokens_across_devices,
+            trainer.accelerator.dispatch_batches,
+        )
+        for trainer in (default, asked)
+    ]
+
+
+@pytest.mark.distributed
+def test_what_makes_ranks_wait_at_every_step_is_refused_or_turned_off(tmp_path):
+    assert run_ranks(_on_two_ranks, 2, str(tmp_path)) == [[(False, False, False), (True, False, False)]] * 2
+
+
+def test_an_error_in_the_training_stops_the_sync_object(tmp_path):
+    trainer = make_trainer(tmp_path)
+    callback = SlowMoCallback(trainer, sync_every=2)
+    trainer.add_callback(callback)
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Fail())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert callback.sync is None
+    trainer.remove_callback(Fail)
+    trainer.train()  # model and optimizer are free again
+
+
+def test_a_trainer_trains_as_before_once_the_callback_is_taken_off(tmp_path):
+    plain = make_trainer(tmp_path)
+    plain.train()
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=4)
+    trainer.add_callback(SlowMoCallback(trainer, sync_every=2, slow_momentum=0.5))
+    trainer.remove_callback(SlowMoCallback)
+    trainer.train()
+    assert same(weights(trainer.model), weights(plain.model))
+    assert not list(tmp_path.glob("*/sync_state_*"))

@@ -1,0 +1,182 @@
+"""Checkpoints of ranks that train locally: bit for bit inside a period, and what a broken or foreign one says."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import short_runs
+import torch
+from launch import run_ranks
+from sync_runs import logged, make_trainer, same, weights
+
+from hf_msn import LocalSGDCallback, SlowMoCallback
+from hf_msn.trainers import CheckpointError
+from hf_msn.trainers.checkpoints import find_fault
+
+
+def slowmo_on_msn(folder, **arguments):
+    """AdamW, accumulation; a checkpoint every 3 updates, an outer step every 4."""
+    trainer = short_runs.make_trainer(folder, dataset=short_runs.RandomViews(40), save_steps=3, **arguments)
+    trainer.add_callback(SlowMoCallback(trainer, sync_every=4, slow_momentum=0.6))
+    return trainer
+
+
+def local_sgd_on_images(folder, **arguments):
+    """As above with a plain Trainer, which starts with averaged gradients."""
+    trainer = make_trainer(folder, save_strategy="steps", save_steps=3, **arguments)
+    trainer.add_callback(LocalSGDCallback(trainer, sync_every=4, sync_start_step=1))
+    return trainer
+
+
+RUNS = {"slowmo": slowmo_on_msn, "local_sgd": local_sgd_on_images}
+
+
+def _resume(rank, folder):
+    results = {}
+    for name, make in RUNS.items():
+        whole = make(f"{folder}/{name}_whole", gradient_accumulation_steps=2 if name == "slowmo" else 1)
+        whole.train()
+        torch.distributed.barrier()
+        if rank == 0:  # what a run leaves that was killed after its sixth update
+            shutil.copytree(f"{folder}/{name}_whole/checkpoint-6", f"{folder}/{name}_parts/checkpoint-6")
+        torch.distributed.barrier()
+        parts = make(f"{folder}/{name}_parts", gradient_accumulation_steps=2 if name == "slowmo" else 1)
+        parts.train(resume_from_checkpoint=True)
+        states = [
+            torch.load(f"{folder}/{name}_{part}/checkpoint-8/sync_state_{rank}.pt", weights_only=True)
+            for part in ("whole", "parts")
+        ]
+        saved = torch.load(f"{folder}/{name}_whole/checkpoint-6/sync_state_{rank}.pt", weights_only=True)
+        results[name] = {
+            "weights": [weights(trainer.model) for trainer in (whole, parts)],
+            "losses": [logged(trainer, "loss") for trainer in (whole, parts)],
+            "own": [
+                {"sync": state["sync"], "optimizer": state["optimizer"], "schedule": state["lr_scheduler"]}
+                for state in states
+            ],
+            "local_steps": saved["sync"]["local_steps"],
+        }
+    return results
+
+
+def equal(first, second) -> bool:
+    if torch.is_tensor(first):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_run_goes_on_bit_for_bit_inside_a_period(tmp_path, num_ranks):
+    results = run_ranks(_resume, num_ranks, str(tmp_path), timeout=120.0)
+    for name in RUNS:
+        moments = []
+        for rank, result in enumerate(result[name] for result in results):
+            assert result["local_steps"] == (2 if name == "slowmo" else 1), name
+            assert same(*result["weights"]), (name, rank)
+            assert result["losses"][0] == result["losses"][1] and len(result["losses"][0]) == 8, (name, rank)
+            assert equal(*result["own"]), (name, rank)
+            moments.append(result["own"][0]["optimizer"])
+        # rank 0's are in optimizer.pt; those of the others are their own
+        assert moments[0] is None and (num_ranks == 2 or not equal(moments[1], moments[2])), name
+
+
+def _broken(rank, folder):
+    """What each rank says of a checkpoint of two ranks that was spoilt in several ways."""
+    local_sgd_on_images(f"{folder}/run", max_steps=3).train()
+    torch.distributed.barrier()
+    checkpoint, said = Path(folder, "run", "checkpoint-3"), {}
+
+    def try_it(name, make, spoil):
+        copy = Path(folder, name, "checkpoint-3")
+        if rank == 0:
+            shutil.copytree(checkpoint, copy)
+            spoil(copy)
+        torch.distributed.barrier()
+        try:
+            make(f"{folder}/{name}").train(resume_from_checkpoint=str(copy))
+            said[name] = None
+        except ValueError as error:
+            said[name] = str(error)
+        torch.distributed.barrier()
+
+    def with_callback(callback, **settings):
+        def make(run):
+            trainer = make_trainer(run, max_steps=5)
+            trainer.add_callback(callback(trainer, **settings))
+            return trainer
+
+        return make
+
+    def halve(copy):
+        file = copy / "sync_state_1.pt"
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    unchanged = with_callback(LocalSGDCallback, sync_every=4, sync_start_step=1)
+    try_it("same", unchanged, lambda copy: None)
+    try_it("missing", unchanged, lambda copy: (copy / "sync_state_1.pt").unlink())
+    try_it("half", unchanged, halve)
+    try_it("other_method", with_callback(SlowMoCallback, sync_every=4, sync_start_step=1), lambda copy: None)
+    try_it("other_setting", with_callback(LocalSGDCallback, sync_every=5, sync_start_step=1), lambda copy: None)
+    try_it("none", unchanged, lambda copy: [file.unlink() for file in copy.glob("sync_state_*.pt")])
+    return said
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_that_a_rank_cannot_go_on_from_is_refused_by_all_ranks(tmp_path):
+    for said in run_ranks(_broken, 2, str(tmp_path)):
+        assert said["same"] is None and said["none"] is None
+        assert "'sync_state_1.pt', which holds the local training of rank 1, is missing" in said["missing"]
+        assert "'sync_state_1.pt', which holds the local training of rank 1, is damaged" in said["half"]
+        assert "method LocalSGD there, SlowMo here" in said["other_method"]
+        assert "sync_every 4 there, 5 here" in said["other_setting"] and "Give the same" in said["other_setting"]
+
+
+def _train(rank, make, folder, max_steps):
+    RUNS[make](folder, max_steps=max_steps).train()
+
+
+@pytest.mark.distributed
+def test_another_number_of_ranks_starts_from_consensus_and_says_so(tmp_path, caplog):
+    run_ranks(_train, 2, "slowmo", str(tmp_path / "run"), 6)
+    trainer = slowmo_on_msn(tmp_path / "run")
+    trainer.train(resume_from_checkpoint=True)
+    lines = [line for line in caplog.messages if "starts anew from the consensus" in line]
+    assert len(lines) == 1 and "saved by 2 ranks and goes on with 1: SlowMo" in lines[0]
+    assert trainer.state.global_step == 8
+
+
+def test_a_checkpoint_without_local_steps_is_a_start(tmp_path, caplog):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=6).train()
+    trainer = make_trainer(tmp_path, max_steps=8)
+    callback = SlowMoCallback(trainer, sync_every=4, sync_start_step=5)
+    trainer.add_callback(callback)
+    seen, step = [], callback.on_optimizer_step
+
+    def watched(*args, **kwargs):
+        step(*args, **kwargs)
+        seen.append((callback.sync.steps, callback.sync.local_steps))
+
+    callback.on_optimizer_step = watched
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "was saved without local steps: SlowMo starts from its model" in caplog.text
+    assert seen == [(4, 0), (5, 0), (6, 1), (7, 2), (8, 3)]  # `sync_start_step` counts the updates of the whole run
+
+
+def test_a_broken_file_of_a_rank_makes_a_checkpoint_broken(tmp_path, caplog):
+    slowmo_on_msn(tmp_path).train()
+    last, before = tmp_path / "checkpoint-8" / "sync_state_0.pt", tmp_path / "checkpoint-6" / "sync_state_0.pt"
+    assert find_fault(last.parent) is None
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    assert find_fault(last.parent) == "'sync_state_0.pt' is damaged (its end is missing)"
+    with pytest.raises(CheckpointError, match=r"sync_state_0.pt' is damaged"):
+        slowmo_on_msn(tmp_path).train(resume_from_checkpoint=str(last.parent))
+    before.rename(before.with_name("sync_state_1.pt"))
+    assert find_fault(before.parent) == "'sync_state_0.pt' is missing"
+    trainer = slowmo_on_msn(tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert "Skipping the broken checkpoint" in caplog.text and trainer.state.global_step == 8
