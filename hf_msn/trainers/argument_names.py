@@ -26,7 +26,7 @@ def in_terms_of(names: dict[str, str]) -> Iterator[None]:
         message = str(error)
         for name, field in names.items():
             message = re.sub(rf"`{name}`", f"`{field}`", message)
-            message = re.sub(rf"(?<![\w`]){name}=", f"{field}=", message)
+            message = re.sub(rf"(?<!\w){name}=", f"{field}=", message)
         if message == str(error):
             raise
         raise ValueError(message) from error
