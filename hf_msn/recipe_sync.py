@@ -20,19 +20,21 @@ TOPOLOGIES = {
     "random_one_peer": distributed.RandomOnePeerTopology,
 }
 
-_PERIODS = ("sync_every", "sync_start_step", "sync_base_buffers", "sync_timeout_seconds")
-_MIXING = ("sync_topology", "sync_peers_per_step", "sync_wire_dtype")
+_ALL = ("sync_start_step", "sync_base_buffers", "sync_timeout_seconds", "sync_wire_dtype")
+_SLOW = ("slow_momentum", "slow_lr", "slow_average", "slow_shard_state", "sync_base")
+_PEERS = ("sync_topology", "sync_peers_per_step")
+_CONSENSUS = ("consensus_target", "max_extra_rounds", "consensus_until_step")
 _BASES = {
-    "gossip": (*_MIXING, "push_sum"),
-    "overlap_gossip": (*_MIXING, "staleness_bound", "deterministic"),
+    "gossip": (*_PEERS, "push_sum", "quasi_global_momentum", *_CONSENSUS),
+    "overlap_gossip": (*_PEERS, "staleness_bound", "deterministic"),
 }
 # The class in `distributed` (and, with Callback, in `callbacks`) of each method, and the fields that it knows.
 METHODS = {
-    "local_sgd": ("LocalSGD", _PERIODS),
-    "slowmo": ("SlowMo", (*_PERIODS, "slow_momentum", "slow_lr", "slow_average", "slow_shard_state", "sync_base")),
-    "gossip": ("Gossip", (*_PERIODS, *_BASES["gossip"])),
-    "overlap_gossip": ("OverlapGossip", (*_PERIODS, *_BASES["overlap_gossip"])),
-    "async_gossip": ("AsyncGossip", (*_PERIODS, *_MIXING, "async_method", "staleness_bound")),
+    "local_sgd": ("LocalSGD", ("sync_every", *_ALL)),
+    "slowmo": ("SlowMo", ("sync_every", *_ALL, *_SLOW)),
+    "gossip": ("Gossip", ("sync_every", *_ALL, *_BASES["gossip"])),
+    "overlap_gossip": ("OverlapGossip", (*_ALL, *_BASES["overlap_gossip"])),
+    "async_gossip": ("AsyncGossip", (*_ALL, *_PEERS, "async_method")),
 }
 # What a method calls a field, where it is not the field's own name.
 _NAMES = {
@@ -93,13 +95,25 @@ class SyncArguments:
         default=None, metadata={"help": "Peers that a rank sends to at a step, with sync_topology exponential."}
     )
     sync_wire_dtype: str | None = field(
-        default=None, metadata={"help": "What gossip sends: float32 or bfloat16; by default the parameters' own."}
+        default=None, metadata={"help": "What exchanges send: float32 or bfloat16; by default the parameters' own."}
     )
     push_sum: bool | None = field(
         default=None, metadata={"help": "Gossip by push-sum (SGP), or doubly stochastic without it (D-PSGD)."}
     )
+    quasi_global_momentum: float | None = field(
+        default=None, metadata={"help": "Momentum of gossip along the mixed parameters, for SGD without its own."}
+    )
+    consensus_target: float | None = field(
+        default=None, metadata={"help": "Gossip mixes again while the consensus distance is over this."}
+    )
+    max_extra_rounds: int | None = field(
+        default=None, metadata={"help": "Mixings after one update that consensus_target can ask for, at most."}
+    )
+    consensus_until_step: int | None = field(
+        default=None, metadata={"help": "Number of first updates that consensus_target holds for; by default all."}
+    )
     staleness_bound: int | None = field(
-        default=None, metadata={"help": "Updates that a message of overlap_gossip or async_gossip may be late."}
+        default=None, metadata={"help": "Updates that a message of overlap_gossip may be late."}
     )
     deterministic: bool | None = field(
         default=None, metadata={"help": "overlap_gossip takes each message at the step of the bound, not on arrival."}
@@ -167,7 +181,7 @@ class SyncArguments:
 
     def _make_base(self, world_size: int):
         (title,) = self._base_title()
-        fields = (*_BASES[self.sync_base], "sync_timeout_seconds")
+        fields = (*_BASES[self.sync_base], "sync_timeout_seconds")  # SlowMo's own precision is for its outer steps
         return partial(getattr(distributed, title), **self._settings(fields, world_size))
 
     def _check_values(self) -> None:

@@ -1,0 +1,70 @@
+"""The gossip methods on a plain Trainer: consensus, resume, and SlowMo over them."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from launch import run_ranks
+from sync_runs import Snapshots, logged, make_trainer, same, weights
+
+from hf_msn import SlowMoCallback, callbacks, distributed
+
+CASES = {
+    "push_sum": ("Gossip", {}),
+    "d_psgd": ("Gossip", {"push_sum": False, "sync_every": 2}),
+    "overlap": ("OverlapGossip", {"deterministic": True}),
+    "async": ("AsyncGossip", {}),
+}
+
+
+def make_run(folder, case, over_slowmo, **arguments):
+    name, settings = CASES[case]
+    trainer = make_trainer(folder, save_strategy="steps", save_steps=3, **arguments)
+    if over_slowmo:
+        base = partial(getattr(distributed, name), **settings)
+        trainer.add_callback(SlowMoCallback(trainer, sync_every=4, slow_momentum=0.5, base=base))
+    else:
+        trainer.add_callback(getattr(callbacks, f"{name}Callback")(trainer, **settings))
+    return trainer
+
+
+def _run_and_resume(rank, folder, cases, over_slowmo):
+    results = {}
+    for case in cases:
+        whole, snapshots = make_run(f"{folder}/{case}_whole", case, over_slowmo), Snapshots()
+        whole.add_callback(snapshots)
+        whole.train()
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.copytree(f"{folder}/{case}_whole/checkpoint-6", f"{folder}/{case}_parts/checkpoint-6")
+        torch.distributed.barrier()
+        parts = make_run(f"{folder}/{case}_parts", case, over_slowmo)
+        parts.train(resume_from_checkpoint=True)
+        results[case] = {
+            "snapshots": snapshots.taken,
+            "weights": [weights(trainer.model) for trainer in (whole, parts)],
+            "losses": [logged(trainer, "loss") for trainer in (whole, parts)],
+        }
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("over_slowmo", [False, True])
+def test_gossip_is_at_consensus_when_saved_and_goes_on_bit_for_bit(tmp_path, num_ranks, over_slowmo):
+    cases = [case for case, (name, _) in CASES.items() if hasattr(distributed, name)]
+    if over_slowmo:
+        cases = [case for case in cases if case in ("push_sum", "overlap")]
+    if not cases:
+        pytest.skip("no gossip method is there")
+    results = run_ranks(_run_and_resume, num_ranks, str(tmp_path), cases, over_slowmo, timeout=120.0)
+    for case in cases:
+        first = results[0][case]
+        for result in (result[case] for result in results):
+            for (event, step, own), (_, _, other) in zip(first["snapshots"], result["snapshots"]):
+                assert event == "step" or same(own, other), (case, event, step)
+            assert all(same(own, other) for own, other in zip(first["weights"], result["weights"])), case
+            assert len(result["losses"][1]) == 8, case
+            if case != "async":  # whose mixing depends on who comes first
+                assert same(*result["weights"]) and result["losses"][0] == result["losses"][1], case
