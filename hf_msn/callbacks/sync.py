@@ -112,7 +112,9 @@ class LocalUpdateCallback(SyncCallback, TrainerCallback):
         method, moments = named.pop("method"), named.pop("base_buffers", "'maintain'").strip("'")
         ranks = self.trainer.args.world_size
         line = f"{method} on {ranks} rank{'s' if ranks > 1 else ''}: "
-        line += ", ".join(f"{name}={value}" for name, value in named.items())
+        # What is no argument of the constructor, such as the peers of the first steps, is long and says little.
+        shown = {name: value for name, value in named.items() if name.removeprefix("base ").isidentifier()}
+        line += ", ".join(f"{name}={value}" for name, value in shown.items() if value != "None")
         if sync.local_steps:
             line += f", going on after local step {sync.local_steps} of its period"
         moments = {"maintain": "stay each rank's own", "reset": "start anew", "average": "are averaged"}.get(moments)

@@ -77,7 +77,7 @@ def open_seams(trainer: Trainer) -> None:
         wrap(name, _at_consensus)
     wrap("_save_rng_state", _save_rank)
     wrap("_load_from_checkpoint", _load_weights)
-    wrap("_load_best_model", _after_the_end)
+    wrap("_load_best_model", _load_best)
     wrap("log", _log)
 
 
@@ -98,9 +98,10 @@ def _at_consensus(callback, original, *args, **kwargs):
     return original(*args, **kwargs)
 
 
-def _after_the_end(callback, original, *args, **kwargs):
+def _load_best(callback, original, *args, **kwargs):
     callback.finish()
-    return original(*args, **kwargs)
+    original(*args, **kwargs)
+    load_renamed_weights(callback.trainer, callback.trainer.state.best_model_checkpoint)
 
 
 def _save_rank(callback, original, output_dir, *args, **kwargs):
