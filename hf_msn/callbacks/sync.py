@@ -111,7 +111,8 @@ class LocalUpdateCallback(SyncCallback, TrainerCallback):
         named = settings_of(sync)
         method, moments = named.pop("method"), named.pop("base_buffers", "'maintain'").strip("'")
         ranks = self.trainer.args.world_size
-        line = f"{method} on {ranks} rank{'s' if ranks > 1 else ''}: "
+        over = f" over {named.pop('base method')}" if "base method" in named else ""
+        line = f"{method}{over} on {ranks} rank{'s' if ranks > 1 else ''}: "
         # What is no argument of the constructor, such as the peers of the first steps, is long and says little.
         shown = {name: value for name, value in named.items() if name.removeprefix("base ").isidentifier()}
         line += ", ".join(f"{name}={value}" for name, value in shown.items() if value != "None")

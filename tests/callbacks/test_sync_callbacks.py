@@ -279,7 +279,7 @@ def test_communication_is_logged_with_the_loss(tmp_path):
         assert [step for step, value in distance.items() if value < 1e-12] == [3, 6]
 
 
-def test_two_lines_are_all(tmp_path, capsys):
+def test_one_line_says_what_is_done(tmp_path, capsys):
     trainer = make_trainer(tmp_path)
     trainer.add_callback(SlowMoCallback(trainer, sync_every=12, slow_momentum=0.6))
     trainer.train()
