@@ -1,6 +1,13 @@
 """Label-efficient vision pretraining for transformers.Trainer and accelerate."""
 
-from .callbacks import LocalSGDCallback, LocalUpdateCallback, LowShotCallback, SlowMoCallback, bring_to_consensus
+from .callbacks import (
+    GossipCallback,
+    LocalSGDCallback,
+    LocalUpdateCallback,
+    LowShotCallback,
+    SlowMoCallback,
+    bring_to_consensus,
+)
 from .data import (
     BrokenImageError,
     ClassStratifiedSampler,
@@ -78,6 +85,7 @@ __all__ = [
     "ExponentialTopology",
     "FinetuningResult",
     "Gossip",
+    "GossipCallback",
     "KNNProbe",
     "LinearProbe",
     "LocalSGD",
