@@ -7,6 +7,7 @@ from .flat import FlatTensors
 from .gossip import Gossip
 from .local_sgd import LocalSGD
 from .local_update import LocalUpdate
+from .overlap_gossip import OverlapGossip
 from .slowmo import SlowMo
 from .topology import (
     BipartiteExponentialTopology,
@@ -27,6 +28,7 @@ __all__ = [
     "Gossip",
     "LocalSGD",
     "LocalUpdate",
+    "OverlapGossip",
     "PeerError",
     "RandomOnePeerTopology",
     "RepairedTopology",

@@ -59,7 +59,7 @@ class Mailbox:
     Args:
         like (`Sequence[torch.Tensor]`): Flat tensors, whose sizes, dtypes and devices those of every message have.
         group (`ProcessGroup`, *optional*): The ranks; by default all. Any backend.
-        wire_dtype (`torch.dtype`, *optional*): What floating-point tensors are sent in; by default as they are.
+        wire_dtype (`torch.dtype`, *optional*): What floating-point tensors are sent in, if that is narrower.
         num_numbers (`int`, *optional*, defaults to 8): Most further numbers that a message can have.
         connect_seconds (`float`, *optional*, defaults to 300): How long `start` waits for each peer.
 
@@ -69,6 +69,7 @@ class Mailbox:
         global_ranks (`list[int]`): The members, as ranks of the default group.
         weight_posted (`list[float]`): Weight posted to each peer so far, less what was taken back.
         weight_collected (`list[float]`): Weight collected from each peer so far.
+        wire_dtypes (`list[torch.dtype]`): What the tensors of a message are sent in.
         last_heard (`list[float]`): `time.monotonic()` when the last message of each peer arrived, or of `start`.
     """
 
@@ -84,10 +85,8 @@ class Mailbox:
         self.group, self.size, self.rank = group, world_size(group), rank(group)
         self.num_numbers, self.connect_seconds = num_numbers, connect_seconds
         self._dtypes, self._devices = [t.dtype for t in like], [t.device for t in like]
-        self._wire = [
-            wire_dtype if wire_dtype is not None and dtype.is_floating_point else dtype for dtype in self._dtypes
-        ]
-        self._buffers = Buffers([t.numel() for t in like], self._wire)
+        self.wire_dtypes = [_narrower(dtype, wire_dtype) for dtype in self._dtypes]
+        self._buffers = Buffers([t.numel() for t in like], self.wire_dtypes)
         self._links: dict[int, Link] = {}
         self._inboxes: list[deque[Message]] = [deque() for _ in range(self.size)]
         self._marks = [0] * self.size
@@ -181,6 +180,13 @@ class Mailbox:
         self.weight_posted[peer] += weight
         self._links[peer].put(Message(self.rank, kind, step, weight, tuple(numbers), buffers))
 
+    def post_bytes(
+        self, peer: int, kind: int, payload: torch.Tensor, *, step: int = 0, numbers: Sequence[float] = ()
+    ) -> None:
+        """Sends a message of its own with a flat CPU tensor of uint8, of any size, which is not copied."""
+        message = Message(self.rank, kind, step, 0.0, tuple(numbers), [payload], is_bytes=True)
+        self._links[peer].put(message)
+
     @torch.no_grad()
     def post_sum(
         self,
@@ -221,9 +227,10 @@ class Mailbox:
             link.lock.notify_all()
 
     def num_waiting(self, peer: int) -> int:
-        """Messages to `peer` that have not left, with the one that is being sent."""
+        """Messages to `peer` that have not left, with those of `drain` and the one that is being sent."""
         link = self._links[peer]
-        return len(link.outbox) + link.is_sending
+        with link.lock:
+            return len(link.outbox) + link.is_sending
 
     def collect(self, timeout_seconds: float = 0.0) -> list[Message]:
         """What has arrived since the last call: in the order sent from each peer, by rank of the peers.
@@ -239,7 +246,11 @@ class Mailbox:
                 inbox.clear()
         for message in messages:
             self.weight_collected[message.sender] += message.weight
-            if message.tensors is not None and any(device.type != "cpu" for device in self._devices):
+            if (
+                message.tensors is not None
+                and not message.is_bytes
+                and any(device.type != "cpu" for device in self._devices)
+            ):
                 staged, message.tensors = message.tensors, [t.to(d) for t, d in zip(message.tensors, self._devices)]
                 if all(device.type != "cpu" for device in self._devices):
                     self._buffers.give(staged)
@@ -247,7 +258,11 @@ class Mailbox:
 
     def recycle(self, message: Message) -> None:
         """Gives the buffers of a collected message back, to be used again. They must not be read afterwards."""
-        if message.tensors is not None and all(tensor.device.type == "cpu" for tensor in message.tensors):
+        if (
+            message.tensors is not None
+            and not message.is_bytes
+            and all(tensor.device.type == "cpu" for tensor in message.tensors)
+        ):
             self._buffers.give(message.tensors)
             message.tensors = None
 
@@ -339,6 +354,12 @@ class Mailbox:
         for i, (tensor, dtype) in enumerate(zip(later.tensors, self._dtypes)):
             message.tensors[i] = message.tensors[i].to(dtype).add_(tensor)
         self._buffers.give(later.tensors)
+
+
+def _narrower(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:
+    if wire_dtype is None or not dtype.is_floating_point:
+        return dtype
+    return wire_dtype if wire_dtype.itemsize < dtype.itemsize else dtype
 
 
 @atexit.register

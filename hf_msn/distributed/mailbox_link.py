@@ -14,8 +14,8 @@ import torch.distributed as dist
 GOODBYE, MARKER = -1, -2  # kinds that the mailbox keeps for itself
 _PUT_BACK_SECONDS = 2.0  # for the sending thread of a peer that is gone to end
 _FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one that ends would close the connection
-_FIXED = 4  # kind, flags, step and weight come before the numbers
-_HAS_TENSORS, _IS_SUM = 1, 2
+_FIXED = 5  # kind, flags, step, weight and number of bytes come before the numbers
+_HAS_TENSORS, _IS_SUM, _IS_BYTES = 1, 2, 4
 _MOST_SPARE = 8
 
 
@@ -31,6 +31,7 @@ class Message:
         numbers (`tuple[float, ...]`): Further numbers in float64; of sums that were added up, the latest.
         tensors (`list[torch.Tensor]`, *optional*): Flat buffers that belong to the receiver.
         is_sum (`bool`): Whether it was posted by `post_sum`.
+        is_bytes (`bool`): Whether it was posted by `post_bytes`: `tensors` is then one of uint8, of any size.
     """
 
     sender: int
@@ -40,6 +41,7 @@ class Message:
     numbers: tuple[float, ...] = ()
     tensors: list[torch.Tensor] | None = None
     is_sum: bool = False
+    is_bytes: bool = False
 
     def absorb(self, later: "Message") -> None:
         """Takes over step, weight and numbers of a later sum; the tensors are the caller's to add."""
@@ -180,7 +182,7 @@ class Link:
                 self.is_sending = False
             if message.kind == GOODBYE:
                 return
-            if message.tensors is not None:
+            if message.tensors is not None and not message.is_bytes:
                 self._buffers.give(message.tensors)
             self._changed()
 
@@ -196,9 +198,12 @@ class Link:
             self._deliver(message)
 
     def _send(self, message: Message) -> None:
-        flags = _HAS_TENSORS * (message.tensors is not None) + _IS_SUM * message.is_sum
+        flags = _HAS_TENSORS * (message.tensors is not None) + _IS_SUM * message.is_sum + _IS_BYTES * message.is_bytes
+        num_bytes = message.tensors[0].numel() if message.is_bytes else 0
         numbers = [*message.numbers] + [0.0] * (self._num_numbers - len(message.numbers))
-        header = torch.tensor([message.kind, flags, message.step, message.weight, *numbers], dtype=torch.float64)
+        header = torch.tensor(
+            [message.kind, flags, message.step, message.weight, num_bytes, *numbers], dtype=torch.float64
+        )
         tensors = [header, *(message.tensors or ())]
         works = [self._pair.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
         for work in works:
@@ -208,11 +213,13 @@ class Link:
     def _receive(self) -> Message:
         header = torch.empty(_FIXED + self._num_numbers, dtype=torch.float64)
         self._pair.recv([header], self._other, 0).wait(_FOREVER)
-        kind, flags, step, weight, *numbers = header.tolist()
-        tensors = None
-        if int(flags) & _HAS_TENSORS:
-            tensors = self._buffers.take()
+        kind, flags, step, weight, num_bytes, *numbers = header.tolist()
+        flags, tensors = int(flags), None
+        if flags & _HAS_TENSORS:
+            is_bytes = bool(flags & _IS_BYTES)
+            tensors = [torch.empty(int(num_bytes), dtype=torch.uint8)] if is_bytes else self._buffers.take()
             works = [self._pair.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
             for work in works:
                 work.wait(_FOREVER)
-        return Message(self.peer, int(kind), int(step), weight, tuple(numbers), tensors, bool(int(flags) & _IS_SUM))
+        kinds = {"is_sum": bool(flags & _IS_SUM), "is_bytes": bool(flags & _IS_BYTES)}
+        return Message(self.peer, int(kind), int(step), weight, tuple(numbers), tensors, **kinds)

@@ -77,7 +77,7 @@ def test_messages_arrive_whole_and_in_order_from_each_peer_and_no_thread_is_left
         assert (during, after, died) == (4, 0, set())
         assert len(left) == 2
         assert under_way == pytest.approx(0.0)
-        header = 8 * (4 + 2)
+        header = 8 * (5 + 2)
         assert sent_bytes == 40 * header + 20 * 8 * sum(SIZES)
         for peer, messages in received.items():
             assert [m.step for m in messages] == list(range(20))
