@@ -223,19 +223,22 @@ class LivePeers:
         self.look()
         if not missing():
             return
-        started = since = seen = pinged = time.monotonic()
-        while missing():
+        started = seen = pinged = time.monotonic()
+        since: dict[int, float] = {}
+        while waited_for := missing():
+            since = {peer: since.get(peer, seen) for peer in waited_for}
             look = min(_LOOK_SECONDS, self.timeout_seconds / 4)
             self.look(look)
             now = time.monotonic()
             if now - seen > look + self.timeout_seconds / 2:
-                since = now  # this rank itself stood still, and knows nothing about the others
+                since = {}  # this rank itself stood still, and knows nothing about the others
             seen = now
             if now - pinged > self.timeout_seconds / 4:
                 pinged = now
                 for peer in self.reachable():
                     self._ping(peer)
             for peer in missing():
-                if peer in self.view and now - max(since, self.mailbox.last_heard[peer]) > self.timeout_seconds:
+                heard = max(since.get(peer, now), self.mailbox.last_heard[peer])
+                if peer in self.view and now - heard > self.timeout_seconds:
                     self._pass_over(peer)
         self.seconds_waiting += time.monotonic() - started

@@ -368,6 +368,8 @@ class OverlapGossip(LocalUpdate):
             return
         if not self._is_met and not self._meet():
             missing = set(range(self._exchange.size)) - self._peers.view
+            # Who left did so because of the others.
+            missing = missing - self._mailbox.left or missing
             ranks = [self._exchange.global_ranks[place] for place in sorted(missing)]
             raise PeerError(
                 "A mean over the process group needs all of its ranks, but some are gone or silent: as rank "

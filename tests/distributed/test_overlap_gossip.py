@@ -150,3 +150,353 @@ def test_bound_zero_is_synchronous_push_sum_to_the_bit():
     for (seen, weights), (other, other_weights) in run_ranks(_without_bound_zero_being_deterministic, 3):
         assert all(torch.equal(a, b) for a, b in zip(seen, other))
         assert weights == other_weights
+
+
+# Under random delays
+
+
+def _mix_only(rank, name, wire_dtype):
+    n = dist.get_world_size()
+    model = torch.nn.Linear(30, 2, bias=False).to(torch.float64 if wire_dtype is None else torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sync = OverlapGossip(model, optimizer, topology=TOPOLOGIES[name](n), staleness_bound=2, wire_dtype=wire_dtype)
+    generator = torch.Generator().manual_seed(rank)
+    sync.start()
+    with torch.no_grad():  # each rank a value of its own, as if its first step had gone there
+        model.weight.copy_(torch.randn(model.weight.shape, generator=generator, dtype=torch.float64))
+    start = model.weight.detach().double().clone()
+    dist.all_reduce(start)
+    mean, masses, biased = start / n, [], []
+    for step in range(60):
+        time.sleep(0.004 * torch.rand(1, generator=generator).item() * (step % 3 == rank % 3))
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        sync.step()
+        if step % 10 == 5:
+            dist.barrier()  # nobody merges between the two numbers of another
+            masses.append(total(sync.push_sum_weight + sync.weight_under_way))
+            dist.barrier()
+        if step > 50:
+            biased.append((model.weight.double() * sync.push_sum_weight - mean).abs().max().item())
+    apart = (model.weight - mean).abs().max().item()
+    sync.sync()
+    after = (model.weight - mean).abs().max().item()
+    under_way, weight = total(sync.weight_under_way), sync.push_sum_weight
+    sync.stop()
+    return masses, apart, after, under_way, weight, max(biased), sync.bytes_sent
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["exponential", "star"])
+def test_delays_lose_no_mass_and_leave_no_bias_because_of_the_weights(name):
+    results = run_ranks(_mix_only, 3, name, None)
+    for masses, apart, after, under_way, weight, _, _ in results:
+        assert masses == pytest.approx([3.0] * len(masses), abs=1e-12)
+        assert apart < (1e-10 if name == "exponential" else 1e-2)
+        assert after < 1e-12
+        assert (under_way, weight) == (pytest.approx(0.0, abs=1e-12), 1.0)
+    assert max(biased for *_, biased, _ in results) > 1e-3  # x itself, without the weights
+
+
+@pytest.mark.distributed
+def test_bfloat16_on_the_wire_halves_the_bytes_and_loses_no_mass():
+    whole = run_ranks(_mix_only, 3, "exponential", "float32")
+    half = run_ranks(_mix_only, 3, "exponential", "bfloat16")
+    for masses, apart, after, *_ in half:
+        assert masses == pytest.approx([3.0] * len(masses), abs=1e-12)
+        assert 1e-6 < apart < 2e-2
+        assert after < 2e-6
+    payload = 60 * 60 * 2  # steps, numbers, bytes saved of each
+    for [*_, more], [*_, fewer] in zip(whole, half):
+        assert more - fewer == pytest.approx(payload, rel=0.3)  # what is added up travels once
+
+
+def _wait_for_a_slow_rank(rank, bound):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sync = OverlapGossip(model, optimizer, topology=RingTopology(2), staleness_bound=bound, timeout_seconds=20)
+    times = []
+    with sync:
+        dist.barrier()
+        started = time.monotonic()
+        for step in range(6):
+            if rank == 1 and step == 2:
+                time.sleep(1.0)
+            take_step(model, optimizer, rank, step)
+            sync.step()
+            times.append(time.monotonic() - started)
+        waited = sync.seconds_waiting
+    return times, waited
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_a_rank_waits_for_a_slow_one_when_it_is_the_bound_ahead_and_not_before(bound):
+    (times, waited), (_, waited_by_slow) = run_ranks(_wait_for_a_slow_rank, 2, bound)
+    # The slow rank's step 2 is late; it may be missing until step 2 + bound is to end.
+    assert [seconds > 0.9 for seconds in times] == [step >= 2 + bound for step in range(6)]
+    assert waited > 0.3
+    assert waited_by_slow < 0.5
+
+
+def _train_and_compare(rank):
+    """Training on each rank's own target ends between them, whatever arrives when."""
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with OverlapGossip(model, optimizer, staleness_bound=1) as sync:
+        for step in range(300):
+            optimizer.zero_grad()
+            (0.5 * (model.weight - rank) ** 2).sum().backward()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (1 + 0.1 * step)
+            optimizer.step()
+            sync.step()
+        distance = sync.consensus_distance()
+    return model.weight.item(), distance
+
+
+@pytest.mark.distributed
+def test_training_finds_the_optimum_of_all_ranks():
+    for value, distance in run_ranks(_train_and_compare, 3):
+        assert value == pytest.approx(1.0, abs=0.05)
+        assert distance < 0.1
+
+
+# Under SlowMo, and resuming
+
+
+def make_run(rank, kind, seed=0):
+    model = make_model(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    n = dist.get_world_size()
+    gossip = OverlapGossip(
+        model, optimizer, topology=Star(n) if kind == "star" else None, deterministic=True, timeout_seconds=20
+    )
+    if kind == "alone":
+        return model, optimizer, gossip
+    average = kind != "noaverage"
+    return model, optimizer, SlowMo(model, optimizer, base=gossip, sync_every=3, slow_momentum=0.6, average=average)
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def _resume(rank, kind):
+    def run(model, optimizer, sync, steps):
+        for step in steps:
+            take_step(model, optimizer, rank, step)
+            sync.step()
+        return {
+            "model": copy.deepcopy(model.state_dict()),
+            "optimizer": copy.deepcopy(optimizer.state_dict()),
+            "sync": saved_and_loaded(sync.state_dict()),
+        }
+
+    whole = make_run(rank, kind)
+    whole[2].start()
+    saved = run(*whole, range(4))
+    straight = run(*whole, range(4, NUM_STEPS))
+    whole[2].stop()
+    ends = []
+    for started_first in (False, True):
+        model, optimizer, sync = make_run(rank, kind, seed=7 + rank)
+        if started_first:
+            sync.start()
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        sync.load_state_dict(saved["sync"])
+        if not started_first:
+            sync.start()
+        ends.append(run(model, optimizer, sync, range(4, NUM_STEPS)))
+        sync.stop()
+        ends.append(flat(model))
+    gossip = saved["sync"] if kind == "alone" else saved["sync"]["base"]
+    return straight, ends[0], ends[2], flat(whole[0]), ends[1], ends[3], len(gossip["unmerged"]), flat(whole[0])
+
+
+def _resume_all(rank):
+    return [_resume(rank, kind) for kind in ("alone", "slowmo", "star", "noaverage")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_deterministic_run_goes_on_bit_for_bit_with_mass_under_way(num_ranks):
+    results = run_ranks(_resume_all, num_ranks)
+    some_unmerged = 0
+    for outcome in [outcome for result in results for outcome in result]:
+        straight, first, second, end, first_end, second_end, unmerged, _ = outcome
+        assert same(straight, first)
+        assert same(straight, second)
+        assert same(end, first_end)
+        assert same(end, second_end)
+        some_unmerged += unmerged
+    assert some_unmerged >= num_ranks
+
+
+def _save_without_determinism(rank):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    sync = OverlapGossip(model, optimizer).start()
+    for step in range(3):
+        take_step(model, optimizer, rank, step)
+        sync.step()
+    with pytest.raises(RuntimeError, match=r"Call `sync\(\)` on all ranks before"):
+        sync.state_dict()
+    sync.sync()
+    saved, at_sync = saved_and_loaded(sync.state_dict()), copy.deepcopy(model.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict())
+    sync.stop()
+    other = make_model(seed=5 + rank)
+    optimizer = torch.optim.SGD(other.parameters(), lr=RATE, momentum=MOMENTUM)
+    sync = OverlapGossip(other, optimizer)
+    other.load_state_dict(at_sync)
+    optimizer.load_state_dict(moments)
+    sync.load_state_dict(saved)
+    with sync:
+        assert same(other.state_dict(), at_sync)
+        assert same(saved_and_loaded(sync.state_dict()), saved)
+        take_step(other, optimizer, rank, 3)
+        sync.step()
+        assert sync.rounds == 4
+    return True
+
+
+@pytest.mark.distributed
+def test_without_determinism_a_state_is_that_of_a_sync():
+    assert all(run_ranks(_save_without_determinism, 2))
+
+
+def _slow_momentum_over_overlap(rank):
+    model, optimizer, sync = make_run(rank, "slowmo")
+    seen = []
+    with sync:
+        for step in range(6):
+            take_step(model, optimizer, rank, step)
+            sync.step()
+            seen.append(flat(model))
+    return seen, sync.base.weight_under_way, sync.bytes_sent > sync.base.bytes_sent > 0
+
+
+@pytest.mark.distributed
+def test_an_outer_step_of_slowmo_starts_from_the_exact_mean_of_overlap_gossip():
+    results = run_ranks(_slow_momentum_over_overlap, 3)
+    topology = ExponentialTopology(3)
+    end_of_period = [seen[2] for seen, _ in overlap_reference(topology, 3)]
+    x0 = flat(make_model())
+    expected = x0 - (x0 - end_of_period[0])  # v = 0 before: the mean itself
+    for seen, under_way, counts_bytes in results:
+        torch.testing.assert_close(seen[2], expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(seen[2], results[0][0][2])
+        assert torch.equal(seen[5], results[0][0][5])
+        assert not torch.equal(seen[4], results[0][0][4]) or seen is results[0][0]
+        assert under_way == pytest.approx(0.0, abs=1e-12)
+        assert counts_bytes
+
+
+def overlap_reference(topology, sync_after):
+    return reference(topology, 1, sync_after=sync_after - 1)
+
+
+def _inner_groups(rank):
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    sync = OverlapGossip(
+        model,
+        optimizer,
+        group=groups[2 + rank % 2],
+        inner_group=groups[rank // 2],
+        deterministic=True,
+        timeout_seconds=20,
+    )
+    with sync:
+        seen = []
+        for step in range(5):
+            take_step(model, optimizer, rank, step)
+            sync.step()
+            seen.append(flat(model))
+    return [*seen, flat(model)]
+
+
+@pytest.mark.distributed
+def test_ranks_of_an_inner_group_stay_equal_to_the_bit():
+    a, b, c, d = run_ranks(_inner_groups, 4)
+    for step in range(6):
+        assert torch.equal(a[step], b[step])
+        assert torch.equal(c[step], d[step])
+        assert torch.equal(a[step], c[step]) == (step == 5)
+
+
+# Settings
+
+
+def test_one_rank_trains_as_without_it_and_says_so():
+    models = [make_model(), make_model()]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=RATE) for model in models]
+    with pytest.warns(UserWarning, match="OverlapGossip has one rank only"):
+        sync = OverlapGossip(models[0], optimizers[0]).start()
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers):
+            take_step(model, optimizer, 0, step)
+        sync.step()
+    sync.sync()
+    assert sync.state_dict()["unmerged"] == []
+    sync.stop()
+    assert torch.equal(flat(models[0]), flat(models[1]))
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with SlowMo(model, optimizer, base=OverlapGossip(model, optimizer), sync_every=2) as sync:
+            take_step(model, optimizer, 0, 0)
+            sync.step()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"staleness_bound": -1}, r"staleness_bound.*>= 0.*-1"),
+        ({"staleness_bound": 1.0}, r"staleness_bound.*1\.0"),
+        ({"staleness_bound": True}, r"staleness_bound.*True"),
+        ({"wire_dtype": "int8"}, r"wire_dtype.*'int8'"),
+        ({"topology": RingTopology(3)}, r"topology.*1 ranks.*RingTopology\(world_size=3"),
+        ({"topology": "ring"}, r"topology.*'ring'"),
+        ({"base_buffers": "reset"}, r"base_buffers.*'reset'"),
+        ({"timeout_seconds": None}, r"timeout_seconds.*None"),
+        ({"timeout_seconds": 0}, r"timeout_seconds.*0"),
+        ({"inner_group": object()}, r"inner_group.*deterministic=True"),
+    ],
+)
+def test_settings_outside_their_rules_are_refused_with_value_and_rule(options, words):
+    model = make_model()
+    with pytest.raises(ValueError, match=words):
+        OverlapGossip(model, torch.optim.SGD(model.parameters(), lr=RATE), **options)
+
+
+def _differ(rank):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with pytest.raises(ValueError, match=r"staleness_bound=1.*staleness_bound=2"):
+        OverlapGossip(model, optimizer, staleness_bound=1 + rank).start()
+    topology = CompleteTopology(2) if rank else RingTopology(2)
+    with pytest.raises(ValueError, match=r"topology='RingTopology.*topology='CompleteTopology"):
+        OverlapGossip(model, optimizer, topology=topology).start()
+
+
+@pytest.mark.distributed
+def test_ranks_with_other_settings_or_topologies_are_refused():
+    run_ranks(_differ, 2)

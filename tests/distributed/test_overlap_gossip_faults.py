@@ -1,0 +1,311 @@
+"""OverlapGossip when ranks die or stop: the others go on, mass is kept, and the ranks meet again. Real processes."""
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run_ranks
+from lost_ranks import run_ranks_that_are_left
+from topologies import Star
+
+from hf_msn.distributed import OverlapGossip, PeerError, SlowMo
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+        logging.getLogger("hf_msn").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def having(self, words):
+        return [line for line in self.lines if words in line]
+
+
+def all_pids():
+    pids = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    return pids
+
+
+def make_run(rank, **options):
+    """Each rank has values of its own and only mixes them: what is kept can be told exactly."""
+    model = torch.nn.Linear(50, 400, bias=False).double()
+    model.register_buffer("statistic", torch.tensor(0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sync = OverlapGossip(model, optimizer, **options).start()
+    with torch.no_grad():
+        model.weight.fill_(float(rank))
+        model.statistic.fill_(float(rank))
+    return model, optimizer, sync
+
+
+def take_steps(model, optimizer, sync, num, seconds=0.0):
+    for _ in range(num):
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        sync.step()
+        time.sleep(seconds)
+
+
+def total(number, group=None):
+    """Nobody goes on before all have their sum."""
+    tensor = torch.tensor([number], dtype=torch.float64)
+    dist.all_reduce(tensor, group=group)
+    return tensor.item()
+
+
+def sum_among(sync, ranks):
+    """Weight under way to this rank and from it, between `ranks` only."""
+    mailbox = sync._mailbox
+    peers = [rank for rank in ranks if rank != mailbox.rank]
+    sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
+    return sent + sum(message.weight for message in sync._unmerged)
+
+
+# Death
+
+
+def _outlive(rank, lost, how, options):
+    survivors = [other for other in range(dist.get_world_size()) if other not in lost]
+    group = dist.new_group(survivors)
+    lines, pids = Lines(), all_pids()
+    run = model, _, sync = make_run(rank, timeout_seconds=10.0, **options)
+    first_mass = total(sync.push_sum_weight + sync.weight_under_way)
+    take_steps(*run, 5)
+    if rank in lost:
+        if how == "exits":
+            os._exit(0)
+        time.sleep(60.0)
+    mass_before = None
+    if how == "killed while stopped":
+        time.sleep(0.3)  # what the lost one has sent arrives
+        total(0.0, group)
+        sync._peers.look()
+        mass_before = total(sync.push_sum_weight + sum_among(sync, survivors), group)
+        if rank == survivors[0]:
+            for victim in lost:
+                os.kill(pids[victim], signal.SIGSTOP)
+        total(0.0, group)
+        threading.Timer(0.5, lambda: [os.kill(pids[v], signal.SIGKILL) for v in lost]).start()
+    started = time.monotonic()
+    take_steps(*run, 20)
+    seconds = time.monotonic() - started
+    masses = []
+    for _ in range(3):
+        total(0.0, group)
+        masses.append(total(sync.push_sum_weight + sync.weight_under_way, group))
+        total(0.0, group)
+        take_steps(*run, 15)
+    before = model.weight.detach().clone()
+    alive = sync.alive
+    with pytest.raises(PeerError, match="consensus distance"):
+        sync.consensus_distance()
+    sync.sync()
+    mass_after_sync = total(sync.push_sum_weight + sync.weight_under_way, group)
+    take_steps(*run, 2)
+    started = time.monotonic()
+    sync.stop()
+    stop_seconds = time.monotonic() - started
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("hf_msn mailbox")]
+    return {
+        "first mass": first_mass,
+        "seconds": seconds,
+        "stop seconds": stop_seconds,
+        "masses": masses,
+        "mass before": mass_before,
+        "moved": (model.weight - before).abs().max().item(),
+        "weight": model.weight.detach(),
+        "statistic": model.statistic.item(),
+        "alive": alive,
+        "mass after sync": mass_after_sync,
+        "died": lines.having("has died"),
+        "means": lines.having("takes the mean of"),
+        "threads": len(threads),
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "num_ranks, lost, how, options",
+    [
+        (3, [2], "exits", {}),
+        (3, [0], "killed while stopped", {}),
+        (4, [0, 2], "exits", {"deterministic": True}),
+        (4, [3], "killed while stopped", {"deterministic": True, "staleness_bound": 2}),
+        (4, [1], "exits", {"topology": Star(4)}),
+        (2, [0], "killed while stopped", {"wire_dtype": "bfloat16"}),
+    ],
+)
+def test_the_others_go_on_without_the_dead_and_keep_their_mass(tmp_path, num_ranks, lost, how, options):
+    results = run_ranks_that_are_left(_outlive, num_ranks, tmp_path, lost, how, options, lost=lost)
+    survivors, some_taken_back = sorted(results), 0.0
+    for rank, result in results.items():
+        assert result["first mass"] == num_ranks
+        assert result["seconds"] < 3.0
+        assert result["stop seconds"] < 3.0
+        # One line for each loss on each rank, that names it.
+        assert sorted(line.split()[1] for line in result["died"]) == [str(victim) for victim in lost]
+        assert result["alive"] == survivors
+        assert result["masses"] == pytest.approx([result["masses"][0]] * 3, abs=1e-12)
+        assert 0.1 < result["masses"][0] < num_ranks
+        if how != "exits":
+            # All that was sent to the lost one while it stood still came back.
+            assert result["masses"][0] == pytest.approx(result["mass before"], abs=1e-12)
+            taken_back = [float(line.split("takes back weight ")[1].split()[0]) for line in result["died"]]
+            some_taken_back += sum(taken_back)
+        # The mean of those that are left was there by mixing, and `sync` has only brought the last digits.
+        assert result["moved"] < (1e-5 if "topology" not in options else 1e-2)
+        assert torch.equal(result["weight"], results[survivors[0]]["weight"])
+        assert result["statistic"] == pytest.approx(sum(survivors) / len(survivors))
+        assert result["mass after sync"] == pytest.approx(len(survivors), abs=1e-12)
+        assert len(result["means"]) == (2 if rank == survivors[0] else 0)
+        assert result["threads"] == 0
+    assert (some_taken_back > 0.1) == (how != "exits")
+
+
+def _lose_under_slow_momentum(rank):
+    model = torch.nn.Linear(5, 4).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    base = OverlapGossip(model, optimizer, timeout_seconds=5.0)
+    started, message = time.monotonic(), None
+    try:
+        with SlowMo(model, optimizer, base=base, sync_every=6) as sync:
+            for step in range(20):
+                if rank == 1 and step == 3:
+                    os._exit(0)
+                model(torch.ones(2, 5).double()).square().mean().backward()
+                optimizer.step()
+                sync.step()
+    except PeerError as error:
+        message = str(error), error.ranks
+    return message, sync.steps, time.monotonic() - started
+
+
+@pytest.mark.distributed
+def test_an_outer_step_of_slowmo_without_all_ranks_names_who_is_missing(tmp_path):
+    results = run_ranks_that_are_left(_lose_under_slow_momentum, 3, tmp_path, lost=[1])
+    for (message, ranks), steps, seconds in results.values():
+        assert (ranks, steps) == ((1,), 6)
+        assert "some are gone or silent" in message
+        assert seconds < 5.0
+
+
+def _lose_with_inner_groups(rank):
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    model = torch.nn.Linear(5, 4).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sync = OverlapGossip(
+        model,
+        optimizer,
+        deterministic=True,
+        group=groups[2 + rank % 2],
+        inner_group=groups[rank // 2],
+        timeout_seconds=3.0,
+    )
+    try:
+        with sync:
+            for step in range(20):
+                if rank == 3 and step == 3:
+                    os._exit(0)
+                model(torch.ones(2, 5).double()).square().mean().backward()
+                optimizer.step()
+                sync.step()
+    except PeerError as error:
+        return str(error), error.ranks
+
+
+@pytest.mark.distributed
+def test_with_inner_groups_a_loss_is_an_error_that_names_the_rank(tmp_path):
+    results = run_ranks_that_are_left(_lose_with_inner_groups, 4, tmp_path, lost=[3])
+    assert results[1][1] == (3,)
+    assert "must stay equal" in results[1][0]
+    assert results[0] is not None
+    assert results[2] is not None
+
+
+# Stops
+
+
+def _stop_and_go_on(rank, options):
+    lines, pids = Lines(), all_pids()
+    run = model, _, sync = make_run(rank, timeout_seconds=1.2, **options)
+    take_steps(*run, 5)
+    dist.barrier()
+    steps_beside = None
+    if rank == 0:
+        os.kill(pids[2], signal.SIGSTOP)
+        take_steps(*run, 40, 0.005)
+        steps_beside = sync.alive
+        os.kill(pids[2], signal.SIGCONT)
+        take_steps(*run, 40, 0.03)
+    else:
+        take_steps(*run, 40, 0.005)
+        take_steps(*run, 40, 0.03)
+    alive = sync.alive
+    mass = total(sync.push_sum_weight + sync.weight_under_way)
+    dist.barrier()
+    sync.stop()
+    return (
+        steps_beside,
+        alive,
+        mass,
+        model.weight.detach(),
+        model.statistic.item(),
+        lines.having("has been silent for"),
+        lines.having("takes it back"),
+        lines.lines,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [{}, {"deterministic": True, "staleness_bound": 2}, {"topology": Star(3)}])
+def test_a_stopped_rank_is_passed_over_and_taken_back_and_no_mass_is_lost(options):
+    results = run_ranks(_stop_and_go_on, 3, options)
+    assert results[0][0] == [0, 1]
+    for rank, (_, alive, mass, weight, statistic, silent, heard, lines) in enumerate(results):
+        assert alive == [0, 1, 2], lines
+        assert mass == pytest.approx(3.0, abs=1e-12)
+        # The exact mean of what all began with: nobody's share was lost or counted twice.
+        torch.testing.assert_close(weight, torch.full_like(weight, 1.0), rtol=0, atol=1e-12)
+        assert statistic == 1.0
+        assert len(silent) == len(heard), lines
+        if rank == 0 or (rank == 1 and "topology" not in options):  # who waits for it
+            assert [line.split()[1] for line in silent] == ["2"], lines
+
+
+def _meet_without_the_stopped(rank):
+    lines, pids = Lines(), all_pids()
+    run = model, _, sync = make_run(rank, timeout_seconds=1.2)
+    take_steps(*run, 5)
+    dist.barrier()
+    if rank == 0:
+        os.kill(pids[1], signal.SIGSTOP)
+    take_steps(*run, 10, 0.005)
+    started = time.monotonic()
+    sync.sync()
+    seconds, synced, weight = time.monotonic() - started, model.weight.detach().clone(), sync.push_sum_weight
+    if rank == 0:
+        os.kill(pids[1], signal.SIGCONT)
+    take_steps(*run, 40, 0.03)
+    sync.stop()
+    return seconds, synced, weight, model.weight.detach(), lines.lines
+
+
+@pytest.mark.distributed
+def test_who_was_stopped_at_a_sync_takes_its_result_when_it_comes_there():
+    results = run_ranks(_meet_without_the_stopped, 3)
+    lines = [lines for *_, lines in results]
+    for seconds, synced, weight, end, _ in results:
+        assert seconds < 4.0
+        assert weight == 1.0
+        assert torch.equal(synced, results[0][1]), lines
+        assert torch.equal(end, results[0][3]), lines
+    assert sum("takes the mean of 2 of 3 ranks" in line for line in lines[0]) == 1, lines
