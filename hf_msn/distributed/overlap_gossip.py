@@ -11,10 +11,8 @@ from torch import nn
 
 from .consensus import Consensus, as_bytes, from_bytes, weighted_mean
 from .exchange import PeerError
-from .live_peers import MASS, LivePeers
 from .local_update import LocalUpdate
-from .mailbox import Mailbox, Message
-from .numerators import Numerators
+from .push_sum_mass import PushSumMass
 from .topology import ExponentialTopology
 from .topology_base import Topology
 from .training_state import frozen_and_buffers, trainable_parameters
@@ -167,24 +165,19 @@ class OverlapGossip(LocalUpdate):
                 f"with `world_size={n}`, or leave it out."
             )
         self.staleness_bound, self.deterministic, self.wire_dtype = staleness_bound, deterministic, wire_dtype
-        self.rounds = 0
-        self.push_sum_weight = 1.0
-        self._peers: LivePeers | None = None
-        self._mailbox: Mailbox | None = None
+        self._mass: PushSumMass | None = None
         self._loaded: dict[str, Any] | None = None
-        self._x: list[torch.Tensor] = []
-        self._unmerged: list[Message] = []
-        self._is_attached = False
-
-    # What the ranks agree on
+        self._holds_numerators = self._is_attached = self._is_met = False
 
     @property
-    def bytes_sent(self) -> int:
-        return super().bytes_sent + (0 if self._mailbox is None else self._mailbox.bytes_sent)
+    def push_sum_weight(self) -> float:
+        """w of this rank."""
+        return 1.0 if self._mass is None else self._mass.weight
 
     @property
-    def seconds_waiting(self) -> float:
-        return super().seconds_waiting + (0.0 if self._peers is None else self._peers.seconds_waiting)
+    def rounds(self) -> int:
+        """Steps with messages so far, the step of the topology."""
+        return 0 if self._mass is None else self._mass.peers.sent
 
     @property
     def weight_under_way(self) -> float:
@@ -192,16 +185,20 @@ class OverlapGossip(LocalUpdate):
 
         The sum over all ranks of this and of `push_sum_weight` is n, and stays what it is when a rank is lost.
         """
-        if self._mailbox is None:
-            return 0.0
-        there = self._peers.reachable()
-        sent = sum(self._mailbox.weight_posted[peer] - self._mailbox.weight_collected[peer] for peer in there)
-        return sent + sum(message.weight for message in self._unmerged)
+        return 0.0 if self._mass is None else self._mass.weight_under_way
 
     @property
     def alive(self) -> list[int]:
         """The places of the ranks that this rank takes for alive."""
-        return sorted(self._peers.view) if self._peers is not None else list(range(self._exchange.size))
+        return list(range(self._exchange.size)) if self._mass is None else sorted(self._mass.peers.view)
+
+    @property
+    def bytes_sent(self) -> int:
+        return super().bytes_sent + (0 if self._mass is None else self._mass.mailbox.bytes_sent)
+
+    @property
+    def seconds_waiting(self) -> float:
+        return super().seconds_waiting + (0.0 if self._mass is None else self._mass.peers.seconds_waiting)
 
     def _settings(self) -> dict[str, Any]:
         ranks = range(self._exchange.size)
@@ -225,141 +222,71 @@ class OverlapGossip(LocalUpdate):
 
     def _attach(self) -> None:
         super()._attach()
-        self._numerators = Numerators([p for _, p, _ in self._parameters])
-        self._x = self._numerators.buffers
-        self.rounds, self.push_sum_weight, self._unmerged = 0, 1.0, []
-        self._holds_numerators = self._is_disturbed = self._holds_mass_back = self._is_met = False
-        self._is_settled = self._is_attached = True
-        self._mailbox = Mailbox(
-            self._x,
+        self._holds_numerators, self._is_attached = False, True
+        self._mass = PushSumMass(
+            [p for _, p, _ in self._parameters],
             self._exchange.group,
-            wire_dtype=_WIRE_DTYPES[self.wire_dtype],
-            num_numbers=max(self._exchange.size, 2),
-        ).start()
-        self._peers = LivePeers(
-            self._mailbox,
             self.topology,
+            self.staleness_bound if self.deterministic or self.staleness_bound == 0 else None,
+            _WIRE_DTYPES[self.wire_dtype],
             self._exchange.timeout_seconds,
-            self._take,
-            self._merge,
-            self._disturb,
-            tolerant=self._inner is None,
+            self._inner is None,
+            lambda message: self._consensus.take(message),
         )
-        self._consensus = Consensus(self._peers)
+        self._consensus = Consensus(self._mass.peers)
         if self._loaded is not None:
-            self._restore()
+            self._mass.load(self._loaded)
+            self._loaded = None
 
     def _detach(self) -> None:
         super()._detach()
         self._is_attached = False
-        if self._mailbox is not None:
-            self._mailbox.close(min(_CLOSE_SECONDS, self._exchange.timeout_seconds))
+        if self._mass is not None:
+            self._mass.mailbox.close(min(_CLOSE_SECONDS, self._exchange.timeout_seconds))
 
-    @torch.no_grad()
     def _begin_local_steps(self) -> None:
-        self.rounds = 0
-        self._settle()
+        self._mass.settle()
 
     # A step
 
-    @torch.no_grad()
     def _before_local_step(self) -> None:
         # With w = 1 the parameters are x; once only, should the optimizer step twice before `step()`.
         if not self._holds_numerators and self.push_sum_weight != 1.0:
-            self._numerators.write()
+            self._mass.numerators.write()
         self._holds_numerators = True
 
     def _count_local_step(self) -> None:
         self._after_local_step()
 
-    @torch.no_grad()
     def _after_local_step(self) -> None:
         if self._exchange.size == 1:
             return
         if self._holds_numerators or self.push_sum_weight == 1.0:
-            self._numerators.read()
+            self._mass.numerators.read()
         self._holds_numerators = False
-        self._peers.look()
-        self._push()
-        self._is_settled = False
-        last = self.rounds - 1 - self.staleness_bound
-        self._peers.wait_for_mass(last)
-        self._merge_until(last)
-        self._numerators.write(self.push_sum_weight)
-
-    def _push(self) -> None:
-        """Splits x and w, and sends a share to each peer of this step."""
-        to = self._peers.plan.out_peers(self._exchange.rank, self.rounds)
-        for x in self._x:
-            x.div_(len(to) + 1)
-        self.push_sum_weight /= len(to) + 1
-        narrows = self._mailbox.wire_dtypes != [x.dtype for x in self._x]
-        shares = [x.clone() for x in self._x] if narrows else self._x
-        for peer in to:
-            options = {"step": self.rounds, "weight": self.push_sum_weight}
-            rest = [share.clone() for share in shares] if narrows else shares
-            if self._merges_on_time:
-                self._mailbox.post(peer, MASS, shares, **options)
-                if narrows:
-                    for share, dtype in zip(rest, self._mailbox.wire_dtypes):
-                        share.sub_(share.to(dtype).to(share.dtype))
-            else:
-                self._mailbox.post_sum(peer, MASS, rest, **options)
-            if narrows:
-                # What the wire's precision took of the share is kept.
-                torch._foreach_add_(self._x, rest)
-        self.rounds += 1
-        self._peers.sent = self.rounds
-
-    @property
-    def _merges_on_time(self) -> bool:
-        return (self.deterministic or self.staleness_bound == 0) and not self._is_disturbed
-
-    def _take(self, message: Message) -> None:
-        if message.kind != MASS:
-            self._consensus.take(message)
-        elif self._merges_on_time or self._holds_mass_back:
-            self._unmerged.append(message)
-        else:
-            self._merge(message)
-
-    def _merge_until(self, step: float = float("inf")) -> None:
-        due = [message for message in self._unmerged if message.step <= step]
-        self._unmerged = [message for message in self._unmerged if message.step > step]
-        for message in sorted(due, key=lambda message: (message.step, message.sender)):
-            self._merge(message)
-
-    @torch.no_grad()
-    def _merge(self, message: Message) -> None:
-        for x, part in zip(self._x, message.tensors):
-            x.add_(part.to(x.device))
-        self.push_sum_weight += message.weight
-        self._mailbox.recycle(message)
-
-    def _disturb(self) -> None:
-        """Some rank is lost or passed over: mass is not held back any more until all have met again."""
-        if self._merges_on_time and self._exchange.size > 1:
-            logger.warning("Not all ranks are there: mass is merged as it arrives, and the run will not repeat.")
-        self._is_disturbed = True
-        self._merge_until()
+        self._mass.peers.look()
+        self._mass.push()
+        self._mass.pull(self.staleness_bound)
+        self._mass.numerators.write(self.push_sum_weight)
 
     # Consensus
 
     def sync(self) -> None:
         self._require_started()
         if self._exchange.size == 1 or self._meet():
-            self._is_met = self._exchange.size > 1
-            super().sync()
-            self._is_met = False
+            self._is_met = True
+            try:
+                super().sync()
+            finally:
+                self._is_met = False
         else:
             self._sync_by_messages()
 
-    @torch.no_grad()
     def _meet(self) -> bool:
         """Merges all that is under way. Returns whether all ranks are there."""
-        self._refresh()
+        self._mass.refresh()
         whole = self._consensus.agree()
-        self._merge_until()
+        self._mass.merge_until()
         return whole
 
     @torch.no_grad()
@@ -367,9 +294,9 @@ class OverlapGossip(LocalUpdate):
         if self._exchange.size == 1:
             return
         if not self._is_met and not self._meet():
-            missing = set(range(self._exchange.size)) - self._peers.view
+            missing = set(range(self._exchange.size)) - self._mass.peers.view
             # Who left did so because of the others.
-            missing = missing - self._mailbox.left or missing
+            missing = missing - self._mass.mailbox.left or missing
             ranks = [self._exchange.global_ranks[place] for place in sorted(missing)]
             raise PeerError(
                 "A mean over the process group needs all of its ranks, but some are gone or silent: as rank "
@@ -381,85 +308,58 @@ class OverlapGossip(LocalUpdate):
         self._exchange.mean_([weight])
         # 1 but for rounding, unless ranks were passed over and have met without one another.
         mean = weight.item() if abs(weight.item() - 1.0) > 1e-9 else 1.0
-        self._numerators.write(mean)
+        self._mass.numerators.write(mean)
 
     def _after_mean(self) -> None:
-        self._settle()
+        self._mass.settle()
 
     @torch.no_grad()
     def _after_change(self) -> None:
         if self.push_sum_weight != 1.0:
-            self._numerators.read()
-            torch._foreach_mul_(self._x, self.push_sum_weight)
-
-    def _refresh(self) -> None:
-        """With w = 1 the parameters are x, and what is in the buffers may be older. Before anything is merged."""
-        if self.push_sum_weight == 1.0:
-            self._numerators.read()
-
-    def _settle(self) -> None:
-        """All ranks hold the same, nothing is under way."""
-        self.push_sum_weight, self._is_settled = 1.0, True
-        if self._exchange.size == 1:
-            return
-        self._peers.settle()
-        self._is_disturbed = not self._peers.plan.is_whole()
+            self._mass.numerators.read()
+            torch._foreach_mul_(self._mass.x, self.push_sum_weight)
 
     @torch.no_grad()
     def _sync_by_messages(self) -> None:
         """`sync` among those that are there, see [`Consensus`]."""
-        others = frozen_and_buffers(self.model)
-        tensors = [*self._x, *others]
+        tensors = [*self._mass.x, *frozen_and_buffers(self.model)]
 
         def find_result(contributions: list[tuple[float, torch.Tensor]]) -> torch.Tensor:
+            me = self._mass.peers.name([self._exchange.rank]).capitalize()
             logger.warning(
-                f"{self._peers.name([self._exchange.rank]).capitalize()} takes the mean of {len(contributions)} of "
-                f"{self._exchange.size} ranks and sends it to the others: not all are there."
+                f"{me} takes the mean of {len(contributions)} of {self._exchange.size} ranks and sends it to the "
+                "others: not all are there."
             )
-            return weighted_mean(contributions, tensors, len(self._x))
+            return weighted_mean(contributions, tensors, len(self._mass.x))
 
         # Who has the result first goes on: its next mass belongs to the result.
-        self._holds_mass_back = True
+        self._mass.holds_back = True
         result = from_bytes(self._consensus.combine(self.push_sum_weight, as_bytes(tensors), find_result), tensors)
         for tensor, new in zip(tensors, result):
             tensor.copy_(new)
-        self._numerators.write()
-        self._settle()
-        self._holds_mass_back = False
-        if not self._merges_on_time:
-            self._merge_until()
-            self._numerators.write(self.push_sum_weight)
+        self._mass.numerators.write()
+        self._mass.settle()
+        self._mass.holds_back = False
 
     def consensus_distance(self) -> float:
-        if self._peers is not None and len(self._peers.view) < self._exchange.size:
+        if self._mass is not None and len(self._mass.peers.view) < self._exchange.size:
             raise PeerError(
-                f"The consensus distance is over all ranks, but here only {self._peers.name(self._peers.view)} are "
-                "there. `sync()` goes on without the others.",
+                f"The consensus distance is over all {self._exchange.size} ranks of the group, but only the places "
+                f"{self.alive} are there. `sync()` goes on without the others.",
             )
         return super().consensus_distance()
 
     # State
 
     def _method_state(self) -> dict[str, Any]:
-        unmerged = []
-        if self._is_attached and self._exchange.size > 1:
-            self._refresh()
-            if self._merges_on_time:
-                self._peers.wait_for_mass(self.rounds - 1)
-                # What a faster peer has sent since it will send again.
-                unmerged = [message for message in self._unmerged if message.step < self.rounds]
-            elif not self._is_settled:
-                raise RuntimeError(
-                    "A state of OverlapGossip with `deterministic=False` needs everything to be merged, but mass may "
-                    "be under way. Call `sync()` on all ranks before `state_dict()`, or give `deterministic=True`."
-                )
-        weight = self.push_sum_weight
-        return {
-            "rounds": self.rounds,
-            "push_sum_weight": weight,
-            "numerators": [x.clone() for x in self._x] if weight != 1.0 else None,
-            "unmerged": [(m.sender, m.step, m.weight, [t.clone() for t in m.tensors]) for m in unmerged],
-        }
+        if self._mass is None:
+            return self._loaded or {"rounds": 0, "push_sum_weight": 1.0, "numerators": None, "unmerged": []}
+        if self._is_attached and not self._mass.merges_on_time and not self._mass.is_settled:
+            raise RuntimeError(
+                "A state of OverlapGossip with `deterministic=False` needs everything to be merged, but mass may be "
+                "under way. Call `sync()` on all ranks before `state_dict()`, or give `deterministic=True`."
+            )
+        return self._mass.state(waits=self._is_attached)
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
         need = sum(p.numel() for _, p, _ in trainable_parameters(self.model, self.optimizer))
@@ -469,19 +369,7 @@ class OverlapGossip(LocalUpdate):
                 f"A state of OverlapGossip must hold x of every trainable parameter, here {need} numbers, but holds "
                 f"{have}. Load the state of the same model with the same parameters frozen."
             )
-        self._loaded = state
         if self._is_attached:
-            self._restore()
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        state, self._loaded = self._loaded, None
-        self.rounds, self.push_sum_weight = state["rounds"], state["push_sum_weight"]
-        for x, saved in zip(self._x, state["numerators"] or []):
-            x.copy_(saved)
-        self._unmerged = [
-            Message(sender, MASS, step, weight, (), [t.to(x.device, copy=True) for t, x in zip(tensors, self._x)])
-            for sender, step, weight, tensors in state["unmerged"]
-        ]
-        self._peers.begin_at(self.rounds)
-        self._is_settled = self.push_sum_weight == 1.0 and not self._unmerged
+            self._mass.load(state)
+        else:
+            self._loaded = {name: state[name] for name in ("rounds", "push_sum_weight", "numerators", "unmerged")}

@@ -13,7 +13,7 @@ from launch import run_ranks
 from lost_ranks import run_ranks_that_are_left
 from topologies import Star
 
-from hf_msn.distributed import OverlapGossip, PeerError, SlowMo
+from hf_msn.distributed import OverlapGossip, PeerError, SlowMo, overlap_gossip
 
 
 class Lines(logging.Handler):
@@ -64,10 +64,10 @@ def total(number, group=None):
 
 def sum_among(sync, ranks):
     """Weight under way to this rank and from it, between `ranks` only."""
-    mailbox = sync._mailbox
+    mailbox = sync._mass.mailbox
     peers = [rank for rank in ranks if rank != mailbox.rank]
     sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
-    return sent + sum(message.weight for message in sync._unmerged)
+    return sent + sum(message.weight for message in sync._mass.unmerged)
 
 
 # Death
@@ -88,7 +88,7 @@ def _outlive(rank, lost, how, options):
     if how == "killed while stopped":
         time.sleep(0.3)  # what the lost one has sent arrives
         total(0.0, group)
-        sync._peers.look()
+        sync._mass.peers.look()
         mass_before = total(sync.push_sum_weight + sum_among(sync, survivors), group)
         if rank == survivors[0]:
             for victim in lost:
@@ -309,3 +309,31 @@ def test_who_was_stopped_at_a_sync_takes_its_result_when_it_comes_there():
         assert torch.equal(synced, results[0][1]), lines
         assert torch.equal(end, results[0][3]), lines
     assert sum("takes the mean of 2 of 3 ranks" in line for line in lines[0]) == 1, lines
+
+
+def _lose_the_leader(rank):
+    lines = Lines()
+    run = model, _, sync = make_run(rank, timeout_seconds=5.0)
+    take_steps(*run, 5)
+    if rank == 3:
+        os._exit(0)
+    take_steps(*run, 10)
+    if rank == 0:
+        # It dies with the contributions of the others in its hands.
+        overlap_gossip.weighted_mean = lambda *_: os._exit(0)
+    started = time.monotonic()
+    sync.sync()
+    seconds = time.monotonic() - started
+    take_steps(*run, 5)
+    sync.stop()
+    return model.weight.detach(), seconds, sync.alive, lines.having("takes the mean of 2 of 4 ranks")
+
+
+@pytest.mark.distributed
+def test_the_next_rank_leads_a_sync_whose_leader_dies(tmp_path):
+    results = run_ranks_that_are_left(_lose_the_leader, 4, tmp_path, lost=[0, 3])
+    for rank, (weight, seconds, alive, means) in results.items():
+        assert seconds < 3.0
+        assert alive == [1, 2]
+        assert torch.equal(weight, results[1][0])
+        assert len(means) == (2 if rank == 1 else 0)
