@@ -273,6 +273,7 @@ def _outlive(rank, lost):
     if rank == lost:
         time.sleep(60.0)
     survivor = next(peer for peer in others if peer != lost)
+    mailbox.drain(10.0, peers=[survivor])  # it has all process ids: nobody needs the lost one any more
     if rank == (lost + 1) % 3:
         os.kill(pids[lost], signal.SIGSTOP)  # so that what is posted cannot leave
     mailbox.drain(10.0, peers=[survivor])
