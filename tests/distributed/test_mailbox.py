@@ -331,7 +331,10 @@ def _stop_and_go_on(rank):
     mailbox = Mailbox([torch.zeros(big)]).start()
     pids = all_pids(rank)
     mailbox.drain(10.0)
+    if rank == 1:
+        mailbox.post(0, 9)  # it has drained: it needs nothing of the stopped one
     if rank == 0:
+        collect_until(mailbox, lambda found: any(message.kind == 9 for message in found))
         os.kill(pids[2], signal.SIGSTOP)
         for step in range(5):
             mailbox.post_sum(2, 0, [torch.ones(big)], step=step, weight=0.1)
