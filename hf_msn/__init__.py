@@ -5,6 +5,7 @@ from .callbacks import (
     LocalSGDCallback,
     LocalUpdateCallback,
     LowShotCallback,
+    OverlapGossipCallback,
     SlowMoCallback,
     bring_to_consensus,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "MultiViewDataset",
     "MultiViewTransform",
     "OverlapGossip",
+    "OverlapGossipCallback",
     "PAWSConfig",
     "PAWSForPreTraining",
     "PAWSTrainer",

@@ -16,10 +16,10 @@ from .push_sum_mass import PushSumMass
 from .topology import ExponentialTopology
 from .topology_base import Topology
 from .training_state import frozen_and_buffers, trainable_parameters
+from .wire import checked_wire_dtype
 
 logger = logging.getLogger(__name__)
 
-_WIRE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _DESCRIBED_STEPS = 8  # whose peers are compared between the ranks
 _CLOSE_SECONDS = 5.0
 
@@ -128,11 +128,6 @@ class OverlapGossip(LocalUpdate):
                 "`staleness_bound` counts the steps that mass may be under way and must be an integer >= 0, but is "
                 f"{staleness_bound!r}. The paper uses 1; 0 waits for the messages of the same step."
             )
-        if wire_dtype not in _WIRE_DTYPES:
-            raise ValueError(
-                "`wire_dtype` is the precision in which parameters are sent and must be 'float32', 'bfloat16' or None "
-                f"(that of the parameters), but is {wire_dtype!r}. 'bfloat16' halves the bytes of float32."
-            )
         if base_buffers == "reset":
             raise ValueError(
                 "`base_buffers` of OverlapGossip must be 'maintain' or 'average', as every step ends a period, but is "
@@ -164,7 +159,8 @@ class OverlapGossip(LocalUpdate):
                 f"`topology` must be a Topology for the {n} ranks of the group, but is {self.topology!r}. Make it "
                 f"with `world_size={n}`, or leave it out."
             )
-        self.staleness_bound, self.deterministic, self.wire_dtype = staleness_bound, deterministic, wire_dtype
+        self.staleness_bound, self.deterministic = staleness_bound, deterministic
+        self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype)
         self._mass: PushSumMass | None = None
         self._loaded: dict[str, Any] | None = None
         self._holds_numerators = self._is_attached = self._is_met = False
@@ -228,7 +224,7 @@ class OverlapGossip(LocalUpdate):
             self._exchange.group,
             self.topology,
             self.staleness_bound if self.deterministic or self.staleness_bound == 0 else None,
-            _WIRE_DTYPES[self.wire_dtype],
+            self._wire_dtype,
             self._exchange.timeout_seconds,
             self._inner is None,
             lambda message: self._consensus.take(message),
