@@ -24,6 +24,7 @@ from .data import (
     support_loader,
 )
 from .distributed import (
+    AsyncGossip,
     BipartiteExponentialTopology,
     CompleteTopology,
     ExponentialTopology,
@@ -79,6 +80,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LARS",
+    "AsyncGossip",
     "BipartiteExponentialTopology",
     "BrokenImageError",
     "ClassStratifiedSampler",

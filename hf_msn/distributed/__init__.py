@@ -1,5 +1,6 @@
 """What runs over `torch.distributed`: knows no model, no loss and no Trainer."""
 
+from .async_gossip import AsyncGossip
 from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
 from .exchange import PeerError
@@ -20,6 +21,7 @@ from .topology import (
 )
 
 __all__ = [
+    "AsyncGossip",
     "BipartiteExponentialTopology",
     "CompleteTopology",
     "CrossRankBatchNorm",

@@ -37,6 +37,11 @@ class FlatTensors:
         """Bytes of all buffers."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
+    @property
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each tensor with its part of a buffer, a view of the tensor's shape: `(part, tensor)`."""
+        return [pair for views, group in zip(self._views, self._groups) for pair in zip(views, group)]
+
     @torch.no_grad()
     def copy_in(self) -> list[torch.Tensor]:
         """Copies the tensors into the buffers; returns these."""
