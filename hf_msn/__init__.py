@@ -1,6 +1,7 @@
 """Label-efficient vision pretraining for transformers.Trainer and accelerate."""
 
 from .callbacks import (
+    AsyncGossipCallback,
     GossipCallback,
     LocalSGDCallback,
     LocalUpdateCallback,
@@ -81,6 +82,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "LARS",
     "AsyncGossip",
+    "AsyncGossipCallback",
     "BipartiteExponentialTopology",
     "BrokenImageError",
     "ClassStratifiedSampler",

@@ -21,6 +21,14 @@ TOPOLOGIES = {
 }
 
 _ALL = ("sync_start_step", "sync_base_buffers", "sync_timeout_seconds", "sync_wire_dtype")
+_ASYNC = (
+    "sync_start_step",
+    "sync_timeout_seconds",
+    "sync_wire_dtype",
+    "async_method",
+    "async_rate_correction",
+    "async_seed",
+)
 _SLOW = ("slow_momentum", "slow_lr", "slow_average", "slow_shard_state", "sync_base")
 _PEERS = ("sync_topology", "sync_peers_per_step")
 _CONSENSUS = ("consensus_target", "max_extra_rounds", "consensus_until_step")
@@ -34,7 +42,7 @@ METHODS = {
     "slowmo": ("SlowMo", ("sync_every", *_ALL, *_SLOW)),
     "gossip": ("Gossip", ("sync_every", *_ALL, *_BASES["gossip"])),
     "overlap_gossip": ("OverlapGossip", (*_ALL, *_BASES["overlap_gossip"])),
-    "async_gossip": ("AsyncGossip", (*_ALL, *_PEERS, "async_method")),
+    "async_gossip": ("AsyncGossip", ("sync_every", *_ASYNC, *_PEERS)),
 }
 # What a method calls a field, where it is not the field's own name.
 _NAMES = {
@@ -46,6 +54,8 @@ _NAMES = {
     "slow_average": "average",
     "slow_shard_state": "shard_state",
     "async_method": "method",
+    "async_rate_correction": "rate_correction",
+    "async_seed": "seed",
 }
 
 
@@ -119,6 +129,10 @@ class SyncArguments:
         default=None, metadata={"help": "overlap_gossip takes each message at the step of the bound, not on arrival."}
     )
     async_method: str | None = field(default=None, metadata={"help": "async_gossip by ad_psgd or push_sum."})
+    async_rate_correction: bool | None = field(
+        default=None, metadata={"help": "false: the steps of fast ranks are not made smaller, and bias the optimum."}
+    )
+    async_seed: int | None = field(default=None, metadata={"help": "Seed of ad_psgd's random neighbours."})
 
     def __post_init__(self):
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]

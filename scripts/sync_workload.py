@@ -1,0 +1,171 @@
+"""What one rank of benchmark_sync.py runs: a classifier of digits, trained by each method in turn, timed.
+
+The time of forward and backward pass is slept away layer by layer, as if on an accelerator: the ranks of one machine
+would otherwise wait for its few cores instead of for the network.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_msn import AsyncGossip, Gossip, LocalSGD, OverlapGossip, SlowMo
+
+BATCH_SIZE = 32
+LAYERS = 4
+
+METHODS = {
+    "none": lambda model, optimizer: nullcontext(),
+    "ddp": lambda model, optimizer: nullcontext(),
+    "local_sgd": lambda model, optimizer: LocalSGD(model, optimizer, sync_every=12),
+    "slowmo": lambda model, optimizer: SlowMo(model, optimizer, sync_every=12, slow_momentum=0.5),
+    "slowmo_sharded": lambda model, optimizer: SlowMo(
+        model, optimizer, sync_every=12, slow_momentum=0.5, shard_state=True
+    ),
+    "sgp": Gossip,
+    "sgp_bf16": lambda model, optimizer: Gossip(model, optimizer, wire_dtype="bfloat16"),
+    "dpsgd": lambda model, optimizer: Gossip(model, optimizer, push_sum=False),
+    "osgp": OverlapGossip,
+    "slowmo_sgp": lambda model, optimizer: SlowMo(model, optimizer, sync_every=48, base=Gossip(model, optimizer)),
+    "slowmo_osgp": lambda model, optimizer: SlowMo(
+        model, optimizer, sync_every=48, base=OverlapGossip(model, optimizer)
+    ),
+    "adpsgd": lambda model, optimizer: AsyncGossip(model, optimizer, method="ad_psgd"),
+    "async_push_sum": lambda model, optimizer: AsyncGossip(model, optimizer, method="push_sum"),
+}
+
+
+class _Busy(torch.autograd.Function):
+    """Passes its input on after as long as a layer's forward pass takes; the backward pass takes twice as long."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(2 * ctx.seconds)
+        return grad, None
+
+
+class Classifier(nn.Module):
+    """A perceptron of four layers on the 64 pixels of a digit; `hidden_size` says how much there is to send."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        sizes = [64, *[hidden_size] * (LAYERS - 1), 10]
+        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(sizes))
+        self.seconds = 0.0  # of computing a step
+
+    def forward(self, x):
+        x.requires_grad_()  # or the first layer would have no backward pass to sleep in
+        for layer in self.layers:
+            x = layer(_Busy.apply(x, self.seconds / (3 * LAYERS)).relu())
+        return x
+
+
+def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
+    """Trains anew from seed 0; times after `warmup_steps`, bytes and the smoothed loss over time."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = Classifier(spec["hidden_size"])
+    wrapped = DistributedDataParallel(model) if method == "ddp" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=spec["learning_rate"], momentum=0.9)
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32) / 16
+    labels = torch.tensor(labels)
+    shuffle = torch.Generator().manual_seed(1000 + rank)
+    model.seconds = seconds * (spec["straggler"] if rank == world_size - 1 else 1.0)
+
+    smoothed, times, losses = None, [], []
+    own_seconds = 0.0
+    with METHODS[method](wrapped, optimizer) as sync:
+        dist.barrier()
+        started = time.perf_counter()
+        for step in range(-spec["warmup_steps"], steps):
+            if step == 0:
+                sent, waited, own_seconds = _bytes(sync), _waiting(sync), 0.0
+                started = time.perf_counter()
+            rows = torch.randint(len(images), (BATCH_SIZE,), generator=shuffle)
+            loss = nn.functional.cross_entropy(wrapped(images[rows]), labels[rows])
+            loss.backward()
+            optimizer.step()
+            before = time.perf_counter()
+            if sync is not None:
+                sync.step()
+            own_seconds += time.perf_counter() - before
+            optimizer.zero_grad()
+            smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
+            times.append(time.perf_counter() - started)
+            losses.append(smoothed)
+        ended = time.perf_counter()
+        sent, waited = _bytes(sync) - sent, _waiting(sync) - waited
+    payload = sum(p.numel() * p.element_size() for p in model.parameters())
+    if method == "ddp":
+        sent = steps * 2 * payload * (world_size - 1) // world_size  # as a ring sends it
+    reached = next((t for t, value in zip(times, losses) if t > 0 and value <= spec["target_loss"]), None)
+    return {
+        "method": method,
+        "rank": rank,
+        "steps_per_second": steps / (ended - started),
+        "bytes_per_step": sent / steps,
+        "model_bytes": payload,
+        "seconds_in_sync_per_step": own_seconds / steps,
+        "seconds_waiting_per_step": waited / steps,
+        "seconds_to_loss": reached,
+        "final_loss": losses[-1],
+    }
+
+
+def balanced_seconds(spec: dict) -> float:
+    """Seconds to sleep in a step with which DDP waits for the part `spec["waiting"]` of its step, on this network."""
+    calm = {**spec, "straggler": 1.0, "warmup_steps": 2}
+
+    def step_seconds(method: str, seconds: float) -> float:
+        found = torch.tensor(1.0 / train(method, calm, seconds, 6)["steps_per_second"])
+        dist.broadcast(found, 0)
+        return found.item()
+
+    awake, seconds = step_seconds("none", 0.0), 0.0
+    for _ in range(4):
+        waiting = step_seconds("ddp", seconds) - seconds - awake
+        seconds = max(waiting * (1.0 - spec["waiting"]) / spec["waiting"] - awake, 0.0)
+    return seconds
+
+
+def _bytes(sync) -> int:
+    return 0 if sync is None else sync.bytes_sent
+
+
+def _waiting(sync) -> float:
+    return 0.0 if sync is None else sync.seconds_waiting
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    seconds = balanced_seconds(spec) if spec["compute_ms"] is None else spec["compute_ms"] / 1000
+    results = []
+    for repeat in range(spec["repeats"]):
+        for method in spec["methods"]:
+            found = train(method, spec, seconds, spec["steps"])
+            results.append({**found, "repeat": repeat, "compute_seconds": seconds})
+    Path(spec["folder"], f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
