@@ -57,7 +57,7 @@ class SlowNetwork:
                 _run(f"{inside} ip address add {self.address(rank)}/24 dev {self.interface}")
                 _run(f"{inside} ip link set {self.interface} up")
                 _run(f"{inside} ip link set lo up")
-                limit = f"root tbf rate {self.rate} burst 256kb latency 200ms"
+                limit = f"root tbf rate {self.rate} burst 256kb latency 50ms"
                 _run(f"tc qdisc add dev {port} {limit}")
                 _run(f"{inside} tc qdisc add dev {self.interface} {limit}")
         except RuntimeError:

@@ -28,6 +28,9 @@ METHODS = {
     "ddp": lambda model, optimizer: nullcontext(),
     "local_sgd": lambda model, optimizer: LocalSGD(model, optimizer, sync_every=12),
     "slowmo": lambda model, optimizer: SlowMo(model, optimizer, sync_every=12, slow_momentum=0.5),
+    "slowmo_bf16": lambda model, optimizer: SlowMo(
+        model, optimizer, sync_every=12, slow_momentum=0.5, wire_dtype="bfloat16"
+    ),
     "slowmo_sharded": lambda model, optimizer: SlowMo(
         model, optimizer, sync_every=12, slow_momentum=0.5, shard_state=True
     ),
@@ -35,6 +38,7 @@ METHODS = {
     "sgp_bf16": lambda model, optimizer: Gossip(model, optimizer, wire_dtype="bfloat16"),
     "dpsgd": lambda model, optimizer: Gossip(model, optimizer, push_sum=False),
     "osgp": OverlapGossip,
+    "osgp_bf16": lambda model, optimizer: OverlapGossip(model, optimizer, wire_dtype="bfloat16"),
     "slowmo_sgp": lambda model, optimizer: SlowMo(model, optimizer, sync_every=48, base=Gossip(model, optimizer)),
     "slowmo_osgp": lambda model, optimizer: SlowMo(
         model, optimizer, sync_every=48, base=OverlapGossip(model, optimizer)

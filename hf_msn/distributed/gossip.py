@@ -181,6 +181,7 @@ class Gossip(LocalUpdate):
 
     def _attach(self) -> None:
         super()._attach()
+        self._exchange.connect()
         self._before, self._holds_numerators = None, False
         if self._momentum is not None:
             self._momentum.attach([[self._parameters[i][1:] for i in bucket] for bucket in self._buckets])

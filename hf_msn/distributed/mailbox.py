@@ -14,6 +14,7 @@ import torch.distributed as dist
 from .collectives import rank, world_size
 from .exchange import PeerError
 from .mailbox_link import MARKER, Buffers, Link, Message
+from .turns import Turns
 
 __all__ = ["Mailbox", "Message"]
 
@@ -86,6 +87,7 @@ class Mailbox:
         self.num_numbers, self.connect_seconds = num_numbers, connect_seconds
         self._dtypes, self._devices = [t.dtype for t in like], [t.device for t in like]
         self.wire_dtypes = [_narrower(dtype, wire_dtype) for dtype in self._dtypes]
+        self._turns = Turns()
         self._buffers = Buffers([t.numel() for t in like], self.wire_dtypes)
         self._links: dict[int, Link] = {}
         self._inboxes: list[deque[Message]] = [deque() for _ in range(self.size)]
@@ -148,6 +150,7 @@ class Mailbox:
                     self._buffers,
                     self._deliver,
                     self._notify,
+                    self._turns,
                     self.connect_seconds,
                 )
             except RuntimeError as error:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-GOODBYE, MARKER = -1, -2  # kinds that the mailbox keeps for itself
+from .turns import Turns
+
+GOODBYE, MARKER, _NOTHING = -1, -2, -3  # kinds that the mailbox keeps for itself
 _PUT_BACK_SECONDS = 2.0  # for the sending thread of a peer that is gone to end
 _FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one that ends would close the connection
 _FIXED = 5  # kind, flags, step, weight and number of bytes come before the numbers
@@ -68,7 +70,9 @@ class Buffers:
 
 
 class Link:
-    """The connection to one peer: a gloo group of two, so that what happens to it touches no other peer.
+    """The connection to one peer: gloo groups of two, so that what happens to them touches no other peer.
+
+    One for each direction: gloo moves bytes over a socket in one direction at a time.
 
     Args:
         peer (`int`): The other's place in the mailbox.
@@ -78,6 +82,7 @@ class Link:
         buffers ([`Buffers`]): For what is received, and to give back what was sent.
         deliver (`Callable`): Called with each message, in the order sent, by the receiving thread.
         changed (`Callable`): Called after a message has left, or the connection has ended.
+        turns ([`Turns`]): Of the messages with tensors of all links.
         connect_seconds (`float`): How long to wait for the peer to connect.
 
     Raises:
@@ -93,18 +98,25 @@ class Link:
         buffers: Buffers,
         deliver: Callable[[Message], None],
         changed: Callable[[], None],
+        turns: Turns,
         connect_seconds: float,
     ):
         self.peer, self._other = peer, 0 if is_second else 1
         self._num_numbers, self._buffers = num_numbers, buffers
-        self._deliver, self._changed = deliver, changed
+        self._deliver, self._changed, self._turns = deliver, changed, turns
         self.lock = threading.Condition()
         self.outbox: deque[Message] = deque()
         self.is_sending = False
         self.died = self.left = self._said_goodbye = False
         self.error: BaseException | None = None
         self.bytes_sent = 0
-        self._pair = dist.ProcessGroupGloo(store, int(is_second), 2, datetime.timedelta(seconds=connect_seconds))
+        up, down = (
+            dist.ProcessGroupGloo(
+                dist.PrefixStore(direction, store), int(is_second), 2, datetime.timedelta(seconds=connect_seconds)
+            )
+            for direction in ("up", "down")
+        )
+        self._out, self._in = (down, up) if is_second else (up, down)
         self._threads = [
             threading.Thread(target=self._run, args=(loop,), name=f"hf_msn mailbox {what} {peer}", daemon=True)
             for loop, what in ((self._send_loop, "to"), (self._receive_loop, "from"))
@@ -140,8 +152,9 @@ class Link:
     def cut(self) -> None:
         """Ends the connection at once, also under threads that wait for the other side."""
         # The only way there is: an operation that runs out of time closes its group's connection.
-        with contextlib.suppress(RuntimeError):
-            self._pair.recv([torch.empty(1)], self._other, 1).wait(datetime.timedelta(milliseconds=1))
+        for group in (self._out, self._in):
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.empty(1)], self._other, 1).wait(datetime.timedelta(milliseconds=1))
 
     def join(self, seconds: float) -> bool:
         """Whether both threads have ended within `seconds`."""
@@ -151,7 +164,7 @@ class Link:
         return not any(thread.is_alive() for thread in self._threads)
 
     def release(self) -> None:
-        self._pair = None
+        self._out = self._in = None
 
     def _run(self, loop: Callable[[], None]) -> None:
         try:
@@ -167,24 +180,37 @@ class Link:
         while True:
             with self.lock:
                 self.lock.wait_for(lambda: self.outbox or self.is_gone)
-                if self.died:
-                    return
-                # A peer that has left reads only a goodbye: the rest stays here to be taken back.
-                message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
-                self.is_sending = True
-            try:
-                self._send(message)
-            except BaseException:
-                with self.lock:
-                    self.outbox.appendleft(message)
-                raise
-            finally:
-                self.is_sending = False
-            if message.kind == GOODBYE:
+                is_large = bool(self.outbox) and self.outbox[0].tensors is not None
+            # The message is taken out when it is its turn: until then later sums are added to it.
+            with self._turns.turn(lambda: self.is_gone) if is_large else contextlib.nullcontext():
+                message = self._send_next()
+            if message is None or message.kind == GOODBYE:
                 return
+            if message.kind == _NOTHING:
+                continue
             if message.tensors is not None and not message.is_bytes:
                 self._buffers.give(message.tensors)
             self._changed()
+
+    def _send_next(self) -> Message | None:
+        """The message that was sent, or `None` if there is nothing to send any more."""
+        with self.lock:
+            if self.died:
+                return None
+            if not self.outbox and not self.left:  # somebody has taken back what waited
+                return Message(self.peer, _NOTHING)
+            # A peer that has left reads only a goodbye: the rest stays here to be taken back.
+            message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
+            self.is_sending = True
+        try:
+            self._send(message)
+        except BaseException:
+            with self.lock:
+                self.outbox.appendleft(message)
+            raise
+        finally:
+            self.is_sending = False
+        return message
 
     def _receive_loop(self) -> None:
         while True:
@@ -205,20 +231,20 @@ class Link:
             [message.kind, flags, message.step, message.weight, num_bytes, *numbers], dtype=torch.float64
         )
         tensors = [header, *(message.tensors or ())]
-        works = [self._pair.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
+        works = [self._out.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
         for work in works:
             work.wait(_FOREVER)
         self.bytes_sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _receive(self) -> Message:
         header = torch.empty(_FIXED + self._num_numbers, dtype=torch.float64)
-        self._pair.recv([header], self._other, 0).wait(_FOREVER)
+        self._in.recv([header], self._other, 0).wait(_FOREVER)
         kind, flags, step, weight, num_bytes, *numbers = header.tolist()
         flags, tensors = int(flags), None
         if flags & _HAS_TENSORS:
             is_bytes = bool(flags & _IS_BYTES)
             tensors = [torch.empty(int(num_bytes), dtype=torch.uint8)] if is_bytes else self._buffers.take()
-            works = [self._pair.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
+            works = [self._in.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
             for work in works:
                 work.wait(_FOREVER)
         kinds = {"is_sum": bool(flags & _IS_SUM), "is_bytes": bool(flags & _IS_BYTES)}

@@ -1,5 +1,6 @@
 """Messages between peers of one group, with the deadline, the account and the errors of [`Exchange`]."""
 
+import datetime
 import time
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from .exchange import Exchange, _arrivals, _bytes
+from .subgroups import subgroup
 
 _FIRST_TAG = 4100  # away from 0, which others who use the group are likely to take
 
@@ -20,10 +22,24 @@ class PeerExchange(Exchange):
     the eyes of a third. Named are therefore those that are furthest behind, for whom all others wait; and after them,
     where a connection broke before the deadline, its other end, which has died too or has given up.
 
+    gloo moves bytes over a connection in one direction at a time: after `connect`, what goes from a higher place to a
+    lower one travels over a second group of the same ranks, so that two that exchange need no more time than one way.
+
     Arguments and errors are those of [`Exchange`].
     """
 
+    _downward: dist.ProcessGroup | None = None
     _broken_off_by: int | None = None  # place of the peer whose connection broke
+
+    def connect(self) -> None:
+        """Makes the second group, where gloo is the backend of CPU tensors. Every rank must call it."""
+        if self.size > 1 and "cpu:gloo" in dist.get_backend_config(self.group):
+            seconds = self.timeout_seconds
+            timeout = None if seconds is None else datetime.timedelta(seconds=seconds)
+            self._downward = subgroup(self.global_ranks, backend="gloo", timeout=timeout, name="downward")
+
+    def _group_for(self, tensor: torch.Tensor, goes_down: bool) -> dist.ProcessGroup | None:
+        return self._downward if goes_down and tensor.is_cpu and self._downward is not None else self.group
 
     @torch.no_grad()
     def send_and_receive(self, sends: Messages, receives: Messages) -> None:
@@ -45,9 +61,10 @@ class PeerExchange(Exchange):
         ranks = self.global_ranks
         places = [place for messages in (receives, sends) for place, tensors in messages.items() for _ in tensors]
         operations = [
-            dist.P2POp(kind, tensor, ranks[place], self.group, _FIRST_TAG + number)
+            dist.P2POp(kind, tensor, ranks[place], self._group_for(tensor, goes_down), _FIRST_TAG + number)
             for kind, messages in ((dist.irecv, receives), (dist.isend, sends))
             for place, tensors in messages.items()
+            for goes_down in [(place < self.rank) == (kind is dist.isend)]
             for number, tensor in enumerate(tensors)
         ]
         # Together, as NCCL needs it, or one by one: then it is known whose connection is broken.
