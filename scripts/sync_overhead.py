@@ -1,8 +1,8 @@
 """What one rank of `benchmark_sync.py --overhead` runs: an MSN step of a ViT-S/16, and what each method adds to it.
 
-Own arithmetic is the time in the optimizer's step and in the method's, without the time in exchanges, less the
-optimizer's step of training without a method. Memory is what all tensors of the process hold, less the same. The step
-has the shape of benchmark_step.py: 12 views of each of 8 images.
+Own arithmetic is the time in the method's step and in its hooks on the optimizer's, without the time in exchanges.
+Memory is what all tensors of the process hold, less what they hold without a method. The step has the shape of
+benchmark_step.py: 12 views of each of 8 images.
 """
 
 import gc
@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +33,34 @@ def live_bytes() -> int:
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+class Stopwatch:
+    """Counts the time that a method spends in its own `step()` and in what it hooks into the optimizer's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.seconds = 0.0
+        self._optimizer = optimizer
+        self._handles = [optimizer.register_step_pre_hook(lambda *_: self._start())]  # before those of the method
+
+    def __enter__(self) -> None:
+        self._handles.append(self._optimizer.register_step_pre_hook(lambda *_: self._stop()))  # and after
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._start()
+        yield
+        self._stop()
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 def main() -> None:
@@ -60,30 +89,24 @@ def main() -> None:
         step_seconds, started = time.perf_counter() - started, time.perf_counter()
 
     payload = sum(p.numel() * p.element_size() for p in trained)
-    results, plain_seconds, plain_bytes = [], 0.0, 0
-    for method in ["none", *(name for name in spec["methods"] if name not in ("none", "ddp"))]:
-        entered = METHODS[method](model, optimizer)
-        with entered if method != "none" else nullcontext() as sync:
-            seconds, most = [], 0
+    results, plain_bytes = [], live_bytes()
+    for method in [name for name in spec["methods"] if name not in ("none", "ddp")]:
+        stopwatch, seconds, most = Stopwatch(optimizer), [], 0
+        with METHODS[method](model, optimizer) as sync, stopwatch:
             for _ in range(spec["repeats"]):
-                spent = waited = 0.0
-                for _ in range(sync.sync_every if sync is not None else 12):
-                    before, waited_before = time.perf_counter(), 0.0 if sync is None else sync.seconds_waiting
+                steps = max(sync.sync_every, 12)
+                stopwatch.seconds, waited = 0.0, sync.seconds_waiting
+                for _ in range(steps):
                     optimizer.step()
-                    if sync is not None:
+                    with stopwatch.running():
                         sync.step()
-                    spent += time.perf_counter() - before
-                    waited += 0.0 if sync is None else sync.seconds_waiting - waited_before
-                seconds.append((spent - waited) / (sync.sync_every if sync is not None else 12))
+                seconds.append((stopwatch.seconds - (sync.seconds_waiting - waited)) / steps)
                 most = max(most, live_bytes())
-        if method == "none":
-            plain_seconds, plain_bytes = median(seconds), most
-            continue
         results.append(
             {
                 "method": method,
                 "step_seconds": step_seconds,
-                "own_seconds": median(seconds) - plain_seconds,
+                "own_seconds": median(seconds),
                 "extra_memory": (most - plain_bytes) / payload,
             }
         )
