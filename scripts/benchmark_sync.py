@@ -51,7 +51,7 @@ class BenchmarkArguments:
     warmup_steps: int = option("Steps before them.", 4)
     overhead: bool = option("Measure own arithmetic and memory on a ViT-S/16 instead, over the loopback.", False)
     repeats: int = option("Runs of each method, in turn.", 3)
-    learning_rate: float = option("Of SGD with momentum 0.9.", 0.02)
+    learning_rate: float = option("Of SGD with momentum 0.9.", 0.1)
     target_loss: float = option("Smoothed training loss for the time to a loss.", 1.0)
     timeout: float = option("Seconds after which the ranks of one setting are killed.", 1800.0)
     output: str | None = option("Folder for results.json, table.md and plot.png.")

@@ -110,7 +110,7 @@ def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
                 sync.step()
             own_seconds += time.perf_counter() - before
             optimizer.zero_grad()
-            smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
+            smoothed = loss.item() if smoothed is None else 0.8 * smoothed + 0.2 * loss.item()
             times.append(time.perf_counter() - started)
             losses.append(smoothed)
         ended = time.perf_counter()
