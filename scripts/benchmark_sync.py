@@ -202,7 +202,7 @@ def plot(summary: list[dict], path: Path) -> None:
         axis.bar_label(bars, [f"{row['times_ddp']:.1f}x" for row in rows])
         axis.set_ylabel("steps per second")
         axis.set_title(f"{setting[0]} ranks, {setting[1]:.1f} MB, {rows[0]['compute_ms']:.0f} ms of computing a step")
-        axis.tick_params(axis="x", rotation=30)
+        plt.setp(axis.get_xticklabels(), rotation=30, ha="right")
         axis.margins(y=0.15)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
