@@ -147,7 +147,7 @@ class SyncArguments:
             raise ValueError(f"`sync` must be one of {', '.join(METHODS)}, but is '{self.sync}'.")
         if self.sync_base is not None and self.sync_base not in _BASES:
             raise ValueError(f"`sync_base` must be one of {', '.join(_BASES)}, but is '{self.sync_base}'.")
-        title, known = METHODS[self.sync]
+        known = METHODS[self.sync][1]
         known += _BASES[self.sync_base] if self.sync_base is not None and self.sync == "slowmo" else ()
         for name in given:
             if name != "sync" and name not in known:
@@ -164,9 +164,6 @@ class SyncArguments:
                 f"`sync_peers_per_step` is of `sync_topology` exponential, but that is {self.sync_topology}. Give "
                 "both."
             )
-        missing = [name for name in {title, *self._base_title()} if not hasattr(distributed, name)]
-        if missing:
-            raise ValueError(f"`sync` {self.sync} needs {missing[0]}, which this version of hf_msn does not have.")
         self._check_values()
 
     def add_callback(self, trainer: Trainer) -> None:

@@ -1,6 +1,5 @@
 """Asynchronous gossip: every rank at its own pace, nobody waits for anybody in a step."""
 
-import re
 import warnings
 from typing import Any
 
@@ -21,7 +20,6 @@ from .watched_mailbox import WatchedMailbox
 from .wire import checked_wire_dtype
 
 _CLOSE_SECONDS = 5.0
-_DESCRIBED_STEPS = 8  # whose peers are compared between the ranks
 
 
 class AsyncGossip(LocalUpdate):
@@ -117,6 +115,8 @@ class AsyncGossip(LocalUpdate):
         PeerError: If a peer is silent in a meeting, or does not connect when entering.
     """
 
+    can_be_base = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -205,13 +205,10 @@ class AsyncGossip(LocalUpdate):
 
     def _settings(self) -> dict[str, Any]:
         own = ("method", "rate_correction", "wire_dtype", "seed")
-        ranks, steps = range(self._exchange.size), range(_DESCRIBED_STEPS)
         return {
             **super()._settings(),
             **{name: getattr(self, name) for name in own},
-            # Where a function lies in memory differs between the ranks.
-            "topology": re.sub(r" at 0x[0-9a-f]+", "", repr(self.topology)),
-            "first peers": [[self.topology.out_peers(rank, step) for rank in ranks] for step in steps],
+            "topology": self.topology.description(),
         }
 
     def _attach(self) -> None:
@@ -342,13 +339,6 @@ class AsyncGossip(LocalUpdate):
         self._mailbox.rates.pause()
         self._mailbox.hear_all()
         self._has_changed, self._is_settled = False, True
-
-    def _before_mean(self) -> None:
-        if self._mailbox is not None:
-            raise RuntimeError(
-                "A mean over the ranks outside of `sync()` makes all wait for one another, which AsyncGossip is there "
-                "to avoid. Give SlowMo a Gossip or an OverlapGossip as `base`."
-            )
 
     def _method_state(self) -> dict[str, Any]:
         return {"rounds": self.rounds}

@@ -1,6 +1,5 @@
 """Gossip: every rank mixes its parameters with those of a few peers, instead of all with all."""
 
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +17,6 @@ from .topology import ExponentialTopology
 from .topology_base import Topology
 from .training_state import trainable_parameters
 from .wire import checked_wire_dtype
-
-_DESCRIBED_STEPS = 8  # whose peers are compared between the ranks
 
 
 class Gossip(LocalUpdate):
@@ -310,17 +307,13 @@ class Gossip(LocalUpdate):
         torch._foreach_copy_(bucket, [part.view(p.shape) for part, p in zip(parts, bucket)])
 
     def _settings(self) -> dict[str, Any]:
-        ranks = range(self._exchange.size)
-        peers = [[self.topology.out_peers(rank, step) for rank in ranks] for step in range(_DESCRIBED_STEPS)]
         return {
             **super()._settings(),
             "push_sum": self.push_sum,
             "wire_dtype": self.wire_dtype,
             "consensus control": (self._control.target, self._control.max_extra_rounds, self._control.until_step),
             "quasi_global_momentum": self._momentum and (self._momentum.beta, self._momentum.mu),
-            # Where a function lies in memory differs between the ranks.
-            "topology": re.sub(r" at 0x[0-9a-f]+", "", repr(self.topology)),
-            "first peers": peers,
+            "topology": self.topology.description(),
         }
 
     def _method_state(self) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class LocalUpdate:
         PeerError: If a peer died, or did not come to an exchange before the deadline.
     """
 
+    can_be_base = True  # under SlowMo, whose outer steps are means that all ranks take at the same step
+
     def __init__(
         self,
         model: nn.Module,

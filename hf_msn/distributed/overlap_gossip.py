@@ -1,7 +1,6 @@
 """Overlap SGP: push-sum gossip whose messages travel while the next steps are computed."""
 
 import logging
-import re
 import warnings
 from typing import Any
 
@@ -20,7 +19,6 @@ from .wire import checked_wire_dtype
 
 logger = logging.getLogger(__name__)
 
-_DESCRIBED_STEPS = 8  # whose peers are compared between the ranks
 _CLOSE_SECONDS = 5.0
 
 
@@ -197,16 +195,12 @@ class OverlapGossip(LocalUpdate):
         return super().seconds_waiting + (0.0 if self._mass is None else self._mass.peers.seconds_waiting)
 
     def _settings(self) -> dict[str, Any]:
-        ranks = range(self._exchange.size)
-        peers = [[self.topology.out_peers(rank, step) for rank in ranks] for step in range(_DESCRIBED_STEPS)]
         return {
             **super()._settings(),
             "staleness_bound": self.staleness_bound,
             "deterministic": self.deterministic,
             "wire_dtype": self.wire_dtype,
-            # Where a function lies in memory differs between the ranks.
-            "topology": re.sub(r" at 0x[0-9a-f]+", "", repr(self.topology)),
-            "first peers": peers,
+            "topology": self.topology.description(),
         }
 
     # From entering to leaving

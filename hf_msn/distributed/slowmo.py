@@ -58,6 +58,8 @@ class SlowMo(LocalUpdate):
             what [`LocalUpdate`] raises.
     """
 
+    can_be_base = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -128,7 +130,7 @@ class SlowMo(LocalUpdate):
         return super().seconds_waiting + (0.0 if self.base is None else self.base.seconds_waiting)
 
     def _check_base(self, base: LocalUpdate) -> None:
-        if not isinstance(base, LocalUpdate) or isinstance(base, SlowMo):
+        if not isinstance(base, LocalUpdate) or not base.can_be_base:
             raise ValueError(
                 "`base` is what happens between the outer steps and must be a Gossip or an OverlapGossip, but is a "
                 f"{type(base).__name__}. Leave it out for SlowMo over Local SGD."

@@ -1,10 +1,14 @@
 """What every topology has: peers, mixing matrix, spectral gap, and the repair when a peer is gone."""
 
 import copy
+import re
+import zlib
 from collections.abc import Iterable
 from numbers import Integral
 
 import torch
+
+_DESCRIBED_STEPS = 8
 
 
 class Topology:
@@ -66,6 +70,13 @@ class Topology:
             receivers = [sender, *self._out_peers(sender, step)]
             matrix[receivers, sender] = 1.0 / len(receivers)
         return matrix
+
+    def description(self) -> str:
+        """What topologies must have in common to be the same to the ranks: repr, and a digest of the first peers."""
+        peers = [[self.out_peers(rank, step) for rank in self.alive] for step in range(_DESCRIBED_STEPS)]
+        # Where a function lies in memory differs between the ranks.
+        named = re.sub(r" at 0x[0-9a-f]+", "", repr(self))
+        return f"{named}, peers {zlib.crc32(repr(peers).encode()):08x}"
 
     @property
     def is_doubly_stochastic(self) -> bool:

@@ -17,7 +17,7 @@ from launch import run_ranks
 from test_gossip import resume, same
 from topologies import Star
 
-from hf_msn.distributed import CompleteTopology, Gossip, SlowMo
+from hf_msn.distributed import AsyncGossip, CompleteTopology, Gossip, SlowMo
 
 SLOW = {"sync_every": 3, "slow_momentum": 0.6}
 PLAIN = {"momentum": 0.0, "quasi_global_momentum": (0.5, 0.8)}
@@ -122,3 +122,11 @@ def test_gossip_begins_with_the_first_local_step():
         assert counted
         # Before, gradients are averaged; after, parameters are.
         torch.testing.assert_close(seen, results[0][1])
+
+
+@pytest.mark.parametrize("kind", [SlowMo, AsyncGossip])
+def test_what_has_no_common_steps_cannot_be_a_base(kind):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"must be a Gossip or an OverlapGossip, but is a {kind.__name__}"):
+        SlowMo(model, optimizer, base=kind(model, optimizer))

@@ -269,3 +269,15 @@ def test_world_size_that_is_no_number_of_ranks_is_refused(kind, bad):
         ValueError, match=f"`world_size` is the number of ranks and must be an integer >= 1, but is {bad!r}"
     ):
         kind(bad)
+
+
+def test_a_description_is_of_the_peers_and_not_of_where_a_function_lies():
+    def same(hops):
+        def peers(step):
+            return hops[step % len(hops)]
+
+        return ExponentialTopology(8, peers_per_step=peers).description()
+
+    assert same([1, 2]) == same([1, 2])
+    assert same([1, 2]) != same([2, 1])
+    assert RingTopology(4).description() != RingTopology(4, directed=True).description()
