@@ -2,8 +2,10 @@
 
 from .async_gossip import AsyncGossip
 from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
+from .codistillation import Codistillation
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
 from .exchange import PeerError
+from .falling_weight_decay import FallingWeightDecay
 from .flat import FlatTensors
 from .gossip import Gossip
 from .local_sgd import LocalSGD
@@ -23,9 +25,11 @@ from .topology import (
 __all__ = [
     "AsyncGossip",
     "BipartiteExponentialTopology",
+    "Codistillation",
     "CompleteTopology",
     "CrossRankBatchNorm",
     "ExponentialTopology",
+    "FallingWeightDecay",
     "FlatTensors",
     "Gossip",
     "LocalSGD",

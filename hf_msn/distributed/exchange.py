@@ -41,8 +41,8 @@ class Exchange:
 
     Attributes:
         bytes_sent (`int`): Payload that this rank has sent, counted for n ranks and B bytes as a ring sends them: mean
-            2B(n-1)/n, mean that keeps a shard B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for the
-            first rank and 0 for the others. What the backend adds is not counted.
+            2B(n-1)/n, mean that keeps a shard B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for its
+            source and 0 for the others. What the backend adds is not counted.
         seconds_waiting (`float`): Time spent in exchanges. On CUDA without `timeout_seconds` the host does not wait
             for the device, so that this holds the launches only.
 
@@ -139,17 +139,17 @@ class Exchange:
         self.bytes_sent += _bytes(shard) * (self.size - 1)
 
     @torch.no_grad()
-    def broadcast_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces the tensors by those of the group's first rank. They must be contiguous."""
+    def broadcast_(self, tensors: Sequence[torch.Tensor], place: int = 0) -> None:
+        """Replaces the tensors by those of the rank at `place`, the group's first. They must be contiguous."""
         if self.size == 1:
             return
-        source = self.global_ranks[0]
+        source = self.global_ranks[place]
         self._run(
             "a broadcast",
             [lambda t=t: dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors],
             tensors,
         )
-        if self.rank == 0:
+        if self.rank == place:
             self.bytes_sent += sum(map(_bytes, tensors))
 
     def texts_that_differ(self, text: str, device: torch.device) -> list[str] | None:

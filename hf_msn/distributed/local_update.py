@@ -1,12 +1,12 @@
 """The base of training with little communication: local steps, and an exchange every few of them."""
 
-import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import active
 from .exchange import Exchange
 from .flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper
@@ -21,9 +21,6 @@ from .training_state import (
 )
 
 _BUCKET_BYTES = 32 * 2**20  # what an exchange needs in memory beside the model; large enough to use a network fully
-
-# Models and optimizers that have an active sync object.
-_active: "weakref.WeakSet[nn.Module | torch.optim.Optimizer]" = weakref.WeakSet()
 
 
 class LocalUpdate:
@@ -141,19 +138,14 @@ class LocalUpdate:
         restore each rank's own parameters, buffers and optimizer state too, before or after, but after a wrapping in
         DDP, which makes the ranks equal as well.
         """
-        for taken, name in ((self.model, "A model"), (self.optimizer, "An optimizer")):
-            if taken in _active:
-                raise ValueError(
-                    f"{name} takes one sync object at a time, but another one is active on this one. Leave that one "
-                    "(`with`, or `stop`) first, or train with one only."
-                )
+        active.require_free(self.model, self.optimizer)
         self._attach()
         if not self._restored:
             self._make_equal()
         tensors = [p for _, p, _ in self._parameters]
         self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
         self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
-        _active.update((self.model, self.optimizer))
+        active.take(self.model, self.optimizer)
         if self.steps < self.sync_start_step:
             self._gradients.average_over_all()
         else:
@@ -175,7 +167,7 @@ class LocalUpdate:
             self._gradients = None
             self._step_hook.remove()
             self._detach()
-            _active.difference_update((self.model, self.optimizer))
+            active.give_back(self.model, self.optimizer)
 
     def __enter__(self) -> "LocalUpdate":
         return self.start()

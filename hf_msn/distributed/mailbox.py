@@ -314,6 +314,10 @@ class Mailbox:
                 ranks,
             )
 
+    def cut(self, peer: int) -> None:
+        """Ends the connection to one peer at once: each of the two has the other in `died`."""
+        self._links[peer].cut()
+
     def close(self, timeout_seconds: float = 5.0) -> None:
         """Says goodbye to all peers and ends the threads. What a peer has not received by the deadline is lost.
 
