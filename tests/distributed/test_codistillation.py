@@ -451,11 +451,11 @@ def _lose(rank, options, how):
                 if rank == 1 and step == 5:
                     if how == "exits":
                         os._exit(0)
-                    time.sleep(60.0)
+                    time.sleep(4.0 if how == "comes back" else 60.0)
                 started = started or (time.monotonic() if step == 5 else None)
                 seen += take_steps(model, optimizer, codistillation, [step], data_seed, seconds=0.01)
             if codistillation.settings.tolerant:
-                with pytest.raises(PeerError, match=r"needs all replicas.*rank \[1\]"):
+                with pytest.raises(PeerError, match=r"needs all replicas.*\[[012, ]*\] is lost"):
                     codistillation.parameter_distance()
             live = codistillation.live_replicas
             seconds = time.monotonic() - started
@@ -496,6 +496,17 @@ def test_the_others_go_on_without_a_dead_replica_if_asked(tmp_path, num_replicas
         peers = [results[peer][1][step][0] for peer in results if peer != rank]
         batch = data(rank if "exchange_every" in options else 7, 15)
         torch.testing.assert_close(gradients, gradient_by_loops(own, peers, batch, 1.0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [{}, CHECKPOINTS])
+def test_who_was_silent_for_too_long_learns_that_the_others_went_on(options):
+    results = run_ranks(_lose, 3, {**options, "on_lost_replica": "continue"}, "comes back")
+    assert [live for live, *_ in results] == [[0, 2], [1], [0, 2]]
+    assert [len(seen) for _, seen, _ in results] == [16] * 3
+    assert results[1][2] < 3.0  # it does not wait for them until the deadline, once for each
+    assert results[1][1][-1][2] == 0.0
+    assert results[0][1][-1][2] > 0.0
 
 
 # The end of training
