@@ -199,14 +199,14 @@ class Codistillation:
         All ranks must call it; the replicas stay as they are.
         """
         self._require_all("The distance of parameters")
-        return self._replicas.distance([p for _, p, _ in self._parameters])
+        return self._replicas.distance(self._trained)
 
     # For the end of training
 
     def values_of_replicas(self, value: float) -> list[float]:
         """Every replica's number, such as its accuracy, first replica first. All ranks must call it."""
         self._require_all("Collecting numbers")
-        return self._replicas.values(value, self._device)
+        return self._replicas.values(value, self._trained[0].device)
 
     def average_predictions(self, predictions: torch.Tensor) -> torch.Tensor:
         """The mean over the replicas of any tensor, such as probabilities `(B, C)` of one batch, the same on all."""
@@ -232,9 +232,8 @@ class Codistillation:
                 warnings.warn("Codistillation has one replica only: it trains as without it.", stacklevel=2)
             else:
                 self._connect()
-            tensors = [p for _, p, _ in self._parameters]
-            outer, inner = self._replicas.outer, self._replicas.inner
-            self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, outer, inner)
+            groups = self._replicas.outer, self._replicas.inner
+            self._gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, *groups)
         except BaseException:
             self._disconnect(at_once=True)
             raise
@@ -286,9 +285,8 @@ class Codistillation:
         self._require_started()
         own = checked_predictions(self._predictions(output))
         alpha = self.alpha_at(self.steps)
-        if alpha == 0.0 or self._peers is None or not torch.is_grad_enabled():
-            return torch.zeros((), device=own.device)
-        distances = [self._distance(own, peer, mask) for peer in self._peers.gather(own, batch)]
+        is_off = alpha == 0.0 or self._peers is None or not torch.is_grad_enabled()
+        distances = [] if is_off else [self._distance(own, peer, mask) for peer in self._peers.gather(own, batch)]
         if not distances:
             return torch.zeros((), device=own.device)
         mean = sum(distances) / len(distances)
@@ -309,13 +307,11 @@ class Codistillation:
     def state_dict(self) -> dict[str, Any]:
         """What *this rank* needs to go on bit for bit, copied: save each one's.
 
-        With checkpoints that are the copies in use and those under way, for which it waits: up to 2 (n - 1) models.
+        With checkpoints it holds the copies in use and those under way, for which it waits: up to 2 (n - 1) models.
         """
         self._require_started()
         return {
-            "method": type(self).__name__,
-            "exchange": self.settings.exchange,
-            "ranks": self._replicas.place,
+            **self._origin,
             "steps": self.steps,
             "initial_weight_decay": self._weight_decay.initial,
             "peers": None if self._peers is None else self._peers.state(self.steps),
@@ -327,12 +323,11 @@ class Codistillation:
         Raises:
             ValueError: If it is of another method, exchange, rank, number of ranks or model.
         """
-        found = state["method"], state.get("exchange"), tuple(state["ranks"])
-        own = type(self).__name__, self.settings.exchange, self._replicas.place
-        if found != own:
+        found = {name: state.get(name) for name in self._origin}
+        if found != self._origin:
             raise ValueError(
                 "A state goes on in the method, with the exchange, on the rank and with the number of ranks that "
-                f"saved it, here {own}, but is of {found}. To go on otherwise, load the models, and no state."
+                f"saved it, here {self._origin}, but is of {found}. To go on otherwise, load the models, and no state."
             )
         self.steps, self._loaded = state["steps"], state
         if self._gradients is not None:
@@ -347,12 +342,16 @@ class Codistillation:
     # Inside
 
     @property
-    def _device(self) -> torch.device:
-        return self._parameters[0][1].device
+    def _origin(self) -> dict[str, Any]:
+        return {"method": type(self).__name__, "exchange": self.settings.exchange, "ranks": [*self._replicas.place]}
+
+    @property
+    def _trained(self) -> list[torch.Tensor]:
+        return [p for _, p, _ in self._parameters]
 
     @property
     def _state_tensors(self) -> list[torch.Tensor]:
-        return [p for _, p, _ in self._parameters] + frozen_and_buffers(self.model)
+        return self._trained + frozen_and_buffers(self.model)
 
     def _description(self) -> list[str]:
         lines = self.settings.lines() + [f"setting {name}={value!r}" for name, value in vars(self._distance).items()]
@@ -360,21 +359,20 @@ class Codistillation:
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 
     def _connect(self) -> None:
-        outer, inner, settings = self._replicas.outer, self._replicas.inner, self.settings
-        uses_copies = settings.exchange == "checkpoints"
+        outer, scope, settings = self._replicas.outer, self._replicas.inner_group, self.settings
         self._mail = None
-        if uses_copies or settings.tolerant:
+        if settings.exchange == "checkpoints" or settings.tolerant:
             self._mail = ReplicaMail(outer.group, outer.timeout_seconds, settings.tolerant).start()
-        if uses_copies:
-            scope = None if inner is None else inner.group
-            places = sorted(self._mail.live)
-            copies = PeerCopies(self.model, places, settings.dtype_of_copies, settings.device_of_copies, scope)
+        if settings.exchange == "checkpoints":
+            copies = PeerCopies(
+                self.model, self._mail.live, settings.dtype_of_copies, settings.device_of_copies, scope
+            )
             self._peers = PeerCheckpoints(
                 settings, self._mail, copies, lambda model, batch: self._predictions(self._forward(model, batch))
             )
             return
         self._peers = PeerPredictions(outer, self._distance, settings.dtype_of_wire, settings.check_every, self._mail)
-        if self._loaded is None and self._replicas.are_equal([p for _, p, _ in self._parameters]):
+        if self._loaded is None and self._replicas.are_equal(self._trained):
             warnings.warn(
                 "All replicas have the same parameters and are to see the same batches, so that they stay equal (but "
                 "for dropout) and learn nothing from one another. Initialise each with a seed of its own, after DDP.",

@@ -55,10 +55,8 @@ class PeerCheckpoints:
 
     def state(self, step: int) -> dict[str, Any]:
         """The copies in use, and the checkpoints under way after so many updates, for which it waits."""
-        under_way = {
-            sent: {peer: payload.clone() for peer, payload in self._mail.receive(sent, keep=True).items()}
-            for sent in self._settings.steps_under_way(step)
-        }
+        # What arrived is never written to: no need to copy it.
+        under_way = {sent: self._mail.receive(sent, keep=True) for sent in self._settings.steps_under_way(step)}
         return {"copies": self._copies.state(), "under_way": under_way}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -71,7 +69,7 @@ class PeerCheckpoints:
             self._copies.check(payloads)
         self._copies.fill(state["copies"]["step"], state["copies"]["of"])
         for step, payloads in state["under_way"].items():
-            self._mail.put_back(step, {peer: payload.clone() for peer, payload in payloads.items()})
+            self._mail.put_back(step, payloads)
 
 
 def logits_of(output: Any) -> torch.Tensor:

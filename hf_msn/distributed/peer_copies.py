@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ class PeerCopies:
 
     What travels and is kept are all parameters (frozen ones too) and the buffers of the state dict, floating-point
     ones in `dtype`. With P bytes of them a rank needs (n - 1) P for the copies, P on the CPU for what it sends, until
-    that has left, and (n - 1) P on the CPU for what has arrived and is not yet used.
+    that has left, and (n - 1) P on the CPU for what has arrived and is not yet used. A loss takes n - 1 more forward
+    passes. Hooks on the model are called for its copies too, and random draws of a forward pass in eval mode are taken
+    from the same generators as the model's.
 
     Args:
         model (`nn.Module`): Without wrapper.
@@ -32,13 +34,13 @@ class PeerCopies:
     def __init__(
         self,
         model: nn.Module,
-        peers: list[int],
+        peers: Collection[int],
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         scope: dist.ProcessGroup | None = None,
     ):
         self._model, self.dtype = model, dtype
-        self._models = {peer: _frozen_copy(model, dtype, device) for peer in peers}
+        self._models = {peer: _frozen_copy(model, dtype, device) for peer in sorted(peers)}
         self.snapshot_step: int | None = None
         self._filled: set[int] = set()
         for module in self._models.values():

@@ -1,6 +1,7 @@
 """The replicas of a codistillation as two groups of ranks: what they compare, measure and hand over."""
 
 import torch
+import torch.distributed as dist
 
 from .exchange import Exchange
 from .flat import FlatTensors, split_into_buckets
@@ -25,6 +26,11 @@ class Replicas:
     def size(self) -> int:
         """Number of replicas n."""
         return self.outer.size
+
+    @property
+    def inner_group(self) -> dist.ProcessGroup | None:
+        """The ranks of this replica; `None` if it has one only."""
+        return None if self.inner is None else self.inner.group
 
     @property
     def place(self) -> tuple[int, ...]:

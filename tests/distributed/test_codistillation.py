@@ -453,7 +453,9 @@ def _lose(rank, options, how):
                         os._exit(0)
                     time.sleep(4.0 if how == "comes back" else 60.0)
                 started = started or (time.monotonic() if step == 5 else None)
-                seen += take_steps(model, optimizer, codistillation, [step], data_seed, seconds=0.01)
+                # With the one that comes back the others must still be there.
+                seconds = 0.4 if how == "comes back" and rank != 1 and step >= 5 else 0.01
+                seen += take_steps(model, optimizer, codistillation, [step], data_seed, seconds)
             if codistillation.settings.tolerant:
                 with pytest.raises(PeerError, match=r"needs all replicas.*\[[012, ]*\] is lost"):
                     codistillation.parameter_distance()
@@ -476,6 +478,8 @@ def test_a_dead_replica_is_named_in_time(tmp_path, options, how):
     (message, ranks), seen, seconds = results[0]
     assert ranks == (1,)
     assert "rank 1" in message
+    if "exchange_every" in options:
+        assert ("has died: its connection closed" if how == "exits" else "been silent for") in message
     assert 5 <= len(seen) < 9
     assert seconds < 6.0
 
@@ -504,7 +508,7 @@ def test_who_was_silent_for_too_long_learns_that_the_others_went_on(options):
     results = run_ranks(_lose, 3, {**options, "on_lost_replica": "continue"}, "comes back")
     assert [live for live, *_ in results] == [[0, 2], [1], [0, 2]]
     assert [len(seen) for _, seen, _ in results] == [16] * 3
-    assert results[1][2] < 3.0  # it does not wait for them until the deadline, once for each
+    assert results[1][2] < 1.2  # it does not wait for them until the deadline
     assert results[1][1][-1][2] == 0.0
     assert results[0][1][-1][2] > 0.0
 

@@ -383,6 +383,15 @@ def test_alpha_is_zero_in_the_burn_in_then_rises_then_stays():
         make(alpha=lambda step: -1.0).alpha_at(0)
 
 
+def test_a_sharded_model_is_refused():
+    class FSDPModule(torch.nn.Linear):
+        pass
+
+    model = FSDPModule(3, 2)
+    with pytest.raises(TypeError, match="whole model on every rank"):
+        Codistillation(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_an_optimizer_without_weight_decay_is_no_one_to_schedule():
     model = torch.nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"weight_decay_schedule.*LBFGS"):
