@@ -2,6 +2,7 @@
 
 from .callbacks import (
     AsyncGossipCallback,
+    CodistillationCallback,
     GossipCallback,
     LocalSGDCallback,
     LocalUpdateCallback,
@@ -90,6 +91,7 @@ __all__ = [
     "ClassStratifiedSampler",
     "ClassifierFinetuningArguments",
     "Codistillation",
+    "CodistillationCallback",
     "CompleteTopology",
     "ExponentialTopology",
     "FallingWeightDecay",

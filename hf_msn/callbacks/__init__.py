@@ -1,5 +1,6 @@
 """Thin adapters between the events of a Trainer and the objects of the layers above."""
 
+from .codistillation import CodistillationCallback
 from .sync import (
     AsyncGossipCallback,
     GossipCallback,
@@ -13,6 +14,7 @@ from .training import DatasetEpochCallback, LowShotCallback, ThroughputProgressC
 
 __all__ = [
     "AsyncGossipCallback",
+    "CodistillationCallback",
     "DatasetEpochCallback",
     "GossipCallback",
     "LocalSGDCallback",

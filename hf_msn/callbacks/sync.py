@@ -73,10 +73,10 @@ class LocalUpdateCallback(SyncCallback, TrainerCallback):
         present = find_sync_callback(trainer)
         if present is not None:
             raise too_many(present, self)
-        _refuse_unsupported(trainer)
+        refuse_unsupported(trainer)
         # What is wrong with a setting is said here, not when the training begins.
         self.make_sync(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0))
-        _set_arguments(trainer)
+        set_arguments(trainer)
         open_seams(trainer)
         self._clear()
 
@@ -227,7 +227,8 @@ class AsyncGossipCallback(LocalUpdateCallback):
         super().__init__(trainer, distributed.AsyncGossip, **settings)
 
 
-def _refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Refuses what needs the ranks to be equal. Raises as [`LocalUpdateCallback`] does."""
     sharded = {
         "FSDP": getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_fsdp_xla_enabled", False),
         "DeepSpeed": getattr(trainer, "is_deepspeed_enabled", False),
@@ -250,7 +251,8 @@ def _refuse_unsupported(trainer: Trainer) -> None:
         )
 
 
-def _set_arguments(trainer: Trainer) -> None:
+def set_arguments(trainer: Trainer) -> None:
+    """Turns off what makes the ranks wait for one another, unless it was asked for."""
     args, accelerator = trainer.args, trainer.accelerator
     if args.world_size == 1:
         return

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..distributed import LocalUpdate
+from ..distributed import Codistillation, LocalUpdate
 
 logger = logging.get_logger(__name__)
 
@@ -20,8 +20,10 @@ def sync_state_file(folder: str | Path, rank: int) -> Path:
     return Path(folder, f"sync_state_{rank}.pt")
 
 
-def settings_of(sync: LocalUpdate) -> dict[str, str]:
+def settings_of(sync: LocalUpdate | Codistillation) -> dict[str, str]:
     """The method and its settings, as text: what a saved state must have in common with the run that goes on."""
+    if isinstance(sync, Codistillation):
+        return {"method": "Codistillation", **sync.described_settings()}
     described = {"method": type(sync).__name__, **{name: repr(value) for name, value in sync._settings().items()}}
     base = getattr(sync, "base", None)
     if base is not None:
@@ -29,8 +31,11 @@ def settings_of(sync: LocalUpdate) -> dict[str, str]:
     return described
 
 
-def save_rank(trainer: Trainer, sync: LocalUpdate, folder: str) -> None:
-    """Writes what this rank alone knows. Parameters and buffers are at consensus, and so in the model's own file."""
+def save_rank(trainer: Trainer, sync: LocalUpdate | Codistillation, folder: str) -> None:
+    """Writes what this rank alone knows.
+
+    Of local steps parameters and buffers are at consensus, and so in the model's own file; of replicas they are not.
+    """
     scaler = getattr(trainer.accelerator, "scaler", None)
     rank = trainer.args.process_index
     state = {
@@ -38,6 +43,7 @@ def save_rank(trainer: Trainer, sync: LocalUpdate, folder: str) -> None:
         "global_step": trainer.state.global_step,
         "settings": settings_of(sync),
         "sync": sync.state_dict(),
+        "model": trainer.model.state_dict() if rank > 0 and isinstance(sync, Codistillation) else None,
         # optimizer.pt is rank 0's.
         "optimizer": trainer.optimizer.state_dict() if rank > 0 else None,
         "lr_scheduler": trainer.lr_scheduler.state_dict(),  # a scaler may have skipped steps on this rank only
@@ -47,13 +53,14 @@ def save_rank(trainer: Trainer, sync: LocalUpdate, folder: str) -> None:
     torch.save(state, sync_state_file(folder, rank))
 
 
-def load_rank(trainer: Trainer, sync: LocalUpdate, checkpoint: str) -> dict[str, Any] | None:
-    """This rank's part of a checkpoint, or `None` (on all ranks) where the run starts from consensus; says so.
+def load_rank(trainer: Trainer, sync: LocalUpdate | Codistillation, checkpoint: str) -> dict[str, Any] | None:
+    """This rank's part of a checkpoint, or `None` (on all ranks) where the run starts from its model; says so.
 
     Raises:
         ValueError: On all ranks, if a rank's file is missing or damaged, or of another method or setting.
     """
     rank, world_size = trainer.args.process_index, trainer.args.world_size
+    held = "the model of the first replica" if isinstance(sync, Codistillation) else "the consensus"
     state, report = _read(checkpoint, rank)
     reports = _gather(report, world_size)
     saved = {entry["world_size"] for entry in reports} - {None}
@@ -64,7 +71,7 @@ def load_rank(trainer: Trainer, sync: LocalUpdate, checkpoint: str) -> dict[str,
         _say(
             trainer,
             f"'{checkpoint}' was saved by {max(saved)} ranks and goes on with {world_size}: {type(sync).__name__} "
-            "starts anew from the consensus that it holds, with rank 0's optimizer state on all ranks.",
+            f"starts anew from {held} that it holds, with rank 0's optimizer state on all ranks.",
         )
         return None
     for place, entry in enumerate(reports):
@@ -72,7 +79,7 @@ def load_rank(trainer: Trainer, sync: LocalUpdate, checkpoint: str) -> dict[str,
             raise ValueError(
                 f"Cannot resume from '{checkpoint}': '{sync_state_file('', place)}', which holds the local training "
                 f"of rank {place}, {entry['damage']}. Give another checkpoint, or delete all its 'sync_state_*.pt' to "
-                "start from the consensus that it holds."
+                f"start from {held} that it holds."
             )
     now = settings_of(sync)
     for entry in reports:
@@ -85,14 +92,16 @@ def load_rank(trainer: Trainer, sync: LocalUpdate, checkpoint: str) -> dict[str,
         if differing:
             raise ValueError(
                 f"'{checkpoint}' must be resumed with the method and settings that it was saved with, but has "
-                f"{', '.join(differing)}. Give the same, or delete its 'sync_state_*.pt' to start from the consensus "
+                f"{', '.join(differing)}. Give the same, or delete its 'sync_state_*.pt' to start from {held} "
                 "that it holds."
             )
     return state
 
 
-def restore(trainer: Trainer, sync: LocalUpdate, state: dict[str, Any]) -> None:
-    """Gives this rank its own optimizer, schedule and scaler in place of rank 0's, and the sync object its state."""
+def restore(trainer: Trainer, sync: LocalUpdate | Codistillation, state: dict[str, Any]) -> None:
+    """Gives this rank its own optimizer, schedule, scaler (and model) for rank 0's, and the sync object its state."""
+    if state.get("model") is not None:
+        trainer.model.load_state_dict(state["model"])
     if state["optimizer"] is not None:
         trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])

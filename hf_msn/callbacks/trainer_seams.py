@@ -7,6 +7,7 @@ the methods themselves are wrapped, on the one trainer.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from transformers import Trainer
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from .sync import LocalUpdateCallback
 
 _MARK = "_hf_msn_sync_seams"
+_REPLICA_MARK = "_hf_msn_replica_seams"
+
+# Methods of a trainer that a callback for replicas takes part in, and its own method that does it.
+_REPLICA_SEAMS = {
+    "compute_loss": "compute_loss",
+    "get_train_dataloader": "make_train_dataloader",
+    "get_eval_dataloader": "make_evaluation_dataloader",
+    "get_test_dataloader": "make_evaluation_dataloader",
+    "evaluation_loop": "evaluate",
+    "images_per_update": "images_per_update",
+}
 
 
 class SyncCallback:
@@ -59,26 +71,46 @@ def open_seams(trainer: Trainer) -> None:
     if hasattr(trainer, _MARK):
         return
     setattr(trainer, _MARK, True)
-
-    def wrap(name, around):
-        original = getattr(trainer, name)
-
-        @functools.wraps(original)
-        def wrapped(*args, **kwargs):
-            callback = find_sync_callback(trainer)
-            if callback is None:
-                return original(*args, **kwargs)
-            return around(callback, original, *args, **kwargs)
-
-        setattr(trainer, name, wrapped)
-
-    wrap("_inner_training_loop", _train)
+    wrap_method(trainer, "_inner_training_loop", _train)
     for name in ("evaluate", "predict", "_save_checkpoint"):
-        wrap(name, _at_consensus)
-    wrap("_save_rng_state", _save_rank)
-    wrap("_load_from_checkpoint", _load_weights)
-    wrap("_load_best_model", _load_best)
-    wrap("log", _log)
+        wrap_method(trainer, name, _at_consensus)
+    wrap_method(trainer, "_save_rng_state", _save_rank)
+    wrap_method(trainer, "_load_from_checkpoint", _load_weights)
+    wrap_method(trainer, "_load_best_model", _load_best)
+    wrap_method(trainer, "log", _log)
+
+
+def open_replica_seams(trainer: Trainer) -> None:
+    """Wraps what is different where the ranks are replicas that stay different, once."""
+    if hasattr(trainer, _REPLICA_MARK):
+        return
+    setattr(trainer, _REPLICA_MARK, True)
+
+    def by_method(name: str) -> Callable:
+        def around(callback, original, *args, **kwargs):
+            # Another sync callback may have taken the place of the one that opened the seam.
+            method = getattr(callback, name, None)
+            return original(*args, **kwargs) if method is None else method(original, *args, **kwargs)
+
+        return around
+
+    for name, method in _REPLICA_SEAMS.items():
+        if hasattr(trainer, name):
+            wrap_method(trainer, name, by_method(method))
+
+
+def wrap_method(trainer: Trainer, name: str, around: Callable) -> None:
+    """Has `around(callback, original, *args, **kwargs)` called in place of a method while a sync callback is on it."""
+    original = getattr(trainer, name)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        callback = find_sync_callback(trainer)
+        if callback is None:
+            return original(*args, **kwargs)
+        return around(callback, original, *args, **kwargs)
+
+    setattr(trainer, name, wrapped)
 
 
 def _train(callback, original, *args, **kwargs):

@@ -112,12 +112,12 @@ class CodistillationSettings:
         steps = range(max(step - self.transfer_steps + 1, 0), step + 1)
         return [sent for sent in steps if self.is_snapshot_step(sent)]
 
-    def lines(self) -> list[str]:
-        """What must be the same on all ranks, one in a line."""
+    def described(self) -> dict[str, str]:
+        """What must be the same on all ranks, as text."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["alpha"] = [self.alpha_at(self.burn_in_steps + step) for step in _PROBED_STEPS]
         # Where copies rest is each rank's own affair.
-        return [f"setting {name}={value!r}" for name, value in values.items() if name != "copies_device"]
+        return {name: repr(value) for name, value in values.items() if name != "copies_device"}
 
 
 def _require_one_of(name: str, value: Any, choices: tuple, meaning: str) -> None:

@@ -24,6 +24,8 @@ class MSNForPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor`): Scalar, the total to minimise.
         cross_entropy, me_max, entropy (`torch.Tensor`): Scalars, its parts before weighting, in nats.
         target_probabilities (`torch.Tensor` of shape `(B, K)`): Sharpened assignments of the target views.
+        anchor_probabilities (`torch.Tensor` of shape `(V*B, K)`): Assignments of the anchors, view-major, with
+            gradient.
     """
 
     loss: torch.Tensor | None = None
@@ -31,6 +33,7 @@ class MSNForPreTrainingOutput(ModelOutput):
     me_max: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     target_probabilities: torch.Tensor | None = None
+    anchor_probabilities: torch.Tensor | None = None
 
 
 class MSNForPreTraining(PretrainingModel):
@@ -153,6 +156,7 @@ class MSNForPreTraining(PretrainingModel):
             me_max=output.me_max.detach(),
             entropy=output.entropy.detach(),
             target_probabilities=output.target_probabilities,
+            anchor_probabilities=output.anchor_probabilities,
         )
 
     @property

@@ -20,12 +20,15 @@ class PAWSForPreTrainingOutput(ModelOutput):
         cross_entropy, me_max (`torch.Tensor`): Scalars, its parts before weighting, in nats.
         target_probabilities (`torch.Tensor` of shape `(2*B, C)`): Sharpened class predictions of the two global views,
             the targets of the first views first; C is the number of classes in the support.
+        anchor_probabilities (`torch.Tensor` of shape `((2+F)*B, C)`): Class predictions of the global views and small
+            crops, view-major, with gradient.
     """
 
     loss: torch.Tensor | None = None
     cross_entropy: torch.Tensor | None = None
     me_max: torch.Tensor | None = None
     target_probabilities: torch.Tensor | None = None
+    anchor_probabilities: torch.Tensor | None = None
 
 
 class PAWSForPreTraining(SemiSupervisedModel):
@@ -105,6 +108,7 @@ class PAWSForPreTraining(SemiSupervisedModel):
             cross_entropy=output.cross_entropy.detach(),
             me_max=output.me_max.detach(),
             target_probabilities=output.target_probabilities,
+            anchor_probabilities=output.anchor_probabilities,
         )
 
 

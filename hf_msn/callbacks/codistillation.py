@@ -1,0 +1,379 @@
+"""Codistillation on any Trainer: a callback that adds the replicas' distance to the loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from ..distributed import Codistillation, FallingWeightDecay
+from ..distributed.collectives import rank, world_size
+from ..distributed.subgroups import subgroup
+from .codistillation_rules import check_codistillation
+from .replica_data import nothing_gathered, rows_shared_by
+from .replica_predictions import forward_for, initialize_anew, is_pretrained, mask_for, predictions_for
+from .sync import set_arguments
+from .sync_checkpoints import load_rank, restore, save_rank
+from .trainer_seams import SyncCallback, find_sync_callback, open_replica_seams, open_seams, too_many
+
+logger = logging.get_logger(__name__)
+
+PUBLISHED_FILE = "codistillation.json"
+
+
+class CodistillationCallback(SyncCallback, TrainerCallback):
+    """Trains by [`Codistillation`] on any `transformers.Trainer`: the ranks are replicas that teach one another.
+
+    Example:
+
+    ```python
+    trainer.add_callback(CodistillationCallback(trainer, exchange="checkpoints", exchange_every=2500))
+    trainer.train()
+    ```
+
+    **The loss** of a micro-batch is `compute_loss` plus [`Codistillation.loss`] of the model's last forward pass
+    in it. With gradient accumulation the distance counts as its mean over the micro-batches, however the other loss is
+    normalised. A label of -100 leaves its position out of the distance, of causal language models the one before it.
+
+    **The data.** With `same_batch` every replica goes over *all* rows in the same order, so that an epoch has as many
+    more updates as there are replicas; else all ranks share them, as ever.
+
+    **The start.** Replicas begin with parameters of their own: replica r > 0 is drawn anew with seed + r after DDP has
+    made all equal. Weights from a checkpoint (`from_pretrained`) are kept, with a warning.
+
+    **Evaluations** while training: each rank evaluates its replica on all rows. Under the usual names are the first
+    replica's metrics, `<metric>_replica_<r>` are the others'; all ranks get all of them. Features of a low-shot
+    evaluation are shared out over the ranks, and so mix the replicas: evaluate them after training.
+
+    **A checkpoint** holds the first replica as ever, and a `sync_state_<rank>.pt` for each rank: its model, optimizer,
+    schedule and scaler, and the copies of its peers. A resumed run goes on bit for bit. With another number of ranks,
+    or without these files, all replicas start from the first one's model.
+
+    **At the end** all ranks take the replica that is published, and `codistillation.json` in `output_dir` names it.
+
+    **Logged** with the loss (which is the mean over the ranks, distance and all), of this rank and since the last
+    time: `codistillation_distance`, `codistillation_alpha`, `codistillation_staleness`, `sync_megabytes_sent`,
+    `sync_seconds_waiting`.
+
+    Args:
+        trainer (`Trainer`): The trainer that the callback is added to.
+        exchange (`str`, *optional*, defaults to `"predictions"`): `"predictions"` or `"checkpoints"`.
+        same_batch (`bool`, *optional*): Give all replicas the same batches; by default with predictions only. With
+            predictions `False` means that you do it.
+        inner_size (`int`, *optional*, defaults to 1): Ranks of one replica, that follow each other. Or give `group`
+            and `inner_group`, the dimensions of a `DeviceMesh`.
+        initialization (`str`, *optional*, defaults to `"own"`): `"own"` or `"same"` parameters to begin with. Weights
+            that were loaded in another way than `from_pretrained` need `"same"`.
+        reinitialize (`Callable[[nn.Module], None]`, *optional*): Initialises a model in place, such as the head of a
+            pretrained one; by default as the model's class does.
+        falling_weight_decay (`bool`, *optional*, defaults to `False`): [`FallingWeightDecay`] over the training.
+        publish (`str`, *optional*, defaults to `"first"`): The replica that the run ends with: `"first"`, or `"best"`
+            by `metric_for_best_model` (by default the loss) of an evaluation after the last update.
+        log_parameter_distance (`bool`, *optional*, defaults to `False`): Log `codistillation_parameter_distance` too,
+            which exchanges all parameters.
+        mask (`Callable`, *optional*): batch -> positions that count, see [`Codistillation.loss`].
+        settings: Of [`Codistillation`], such as `exchange_every`, `alpha`, `temperature`, `top_k`, `predictions`.
+
+    Raises:
+        ValueError: If a setting is outside of its rule, the trainer has another sync callback, a loss that is computed
+            outside of the model, or two weight decay schedules.
+        TypeError: If the trainer shards the model.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        exchange: str = "predictions",
+        same_batch: bool | None = None,
+        inner_size: int = 1,
+        initialization: str = "own",
+        reinitialize: Callable[[nn.Module], None] | None = None,
+        falling_weight_decay: bool = False,
+        publish: str = "first",
+        log_parameter_distance: bool = False,
+        mask: Callable[[Any], torch.Tensor] | None = None,
+        **settings: Any,
+    ):
+        self.trainer, self.settings = trainer, {"exchange": exchange, **settings}
+        self.same_batch = exchange == "predictions" if same_batch is None else same_batch
+        self.inner_size, self.initialization, self.reinitialize = inner_size, initialization, reinitialize
+        self.falling_weight_decay, self.publish = falling_weight_decay, publish
+        self.log_parameter_distance, self.mask = log_parameter_distance, mask
+        self.sync: Codistillation | None = None
+        self.checkpoint: str | None = None
+        self._initialized = False
+        present = find_sync_callback(trainer)
+        if present is not None:
+            raise too_many(present, self)
+        check_codistillation(self)
+        if self.settings.get("predictions") is None:
+            self.settings["predictions"] = predictions_for(trainer.model)
+        if self.settings.get("forward") is None:
+            self.settings["forward"] = forward_for(trainer.model)
+        Codistillation(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0), **self._core_settings(1))
+        set_arguments(trainer)
+        open_seams(trainer)
+        open_replica_seams(trainer)
+        self._clear()
+
+    # The ranks
+
+    def _groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """One rank of each replica, and the ranks of this replica."""
+        if "group" in self.settings or "inner_group" in self.settings:
+            return self.settings.get("group"), self.settings.get("inner_group")
+        ranks, size, own = world_size(), self.inner_size, rank()
+        if size == 1:
+            return None, None
+        inner = subgroup(range(own - own % size, own - own % size + size), name="replica")
+        return subgroup(range(own % size, ranks, size), name="replicas"), inner
+
+    def _inner_place(self) -> tuple[int, int]:
+        """Number of ranks of this replica, and this rank's place among them."""
+        _, inner = self._groups()
+        return (1, 0) if inner is None else (world_size(inner), rank(inner))
+
+    @property
+    def replica(self) -> int:
+        """The place of this rank's replica."""
+        return rank(self._groups()[0])
+
+    @property
+    def num_replicas(self) -> int:
+        return world_size(self._groups()[0])
+
+    # From the beginning to the end
+
+    def _core_settings(self, total_steps: int) -> dict[str, Any]:
+        settings = dict(self.settings)
+        if self.falling_weight_decay:
+            settings["weight_decay_schedule"] = FallingWeightDecay(total_steps)
+        return settings
+
+    def _clear(self) -> None:
+        self._bytes_logged, self._seconds_logged = 0, 0.0
+        self._distance, self._num_distances = 0.0, 0
+        self._evaluated: tuple[int, list[dict[str, float]]] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if find_sync_callback(self.trainer) is not self:
+            raise ValueError(
+                "A CodistillationCallback must be added to the trainer that it was built with, but is on another one. "
+                "Build it with this one: `trainer.add_callback(CodistillationCallback(trainer))`."
+            )
+        self._clear()
+        group, inner_group = self._groups()
+        settings = {**self._core_settings(max(state.max_steps, 1)), "group": group, "inner_group": inner_group}
+        sync = Codistillation(self.trainer.model_wrapped, self.trainer.optimizer, **settings)
+        saved = None if self.checkpoint is None else load_rank(self.trainer, sync, self.checkpoint)
+        if saved is not None:
+            restore(self.trainer, sync, saved)
+        else:
+            sync.steps = state.global_step
+            if self.checkpoint is None and not self._initialized:
+                self._initialize()
+        self._initialized = True
+        if state.is_world_process_zero:
+            print(self.describe(sync), flush=True)
+        self.sync = sync.start()
+
+    def _initialize(self) -> None:
+        """Gives each replica but the first parameters of its own, the same on all of its ranks."""
+        if self.initialization == "same" or self.num_replicas == 1:
+            return
+        model = self.trainer.model
+        if self.reinitialize is None and is_pretrained(model):
+            if self.trainer.is_world_process_zero():
+                logger.warning(
+                    f"The replicas all begin with the weights of '{model.config._name_or_path}', and differ only by "
+                    "what they see. To draw the head anew in each, give `reinitialize`, a function that does it to a "
+                    "model in place."
+                )
+            return
+        if self.replica > 0:
+            devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.trainer.args.seed + self.replica)
+                with torch.no_grad():
+                    (self.reinitialize or initialize_anew)(model)
+
+    def describe(self, sync: Codistillation) -> str:
+        """What is done, in one line."""
+        size, replicas = self._inner_place()[0], self.num_replicas
+        shown = {name: value for name, value in sync.described_settings().items() if value != "None"}
+        if not callable(sync.settings.alpha):
+            shown["alpha"] = repr(sync.settings.alpha)
+        if sync.settings.exchange == "predictions":
+            shown = {name: value for name, value in shown.items() if name not in ("exchange_every", "transfer_steps")}
+        data = (
+            "Each replica goes over all the data, in the same batches: an epoch has the updates of one replica alone."
+            if self.same_batch
+            else "The replicas share the data."
+        )
+        of = f"{replicas} replica{'s' if replicas > 1 else ''} of {size} rank{'s' if size > 1 else ''}"
+        return f"Codistillation of {of}: {', '.join(f'{name}={value}' for name, value in shown.items())}. {data}"
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.sync is None:
+            raise RuntimeError(
+                "CodistillationCallback must be on its trainer when the training begins, but was added after. Add it "
+                "before `trainer.train()`."
+            )
+        self.sync.step()
+
+    def bring_to_consensus(self) -> None:
+        """Nothing: replicas are evaluated and saved as they are."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.finish()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Publishes a replica and stops, if it still runs; `error` is what ended the training early."""
+        if self.sync is None:
+            return
+        try:
+            if error is None:
+                self._publish()
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            sync, self.sync = self.sync, None
+            sync.stop(error)
+
+    def _publish(self) -> None:
+        args, state = self.trainer.args, self.trainer.state
+        said: dict[str, Any] = {"replicas": self.num_replicas, "published": 0, "publish": self.publish}
+        if self.publish == "best" and self.num_replicas > 1:
+            if self._evaluated is None or self._evaluated[0] != state.global_step:
+                self.trainer.evaluate()
+            name = args.metric_for_best_model or "loss"
+            name = name if name.startswith("eval_") else f"eval_{name}"
+            values = [metrics[name] for metrics in self._evaluated[1]]
+            greater = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
+            best = (max if greater else min)(range(len(values)), key=values.__getitem__)
+            said |= {"published": best, "metric": name, "values": values}
+        if self.num_replicas > 1:
+            self.sync.take_replica(said["published"])
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            said["checkpoint"] = state.best_model_checkpoint
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            shown = {name: value for name, value in self.sync.described_settings().items() if value != "None"}
+            text = json.dumps({**said, "step": state.global_step, "settings": shown}, indent=2)
+            (folder / PUBLISHED_FILE).write_text(text + "\n")
+
+    # Within the trainer's methods
+
+    def compute_loss(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss, and in training the distance from the other replicas."""
+        model = self.trainer.model
+        if self.sync is None or not (torch.is_grad_enabled() and model.training):
+            return original(*args, **kwargs)
+        seen: list[tuple] = []
+        # Only for now: a hook would be copied along with the model.
+        hook = model.register_forward_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            hook.remove()
+        if not seen:
+            raise RuntimeError(
+                "Codistillation compares what the model returned, but `compute_loss` did not call "
+                f"`trainer.model`, a {type(model).__name__}. Call the model that `compute_loss` is given."
+            )
+        positional, named, output = seen[-1]
+        if len(positional) > 1 or (positional and named):
+            raise ValueError(
+                "`compute_loss` must call the model with named arguments, or with a batch alone, but gave "
+                f"{len(positional)} arguments by position and {sorted(named)}. Name them all."
+            )
+        batch = positional[0] if positional else {n: v for n, v in named.items() if n != "num_items_in_batch"}
+        extra = self._distance_loss(output, batch)
+        items = kwargs.get("num_items_in_batch", args[3] if len(args) > 3 else None)
+        if self._is_scaled(items):
+            extra = extra / self.trainer.current_gradient_accumulation_steps
+        return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+
+    def _distance_loss(self, output: Any, batch: Any) -> torch.Tensor:
+        if self.mask is not None:
+            mask = self.mask(batch)
+        else:
+            mask = mask_for(self.trainer.model, batch, self.settings["predictions"](output))
+        extra = self.sync.loss(output, batch, mask)
+        if extra.requires_grad:  # else there was nothing to compare with
+            self._distance = self._distance + extra.detach() / self.sync.alpha_at(self.sync.steps)
+            self._num_distances += 1
+        return extra
+
+    def _is_scaled(self, items: Any) -> bool:
+        """Whether the trainer leaves the loss of a micro-batch as it is, because it is a part of the update's."""
+        told = getattr(self.trainer, "loss_is_scaled_for_ga", None)
+        return told if told is not None else self.trainer.model_accepts_loss_kwargs and items is not None
+
+    def make_train_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The loader of the training, over the ranks that share its rows."""
+        if not self.same_batch or self.num_replicas == 1:
+            return original(*args, **kwargs)
+        with rows_shared_by(self.trainer, *self._inner_place()):
+            return original(*args, **kwargs)
+
+    def make_evaluation_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """A loader of all rows while the ranks hold different models."""
+        if self.sync is None or self.num_replicas == 1:
+            return original(*args, **kwargs)
+        with rows_shared_by(self.trainer, 1, 0):
+            return original(*args, **kwargs)
+
+    def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Each replica's own evaluation; the metrics of all of them on all ranks, so that all decide alike."""
+        if self.sync is None or self.num_replicas == 1:
+            return original(*args, **kwargs)
+        with nothing_gathered(self.trainer):
+            output = original(*args, **kwargs)
+        gathered: list = [None] * world_size()
+        dist.all_gather_object(gathered, (self.replica, output.metrics))
+        by_replica: dict[int, dict[str, float]] = {}
+        for place, metrics in gathered:
+            by_replica.setdefault(place, metrics)
+        metrics = dict(by_replica[0])
+        for place in range(1, self.num_replicas):
+            metrics |= {f"{name}_replica_{place}": value for name, value in by_replica[place].items()}
+        self._evaluated = self.trainer.state.global_step, [by_replica[place] for place in range(self.num_replicas)]
+        return output._replace(metrics=metrics)
+
+    def images_per_update(self, original: Callable, *args: Any, **kwargs: Any) -> int:
+        """Those of one replica, where each goes over all images."""
+        return original(*args, **kwargs) // (self.num_replicas if self.same_batch else 1)
+
+    def values_to_log(self, is_training_log: bool) -> dict[str, float]:
+        """What to add to a log. Every rank must call it, if it is one of the training."""
+        if self.sync is None or not is_training_log:
+            return {}
+        sent, waited = self.sync.bytes_sent, self.sync.seconds_waiting
+        logs = {
+            "codistillation_alpha": self.sync.alpha_at(max(self.sync.steps - 1, 0)),
+            "sync_megabytes_sent": (sent - self._bytes_logged) / 1e6,
+            "sync_seconds_waiting": waited - self._seconds_logged,
+        }
+        self._bytes_logged, self._seconds_logged = sent, waited
+        if self._num_distances:
+            logs["codistillation_distance"] = float(self._distance) / self._num_distances
+            self._distance, self._num_distances = 0.0, 0
+        if self.sync.staleness is not None:
+            logs["codistillation_staleness"] = self.sync.staleness
+        if self.log_parameter_distance:
+            logs["codistillation_parameter_distance"] = self.sync.parameter_distance()
+        return logs
+
+    def save(self, folder: str) -> None:
+        """Adds this rank's file to a checkpoint."""
+        if self.sync is not None:
+            save_rank(self.trainer, self.sync, folder)

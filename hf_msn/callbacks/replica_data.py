@@ -1,0 +1,70 @@
+"""Which rows a replica trains and is evaluated on, where accelerate would share them out over all ranks."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.data_loader import prepare_data_loader
+from transformers import Trainer
+from transformers.trainer_utils import seed_worker
+
+
+@contextmanager
+def rows_shared_by(trainer: Trainer, size: int, place: int) -> Iterator[None]:
+    """Loaders that the trainer makes inside give this rank its part of the rows as if there were `size` ranks.
+
+    Args:
+        trainer (`Trainer`): Its accelerator prepares the loaders.
+        size (`int`): Ranks that share the rows; 1 gives this rank all of them.
+        place (`int`): This rank's place among them. The workers of a loader draw from a seed of it.
+    """
+    accelerator = trainer.accelerator
+
+    def prepare(loader, device_placement=None, slice_fn_for_dispatch=None):
+        init = loader.worker_init_fn
+        if isinstance(init, functools.partial) and init.func is seed_worker:
+            # Augmentations must be the same in all replicas.
+            loader.worker_init_fn = functools.partial(seed_worker, **{**init.keywords, "rank": place})
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=size,
+            process_index=place,
+            split_batches=accelerator.split_batches,
+            put_on_device=accelerator.device_placement if device_placement is None else device_placement,
+            rng_types=accelerator.rng_types.copy(),
+            dispatch_batches=False,
+            even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+            use_stateful_dataloader=accelerator.use_stateful_dataloader,
+        )
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    with _replaced(accelerator, prepare_data_loader=prepare):
+        yield
+
+
+@contextmanager
+def nothing_gathered(trainer: Trainer) -> Iterator[None]:
+    """What the trainer gathers over the ranks inside stays this rank's own."""
+
+    def own(tensor: Any, *args, **kwargs) -> Any:
+        return tensor
+
+    with _replaced(trainer.accelerator, gather=own, pad_across_processes=own):
+        yield
+
+
+@contextmanager
+def _replaced(thing: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of this one object hide those of its class."""
+    vars(thing).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            vars(thing).pop(name, None)

@@ -1,0 +1,89 @@
+"""What the replicas of a codistillation compare, by the kind of model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..distributed.peer_checkpoints import call_model, logits_of
+from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
+
+
+def predictions_for(model: nn.Module) -> Callable[[Any], torch.Tensor]:
+    """output -> predictions of a model.
+
+    Assignments of MSN's anchors to the prototypes, PAWS' predictions of classes for its anchors, as logarithms; of all
+    others the output's `logits`.
+
+    Raises:
+        ValueError: For a model that predicts nothing.
+    """
+    if isinstance(model, SuNCEtForPreTraining):
+        raise ValueError(
+            "Replicas learn from one another's predictions, but `SuNCEtForPreTraining` makes none. Give "
+            "`predictions`, a function of the output, or train by another method."
+        )
+    return log_assignments_of if isinstance(model, (MSNForPreTraining, PAWSForPreTraining)) else logits_of
+
+
+def log_assignments_of(output: Any) -> torch.Tensor:
+    """log p of the anchors, `(V*B, C)`."""
+    p = output["anchor_probabilities"]
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+def forward_for(model: nn.Module) -> Callable[[nn.Module, Any], Any]:
+    """(copy, batch) -> output: as the model was called. A copy of MSN masks the patches that the model has masked."""
+    if not isinstance(model, MSNForPreTraining):
+        return call_model
+
+    def forward(copy: nn.Module, batch: Any) -> Any:
+        if model._mask_draw is not None:
+            seed, drawn = model._mask_draw  # the model has moved on by one
+            copy._mask_draw = (seed, drawn - 1)
+        return call_model(copy, batch)
+
+    return forward
+
+
+def mask_for(model: nn.Module, batch: Any, predictions: torch.Tensor) -> torch.Tensor | None:
+    """The positions that count, `(B, L)`, of predictions `(B, L, C)` with a label for each; `None`: all.
+
+    A causal language model predicts the next token at each position, all others that of the position itself.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if predictions.dim() != 3 or not torch.is_tensor(labels) or labels.shape != predictions.shape[:-1]:
+        return None
+    counts = labels != -100
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        counts = nn.functional.pad(counts[:, 1:], (0, 1))
+    return counts
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model's weights are known to come from a checkpoint."""
+    return bool(getattr(getattr(model, "config", None), "_name_or_path", ""))
+
+
+@torch.no_grad()
+def initialize_anew(model: nn.Module) -> None:
+    """Gives the trainable parameters other random values, as the model's class draws them.
+
+    Raises:
+        ValueError: If the class cannot be built from its configuration alone.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Replicas must begin with different parameters, but how to initialise a {type(model).__name__}, which is "
+            "no `PreTrainedModel`, is not known. Give `reinitialize`, a function that does it to a model in place, or "
+            "`initialization='same'`."
+        )
+    fresh = dict(type(model)(model.config).named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(fresh[name])
+    if isinstance(model, MSNForPreTraining):
+        model.update_target(0.0)
