@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from .sync import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -64,4 +66,11 @@ def check_codistillation(callback: CodistillationCallback) -> None:
         raise ValueError(
             "The weight decay takes one schedule, but there are two: this callback's and `final_weight_decay` "
             f"{args.final_weight_decay} of the trainer's. Set `final_weight_decay` to None."
+        )
+    is_known = callback.reinitialize is not None or isinstance(trainer.model, PreTrainedModel)
+    if ranks > size and callback.initialization == "own" and not is_known:
+        raise ValueError(
+            "Replicas must begin with different parameters, but how to initialise a "
+            f"{type(trainer.model).__name__}, which is no `PreTrainedModel`, is not known. Give `reinitialize`, a "
+            "function that does it to a model in place, or `initialization='same'`."
         )

@@ -69,18 +69,8 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def initialize_anew(model: nn.Module) -> None:
-    """Gives the trainable parameters other random values, as the model's class draws them.
-
-    Raises:
-        ValueError: If the class cannot be built from its configuration alone.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"Replicas must begin with different parameters, but how to initialise a {type(model).__name__}, which is "
-            "no `PreTrainedModel`, is not known. Give `reinitialize`, a function that does it to a model in place, or "
-            "`initialization='same'`."
-        )
+def initialize_anew(model: PreTrainedModel) -> None:
+    """Gives the trainable parameters of a `PreTrainedModel` other random values, as its class draws them."""
     fresh = dict(type(model)(model.config).named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

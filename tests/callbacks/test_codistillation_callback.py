@@ -48,7 +48,7 @@ def _train_all(rank, folder):
             trainer.add_callback(CodistillationCallback(trainer, **settings))
             batches = watch_batches(trainer)
             trainer.train()
-            last = [taken for event, step, taken in snapshots.taken if (event, step) == ("step", 8)][0]
+            last = next(taken for event, step, taken in snapshots.taken if (event, step) == ("step", 8))
             distances = logged(trainer, "codistillation_distance")
             results[kind, exchange] = first.weights, batches, last, weights(trainer.model), distances
     return results
@@ -115,9 +115,7 @@ def test_on_a_trainer_replicas_train_as_the_equation_says(tmp_path):
         tolerance = {"rtol": 1e-9, "atol": 1e-11} if kind == "image" else {"rtol": 1e-5, "atol": 1e-7}
         for end, weights_by_hand in zip(ends, expected):
             for name, value in weights_by_hand.items():
-                torch.testing.assert_close(
-                    end[name], value, **tolerance, msg=lambda m, n=name: f"{kind} {exchange} {n} {m}"
-                )
+                torch.testing.assert_close(end[name], value, **tolerance)
         assert list(distances) == (list(range(1, 9)) if exchange == "predictions" else [5, 6, 7, 8])
         assert distances == pytest.approx(expected_distances, rel=1e-5)
         # the first replica is what the run ends with, on both ranks
@@ -132,7 +130,7 @@ def _replicas_of_two(rank, folder):
         trainer.add_callback(CodistillationCallback(trainer, inner_size=2, **settings))
         batches = watch_batches(trainer)
         trainer.train()
-        last = [taken for event, step, taken in snapshots.taken if (event, step) == ("step", 5)][0]
+        last = next(taken for event, step, taken in snapshots.taken if (event, step) == ("step", 5))
         results[exchange] = first.weights, batches, last
     return results
 

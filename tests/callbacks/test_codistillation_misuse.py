@@ -1,0 +1,150 @@
+"""Wrong use of codistillation on a Trainer says value, rule and remedy; taken off, it leaves a trainer as it was."""
+
+import pytest
+import semi_supervised_runs
+import short_runs
+import torch.distributed as dist
+from launch import run_ranks
+from sync_runs import make_trainer, same, weights
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_msn import CodistillationCallback, SlowMoCallback
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"exchange": "gradients"}, "`exchange` .* but is 'gradients'"),
+        ({"alpha": -1.0}, "`alpha` .* >= 0, but is -1.0"),
+        ({"exchange": "checkpoints", "top_k": 2}, "`top_k` .* must be None with `exchange='checkpoints'`"),
+        ({"initialization": "other"}, "`initialization` must be 'own' or 'same', but is 'other'"),
+        ({"publish": "average"}, "`publish` must be 'first' or 'best', but is 'average'"),
+        ({"inner_size": 0}, "`inner_size` .* integer >= 1 that divides all 1 ranks, but is 0"),
+        ({"inner_size": 2}, "`inner_size` .* divides all 1 ranks, but is 2"),
+        ({"on_lost_replica": "continue"}, "`on_lost_replica` must be 'raise' on a Trainer, .* but is 'continue'"),
+    ],
+)
+def test_a_setting_outside_its_rule_is_named_before_the_training(tmp_path, settings, words):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        CodistillationCallback(trainer, **settings)
+    trainer.add_callback(CodistillationCallback(trainer))
+
+
+def test_a_loss_outside_of_the_model_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` must be 0 .* but it is 0.1. Smooth the labels"):
+        CodistillationCallback(trainer)
+    trainer = make_trainer(tmp_path)
+    trainer.compute_loss_func = lambda *_, **__: None
+    with pytest.raises(ValueError, match=r"`compute_loss_func` must be None .* Override `compute_loss`"):
+        CodistillationCallback(trainer)
+
+
+def test_what_two_would_decide_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(SlowMoCallback(trainer))
+    with pytest.raises(ValueError, match="one sync callback, but has SlowMoCallback and CodistillationCallback"):
+        CodistillationCallback(trainer)
+    best = make_trainer(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    with pytest.raises(ValueError, match=r"`publish='best'` .* `load_best_model_at_end`"):
+        CodistillationCallback(best, publish="best")
+    msn = short_runs.make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"one schedule, but there are two: .* `final_weight_decay` 0.4"):
+        CodistillationCallback(msn, falling_weight_decay=True)
+    with pytest.raises(ValueError, match="needs an `eval_dataset`"):
+        CodistillationCallback(msn, publish="best")
+
+
+def test_a_model_without_predictions_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`SuNCEtForPreTraining` makes none. Give `predictions`"):
+        CodistillationCallback(semi_supervised_runs.make_run(tmp_path, "suncet"))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "kind"),
+    [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed"), ("get_tp_size", "tensor")],
+)
+def test_sharded_models_are_refused(tmp_path, monkeypatch, attribute, kind):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer, attribute, (lambda: 2) if attribute.startswith("get") else True)
+    with pytest.raises(TypeError, match=f"this trainer uses {kind}"):
+        CodistillationCallback(trainer)
+
+
+def test_a_callback_of_another_trainer_or_added_too_late_is_refused(tmp_path):
+    trainer, other = make_trainer(tmp_path), make_trainer(tmp_path)
+    other.add_callback(CodistillationCallback(trainer))
+    with pytest.raises(ValueError, match="must be added to the trainer that it was built with"):
+        other.train()
+
+    class AddLate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.add_callback(CodistillationCallback(trainer))
+
+    trainer.add_callback(AddLate())
+    with pytest.raises(RuntimeError, match="must be on its trainer when the training begins"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*one replica only")
+def test_an_error_stops_it_and_taken_off_the_trainer_trains_as_before(tmp_path):
+    plain = make_trainer(tmp_path)
+    plain.train()
+    trainer = make_trainer(tmp_path)
+    callback = CodistillationCallback(trainer)
+    trainer.add_callback(callback)
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Fail())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert callback.sync is None
+    trainer.remove_callback(Fail)
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert same(weights(trainer.model), weights(plain.model))
+
+
+class Own(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(192, 3).double()
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(pixel_values.flatten(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def _own_model(rank, folder):
+    said = {}
+    for name, settings in {
+        "unknown": {},
+        "other_batches": {"same_batch": False, "reinitialize": lambda model: model.linear.reset_parameters()},
+        "known": {"reinitialize": lambda model: model.linear.reset_parameters()},
+    }.items():
+        trainer = make_trainer(f"{folder}/{name}", model=Own(), max_steps=2)
+        said[name] = None
+        try:
+            trainer.add_callback(CodistillationCallback(trainer, **settings))
+            trainer.train()
+        except ValueError as error:
+            said[name] = str(error)
+        dist.barrier()
+    return said
+
+
+@pytest.mark.distributed
+def test_batches_that_differ_and_a_model_that_cannot_be_drawn_anew_are_named(tmp_path):
+    first, second = run_ranks(_own_model, 2, str(tmp_path))
+    for said in (first, second):
+        assert "Give `reinitialize`" in said["unknown"]
+        assert said["known"] is None
+        assert "must see the same batch" in said["other_batches"]

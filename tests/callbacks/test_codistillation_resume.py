@@ -1,0 +1,121 @@
+"""Checkpoints of replicas: bit for bit with what is under way between them, and what a foreign one says."""
+
+import shutil
+
+import pytest
+import short_runs
+import torch
+from launch import run_ranks
+from sync_runs import logged, make_trainer, same, weights
+from test_sync_resume import equal
+from transformers import TrainerCallback
+
+from hf_msn import CodistillationCallback, SlowMoCallback
+
+
+class Last(TrainerCallback):
+    """This rank's own weights after an update, before one replica is published."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights = weights(model)
+
+
+def of_images(folder, last, inner_size=1, **settings):
+    trainer = make_trainer(folder, save_strategy="steps", save_steps=4, callbacks=[last], weight_decay=0.1)
+    settings = {"inner_size": inner_size, "falling_weight_decay": True, "ramp_steps": 6, **settings}
+    trainer.add_callback(CodistillationCallback(trainer, **settings))
+    return trainer
+
+
+def of_msn(folder, last, inner_size=1):
+    trainer = short_runs.make_trainer(
+        folder,
+        dataset=short_runs.RandomViews(64),
+        save_steps=4,
+        callbacks=[last],
+        gradient_accumulation_steps=2,
+        model_fields={"mask_ratio": 0.5},
+    )
+    settings = {"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2, "inner_size": inner_size}
+    trainer.add_callback(CodistillationCallback(trainer, **settings))
+    return trainer
+
+
+RUNS = {
+    "predictions": lambda *it, **fields: of_images(*it, exchange="predictions", top_k=2, **fields),
+    # At the checkpoint of update 4 the snapshots of update 2 are in use and those of update 4 under way.
+    "checkpoints": lambda *it, **fields: of_images(
+        *it, exchange="checkpoints", exchange_every=2, transfer_steps=2, **fields
+    ),
+    "msn": of_msn,
+}
+
+
+def _resume(rank, folder, inner_size, names):
+    results = {}
+    for name in names:
+        kept = [Last(), Last()]
+        whole = RUNS[name](f"{folder}/{name}_whole", kept[0], inner_size=inner_size)
+        whole.train()
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.copytree(f"{folder}/{name}_whole/checkpoint-4", f"{folder}/{name}_parts/checkpoint-4")
+        torch.distributed.barrier()
+        parts = RUNS[name](f"{folder}/{name}_parts", kept[1], inner_size=inner_size)
+        parts.train(resume_from_checkpoint=True)
+        states = [
+            torch.load(f"{folder}/{name}_{part}/checkpoint-8/sync_state_{rank}.pt", weights_only=True)
+            for part in ("whole", "parts")
+        ]
+        logs = [
+            {key: logged(trainer, key) for key in ("loss", "codistillation_distance", "codistillation_staleness")}
+            for trainer in (whole, parts)
+        ]
+        results[name] = [last.weights for last in kept], states, logs
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("num_ranks", "inner_size", "names"), [(2, 1, tuple(RUNS)), (4, 2, ("checkpoints",)), (4, 1, ("predictions",))]
+)
+def test_replicas_go_on_bit_for_bit(tmp_path, num_ranks, inner_size, names):
+    results = run_ranks(_resume, num_ranks, str(tmp_path), inner_size, names, timeout=150.0)
+    for name in names:
+        for rank, (kept, states, logs) in enumerate(result[name] for result in results):
+            assert same(*kept), (name, rank)
+            assert equal(*states), (name, rank)
+            assert logs[0] == logs[1] and len(logs[0]["loss"]) == 8, (name, rank)
+        assert not same(results[0][name][0][0], results[-1][name][0][0])
+        if name == "checkpoints":  # snapshots come into use two updates old
+            assert results[0][name][2][0]["codistillation_staleness"] == {4: 2, 5: 3, 6: 2, 7: 3, 8: 2}
+
+
+def _train(rank, folder):
+    of_images(folder, Last()).train()
+
+
+def _go_on(rank, folder):
+    said = {}
+    for name, add in {
+        "method": lambda trainer: SlowMoCallback(trainer),
+        "setting": lambda trainer: CodistillationCallback(trainer, alpha=0.5, falling_weight_decay=True, ramp_steps=6),
+    }.items():
+        trainer = make_trainer(folder)
+        trainer.add_callback(add(trainer))
+        with pytest.raises(ValueError, match="must be resumed with the method and settings") as error:
+            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+        said[name] = str(error.value)
+    return said
+
+
+@pytest.mark.distributed
+def test_another_method_setting_or_number_of_ranks_is_said(tmp_path, caplog):
+    run_ranks(_train, 2, str(tmp_path))
+    for said in run_ranks(_go_on, 2, str(tmp_path)):
+        assert "method Codistillation there, SlowMo here" in said["method"]
+        assert "alpha [0.0" in said["setting"] and "the model of the first replica" in said["setting"]
+    trainer = of_images(tmp_path, Last())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "saved by 2 ranks and goes on with 1: Codistillation starts anew from the model of the first" in caplog.text
+    assert trainer.state.global_step == 8
