@@ -353,6 +353,13 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         """Those of one replica, where each goes over all images."""
         return original(*args, **kwargs) // (self.num_replicas if self.same_batch else 1)
 
+    def support_ranks(self, original: Callable) -> tuple[int, int]:
+        """The ranks of one replica share a support, where all replicas must have the same."""
+        if not self.same_batch or self.num_replicas == 1:
+            return original()
+        size, place = self._inner_place()
+        return place, size
+
     def values_to_log(self, is_training_log: bool) -> dict[str, float]:
         """What to add to a log. Every rank must call it, if it is one of the training."""
         if self.sync is None or not is_training_log:

@@ -28,6 +28,7 @@ _REPLICA_SEAMS = {
     "get_test_dataloader": "make_evaluation_dataloader",
     "evaluation_loop": "evaluate",
     "images_per_update": "images_per_update",
+    "support_ranks": "support_ranks",
 }
 
 

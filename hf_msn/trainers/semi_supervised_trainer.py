@@ -71,6 +71,7 @@ class SemiSupervisedTrainer(PretrainingTrainer):
     def support_sampler(self, start_step: int = 0) -> ClassStratifiedSampler:
         """The sampler of this rank's part of the supports; its steps are micro-batches."""
         args = self.args
+        place, ranks = self.support_ranks()
         with in_terms_of(SUPPORT_FIELDS):
             return ClassStratifiedSampler(
                 self.support_dataset.labels,
@@ -79,10 +80,14 @@ class SemiSupervisedTrainer(PretrainingTrainer):
                 shard=args.support_shard,
                 on_small_class=args.support_on_small_class,
                 seed=args.seed,
-                rank=args.process_index,
-                world_size=args.world_size,
+                rank=place,
+                world_size=ranks,
                 start_step=start_step,
             )
+
+    def support_ranks(self) -> tuple[int, int]:
+        """This rank's place among those that share a support, and their number."""
+        return self.args.process_index, self.args.world_size
 
     def train(self, *args, **kwargs):
         """As [`PretrainingTrainer.train`]; says in one line what the support is."""
