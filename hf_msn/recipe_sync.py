@@ -32,6 +32,26 @@ _ASYNC = (
 _SLOW = ("slow_momentum", "slow_lr", "slow_average", "slow_shard_state", "sync_base")
 _PEERS = ("sync_topology", "sync_peers_per_step")
 _CONSENSUS = ("consensus_target", "max_extra_rounds", "consensus_until_step")
+_CODISTILLATION = (
+    "sync_timeout_seconds",
+    "sync_wire_dtype",
+    "codistillation_exchange",
+    "codistillation_exchange_every",
+    "codistillation_transfer_steps",
+    "codistillation_alpha",
+    "codistillation_ramp_steps",
+    "codistillation_burn_in_steps",
+    "codistillation_distance",
+    "codistillation_temperature",
+    "codistillation_copies_dtype",
+)
+# Of the callback alone.
+_ON_A_TRAINER = (
+    "codistillation_inner_size",
+    "codistillation_initialization",
+    "codistillation_falling_weight_decay",
+    "codistillation_publish",
+)
 _BASES = {
     "gossip": (*_PEERS, "push_sum", "quasi_global_momentum", *_CONSENSUS),
     "overlap_gossip": (*_PEERS, "staleness_bound", "deterministic"),
@@ -43,7 +63,9 @@ METHODS = {
     "gossip": ("Gossip", ("sync_every", *_ALL, *_BASES["gossip"])),
     "overlap_gossip": ("OverlapGossip", (*_ALL, *_BASES["overlap_gossip"])),
     "async_gossip": ("AsyncGossip", ("sync_every", *_ASYNC, *_PEERS)),
+    "codistillation": ("Codistillation", (*_CODISTILLATION, *_ON_A_TRAINER)),
 }
+_NOT_OF_THE_METHOD = ("sync_topology", "sync_peers_per_step", *_ON_A_TRAINER)
 # What a method calls a field, where it is not the field's own name.
 _NAMES = {
     "sync_base_buffers": "base_buffers",
@@ -56,6 +78,7 @@ _NAMES = {
     "async_method": "method",
     "async_rate_correction": "rate_correction",
     "async_seed": "seed",
+    **{name: name.removeprefix("codistillation_") for name in (*_CODISTILLATION[2:], *_ON_A_TRAINER)},
 }
 
 
@@ -70,8 +93,8 @@ class SyncArguments:
     sync: str | None = field(
         default=None,
         metadata={
-            "help": "local_sgd, slowmo, gossip, overlap_gossip or async_gossip; none: gradients are averaged at "
-            "every step."
+            "help": "local_sgd, slowmo, gossip, overlap_gossip, async_gossip or codistillation; none: gradients are "
+            "averaged at every step."
         },
     )
     sync_every: int | None = field(
@@ -133,6 +156,45 @@ class SyncArguments:
         default=None, metadata={"help": "false: the steps of fast ranks are not made smaller, and bias the optimum."}
     )
     async_seed: int | None = field(default=None, metadata={"help": "Seed of ad_psgd's random neighbours."})
+    codistillation_exchange: str | None = field(
+        default=None, metadata={"help": "What replicas send to each other: predictions or checkpoints."}
+    )
+    codistillation_exchange_every: int | None = field(
+        default=None, metadata={"help": "Updates between two checkpoints that replicas exchange; by default 2500."}
+    )
+    codistillation_transfer_steps: int | None = field(
+        default=None, metadata={"help": "Updates from sending a checkpoint to using it; by default a tenth of those."}
+    )
+    codistillation_alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the distance from the other replicas, >= 0; by default 1."}
+    )
+    codistillation_ramp_steps: int | None = field(
+        default=None, metadata={"help": "Updates over which that weight rises from 0, after the burn-in."}
+    )
+    codistillation_burn_in_steps: int | None = field(
+        default=None, metadata={"help": "Number of first updates in which each replica trains alone."}
+    )
+    codistillation_distance: str | None = field(
+        default=None, metadata={"help": "Distance between predictions: kl or mse."}
+    )
+    codistillation_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the softmax of kl, > 0."}
+    )
+    codistillation_copies_dtype: str | None = field(
+        default=None, metadata={"help": "bfloat16: precision of the checkpoints that travel, and of their copies."}
+    )
+    codistillation_inner_size: int | None = field(
+        default=None, metadata={"help": "Ranks of one replica, which average their gradients; by default 1."}
+    )
+    codistillation_initialization: str | None = field(
+        default=None, metadata={"help": "own or same: whether replicas begin with parameters of their own."}
+    )
+    codistillation_falling_weight_decay: bool | None = field(
+        default=None, metadata={"help": "Weight decay falls to a tenth and to 0 at thirds of the training."}
+    )
+    codistillation_publish: str | None = field(
+        default=None, metadata={"help": "The replica that the run ends with: first or best."}
+    )
 
     def __post_init__(self):
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
@@ -197,7 +259,7 @@ class SyncArguments:
 
     def _check_values(self) -> None:
         """Before any data is read; what depends on the number of ranks is checked when the callback is made."""
-        fields = [name for name in METHODS[self.sync][1] if name not in ("sync_topology", "sync_peers_per_step")]
+        fields = [name for name in METHODS[self.sync][1] if name not in _NOT_OF_THE_METHOD]
         parameter = nn.Linear(1, 1)
         with in_terms_of(_fields_by_name()):
             method = getattr(distributed, METHODS[self.sync][0])

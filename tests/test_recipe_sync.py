@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from hf_msn import SlowMoCallback, parse_recipe
+from hf_msn import CodistillationCallback, SlowMoCallback, parse_recipe
 from hf_msn.recipe_sync import METHODS, SyncArguments
 
 TINY = (
@@ -42,6 +42,9 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "slowmo", "sync_base": "local_sgd"}, "`sync_base` must be one of gossip, overlap_gossip"),
         ({"sync": "slowmo", "sync_base_buffers": "keep"}, "`sync_base_buffers` .* but is 'keep'"),
         ({"sync": "slowmo", "slow_momentum": 1.5}, r"`slow_momentum` .* \[0, 1\), but is 1.5"),
+        ({"sync": "codistillation", "codistillation_alpha": -1.0}, "`codistillation_alpha` .* >= 0, but is -1.0"),
+        ({"sync": "codistillation", "sync_every": 4}, "`sync_every` is of `sync` local_sgd .* is codistillation"),
+        ({"sync": "slowmo", "codistillation_publish": "best"}, "`codistillation_publish` is of `sync` codistillation"),
         ({"sync": "local_sgd", "sync_every": 0}, "`sync_every` .* >= 1, but is 0"),
         ({"sync": "local_sgd", "sync_timeout_seconds": 0.0}, "`sync_timeout_seconds` .* > 0"),
         ({"sync": "slowmo", "slow_shard_state": True, "slow_average": False}, "`slow_shard_state=True`"),
@@ -50,6 +53,15 @@ def test_without_sync_there_is_no_callback(tmp_path):
 def test_a_field_that_the_method_does_not_know_or_a_wrong_value_is_named(fields, words):
     with pytest.raises(ValueError, match=words):
         SyncArguments(**fields)
+
+
+def test_codistillation_has_its_fields(tmp_path):
+    given = "--sync codistillation --codistillation_exchange checkpoints --codistillation_exchange_every 20".split()
+    given += "--codistillation_alpha 0.5 --codistillation_falling_weight_decay --final_weight_decay none".split()
+    trainer = parse_recipe(["--output_dir", str(tmp_path), *TINY, *given]).build_trainer()
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, CodistillationCallback)]
+    assert callback.settings["exchange"] == "checkpoints" and callback.settings["exchange_every"] == 20
+    assert callback.settings["alpha"] == 0.5 and callback.falling_weight_decay and not callback.same_batch
 
 
 def test_each_field_is_known_by_a_method():
