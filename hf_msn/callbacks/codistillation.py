@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..distributed import Codistillation, FallingWeightDecay
-from ..distributed.collectives import rank, world_size
+from ..distributed.collectives import group_scope, rank, world_size
 from ..distributed.subgroups import subgroup
 from .codistillation_rules import check_codistillation
 from .replica_data import nothing_gathered, rows_shared_by
 from .replica_predictions import forward_for, initialize_anew, is_pretrained, mask_for, predictions_for
 from .sync import set_arguments
-from .sync_checkpoints import load_rank, restore, save_rank
+from .sync_checkpoints import load_rank, restore, save_rank, settings_of
 from .trainer_seams import SyncCallback, find_sync_callback, open_replica_seams, open_seams, too_many
 
 logger = logging.get_logger(__name__)
@@ -47,8 +48,8 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
     made all equal. Weights from a checkpoint (`from_pretrained`) are kept, with a warning.
 
     **Evaluations** while training: each rank evaluates its replica on all rows. Under the usual names are the first
-    replica's metrics, `<metric>_replica_<r>` are the others'; all ranks get all of them. Features of a low-shot
-    evaluation are shared out over the ranks, and so mix the replicas: evaluate them after training.
+    replica's metrics, `<metric>_replica_<r>` are the others'; all ranks get all of them. A low-shot
+    evaluation is of each rank's own replica, too; the first one's is logged.
 
     **A checkpoint** holds the first replica as ever, and a `sync_state_<rank>.pt` for each rank: its model, optimizer,
     schedule and scaler, and the copies of its peers. A resumed run goes on bit for bit. With another number of ranks,
@@ -206,7 +207,8 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
     def describe(self, sync: Codistillation) -> str:
         """What is done, in one line."""
         size, replicas = self._inner_place()[0], self.num_replicas
-        shown = {name: value for name, value in sync.described_settings().items() if value != "None"}
+        shown = {name: value for name, value in settings_of(sync).items() if value != "None"}
+        method = shown.pop("method")
         if not callable(sync.settings.alpha):
             shown["alpha"] = repr(sync.settings.alpha)
         if sync.settings.exchange == "predictions":
@@ -217,7 +219,7 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
             else "The replicas share the data."
         )
         of = f"{replicas} replica{'s' if replicas > 1 else ''} of {size} rank{'s' if size > 1 else ''}"
-        return f"Codistillation of {of}: {', '.join(f'{name}={value}' for name, value in shown.items())}. {data}"
+        return f"{method} of {of}: {', '.join(f'{name}={value}' for name, value in shown.items())}. {data}"
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.sync is None:
@@ -266,7 +268,7 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            shown = {name: value for name, value in self.sync.described_settings().items() if value != "None"}
+            shown = {name: value for name, value in settings_of(self.sync).items() if value != "None"}
             text = json.dumps({**said, "step": state.global_step, "settings": shown}, indent=2)
             (folder / PUBLISHED_FILE).write_text(text + "\n")
 
@@ -348,6 +350,12 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
             metrics |= {f"{name}_replica_{place}": value for name, value in by_replica[place].items()}
         self._evaluated = self.trainer.state.global_step, [by_replica[place] for place in range(self.num_replicas)]
         return output._replace(metrics=metrics)
+
+    def evaluation_scope(self) -> AbstractContextManager:
+        """Keeps an evaluation of the model inside of this rank while the ranks hold different ones."""
+        if self.sync is None or self.num_replicas == 1:
+            return nullcontext()
+        return group_scope(subgroup([rank()], name="alone"))
 
     def images_per_update(self, original: Callable, *args: Any, **kwargs: Any) -> int:
         """Those of one replica, where each goes over all images."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from transformers import Trainer
@@ -65,6 +66,12 @@ def bring_to_consensus(trainer: Trainer) -> None:
     callback = find_sync_callback(trainer)
     if callback is not None:
         callback.bring_to_consensus()
+
+
+def evaluation_scope(trainer: Trainer | None) -> AbstractContextManager:
+    """Around an evaluation that shares its work out over the ranks: where they hold replicas, each does it alone."""
+    scope = getattr(find_sync_callback(trainer), "evaluation_scope", nullcontext)
+    return scope()
 
 
 def open_seams(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from .trainer_seams import bring_to_consensus
+from .trainer_seams import bring_to_consensus, evaluation_scope
 
 
 class DatasetEpochCallback(TrainerCallback):
@@ -50,7 +50,7 @@ class ThroughputProgressCallback(ProgressCallback):
 class LowShotCallback(TrainerCallback):
     """Runs a low-shot evaluation every few epochs and after the last, and logs it with what the Trainer logs.
 
-    Ranks that train locally come to consensus before.
+    Ranks that train locally come to consensus before; of replicas each is evaluated by its own ranks.
 
     Args:
         trainer (`Trainer`): The trainer whose model is evaluated; it also takes the metrics to its reporters.
@@ -75,6 +75,6 @@ class LowShotCallback(TrainerCallback):
         if self._last_step != state.global_step:
             self._last_step = state.global_step
             bring_to_consensus(self.trainer)
-            with getattr(self.trainer, "clock_stopped", nullcontext)():
+            with getattr(self.trainer, "clock_stopped", nullcontext)(), evaluation_scope(self.trainer):
                 metrics = self.evaluator(model)
             self.trainer.log({f"eval_{name}": value for name, value in metrics.items()})

@@ -353,12 +353,8 @@ class Codistillation:
     def _state_tensors(self) -> list[torch.Tensor]:
         return self._trained + frozen_and_buffers(self.model)
 
-    def described_settings(self) -> dict[str, str]:
-        """As text, the settings that must be the same on all ranks and when a run goes on."""
-        return self.settings.described() | {name: repr(value) for name, value in vars(self._distance).items()}
-
     def _description(self) -> list[str]:
-        lines = [f"setting {name}={value}" for name, value in self.described_settings().items()]
+        lines = self.settings.lines() + [f"setting {name}={value!r}" for name, value in vars(self._distance).items()]
         lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 

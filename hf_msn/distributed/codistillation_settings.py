@@ -112,8 +112,12 @@ class CodistillationSettings:
         steps = range(max(step - self.transfer_steps + 1, 0), step + 1)
         return [sent for sent in steps if self.is_snapshot_step(sent)]
 
+    def lines(self) -> list[str]:
+        """What must be the same on all ranks, one in a line."""
+        return [f"setting {name}={value}" for name, value in self.described().items()]
+
     def described(self) -> dict[str, str]:
-        """What must be the same on all ranks, as text."""
+        """The same by name, as text."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["alpha"] = [self.alpha_at(self.burn_in_steps + step) for step in _PROBED_STEPS]
         # Where copies rest is each rank's own affair.

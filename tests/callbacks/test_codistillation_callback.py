@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from sync_runs import KINDS, Snapshots, image_model, logged, make_trainer, same, watch_batches, weights
+from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, make_trainer, same, watch_batches, weights
 from test_sync_callbacks import item_losses
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_msn import CodistillationCallback
+from hf_msn import CodistillationCallback, LowShotCallback
+from hf_msn.distributed.collectives import rank, world_size
+from hf_msn.evaluation.gathering import gather_objects
 
 EXCHANGES = {
     "predictions": {"exchange": "predictions", "alpha": 2.0, "temperature": 2.0},
@@ -229,3 +231,38 @@ def test_replicas_begin_alike_where_asked_and_pretrained_weights_are_kept(tmp_pa
     assert same(first["same"], second["same"]) and same(first["pretrained"], second["pretrained"])
     differing = [name for name in first["head"] if not torch.equal(first["head"][name], second["head"][name])]
     assert differing == ["classifier.weight"]
+
+
+class Evaluator:
+    """As a low-shot evaluation: shares its rows out over the ranks and gathers what they find."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, model):
+        rows = torch.stack([row["pixel_values"] for row in image_rows()])[rank() :: world_size()]
+        with torch.no_grad():
+            own = model.eval()(rows).logits.sum()
+        self.seen.append((sum(gather_objects(own)).item(), weights(model)))
+        return {"low_shot": self.seen[-1][0]}
+
+
+def _low_shot(rank, folder):
+    trainer, evaluator = make_trainer(folder, per_device_train_batch_size=16), Evaluator()
+    trainer.add_callback(LowShotCallback(trainer, evaluator))
+    trainer.add_callback(CodistillationCallback(trainer))
+    trainer.train()
+    return evaluator.seen
+
+
+@pytest.mark.distributed
+def test_a_low_shot_evaluation_is_of_one_replica(tmp_path):
+    results = run_ranks(_low_shot, 2, str(tmp_path))
+    model, rows = image_model().eval(), torch.stack([row["pixel_values"] for row in image_rows()])
+    for seen in results:
+        assert len(seen) == 4
+        for value, own in seen:
+            model.load_state_dict(own)
+            with torch.no_grad():
+                assert value == pytest.approx(model(rows).logits.sum().item(), rel=1e-9)
+    assert results[0][0][0] != results[1][0][0]
