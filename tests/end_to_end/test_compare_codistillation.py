@@ -1,0 +1,108 @@
+"""scripts/compare_codistillation.py: codistillation against DDP on digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import compare_codistillation
+
+    return compare_codistillation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": ["ddp", "local_sgd"]}, "local_sgd is not"),
+        ({"methods": ["checkpoints"]}, "must have ddp"),
+        ({"ranks": 1}, "`ranks` must be >= 2"),
+        ({"seeds": 0}, "`seeds` and `hidden_size` >= 1"),
+        ({"batch_size": 63}, "multiple of `ranks`, but is 63 with 2"),
+        ({"weight_decays": []}, "one number >= 0 or more"),
+        ({"weight_decays": [0.01, -0.1]}, "one number >= 0 or more"),
+    ],
+)
+def test_bad_arguments_are_errors(script, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        script.ComparisonArguments(**arguments)
+
+
+def _ranks(method, seed, falling, accuracies, sent):
+    run = {"method": method, "seed": seed, "falling": falling, "weight_decay": 0.01, "accuracy_of_mean": 97.0}
+    return [{**run, "accuracy": accuracy, "bytes_sent": sent, "seconds": 2.0} for accuracy in accuracies]
+
+
+def test_rows_are_means_over_replicas_and_seeds_next_to_ddp(script):
+    found = [_ranks("ddp", seed, False, [96.0 + seed, 96.0 + seed], 4_000_000) for seed in range(3)]
+    found += [_ranks("predictions", seed, False, [94.0 + seed, 97.0 + seed], 20_000) for seed in range(3)]
+    found += [_ranks("predictions", seed, True, [95.5 + seed, 96.5 + seed], 20_000) for seed in range(3)]
+    found += [_ranks("alone", seed, False, [95.0, 95.0], 0) for seed in range(3)]
+    summary = script.summarize(found)
+    ddp, unchanged, falling, alone = summary
+    assert ddp["replicas"] == (97.0, 1.0) and ddp["points_to_ddp"] == 0.0
+    assert unchanged["first_replica"] == (95.0, 1.0) and unchanged["replicas"] == (96.5, 1.0)
+    assert (unchanged["points_to_ddp"], unchanged["times_fewer_bytes"]) == (-0.5, 200.0)
+    assert falling["points_to_ddp"] == 0.0 and falling["mean_of_predictions"] == (97.0, 0.0)
+    assert (alone["points_to_ddp"], alone["times_fewer_bytes"]) == (-2.0, None)
+    says = "\n".join(script.verdict(summary))
+    assert "predictions, 0.01 unchanged: within 1 point of DDP (-0.50)" in says
+    assert "alone, 0.01 unchanged: NOT within 1 point of DDP (-2.00)" in says
+    assert "predictions, weight decay 0.01: falling changes +0.50" in says
+    cells = "| 0.01 unchanged | predictions | 95.00 ± 1.00 | 96.50 ± 1.00 | 97.00 ± 0.00 | -0.50 | 0.02 | 200 | 2.0 |"
+    assert cells in script.as_table(summary)
+
+
+def test_a_search_measures_on_training_digits_that_are_not_trained_on(script):
+    from codistillation_workload import Digits
+
+    whole, held_out, other = Digits(), Digits(100), Digits(101)
+    test, train = (_rows(images) for images in (whole.measured_images, whole.images))
+    assert (len(whole.labels), len(whole.measured_labels)) == (1437, 360)
+    assert (len(held_out.labels), len(held_out.measured_labels)) == (1077, 360)
+    assert sorted(_rows(held_out.images) + _rows(held_out.measured_images)) == sorted(train)
+    assert not set(_rows(held_out.measured_images)) & set(test)
+    assert not torch.equal(held_out.measured_images, other.measured_images)
+
+
+def _rows(images):
+    return [image.numpy().tobytes() for image in images]
+
+
+@pytest.mark.distributed
+def test_a_small_comparison_has_all_rows_and_the_bytes_that_are_computed(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "compare_codistillation.py"), "--output", str(tmp_path)]
+    command += "--steps 60 --seeds 1 --batch_size 16 --hidden_size 24 --exchange_every 8 --weight_decays 0.01".split()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = {(row["method"], row["falling"]): row for row in results["summary"]}
+    assert [*found] == [
+        (method, falling) for method in ("ddp", "alone", "predictions", "checkpoints") for falling in (False, True)
+    ]
+    payload = 4 * (64 * 24 + 24 + 24 * 24 + 24 + 24 * 10 + 10)
+    expected = {
+        "ddp": 60 * payload,  # a ring of two sends the model once a step
+        "alone": 0,
+        "predictions": 60 * (8 * 10 * 4 + 16),  # and a digest of the batch
+        "checkpoints": 60 // 8 * (payload + 40) + 40,  # a header each, and a goodbye
+    }
+    assert {key: row["bytes_sent"] for key, row in found.items()} == {key: expected[key[0]] for key in found}
+    assert all(row["replicas"][0] > 50.0 for row in found.values())  # by chance 10
+    runs = {(ranks[0]["method"], ranks[0]["falling"], ranks[0]["seed"]): ranks for ranks in results["runs"]}
+    for (method, falling, seed), ranks in runs.items():
+        # DDP's ranks hold one model, replicas do not: each began elsewhere.
+        accuracies = {row["accuracy"] for row in ranks}
+        assert method != "ddp" or len(accuracies) == 1, (method, falling, seed)
+    assert any(len({row["accuracy"] for row in ranks}) > 1 for (method, *_), ranks in runs.items() if method != "ddp")
+    table = (tmp_path / "table.md").read_text()
+    assert "| 0.01 falling | checkpoints | " in table and "points to DDP" in table
+    assert (tmp_path / "plot.png").stat().st_size > 5000
