@@ -61,7 +61,7 @@ class ComparisonArguments:
         0.2,
     )
     weight_decays: list[float] = field(
-        default_factory=lambda: [0.001, 0.03],
+        default_factory=lambda: [0.003, 0.03],
         metadata={"help": "The first is for the comparison; further ones show what falling does where it is high."},
     )
     alpha: float = option("Weight of the distance from the other replicas.", 0.3)
