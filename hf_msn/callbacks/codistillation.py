@@ -17,7 +17,7 @@ from ..distributed.collectives import group_scope, rank, world_size
 from ..distributed.subgroups import subgroup
 from .codistillation_rules import check_codistillation
 from .replica_data import nothing_gathered, rows_shared_by
-from .replica_predictions import forward_for, initialize_anew, is_pretrained, mask_for, predictions_for
+from .replica_predictions import forward_for, initialize_anew, mask_for, origin_of, predictions_for
 from .sync import set_arguments
 from .sync_checkpoints import load_rank, restore, save_rank, settings_of
 from .trainer_seams import SyncCallback, find_sync_callback, open_replica_seams, open_seams, too_many
@@ -189,10 +189,10 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         if self.initialization == "same" or self.num_replicas == 1:
             return
         model = self.trainer.model
-        if self.reinitialize is None and is_pretrained(model):
+        if self.reinitialize is None and origin_of(model):
             if self.trainer.is_world_process_zero():
                 logger.warning(
-                    f"The replicas all begin with the weights of '{model.config._name_or_path}', and differ only by "
+                    f"The replicas all begin with the weights of '{origin_of(model)}', and differ only by "
                     "what they see. To draw the head anew in each, give `reinitialize`, a function that does it to a "
                     "model in place."
                 )

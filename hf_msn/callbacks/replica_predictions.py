@@ -63,9 +63,9 @@ def mask_for(model: nn.Module, batch: Any, predictions: torch.Tensor) -> torch.T
     return counts
 
 
-def is_pretrained(model: nn.Module) -> bool:
-    """Whether a model's weights are known to come from a checkpoint."""
-    return bool(getattr(getattr(model, "config", None), "_name_or_path", ""))
+def origin_of(model: nn.Module) -> str:
+    """The checkpoint that a model's weights, or those of its trunk, are known to come from; empty if there is none."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "trunk_from", None) or ""
 
 
 @torch.no_grad()

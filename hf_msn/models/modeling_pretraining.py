@@ -72,6 +72,8 @@ class PretrainingModel(PreTrainedModel):
         model._after_loading()
         return (model, info) if output_loading_info else model
 
+    trunk_from: str | None = None  # what `from_backbone` was given
+
     @classmethod
     def from_backbone(cls, name_or_path: str | Path, **config_fields):
         """Starts from a pretrained trunk; the heads are fresh.
@@ -89,6 +91,7 @@ class PretrainingModel(PreTrainedModel):
         fields = fields_for(cls.config_class, fields, name_or_path)
         model = cls(cls.config_class(**{**fields, **config_fields}))
         copy_trunk(trunk, model.encoder, model.config, fields, name_or_path)
+        model.trunk_from = str(name_or_path)
         return model
 
     def _after_loading(self) -> None:

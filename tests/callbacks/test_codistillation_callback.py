@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from launch import run_ranks
 from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, make_trainer, same, watch_batches, weights
 from test_sync_callbacks import item_losses
+from tiny import tiny_model
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_msn import CodistillationCallback, LowShotCallback
+from hf_msn.callbacks.replica_predictions import origin_of
 from hf_msn.distributed.collectives import rank, world_size
 from hf_msn.evaluation.gathering import gather_objects
 
@@ -266,3 +268,10 @@ def test_a_low_shot_evaluation_is_of_one_replica(tmp_path):
             with torch.no_grad():
                 assert value == pytest.approx(model(rows).logits.sum().item(), rel=1e-9)
     assert results[0][0][0] != results[1][0][0]
+
+
+def test_a_model_from_a_backbone_counts_as_pretrained(tmp_path):
+    scratch = tiny_model()
+    scratch.save_pretrained(tmp_path / "saved")
+    assert origin_of(scratch) == ""
+    assert origin_of(type(scratch).from_backbone(tmp_path / "saved")) == str(tmp_path / "saved")
