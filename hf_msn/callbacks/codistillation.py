@@ -1,9 +1,7 @@
 """Codistillation on any Trainer: a callback that adds the replicas' distance to the loss."""
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +14,15 @@ from ..distributed import Codistillation, FallingWeightDecay
 from ..distributed.collectives import group_scope, rank, world_size
 from ..distributed.subgroups import subgroup
 from .codistillation_rules import check_codistillation
-from .replica_data import nothing_gathered, rows_shared_by
+from .replica_data import rows_shared_by
+from .replica_evaluation import ReplicaEvaluation
 from .replica_predictions import forward_for, initialize_anew, mask_for, origin_of, predictions_for
+from .replica_publishing import publish
 from .sync import set_arguments
 from .sync_checkpoints import load_rank, restore, save_rank, settings_of
 from .trainer_seams import SyncCallback, find_sync_callback, open_replica_seams, open_seams, too_many
 
 logger = logging.get_logger(__name__)
-
-PUBLISHED_FILE = "codistillation.json"
 
 
 class CodistillationCallback(SyncCallback, TrainerCallback):
@@ -160,7 +158,7 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
     def _clear(self) -> None:
         self._bytes_logged, self._seconds_logged = 0, 0.0
         self._distance, self._num_distances = 0.0, 0
-        self._evaluated: tuple[int, list[dict[str, float]]] | None = None
+        self.evaluation = ReplicaEvaluation(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if find_sync_callback(self.trainer) is not self:
@@ -241,36 +239,13 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
             return
         try:
             if error is None:
-                self._publish()
+                publish(self)
         except BaseException as failure:
             error = failure
             raise
         finally:
             sync, self.sync = self.sync, None
             sync.stop(error)
-
-    def _publish(self) -> None:
-        args, state = self.trainer.args, self.trainer.state
-        said: dict[str, Any] = {"replicas": self.num_replicas, "published": 0, "publish": self.publish}
-        if self.publish == "best" and self.num_replicas > 1:
-            if self._evaluated is None or self._evaluated[0] != state.global_step:
-                self.trainer.evaluate()
-            name = args.metric_for_best_model or "loss"
-            name = name if name.startswith("eval_") else f"eval_{name}"
-            values = [metrics[name] for metrics in self._evaluated[1]]
-            greater = not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
-            best = (max if greater else min)(range(len(values)), key=values.__getitem__)
-            said |= {"published": best, "metric": name, "values": values}
-        if self.num_replicas > 1:
-            self.sync.take_replica(said["published"])
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            said["checkpoint"] = state.best_model_checkpoint
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            shown = {name: value for name, value in settings_of(self.sync).items() if value != "None"}
-            text = json.dumps({**said, "step": state.global_step, "settings": shown}, indent=2)
-            (folder / PUBLISHED_FILE).write_text(text + "\n")
 
     # Within the trainer's methods
 
@@ -335,21 +310,10 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
             return original(*args, **kwargs)
 
     def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Each replica's own evaluation; the metrics of all of them on all ranks, so that all decide alike."""
+        """Each replica's own evaluation."""
         if self.sync is None or self.num_replicas == 1:
             return original(*args, **kwargs)
-        with nothing_gathered(self.trainer):
-            output = original(*args, **kwargs)
-        gathered: list = [None] * world_size()
-        dist.all_gather_object(gathered, (self.replica, output.metrics))
-        by_replica: dict[int, dict[str, float]] = {}
-        for place, metrics in gathered:
-            by_replica.setdefault(place, metrics)
-        metrics = dict(by_replica[0])
-        for place in range(1, self.num_replicas):
-            metrics |= {f"{name}_replica_{place}": value for name, value in by_replica[place].items()}
-        self._evaluated = self.trainer.state.global_step, [by_replica[place] for place in range(self.num_replicas)]
-        return output._replace(metrics=metrics)
+        return self.evaluation.of_each(original, *args, **kwargs)
 
     def evaluation_scope(self) -> AbstractContextManager:
         """Keeps an evaluation of the model inside of this rank while the ranks hold different ones."""
