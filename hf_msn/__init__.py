@@ -66,6 +66,7 @@ from .models import (
     MSNForPreTraining,
     PAWSConfig,
     PAWSForPreTraining,
+    PredictionAverage,
     SuNCEtConfig,
     SuNCEtForPreTraining,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "PAWSTrainer",
     "PAWSTrainingArguments",
     "PeerError",
+    "PredictionAverage",
     "RandomOnePeerTopology",
     "RingTopology",
     "SlowMo",

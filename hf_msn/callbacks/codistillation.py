@@ -13,11 +13,11 @@ from transformers.utils import logging
 from ..distributed import Codistillation, FallingWeightDecay
 from ..distributed.collectives import group_scope, rank, world_size
 from ..distributed.subgroups import subgroup
-from .codistillation_rules import check_codistillation
+from .codistillation_rules import check_averageable, check_codistillation
 from .replica_data import rows_shared_by
 from .replica_evaluation import ReplicaEvaluation
 from .replica_predictions import forward_for, initialize_anew, mask_for, origin_of, predictions_for
-from .replica_publishing import publish
+from .replica_publishing import check_metric, publish
 from .sync import set_arguments
 from .sync_checkpoints import load_rank, restore, save_rank, settings_of
 from .trainer_seams import SyncCallback, find_sync_callback, open_replica_seams, open_seams, too_many
@@ -54,6 +54,9 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
     or without these files, all replicas start from the first one's model.
 
     **At the end** all ranks take the replica that is published, and `codistillation.json` in `output_dir` names it.
+    With `publish="average"` that is the first one, and each is saved as `replica_<r>` there, one after the other
+    through rank 0, for which every rank keeps its own on the CPU. [`PredictionAverage`] loads them. With
+    `compute_metrics`, the average is evaluated on the `eval_dataset`, too, in one more pass: `<metric>_average`.
 
     **Logged** with the loss (which is the mean over the ranks, distance and all), of this rank and since the last
     time: `codistillation_distance`, `codistillation_alpha`, `codistillation_staleness`, `sync_megabytes_sent`,
@@ -71,8 +74,9 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         reinitialize (`Callable[[nn.Module], None]`, *optional*): Initialises a model in place, such as the head of a
             pretrained one; by default as the model's class does.
         falling_weight_decay (`bool`, *optional*, defaults to `False`): [`FallingWeightDecay`] over the training.
-        publish (`str`, *optional*, defaults to `"first"`): The replica that the run ends with: `"first"`, or `"best"`
-            by `metric_for_best_model` (by default the loss) of an evaluation after the last update.
+        publish (`str`, *optional*, defaults to `"first"`): What the run ends with: the `"first"` replica, the `"best"`
+            by `metric_for_best_model` (by default the loss) of an evaluation after the last update, or the
+            `"average"` of their probabilities, of models with `logits` `(..., C)` of classes.
         log_parameter_distance (`bool`, *optional*, defaults to `False`): Log `codistillation_parameter_distance` too,
             which exchanges all parameters.
         mask (`Callable`, *optional*): batch -> positions that count, see [`Codistillation.loss`].
@@ -159,6 +163,8 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         self._bytes_logged, self._seconds_logged = 0, 0.0
         self._distance, self._num_distances = 0.0, 0
         self.evaluation = ReplicaEvaluation(self)
+        self._evaluation_loaders: dict[str, Any] = {}
+        self._is_output_checked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if find_sync_callback(self.trainer) is not self:
@@ -167,6 +173,7 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
                 "Build it with this one: `trainer.add_callback(CodistillationCallback(trainer))`."
             )
         self._clear()
+        check_metric(self)
         group, inner_group = self._groups()
         settings = {**self._core_settings(max(state.max_steps, 1)), "group": group, "inner_group": inner_group}
         sync = Codistillation(self.trainer.model_wrapped, self.trainer.optimizer, **settings)
@@ -280,6 +287,9 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
     def _distance_loss(self, output: Any, batch: Any) -> torch.Tensor:
+        if self.publish == "average" and not self._is_output_checked:
+            check_averageable(self.trainer.model, output)
+            self._is_output_checked = True
         if self.mask is not None:
             mask = self.mask(batch)
         else:
@@ -299,19 +309,19 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         """The loader of the training, over the ranks that share its rows."""
         if not self.same_batch or self.num_replicas == 1:
             return original(*args, **kwargs)
-        with rows_shared_by(self.trainer, *self._inner_place()):
+        with rows_shared_by(self.trainer, *self._inner_place(), {}):
             return original(*args, **kwargs)
 
     def make_evaluation_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """A loader of all rows while the ranks hold different models."""
         if self.sync is None or self.num_replicas == 1:
             return original(*args, **kwargs)
-        with rows_shared_by(self.trainer, 1, 0):
+        with rows_shared_by(self.trainer, 1, 0, self._evaluation_loaders):
             return original(*args, **kwargs)
 
     def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Each replica's own evaluation."""
-        if self.sync is None or self.num_replicas == 1:
+        if self.sync is None:
             return original(*args, **kwargs)
         return self.evaluation.of_each(original, *args, **kwargs)
 

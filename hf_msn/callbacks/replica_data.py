@@ -11,13 +11,14 @@ from transformers.trainer_utils import seed_worker
 
 
 @contextmanager
-def rows_shared_by(trainer: Trainer, size: int, place: int) -> Iterator[None]:
+def rows_shared_by(trainer: Trainer, size: int, place: int, loaders: dict[str, Any]) -> Iterator[None]:
     """Loaders that the trainer makes inside give this rank its part of the rows as if there were `size` ranks.
 
     Args:
         trainer (`Trainer`): Its accelerator prepares the loaders.
         size (`int`): Ranks that share the rows; 1 gives this rank all of them.
         place (`int`): This rank's place among them. The workers of a loader draw from a seed of it.
+        loaders (`dict[str, Any]`): Those for evaluations that are kept, see `dataloader_persistent_workers`.
     """
     accelerator = trainer.accelerator
 
@@ -44,7 +45,8 @@ def rows_shared_by(trainer: Trainer, size: int, place: int) -> Iterator[None]:
         accelerator._dataloaders.append(prepared)
         return prepared
 
-    with _replaced(accelerator, prepare_data_loader=prepare):
+    # Loaders with persistent workers are kept for the next time, which may be another one's.
+    with replaced(accelerator, prepare_data_loader=prepare), replaced(trainer, _eval_dataloaders=loaders):
         yield
 
 
@@ -55,16 +57,18 @@ def nothing_gathered(trainer: Trainer) -> Iterator[None]:
     def own(tensor: Any, *args, **kwargs) -> Any:
         return tensor
 
-    with _replaced(trainer.accelerator, gather=own, pad_across_processes=own):
+    with replaced(trainer.accelerator, gather=own, pad_across_processes=own):
         yield
 
 
 @contextmanager
-def _replaced(thing: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes of this one object hide those of its class."""
+def replaced(thing: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of this one object take the place of its own, or hide those of its class, for now."""
+    before = {name: vars(thing)[name] for name in attributes if name in vars(thing)}
     vars(thing).update(attributes)
     try:
         yield
     finally:
         for name in attributes:
             vars(thing).pop(name, None)
+        vars(thing).update(before)

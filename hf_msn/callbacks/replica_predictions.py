@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..distributed.peer_checkpoints import call_model, logits_of
 from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
+from ..models.prediction_average import predicts_next_token
 
 
 def predictions_for(model: nn.Module) -> Callable[[Any], torch.Tensor]:
@@ -58,7 +58,7 @@ def mask_for(model: nn.Module, batch: Any, predictions: torch.Tensor) -> torch.T
     if predictions.dim() != 3 or not torch.is_tensor(labels) or labels.shape != predictions.shape[:-1]:
         return None
     counts = labels != -100
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if predicts_next_token(model):
         counts = nn.functional.pad(counts[:, 1:], (0, 1))
     return counts
 

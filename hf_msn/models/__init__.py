@@ -7,6 +7,7 @@ from .modeling_msn import MSNForPreTraining, MSNForPreTrainingOutput
 from .modeling_paws import PAWSForPreTraining, PAWSForPreTrainingOutput
 from .modeling_suncet import SuNCEtForPreTraining, SuNCEtForPreTrainingOutput
 from .patch_dropping import PatchDroppingViTMSNModel
+from .prediction_average import PredictionAverage
 
 __all__ = [
     "MSNConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "PAWSForPreTraining",
     "PAWSForPreTrainingOutput",
     "PatchDroppingViTMSNModel",
+    "PredictionAverage",
     "SuNCEtConfig",
     "SuNCEtForPreTraining",
     "SuNCEtForPreTrainingOutput",

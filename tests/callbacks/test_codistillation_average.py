@@ -1,0 +1,86 @@
+"""publish="average": what is measured, what is saved, and the model that loads it, against the mean in float64."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from launch import run_ranks
+from sync_runs import KINDS, Snapshots, image_rows, make_trainer, same, text_rows, weights
+
+from hf_msn import CodistillationCallback, PredictionAverage
+
+
+def accuracy_and_rows(prediction):
+    logits, labels = prediction
+    counts = labels != -100
+    return {"right": float((np.argmax(logits, axis=-1) == labels)[counts].mean()), "top": float(logits.max(-1).mean())}
+
+
+def mean_log_probabilities(models, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([model.eval()(**batch).logits.softmax(-1) for model in models]).mean(0).log()
+
+
+def in_one_batch(rows) -> dict:
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+def _publish(rank, folder, inner_size, kinds):
+    results = {}
+    for kind in kinds:
+        snapshots = Snapshots()
+        trainer = make_trainer(
+            f"{folder}/{kind}", kind, callbacks=[snapshots], max_steps=4, per_device_eval_batch_size=3
+        )
+        trainer.compute_metrics = accuracy_and_rows
+        trainer.add_callback(CodistillationCallback(trainer, alpha=0.1, publish="average", inner_size=inner_size))
+        trainer.train()
+        last = next(taken for event, step, taken in snapshots.taken if (event, step) == ("step", 4))
+        logs = {n: v for entry in trainer.state.log_history for n, v in entry.items() if n.startswith("eval_")}
+        trainer.save_model()
+        results[kind] = last, weights(trainer.model), logs
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("num_ranks", "inner_size", "kinds"), [(2, 1, ("image", "text")), (4, 2, ("image",))])
+def test_the_average_is_measured_saved_and_loaded(tmp_path, num_ranks, inner_size, kinds):
+    results = run_ranks(_publish, num_ranks, str(tmp_path), inner_size, kinds, timeout=120.0)
+    for kind in kinds:
+        folder = tmp_path / kind
+        ends, trained, logs = zip(*(result[kind] for result in results))
+        ends = ends[::inner_size]
+        models = [KINDS[kind][0]() for _ in ends]
+        for model, end in zip(models, ends):
+            model.load_state_dict(end)
+        assert not same(*ends) and all(same(own, ends[0]) for own in trained)
+        batch = in_one_batch((image_rows() if kind == "image" else text_rows())[:8])
+        expected = mean_log_probabilities(models, batch)
+
+        average = PredictionAverage.from_pretrained(folder, dtype=torch.float64)
+        output = average(**batch)
+        torch.testing.assert_close(output.logits, expected, rtol=1e-9, atol=1e-9)
+        logits, labels = expected, batch["labels"]
+        if kind == "text":
+            logits, labels = expected[:, :-1], labels[:, 1:]
+        loss = F.nll_loss(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
+        assert output.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+
+        said = json.loads((folder / "codistillation.json").read_text())
+        assert (said["published"], said["replicas"], said["step"]) == ("average", 2, 4)
+        assert said["folders"] == ["replica_0", "replica_1"]
+        for name, value in accuracy_and_rows((expected.numpy(), batch["labels"].numpy())).items():
+            own = [
+                accuracy_and_rows((model(**batch).logits.detach().numpy(), batch["labels"].numpy()))[name]
+                for model in models
+            ]
+            assert said["metrics"][f"eval_{name}"]["average"] == pytest.approx(value, rel=1e-6)
+            assert said["metrics"][f"eval_{name}"]["replicas"] == pytest.approx(own, rel=1e-6)
+            assert logs[0][f"eval_{name}_average"] == said["metrics"][f"eval_{name}"]["average"]
+            assert [logs[0][f"eval_{name}"], logs[0][f"eval_{name}_replica_1"]] == pytest.approx(own, rel=1e-6)
+        # `save_model` writes the first replica as ever
+        saved = type(models[0]).from_pretrained(folder, dtype=torch.float64)
+        assert same(weights(saved), ends[0])
+        assert not list(folder.glob("*.partial"))
