@@ -43,10 +43,14 @@ _CODISTILLATION = (
     "codistillation_burn_in_steps",
     "codistillation_distance",
     "codistillation_temperature",
+    "codistillation_top_k",
+    "codistillation_check_every",
     "codistillation_copies_dtype",
+    "codistillation_copies_device",
 )
 # Of the callback alone.
 _ON_A_TRAINER = (
+    "codistillation_same_batch",
     "codistillation_inner_size",
     "codistillation_initialization",
     "codistillation_falling_weight_decay",
@@ -180,8 +184,22 @@ class SyncArguments:
     codistillation_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of the softmax of kl, > 0."}
     )
+    codistillation_top_k: int | None = field(
+        default=None, metadata={"help": "Only so many of a prediction's probabilities travel; by default all."}
+    )
+    codistillation_check_every: int | None = field(
+        default=None,
+        metadata={"help": "Replicas compare batches at every so many exchanges; by default at each."},
+    )
     codistillation_copies_dtype: str | None = field(
         default=None, metadata={"help": "bfloat16: precision of the checkpoints that travel, and of their copies."}
+    )
+    codistillation_copies_device: str | None = field(
+        default=None, metadata={"help": "cpu: where the copies of other replicas rest between forward passes."}
+    )
+    codistillation_same_batch: bool | None = field(
+        default=None,
+        metadata={"help": "Whether replicas see the same batches; by default with an exchange of predictions only."},
     )
     codistillation_inner_size: int | None = field(
         default=None, metadata={"help": "Ranks of one replica, which average their gradients; by default 1."}
@@ -193,7 +211,8 @@ class SyncArguments:
         default=None, metadata={"help": "Weight decay falls to a tenth and to 0 at thirds of the training."}
     )
     codistillation_publish: str | None = field(
-        default=None, metadata={"help": "The replica that the run ends with: first or best."}
+        default=None,
+        metadata={"help": "The replica that the run ends with: first or best; average is for models with classes."},
     )
 
     def __post_init__(self):

@@ -43,6 +43,11 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "slowmo", "sync_base_buffers": "keep"}, "`sync_base_buffers` .* but is 'keep'"),
         ({"sync": "slowmo", "slow_momentum": 1.5}, r"`slow_momentum` .* \[0, 1\), but is 1.5"),
         ({"sync": "codistillation", "codistillation_alpha": -1.0}, "`codistillation_alpha` .* >= 0, but is -1.0"),
+        ({"sync": "codistillation", "codistillation_top_k": 0}, "`codistillation_top_k` .* but is 0"),
+        (
+            {"sync": "codistillation", "codistillation_copies_device": "disk"},
+            "`codistillation_copies_device` .* 'disk'",
+        ),
         ({"sync": "codistillation", "sync_every": 4}, "`sync_every` is of `sync` local_sgd .* is codistillation"),
         ({"sync": "slowmo", "codistillation_publish": "best"}, "`codistillation_publish` is of `sync` codistillation"),
         ({"sync": "local_sgd", "sync_every": 0}, "`sync_every` .* >= 1, but is 0"),
@@ -62,6 +67,18 @@ def test_codistillation_has_its_fields(tmp_path):
     (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, CodistillationCallback)]
     assert callback.settings["exchange"] == "checkpoints" and callback.settings["exchange_every"] == 20
     assert callback.settings["alpha"] == 0.5 and callback.falling_weight_decay and not callback.same_batch
+    given = "--sync codistillation --codistillation_top_k 3 --codistillation_check_every 10".split()
+    given += "--codistillation_copies_device cpu --codistillation_same_batch false".split()
+    trainer = parse_recipe(["--output_dir", str(tmp_path), *TINY, *given]).build_trainer()
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, CodistillationCallback)]
+    named = {name: callback.settings[name] for name in ("top_k", "check_every", "copies_device")}
+    assert named == {"top_k": 3, "check_every": 10, "copies_device": "cpu"} and callback.same_batch is False
+
+
+def test_an_average_of_predictions_is_refused_for_a_pretraining(tmp_path):
+    given = "--sync codistillation --codistillation_publish average".split()
+    with pytest.raises(ValueError, match=r"`codistillation_publish='average'` .* by MSNForPreTraining ends"):
+        parse_recipe(["--output_dir", str(tmp_path), *TINY, *given]).build_trainer()
 
 
 def test_each_field_is_known_by_a_method():
