@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from ..distributed.collectives import world_size
 from ..distributed.peer_checkpoints import logits_of
 from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
 from .replica_publishing import metric_to_compare
@@ -61,6 +62,7 @@ def check_codistillation(callback: CodistillationCallback) -> None:
             f"`inner_size` is the number of ranks of a replica and must be an integer >= 1 that divides all "
             f"{ranks} ranks, but is {size!r}. Give 1 for a replica on each rank."
         )
+    _check_groups(callback)
     if callback.settings.get("on_lost_replica", "raise") != "raise":
         raise ValueError(
             "`on_lost_replica` must be 'raise' on a Trainer, which itself gathers over all ranks at each log and "
@@ -95,6 +97,24 @@ def check_averageable(model: nn.Module, output: Any) -> None:
         raise ValueError(
             "`publish='average'` is of logits of shape (B, C) or (B, L, C), whose last dimension are the classes, but "
             f"those of {type(model).__name__} are {tuple(logits.shape)}. Publish the first or the best replica."
+        )
+
+
+def _check_groups(callback: CodistillationCallback) -> None:
+    group, inner = (callback.settings.get(name) for name in ("group", "inner_group"))
+    if group is None and inner is None:
+        return
+    if callback.inner_size != 1:
+        raise ValueError(
+            f"`inner_size` makes the groups and must be left out where they are given, but is {callback.inner_size}. "
+            "Give `inner_size`, or `group` and `inner_group`."
+        )
+    ranks = callback.trainer.args.world_size
+    replicas, size = (1 if one is None else world_size(one) for one in (group, inner))
+    if replicas * size != ranks:
+        raise ValueError(
+            "`group` (one rank of each replica) and `inner_group` (those of this replica) must together be all "
+            f"{ranks} ranks, but are {replicas} x {size}. Give both dimensions of one `DeviceMesh`."
         )
 
 

@@ -5,7 +5,7 @@ import semi_supervised_runs
 import short_runs
 import torch.distributed as dist
 from launch import run_ranks
-from sync_runs import make_trainer, same, weights
+from sync_runs import image_model, image_rows, make_trainer, same, weights
 from torch import nn
 from transformers import TrainerCallback
 
@@ -60,7 +60,38 @@ def test_what_two_would_decide_is_refused(tmp_path):
         CodistillationCallback(msn, publish="best")
 
 
+def test_what_the_average_cannot_be_of_is_refused(tmp_path):
+    for make in (short_runs.make_trainer, lambda folder: semi_supervised_runs.make_run(folder, "paws")):
+        with pytest.raises(
+            ValueError, match=r"`publish='average'` .* ends with a backbone, .* Give 'first' or 'best'"
+        ):
+            CodistillationCallback(make(tmp_path), publish="average")
+    with pytest.raises(ValueError, match=r"`publish='average'` .* but this is a Own"):
+        CodistillationCallback(make_trainer(tmp_path, model=Own()), publish="average")
+    labels = image_model()
+    labels.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match=r"exclude each other, but this is a multi label classification"):
+        CodistillationCallback(make_trainer(tmp_path, model=labels), publish="average")
+    best = make_trainer(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    with pytest.raises(ValueError, match=r"`publish='average'` .* `load_best_model_at_end`"):
+        CodistillationCallback(best, publish="average")
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, metric_for_best_model="accuracy")
+    with pytest.raises(
+        ValueError, match=r"here 'eval_accuracy', but an evaluation without `compute_metrics` gives eva"
+    ):
+        CodistillationCallback(trainer, publish="best")
+    trainer = make_trainer(tmp_path)
+    trainer.eval_dataset = {"near": image_rows()[:4], "far": image_rows()[4:8]}
+    with pytest.raises(ValueError, match=r"here 'eval_loss', .* gives eval_near_loss, eval_far_loss. Set `metric_for"):
+        CodistillationCallback(trainer, publish="best")
+
+
 def test_a_model_without_predictions_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"`trainer` must be the Trainer .* but is a NoneType"):
+        CodistillationCallback(None)
     with pytest.raises(ValueError, match=r"`SuNCEtForPreTraining` makes none. Give `predictions`"):
         CodistillationCallback(semi_supervised_runs.make_run(tmp_path, "suncet"))
 
