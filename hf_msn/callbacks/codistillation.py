@@ -14,6 +14,7 @@ from ..distributed import Codistillation, FallingWeightDecay
 from ..distributed.collectives import group_scope, rank, world_size
 from ..distributed.subgroups import subgroup
 from .codistillation_rules import check_averageable, check_codistillation
+from .lost_replicas import name_lost_replica
 from .replica_data import rows_shared_by
 from .replica_evaluation import ReplicaEvaluation
 from .replica_predictions import forward_for, initialize_anew, mask_for, origin_of, predictions_for
@@ -247,6 +248,8 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         try:
             if error is None:
                 publish(self)
+            else:
+                name_lost_replica(self.sync, error)
         except BaseException as failure:
             error = failure
             raise

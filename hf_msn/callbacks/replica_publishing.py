@@ -33,6 +33,7 @@ def publish(callback: CodistillationCallback) -> None:
     if state.is_world_process_zero:
         shown = {name: value for name, value in settings_of(callback.sync).items() if value != "None"}
         _write(Path(args.output_dir), {**said, "step": state.global_step, "settings": shown})
+    callback.trainer.accelerator.wait_for_everyone()  # any rank may load it next
 
 
 def metric_to_compare(callback: CodistillationCallback) -> tuple[str, bool]:

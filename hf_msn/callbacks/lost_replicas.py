@@ -1,0 +1,23 @@
+"""Which replica is lost, where the trainer's own exchanges between the ranks fail without saying."""
+
+import time
+
+import torch.distributed as dist
+
+from ..distributed import Codistillation, PeerError
+
+_LOOK_SECONDS = 2.0  # that a closed connection may take to be seen
+
+
+def name_lost_replica(sync: Codistillation, error: BaseException) -> None:
+    """Does nothing if `error` is not of a broken connection, or the replicas have none that tells.
+
+    Raises:
+        PeerError: If a replica is lost, with its rank.
+    """
+    is_broken = isinstance(error, dist.DistError) or "onnection" in str(error)
+    if isinstance(error, PeerError) or not (isinstance(error, RuntimeError) and is_broken) or sync._mail is None:
+        return
+    deadline = time.monotonic() + _LOOK_SECONDS
+    while time.monotonic() < deadline:
+        sync._mail.look(0.1)
