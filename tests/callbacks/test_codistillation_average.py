@@ -1,6 +1,8 @@
 """publish="average": what is measured, what is saved, and the model that loads it, against the mean in float64."""
 
 import json
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from launch import run_ranks
 from sync_runs import KINDS, Snapshots, image_rows, make_trainer, same, text_rows, weights
 
 from hf_msn import CodistillationCallback, PredictionAverage
+from hf_msn.callbacks.replica_evaluation import names_of_metrics
 
 
 def accuracy_and_rows(prediction):
@@ -84,3 +87,52 @@ def test_the_average_is_measured_saved_and_loaded(tmp_path, num_ranks, inner_siz
         saved = type(models[0]).from_pretrained(folder, dtype=torch.float64)
         assert same(weights(saved), ends[0])
         assert not list(folder.glob("*.partial"))
+
+
+def _publish_otherwise(rank, folder):
+    said = {}
+
+    def run(name, sets=None, resume=None, **settings):
+        metric = settings.pop("metric", None)
+        trainer = make_trainer(
+            f"{folder}/{name}", max_steps=4, save_strategy="steps", save_steps=2, metric_for_best_model=metric
+        )
+        trainer.compute_metrics = accuracy_and_rows
+        trainer.eval_dataset = sets or trainer.eval_dataset
+        trainer.add_callback(CodistillationCallback(trainer, **settings))
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+            said[name, resume is None] = json.loads((Path(folder) / name / "codistillation.json").read_text())
+        except ValueError as error:
+            said[name, resume is None] = str(error), trainer.state.global_step
+
+    run("missing", publish="best", metric="accuracy")
+    sets = {"near": image_rows()[:4], "far": image_rows()[4:8]}
+    run("sets", sets, publish="average")
+    run("sets", sets, f"{folder}/sets/checkpoint-2", publish="best", metric="near_top")
+    return said
+
+
+@pytest.mark.distributed
+def test_several_sets_a_metric_that_is_missing_and_a_resumed_run_that_publishes_otherwise(tmp_path):
+    first, second = run_ranks(_publish_otherwise, 2, str(tmp_path))
+    assert first == second
+    message, step = first["missing", True]
+    assert step == 0  # before anything is trained
+    assert "here 'eval_accuracy', but an evaluation gives eval_loss, eval_right, eval_top. Set" in message
+    names = {f"eval_{name}_{metric}" for name in ("near", "far") for metric in ("loss", "right", "top")}
+    average = first["sets", True]
+    assert set(average["metrics"]) == names
+    best = first["sets", False]
+    assert best["values"] == average["metrics"]["eval_near_top"]["replicas"]
+    assert (best["publish"], best["published"]) == ("best", best["values"].index(max(best["values"])))
+    assert "folders" not in best
+
+
+def test_learning_the_names_of_metrics_leaves_random_generators_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.compute_metrics = lambda _: {"drawn": float(torch.rand(1)) + np.random.rand() + random.random()}
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert names_of_metrics(trainer) == {"eval_loss", "eval_drawn"}
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
