@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..distributed.batch_digest import batch_digest
 from ..distributed.collectives import world_size
 from ..models.prediction_average import probabilities_of, with_average
 from .replica_data import nothing_gathered, replaced
@@ -87,6 +88,7 @@ class ReplicaEvaluation:
         model, average, own = self._callback.trainer.model, self._callback.sync.average_predictions, []
 
         def answer(_, positional: tuple, named: dict[str, Any], output: Any) -> Any:
+            self._require_same(named)
             before = getattr(output, "loss", None)
             output = with_average(model, output, average(probabilities_of(output)), named.get("labels"))
             if before is not None and getattr(output, "loss", None) is None:
@@ -99,6 +101,16 @@ class ReplicaEvaluation:
             yield own
         finally:
             hook.remove()
+
+    def _require_same(self, inputs: dict[str, Any]) -> None:
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        number = int(batch_digest(tensors, torch.device("cpu")).sum()) % 2**52  # what a float64 holds
+        if len(set(self._callback.sync.values_of_replicas(float(number)))) > 1:
+            raise ValueError(
+                "An average of predictions is of the same rows in the same order, but the replicas' evaluation "
+                "batches differ. Give an `eval_dataset` and a sampler that do not draw at random. The replicas are saved: "
+                "`PredictionAverage.from_pretrained` takes a list of their folders."
+            )
 
     def _remember(self, metrics: list[dict[str, float]]) -> None:
         step = self._callback.trainer.state.global_step

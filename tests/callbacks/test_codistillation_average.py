@@ -107,6 +107,8 @@ def _publish_otherwise(rank, folder):
             said[name, resume is None] = str(error), trainer.state.global_step
 
     run("missing", publish="best", metric="accuracy")
+    noisy = [{**row, "pixel_values": row["pixel_values"] + rank} for row in image_rows()[:4]]
+    run("noisy", noisy, publish="average")
     sets = {"near": image_rows()[:4], "far": image_rows()[4:8]}
     run("sets", sets, publish="average")
     run("sets", sets, f"{folder}/sets/checkpoint-2", publish="best", metric="near_top")
@@ -120,6 +122,8 @@ def test_several_sets_a_metric_that_is_missing_and_a_resumed_run_that_publishes_
     message, step = first["missing", True]
     assert step == 0  # before anything is trained
     assert "here 'eval_accuracy', but an evaluation gives eval_loss, eval_right, eval_top. Set" in message
+    assert "the replicas' evaluation batches differ. Give an `eval_dataset`" in first["noisy", True][0]
+    assert len(PredictionAverage.from_pretrained([tmp_path / "noisy" / f"replica_{r}" for r in (0, 1)]).replicas) == 2
     names = {f"eval_{name}_{metric}" for name in ("near", "far") for metric in ("loss", "right", "top")}
     average = first["sets", True]
     assert set(average["metrics"]) == names

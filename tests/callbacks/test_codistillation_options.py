@@ -114,3 +114,27 @@ def test_in_bfloat16_the_distance_is_that_from_the_other_replica(tmp_path):
             assert sum(apart) > 1e-3
             assert distances[place][3] == pytest.approx(sum(apart) / 2, rel=0.1 if exchange == "half_copies" else 0.02)
             assert math.isfinite(losses[place][3])
+
+
+def _with_workers_that_stay(rank, folder):
+    multiprocessing.current_process()._config["daemon"] = False
+    trainer = make_trainer(
+        folder,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        dataloader_multiprocessing_context="fork",
+    )
+    trainer.compute_metrics = lambda prediction: {"rows": float(len(prediction.label_ids))}
+    found = [trainer.evaluate()["eval_rows"]]
+    trainer.add_callback(CodistillationCallback(trainer))
+    trainer.train()
+    found += [entry["eval_rows"] for entry in trainer.state.log_history if "eval_rows_replica_1" in entry]
+    return [*found, trainer.evaluate()["eval_rows"]]
+
+
+@pytest.mark.distributed
+def test_loaders_whose_workers_stay_give_replicas_all_rows_and_equal_ranks_their_part(tmp_path):
+    assert run_ranks(_with_workers_that_stay, 2, str(tmp_path)) == [[8.0] * 4] * 2
