@@ -108,8 +108,8 @@ class ReplicaEvaluation:
         if len(set(self._callback.sync.values_of_replicas(float(number)))) > 1:
             raise ValueError(
                 "An average of predictions is of the same rows in the same order, but the replicas' evaluation "
-                "batches differ. Give an `eval_dataset` and a sampler that do not draw at random. The replicas are saved: "
-                "`PredictionAverage.from_pretrained` takes a list of their folders."
+                "batches differ. Give an `eval_dataset` and a sampler that do not draw at random. The replicas are "
+                "saved: `PredictionAverage.from_pretrained` takes a list of their folders."
             )
 
     def _remember(self, metrics: list[dict[str, float]]) -> None:
