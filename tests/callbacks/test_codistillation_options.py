@@ -123,6 +123,7 @@ def _with_workers_that_stay(rank, folder):
         max_steps=2,
         eval_strategy="steps",
         eval_steps=1,
+        per_device_eval_batch_size=2,
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
         dataloader_multiprocessing_context="fork",
