@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..distributed.peer_checkpoints import call_model, logits_of
+from ..distributed.replicas.peer_checkpoints import call_model, logits_of
 from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
 from ..models.prediction_average import predicts_next_token
 

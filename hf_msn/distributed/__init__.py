@@ -4,12 +4,12 @@ from .async_gossip import AsyncGossip
 from .batch_norm import CrossRankBatchNorm, synchronize_batch_norm
 from .codistillation import Codistillation
 from .collectives import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
-from .exchange import PeerError
 from .falling_weight_decay import FallingWeightDecay
-from .flat import FlatTensors
 from .gossip import Gossip
 from .local_sgd import LocalSGD
 from .local_update import LocalUpdate
+from .messages.exchange import PeerError
+from .messages.flat import FlatTensors
 from .overlap_gossip import OverlapGossip
 from .slowmo import SlowMo
 from .topology import (

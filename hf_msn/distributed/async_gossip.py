@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .flat import FlatTensors
+from .local_training.training_state import frozen_and_buffers
 from .local_update import LocalUpdate
-from .mailbox import Message
-from .meeting import Meeting, average_by_messages, distance_by_messages
-from .pairwise_averaging import AsynchronousPush, PairwiseAveraging
+from .messages.flat import FlatTensors
+from .messages.mailbox import Message
+from .messages.watched_mailbox import WatchedMailbox
+from .messages.wire import checked_wire_dtype
+from .mixing.meeting import Meeting, average_by_messages, distance_by_messages
+from .mixing.pairwise_averaging import AsynchronousPush, PairwiseAveraging
 from .topology import ExponentialTopology
 from .topology_base import Topology, checked_integer
-from .training_state import frozen_and_buffers
-from .two_sides import TwoSidesTopology, check_topology
-from .watched_mailbox import WatchedMailbox
-from .wire import checked_wire_dtype
+from .topology_two_sides import TwoSidesTopology, check_topology
 
 _CLOSE_SECONDS = 5.0
 

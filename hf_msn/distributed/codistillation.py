@@ -8,18 +8,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import active
-from .codistillation_settings import CodistillationSettings
-from .distances import PredictionDistance
-from .exchange import Exchange, PeerError
 from .falling_weight_decay import ScheduledWeightDecay
-from .gradient_sync import GradientSync, find_wrapper
-from .peer_checkpoints import PeerCheckpoints, call_model, checked_predictions, logits_of
-from .peer_copies import PeerCopies, exchanged_tensors
-from .peer_predictions import PeerPredictions
-from .replica_mail import ReplicaMail
-from .replicas import Replicas
-from .training_state import frozen_and_buffers, plain_optimizer, refuse_unsupported, trainable_parameters
+from .local_training import active
+from .local_training.gradient_sync import GradientSync, find_wrapper
+from .local_training.training_state import (
+    frozen_and_buffers,
+    plain_optimizer,
+    refuse_unsupported,
+    trainable_parameters,
+)
+from .messages.exchange import Exchange, PeerError
+from .replicas.distances import PredictionDistance
+from .replicas.groups import Replicas
+from .replicas.mail import ReplicaMail
+from .replicas.peer_checkpoints import PeerCheckpoints, call_model, checked_predictions, logits_of
+from .replicas.peer_copies import PeerCopies, exchanged_tensors
+from .replicas.peer_predictions import PeerPredictions
+from .replicas.settings import CodistillationSettings
 
 
 class Codistillation:

@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .consensus_control import ConsensusControl
-from .flat import FlatTensors
+from .local_training.training_state import trainable_parameters
 from .local_update import LocalUpdate
-from .peer_exchange import PeerExchange
-from .quasi_global_momentum import QuasiGlobalMomentum
+from .messages.flat import FlatTensors
+from .messages.peer_exchange import PeerExchange
+from .messages.wire import checked_wire_dtype
+from .mixing.consensus_control import ConsensusControl
+from .mixing.quasi_global_momentum import QuasiGlobalMomentum
 from .topology import ExponentialTopology
 from .topology_base import Topology
-from .training_state import trainable_parameters
-from .wire import checked_wire_dtype
 
 
 class Gossip(LocalUpdate):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .flat import FlatTensors
 from .local_update import LocalUpdate
-from .wire import RoundedMean, checked_wire_dtype
+from .messages.flat import FlatTensors
+from .messages.wire import RoundedMean, checked_wire_dtype
 
 
 class LocalSGD(LocalUpdate):

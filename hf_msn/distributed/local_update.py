@@ -6,11 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import active
-from .exchange import Exchange
-from .flat import FlatTensors, split_into_buckets
-from .gradient_sync import GradientSync, find_wrapper
-from .training_state import (
+from .local_training import active
+from .local_training.gradient_sync import GradientSync, find_wrapper
+from .local_training.training_state import (
     average_moments,
     compare_ranks,
     frozen_and_buffers,
@@ -19,6 +17,8 @@ from .training_state import (
     reset_moments,
     trainable_parameters,
 )
+from .messages.exchange import Exchange
+from .messages.flat import FlatTensors, split_into_buckets
 
 _BUCKET_BYTES = 32 * 2**20  # what an exchange needs in memory beside the model; large enough to use a network fully
 

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .consensus import Consensus, as_bytes, from_bytes, weighted_mean
-from .exchange import PeerError
+from .local_training.training_state import frozen_and_buffers, trainable_parameters
 from .local_update import LocalUpdate
-from .push_sum_mass import PushSumMass
+from .messages.exchange import PeerError
+from .messages.wire import checked_wire_dtype
+from .mixing.consensus import Consensus, as_bytes, from_bytes, weighted_mean
+from .mixing.push_sum_mass import PushSumMass
 from .topology import ExponentialTopology
 from .topology_base import Topology
-from .training_state import frozen_and_buffers, trainable_parameters
-from .wire import checked_wire_dtype
 
 logger = logging.getLogger(__name__)
 

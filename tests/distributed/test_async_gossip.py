@@ -16,9 +16,9 @@ from lost_ranks import run_ranks_that_are_left
 from torch import nn
 
 from hf_msn import AsyncGossip, ExponentialTopology, PeerError, RingTopology
-from hf_msn.distributed.step_rates import StepRates
+from hf_msn.distributed.mixing.step_rates import StepRates
 from hf_msn.distributed.topology import BipartiteExponentialTopology, CompleteTopology, RandomOnePeerTopology
-from hf_msn.distributed.two_sides import TwoSidesTopology, check_topology, two_sides
+from hf_msn.distributed.topology_two_sides import TwoSidesTopology, check_topology, two_sides
 
 METHODS = ["ad_psgd", "push_sum"]
 

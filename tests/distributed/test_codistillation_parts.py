@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_msn.distributed import Codistillation, FallingWeightDecay, LocalSGD
-from hf_msn.distributed.batch_digest import batch_digest
-from hf_msn.distributed.distances import PredictionDistance
 from hf_msn.distributed.falling_weight_decay import falling_factor
-from hf_msn.distributed.peer_copies import PeerCopies
+from hf_msn.distributed.replicas.batch_digest import batch_digest
+from hf_msn.distributed.replicas.distances import PredictionDistance
+from hf_msn.distributed.replicas.peer_copies import PeerCopies
 
 
 def random(*shape, seed=0):

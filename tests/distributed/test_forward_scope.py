@@ -5,7 +5,7 @@ from torch import nn
 
 from hf_msn import LocalSGD, paws_loss
 from hf_msn.distributed import CrossRankBatchNorm, all_gather_cat, all_reduce_mean, rank, world_size
-from hf_msn.distributed.forward_scope import ForwardScope
+from hf_msn.distributed.local_training.forward_scope import ForwardScope
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed

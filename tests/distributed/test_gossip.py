@@ -42,8 +42,8 @@ from hf_msn.distributed import (
     Topology,
     local_update,
 )
-from hf_msn.distributed.consensus_control import sampled_distance
-from hf_msn.distributed.exchange import Exchange
+from hf_msn.distributed.messages.exchange import Exchange
+from hf_msn.distributed.mixing.consensus_control import sampled_distance
 
 PLAIN = {"momentum": 0.0, "quasi_global_momentum": 0.9}
 CASES = {

@@ -3,8 +3,8 @@
 import pytest
 
 from hf_msn.distributed import RingTopology
-from hf_msn.distributed.live_peers import MASS, PING, VIEW, LivePeers, SendingPlan
-from hf_msn.distributed.mailbox import Message
+from hf_msn.distributed.messages.mailbox import Message
+from hf_msn.distributed.mixing.live_peers import MASS, PING, VIEW, LivePeers, SendingPlan
 
 
 class ScriptedMailbox:

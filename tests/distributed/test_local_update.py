@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_msn.distributed import LocalSGD, PeerError, SlowMo
-from hf_msn.distributed.exchange import Exchange
+from hf_msn.distributed.messages.exchange import Exchange
 
 
 def batch(rank, step):

@@ -16,7 +16,7 @@ from lost_ranks import run_ranks_that_are_left
 
 import hf_msn
 from hf_msn.distributed import PeerError
-from hf_msn.distributed.mailbox import Mailbox
+from hf_msn.distributed.messages.mailbox import Mailbox
 
 SIZES = [7, 3]
 
@@ -393,7 +393,7 @@ SCRIPT = """
 import sys, types, torch, torch.distributed as dist
 sys.modules['hf_msn'] = package = types.ModuleType('hf_msn')  # without all the rest, which takes long to import
 package.__path__ = [sys.argv[4]]
-from hf_msn.distributed.mailbox import Mailbox
+from hf_msn.distributed.messages.mailbox import Mailbox
 file, rank, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group('gloo', init_method='file://' + file, rank=rank, world_size=2)
 mailbox = Mailbox([torch.zeros(3)]).start()

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from ..messages.exchange import Exchange
+from ..mixing.consensus import as_bytes, from_bytes
 from .batch_digest import batch_digest
-from .consensus import as_bytes, from_bytes
 from .distances import PredictionDistance
-from .exchange import Exchange
-from .replica_mail import ReplicaMail
+from .mail import ReplicaMail
 
 _REMEDY = (
     "Shard the data by the place inside of the replica, with the same seed and augmentations in all replicas, or let "

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 
 import torch
 
+from ..messages.mailbox import Message
 from .live_peers import ARRIVED, CONSENT, CONTRIBUTION, DECISION, PROPOSAL, RESULT, LivePeers
-from .mailbox import Message
 
 
 class Consensus:

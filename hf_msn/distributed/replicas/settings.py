@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..messages.wire import checked_wire_dtype
 from .distances import PredictionDistance
-from .wire import checked_wire_dtype
 
 _COPIES_DTYPES = {None: None, "bfloat16": torch.bfloat16}
 _PROBED_STEPS = (0, 1, 10, 100, 1000, 10000)  # after the burn-in; at which alpha must be the same on all ranks

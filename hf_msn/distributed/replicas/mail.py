@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 import torch.distributed as dist
 
-from .exchange import PeerError
-from .mailbox import Mailbox
+from ..messages.exchange import PeerError
+from ..messages.mailbox import Mailbox
 
 logger = logging.getLogger(__name__)
 

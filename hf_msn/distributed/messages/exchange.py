@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from .collectives import rank, world_size
+from ..collectives import rank, world_size
 
 _STORE_SECONDS = 2.0  # what asking the store for the missing rank may take: its host may be the one that is gone
 

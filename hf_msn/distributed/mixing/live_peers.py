@@ -4,9 +4,9 @@ import logging
 import time
 from collections.abc import Callable, Collection
 
-from .exchange import PeerError
-from .mailbox import Mailbox, Message
-from .topology_base import Topology
+from ..messages.exchange import PeerError
+from ..messages.mailbox import Mailbox, Message
+from ..topology_base import Topology
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .collectives import world_size
+from ..collectives import world_size
+from ..mixing.step_rates import StepRates
 from .mailbox import Mailbox, Message
-from .step_rates import StepRates
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .mailbox import Message
-from .topology_base import Topology
-from .two_sides import two_sides
-from .watched_mailbox import ANSWER, MASS, REQUEST, WatchedMailbox
+from ..messages.mailbox import Message
+from ..messages.watched_mailbox import ANSWER, MASS, REQUEST, WatchedMailbox
+from ..topology_base import Topology
+from ..topology_two_sides import two_sides
 
 _LEAST_WEIGHT_TO_PUSH = 0.5
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .exchange import PeerError
-from .flat import FlatTensors
-from .mailbox import Message
-from .watched_mailbox import ANEW, DONE, HERE, PART, WatchedMailbox
+from ..messages.exchange import PeerError
+from ..messages.flat import FlatTensors
+from ..messages.mailbox import Message
+from ..messages.watched_mailbox import ANEW, DONE, HERE, PART, WatchedMailbox
 
 _LOOK_SECONDS = 0.05
 _AWAY_SECONDS = 5.0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 import torch.distributed as dist
 
-from .collectives import rank, world_size
+from ..collectives import rank, world_size
 from .exchange import PeerError
 from .mailbox_link import MARKER, Buffers, Link, Message
 from .turns import Turns

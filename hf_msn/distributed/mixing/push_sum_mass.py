@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..messages.mailbox import Mailbox, Message
+from ..topology_base import Topology
 from .live_peers import MASS, LivePeers
-from .mailbox import Mailbox, Message
 from .numerators import Numerators
-from .topology_base import Topology
 
 logger = logging.getLogger(__name__)
 

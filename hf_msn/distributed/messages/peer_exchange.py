@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from ..subgroups import subgroup
 from .exchange import Exchange, _arrivals, _bytes
-from .subgroups import subgroup
 
 _FIRST_TAG = 4100  # away from 0, which others who use the group are likely to take
 

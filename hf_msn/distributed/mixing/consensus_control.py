@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .exchange import Exchange
-from .topology_base import checked_integer
+from ..messages.exchange import Exchange
+from ..topology_base import checked_integer
 
 _SAMPLE_SIZE = 4096  # 32 KiB on the wire
 

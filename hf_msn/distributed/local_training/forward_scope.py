@@ -3,9 +3,9 @@
 import torch.distributed as dist
 from torch import nn
 
-from .batch_norm import CrossRankBatchNorm
-from .collectives import group_scope
-from .subgroups import subgroup
+from ..batch_norm import CrossRankBatchNorm
+from ..collectives import group_scope
+from ..subgroups import subgroup
 
 
 class ForwardScope:

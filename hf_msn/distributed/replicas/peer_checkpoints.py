@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .codistillation_settings import CodistillationSettings
+from .mail import ReplicaMail
 from .peer_copies import PeerCopies
-from .replica_mail import ReplicaMail
+from .settings import CodistillationSettings
 
 
 class PeerCheckpoints:

@@ -1,0 +1,1 @@
+"""The parts of [`Codistillation`]: what replicas compare, exchange, and keep of one another."""
