@@ -1,80 +1,19 @@
 """Asynchronous gossip between real ranks: what is conserved, who waits for whom, and ranks that lag, die or stop."""
 
-import io
-import logging
-import os
 import random
-import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from async_runs import METHODS, Accounts, flat, jump_to, make_model, step_of, targets
 from launch import run_ranks
-from lost_ranks import run_ranks_that_are_left
 from torch import nn
 
-from hf_msn import AsyncGossip, ExponentialTopology, PeerError, RingTopology
+from hf_msn import AsyncGossip, ExponentialTopology, RingTopology
 from hf_msn.distributed.mixing.step_rates import StepRates
 from hf_msn.distributed.topology import BipartiteExponentialTopology, CompleteTopology, RandomOnePeerTopology
 from hf_msn.distributed.topology_two_sides import TwoSidesTopology, check_topology, two_sides
-
-METHODS = ["ad_psgd", "push_sum"]
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
-
-
-def targets(rank, model=None):
-    generator = torch.Generator().manual_seed(100 + rank)
-    model = model or make_model()
-    return [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in model.parameters()]
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def jump_to(model, optimizer, values):
-    """One step of SGD that ends at `values`; those after it stay where they are."""
-    for p, value in zip(model.parameters(), values):
-        p.grad = p.detach() - value
-    optimizer.param_groups[0]["lr"] = 1.0
-    optimizer.step()
-    optimizer.param_groups[0]["lr"] = 0.0
-
-
-def step_of(optimizer, sync, seconds=0.0):
-    optimizer.step()
-    sync.step()
-    time.sleep(seconds)
-
-
-class Records(logging.Handler):
-    """What was warned of."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.texts = []
-        logging.getLogger("hf_msn.distributed").addHandler(self)
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
-
-
-class Accounts(AsyncGossip):
-    """Notes weight and the mailbox's accounts at the end of each meeting."""
-
-    def _settle(self):
-        mailbox = self._mailbox
-        self.account = self.weight, list(mailbox.weight_posted), list(mailbox.weight_collected)
-        super()._settle()
-
-
-# What is conserved
 
 
 def _gossip_without_learning(rank, options):
@@ -167,9 +106,6 @@ def test_a_model_is_never_half_written(method):
         assert value == results[0][2]
 
 
-# Ranks of different speeds
-
-
 def _train_beside_a_straggler(rank, method):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -256,203 +192,6 @@ def test_quadratics_with_different_curvature_come_to_the_common_optimum(method):
     for value, distance in run_ranks(_train_unlike_quadratics, 4, method):
         assert value == pytest.approx(optimum, abs=0.2)
         assert distance < 0.5
-
-
-# Ranks that die or stop
-
-
-def _outlive(rank, method, lost, when):
-    records = Records()
-    model = make_model()
-    model[0].bias.requires_grad_(False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    sync = Accounts(model, optimizer, method=method, rate_correction=False, timeout_seconds=8.0).start()
-    values = [value for value, p in zip(targets(rank), model.parameters()) if p.requires_grad]
-    with torch.no_grad():
-        model[0].bias.fill_(rank)
-        model[1].running_mean.fill_(rank)
-        model[1].num_batches_tracked.fill_(rank)
-    for p, value in zip([p for p in model.parameters() if p.requires_grad], values):
-        p.grad = p.detach() - value
-    optimizer.param_groups[0]["lr"] = 1.0
-    step_of(optimizer, sync)
-    optimizer.param_groups[0]["lr"] = 0.0
-    for step in range(60):
-        if rank == lost and step == 20 and when == "between steps":
-            os.kill(os.getpid(), signal.SIGKILL)
-        step_of(optimizer, sync, 0.005)
-    if rank == lost and when == "before a meeting":
-        time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if rank == lost:
-        sync._average_in_place = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-    before = flat(model.parameters())
-    sync.sync()
-    after = sync.consensus_distance()
-    at_sync = flat(model.parameters()), model[1].running_mean[0].item(), model[1].num_batches_tracked.item()
-    account = sync.account
-    living = [place for place in range(dist.get_world_size()) if place != lost]
-    offset = [0.5, -0.5, 0.0][living.index(rank)]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in trainable:  # as an optimizer would
-            p.add_(offset)
-    distance = sync.consensus_distance() / sum(p.numel() for p in trainable) ** 0.5
-    for _ in range(20):
-        step_of(optimizer, sync, 0.002)
-    sync.stop()
-    end = flat(model.parameters())
-    return before, at_sync, end, account, records.texts, model[0].bias[0].item(), (distance, after)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "num_ranks, lost, when", [(4, 0, "between steps"), (3, 1, "before a meeting"), (3, 2, "in the collectives")]
-)
-def test_the_others_go_on_without_a_rank_that_dies(tmp_path, method, num_ranks, lost, when):
-    results = run_ranks_that_are_left(_outlive, num_ranks, tmp_path, method, lost, when, lost=[lost])
-    living = sorted(results)
-    assert living == [rank for rank in range(num_ranks) if rank != lost]
-    first = results[living[0]]
-    torch.testing.assert_close(first[2], first[1][0], rtol=0, atol=1e-12)
-    for rank in living:
-        _, (at_sync, running_mean, num_batches), at_end, _, texts, bias, (distance, after) = results[rank]
-        assert torch.equal(at_sync, first[1][0])
-        assert torch.equal(at_end, first[2])
-        assert after < 1e-12
-        assert distance == pytest.approx((0.5 / len(living)) ** 0.5, abs=1e-9)
-        assert running_mean == pytest.approx(sum(living) / len(living))
-        assert bias == pytest.approx(sum(living) / len(living))
-        assert num_batches == living[0]
-        assert len([text for text in texts if f"Rank {lost} has died" in text]) == 1, texts
-    if method == "push_sum":
-        accounts = [results[rank][3] for rank in living]
-        weight = sum(account[0] for account in accounts)
-        gone = sum(posted[lost] - collected[lost] for _, posted, collected in accounts)
-        assert weight + gone == pytest.approx(len(living), abs=1e-12)
-    else:
-        changed = sum(results[rank][0] for rank in living) / len(living)
-        torch.testing.assert_close(first[1][0], changed, rtol=0, atol=1e-10)
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 30.0
-    while not Path(path).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def _pass_over(rank, folder, method):
-    records = Records()
-    pids = [None] * 3
-    dist.all_gather_object(pids, os.getpid())
-    model = nn.Linear(1000, 700).double()  # more than a connection holds: messages wait here
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sync = AsyncGossip(model, optimizer, method=method, timeout_seconds=1.5).start()
-    jump_to(model, optimizer, targets(rank, model))
-    for _ in range(20):
-        sync.step()
-        time.sleep(0.01)
-        optimizer.step()
-    seen = None
-    if rank == 2:
-        sync.step()
-        while not Path(folder, "go on").exists():
-            step_of(optimizer, sync, 0.01)
-    else:
-        if rank == 0:
-            os.kill(pids[2], signal.SIGSTOP)
-        before = sync.steps
-        while not sync._mailbox.silent:
-            step_of(optimizer, sync, 0.01)
-        seen = [sorted(sync._mailbox.silent), sync.steps - before]
-        with pytest.raises(PeerError, match=r"rank 2 was silent for 1\.5 s") as failure:
-            sync.sync()
-        seen.append(failure.value.ranks)
-        Path(folder, f"failed {rank}").touch()
-        wait_for(Path(folder, f"failed {1 - rank}"))
-        if rank == 0:
-            os.kill(pids[2], signal.SIGCONT)
-        while sync._mailbox.silent:
-            step_of(optimizer, sync, 0.01)
-        Path(folder, "go on").touch()
-    sync.sync()
-    at_sync = flat(model.parameters())
-    for _ in range(20):
-        step_of(optimizer, sync, 0.002)
-    sync.stop()
-    return seen, at_sync, flat(model.parameters()), records.texts
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_rank_is_passed_over_and_taken_back_with_all_it_has(tmp_path, method):
-    results = run_ranks(_pass_over, 3, tmp_path, method)
-    mean = sum(flat(targets(rank, nn.Linear(1000, 700))) for rank in range(3)) / 3
-    for rank, (seen, at_sync, at_end, texts) in enumerate(results):
-        torch.testing.assert_close(at_sync, mean, rtol=0, atol=1e-10)
-        torch.testing.assert_close(at_end, mean, rtol=0, atol=1e-10)
-        if rank != 2:
-            assert seen[0] == [2]
-            assert seen[1] > 20
-            assert seen[2] == (2,)
-            assert any("Nothing was heard from rank 2 for 1.5 s" in text for text in texts)
-            assert any("Rank 2 is heard again" in text for text in texts)
-
-
-# States, one rank, and what is refused
-
-
-def _resume(rank, method):
-    def run(sync, optimizer, steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            sync.model(torch.full((4, 3), float(rank + 1), dtype=torch.float64)).square().mean().backward()
-            step_of(optimizer, sync, 0.002)
-
-    def make(seed):
-        model = make_model(seed)
-        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-    model, optimizer = make(0)
-    sync = AsyncGossip(model, optimizer, method=method).start()
-    run(sync, optimizer, 10 + rank)
-    with pytest.raises(RuntimeError, match=r"Call `sync\(\)` on all ranks"):
-        sync.state_dict()
-    sync.sync()
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), sync.state_dict()], file)
-    sync.stop()
-    ends = []
-    for started_first in (False, True):
-        file.seek(0)
-        states = torch.load(file, weights_only=True)
-        model, optimizer = make(5 + rank)
-        sync = AsyncGossip(model, optimizer, method=method)
-        if started_first:
-            sync.start()
-        for taken, state in zip((model, optimizer, sync), states):
-            taken.load_state_dict(state)
-        if not started_first:
-            sync.start()
-        same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), states[0].values()))
-        optimizer.param_groups[0]["lr"] = 0.0
-        run(sync, optimizer, 5)
-        ends.append((same, sync.steps, sync.rounds, flat(model.parameters()), flat(states[0].values())[:0]))
-        sync.stop()
-        ends[-1] += (flat(p for name, p in states[0].items() if "running" not in name and "num" not in name),)
-    return ends
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("method", METHODS)
-def test_a_state_after_sync_is_all_there_is_and_none_is_given_in_between(method):
-    for rank, ends in enumerate(run_ranks(_resume, 2, method)):
-        for same, steps, rounds, values, _, saved in ends:
-            assert same
-            assert steps == rounds == 15 + rank
-            torch.testing.assert_close(values, saved, rtol=0, atol=1e-12)
 
 
 def test_one_rank_is_left_as_it_is_with_a_warning():

@@ -1,7 +1,6 @@
 """Codistillation on real ranks, against its equation in loops over replicas, rows and classes in float64."""
 
 import copy
-import io
 import math
 import os
 import time
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from launch import run_ranks
 from lost_ranks import run_ranks_that_are_left
+from states import same, saved_and_loaded
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_msn.distributed import Codistillation, PeerError
@@ -333,13 +333,6 @@ def test_bytes_on_the_wire_are_as_computed():
 # Resuming
 
 
-def saved_and_loaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 RESUMED = [
     ({"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2}, (4, 5, 6)),
     ({"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2, "copies_dtype": "bfloat16"}, (7,)),
@@ -378,16 +371,6 @@ def _resume(rank):
                 codistillation.stop()
                 outcomes.append((straight[step:], end, resumed, values(model)))
     return outcomes
-
-
-def same(a, b):
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.distributed

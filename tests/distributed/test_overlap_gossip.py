@@ -1,7 +1,5 @@
 """OverlapGossip against its recursion with delays in loops, its mass under random ones, and its settings."""
 
-import copy
-import io
 import time
 import warnings
 
@@ -9,12 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from overlap_runs import MOMENTUM, NUM_STEPS, RATE, flat, make_model, reference, take_step
 from topologies import Star
 
 from hf_msn.distributed import CompleteTopology, ExponentialTopology, OverlapGossip, RingTopology, SlowMo
-
-NUM_STEPS = 9
-RATE, MOMENTUM = 0.05, 0.9
 
 TOPOLOGIES = {
     "exponential": ExponentialTopology,
@@ -25,34 +21,10 @@ TOPOLOGIES = {
 }
 
 
-def data(rank, step):
-    generator = torch.Generator().manual_seed(100 * rank + step)
-    return torch.randn(5, 3, generator=generator).double(), torch.randn(5, 2, generator=generator).double()
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Linear(3, 2).double()
-
-
-def take_step(model, optimizer, rank, step):
-    x, y = data(rank, step)
-    optimizer.zero_grad()
-    ((model(x) - y) ** 2).mean().backward()
-    optimizer.step()
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
-
-
 def total(number):
     tensor = torch.tensor([number], dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.item()
-
-
-# With exact delays
 
 
 def train(rank, topology, bound, sync_after=4, deterministic=True):
@@ -71,50 +43,6 @@ def train(rank, topology, bound, sync_after=4, deterministic=True):
             seen.append(flat(model))
             weights.append(sync.push_sum_weight)
     return [*seen, flat(model)], weights
-
-
-def reference(topology, bound, sync_after=4):
-    n = topology.world_size
-    x = [flat(make_model()) for _ in range(n)]
-    z = [v.clone() for v in x]
-    w, m = [1.0] * n, [torch.zeros_like(x[0]) for _ in range(n)]
-    under_way, seen, weights = [], [[] for _ in range(n)], [[] for _ in range(n)]
-
-    def merge(sent_until):
-        for message in sorted((entry for entry in under_way if entry[0] <= sent_until), key=lambda e: e[:2]):
-            _, _, receiver, share, weight = message
-            x[receiver] = x[receiver] + share
-            w[receiver] += weight
-        under_way[:] = [message for message in under_way if message[0] > sent_until]
-
-    def consensus():
-        merge(NUM_STEPS)
-        mean = sum(x) / sum(w)
-        for i in range(n):
-            x[i], z[i], w[i] = mean.clone(), mean.clone(), 1.0
-
-    for step in range(NUM_STEPS):
-        for i in range(n):
-            inputs, targets = data(i, step)
-            weight, bias = z[i][:6].view(2, 3), z[i][6:]
-            residual = inputs @ weight.T + bias - targets
-            gradient = [2 * residual.T @ inputs / residual.numel(), 2 * residual.sum(0) / residual.numel()]
-            m[i] = MOMENTUM * m[i] + torch.cat([g.flatten() for g in gradient])
-            x[i] = x[i] - RATE * m[i]
-        for i in range(n):
-            peers = topology.out_peers(i, step)
-            x[i], w[i] = x[i] / (len(peers) + 1), w[i] / (len(peers) + 1)
-            under_way += [(step, i, peer, x[i].clone(), w[i]) for peer in peers]
-        merge(step - bound)
-        for i in range(n):
-            z[i] = x[i] / w[i]
-        if step == sync_after:
-            consensus()
-        for i in range(n):
-            seen[i].append(z[i].clone())
-            weights[i].append(w[i])
-    consensus()
-    return [([*seen[i], z[i]], weights[i]) for i in range(n)]
 
 
 def _train_all(rank):
@@ -150,9 +78,6 @@ def test_bound_zero_is_synchronous_push_sum_to_the_bit():
     for (seen, weights), (other, other_weights) in run_ranks(_without_bound_zero_being_deterministic, 3):
         assert all(torch.equal(a, b) for a, b in zip(seen, other))
         assert weights == other_weights
-
-
-# Under random delays
 
 
 def _mix_only(rank, name, wire_dtype):
@@ -262,155 +187,6 @@ def test_training_finds_the_optimum_of_all_ranks():
         assert distance < 0.1
 
 
-# Under SlowMo, and resuming
-
-
-def make_run(rank, kind, seed=0):
-    model = make_model(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-    n = dist.get_world_size()
-    gossip = OverlapGossip(
-        model, optimizer, topology=Star(n) if kind == "star" else None, deterministic=True, timeout_seconds=20
-    )
-    if kind == "alone":
-        return model, optimizer, gossip
-    average = kind != "noaverage"
-    return model, optimizer, SlowMo(model, optimizer, base=gossip, sync_every=3, slow_momentum=0.6, average=average)
-
-
-def saved_and_loaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def same(a, b):
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def _resume(rank, kind):
-    def run(model, optimizer, sync, steps):
-        for step in steps:
-            take_step(model, optimizer, rank, step)
-            sync.step()
-        return {
-            "model": copy.deepcopy(model.state_dict()),
-            "optimizer": copy.deepcopy(optimizer.state_dict()),
-            "sync": saved_and_loaded(sync.state_dict()),
-        }
-
-    whole = make_run(rank, kind)
-    whole[2].start()
-    saved = run(*whole, range(4))
-    straight = run(*whole, range(4, NUM_STEPS))
-    whole[2].stop()
-    ends = []
-    for started_first in (False, True):
-        model, optimizer, sync = make_run(rank, kind, seed=7 + rank)
-        if started_first:
-            sync.start()
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
-        sync.load_state_dict(saved["sync"])
-        if not started_first:
-            sync.start()
-        ends.append(run(model, optimizer, sync, range(4, NUM_STEPS)))
-        sync.stop()
-        ends.append(flat(model))
-    gossip = saved["sync"] if kind == "alone" else saved["sync"]["base"]
-    return straight, ends[0], ends[2], flat(whole[0]), ends[1], ends[3], len(gossip["unmerged"]), flat(whole[0])
-
-
-def _resume_all(rank):
-    return [_resume(rank, kind) for kind in ("alone", "slowmo", "star", "noaverage")]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_deterministic_run_goes_on_bit_for_bit_with_mass_under_way(num_ranks):
-    results = run_ranks(_resume_all, num_ranks)
-    some_unmerged = 0
-    for outcome in [outcome for result in results for outcome in result]:
-        straight, first, second, end, first_end, second_end, unmerged, _ = outcome
-        assert same(straight, first)
-        assert same(straight, second)
-        assert same(end, first_end)
-        assert same(end, second_end)
-        some_unmerged += unmerged
-    assert some_unmerged >= num_ranks
-
-
-def _save_without_determinism(rank):
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-    sync = OverlapGossip(model, optimizer).start()
-    for step in range(3):
-        take_step(model, optimizer, rank, step)
-        sync.step()
-    with pytest.raises(RuntimeError, match=r"Call `sync\(\)` on all ranks before"):
-        sync.state_dict()
-    sync.sync()
-    saved, at_sync = saved_and_loaded(sync.state_dict()), copy.deepcopy(model.state_dict())
-    moments = copy.deepcopy(optimizer.state_dict())
-    sync.stop()
-    other = make_model(seed=5 + rank)
-    optimizer = torch.optim.SGD(other.parameters(), lr=RATE, momentum=MOMENTUM)
-    sync = OverlapGossip(other, optimizer)
-    other.load_state_dict(at_sync)
-    optimizer.load_state_dict(moments)
-    sync.load_state_dict(saved)
-    with sync:
-        assert same(other.state_dict(), at_sync)
-        assert same(saved_and_loaded(sync.state_dict()), saved)
-        take_step(other, optimizer, rank, 3)
-        sync.step()
-        assert sync.rounds == 4
-    return True
-
-
-@pytest.mark.distributed
-def test_without_determinism_a_state_is_that_of_a_sync():
-    assert all(run_ranks(_save_without_determinism, 2))
-
-
-def _slow_momentum_over_overlap(rank):
-    model, optimizer, sync = make_run(rank, "slowmo")
-    seen = []
-    with sync:
-        for step in range(6):
-            take_step(model, optimizer, rank, step)
-            sync.step()
-            seen.append(flat(model))
-    return seen, sync.base.weight_under_way, sync.bytes_sent > sync.base.bytes_sent > 0
-
-
-@pytest.mark.distributed
-def test_an_outer_step_of_slowmo_starts_from_the_exact_mean_of_overlap_gossip():
-    results = run_ranks(_slow_momentum_over_overlap, 3)
-    topology = ExponentialTopology(3)
-    end_of_period = [seen[2] for seen, _ in overlap_reference(topology, 3)]
-    x0 = flat(make_model())
-    expected = x0 - (x0 - end_of_period[0])  # v = 0 before: the mean itself
-    for seen, under_way, counts_bytes in results:
-        torch.testing.assert_close(seen[2], expected, rtol=1e-10, atol=1e-12)
-        assert torch.equal(seen[2], results[0][0][2])
-        assert torch.equal(seen[5], results[0][0][5])
-        assert not torch.equal(seen[4], results[0][0][4]) or seen is results[0][0]
-        assert under_way == pytest.approx(0.0, abs=1e-12)
-        assert counts_bytes
-
-
-def overlap_reference(topology, sync_after):
-    return reference(topology, 1, sync_after=sync_after - 1)
-
-
 def _inner_groups(rank):
     groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
     model = make_model()
@@ -439,9 +215,6 @@ def test_ranks_of_an_inner_group_stay_equal_to_the_bit():
         assert torch.equal(a[step], b[step])
         assert torch.equal(c[step], d[step])
         assert torch.equal(a[step], c[step]) == (step == 5)
-
-
-# Settings
 
 
 def test_one_rank_trains_as_without_it_and_says_so():

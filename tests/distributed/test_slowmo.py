@@ -1,12 +1,12 @@
 """SlowMo against its equations, written as loops over ranks in float64."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from states import same, saved_and_loaded
 
 from hf_msn.distributed import LocalSGD, SlowMo, local_update
 
@@ -236,13 +236,6 @@ def test_sharded_state_is_a_share_of_the_memory_and_sends_as_much():
     assert run_ranks(_state_sizes_and_bytes, 4, True) == [(2 * numbers // 4, 2 * 3 * numbers * 4 // 4)] * 4
 
 
-def saved_and_loaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def _resume(rank, case):
     case = {**DEFAULTS, **case}
     name, rates = case.pop("optimizer"), case.pop("rates")
@@ -289,16 +282,6 @@ RESUMED = [{}, {"shard_state": True, "optimizer": "adam", "base_buffers": "avera
 
 def _resume_all(rank):
     return [_resume(rank, case) for case in RESUMED]
-
-
-def same(a, b):
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.distributed

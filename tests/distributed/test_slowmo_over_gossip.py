@@ -13,8 +13,9 @@ from gossip_reference import (
     take_step,
     train,
 )
+from gossip_runs import resume
 from launch import run_ranks
-from test_gossip import resume, same
+from states import same
 from topologies import Star
 
 from hf_msn.distributed import AsyncGossip, CompleteTopology, Gossip, SlowMo

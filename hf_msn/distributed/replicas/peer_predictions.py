@@ -13,7 +13,7 @@ from .mail import ReplicaMail
 
 _REMEDY = (
     "Shard the data by the place inside of the replica, with the same seed and augmentations in all replicas, or let "
-    " them exchange checkpoints (`exchange='checkpoints'`), where each has data of its own."
+    "them exchange checkpoints (`exchange='checkpoints'`), where each has data of its own."
 )
 
 

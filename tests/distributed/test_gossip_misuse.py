@@ -1,0 +1,165 @@
+"""What gossip refuses, and what it says when a peer is lost."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from gossip_reference import (
+    flat,
+    gradient,
+    make_model,
+    make_optimizer,
+    take_step,
+)
+from launch import run_ranks
+from topologies import Star
+
+from hf_msn.distributed import (
+    ExponentialTopology,
+    Gossip,
+    PeerError,
+    RandomOnePeerTopology,
+    RingTopology,
+    Topology,
+)
+
+
+def test_one_process_is_told_that_gossip_does_nothing():
+    for options in ({}, {"push_sum": False}, {"consensus_target": 1.0}):
+        model = make_model()
+        optimizer = make_optimizer(model, 0.0)
+        with pytest.warns(UserWarning, match="one rank only") as caught, Gossip(model, optimizer, **options) as sync:
+            expected = flat(model)
+            for step in range(3):
+                expected = expected - 0.1 * gradient(expected, 0, step)
+                take_step(model, optimizer, (0.1, 0.1), 0, step)
+                sync.step()
+            assert (sync.bytes_sent, sync.push_sum_weight, sync.consensus_distance()) == (0, 1.0, 0.0)
+        assert len(caught) == 1
+        torch.testing.assert_close(flat(model), expected)
+
+
+class Unsure(Topology):
+    """No period; regular at the first steps only."""
+
+    def _out_peers(self, rank, step):
+        return [1 - rank] if step < 3 or rank == 0 else []
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"topology": RingTopology(3)}, r"topology.*for the 1 ranks.*RingTopology\(world_size=3.*world_size=1"),
+        ({"topology": "ring"}, r"topology.*'ring'"),
+        ({"wire_dtype": "float16"}, r"wire_dtype.*'bfloat16'.*'float16'"),
+        ({"sync_every": 0}, r"sync_every.*is 0"),
+        ({"consensus_target": 0.0}, r"consensus_target.*> 0.*0.0"),
+        ({"consensus_target": float("nan")}, r"consensus_target.*nan"),
+        ({"consensus_target": 1.0, "max_extra_rounds": 0}, r"max_extra_rounds.*>= 1.*0"),
+        ({"consensus_target": 1.0, "consensus_until_step": 0}, r"consensus_until_step.*>= 1.*0"),
+        ({"consensus_until_step": 5}, r"consensus_until_step.*5 without it"),
+        ({"quasi_global_momentum": 1.0}, r"quasi_global_momentum.*\[0, 1\).*1.0"),
+        ({"quasi_global_momentum": (0.5, -0.1)}, r"mu is -0.1"),
+        ({"quasi_global_momentum": "0.9"}, r"beta is '0.9'"),
+        ({"timeout_seconds": -1}, r"timeout_seconds.*-1"),
+    ],
+)
+def test_settings_outside_their_rules_are_refused_with_value_and_rule(options, words):
+    model = make_model()
+    with pytest.raises(ValueError, match=words):
+        Gossip(model, make_optimizer(model, 0.0), **options)
+
+
+def test_quasi_global_momentum_needs_plain_sgd():
+    model = make_model()
+    for optimizer, words in (
+        (make_optimizer(model, 0.9), r"has momentum=0.9"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), r"has maximize=True"),
+        (torch.optim.Adam(model.parameters()), r"is a Adam"),
+    ):
+        with pytest.raises(ValueError, match=rf"needs torch.optim.SGD with momentum=0.*{words}"):
+            Gossip(model, optimizer, quasi_global_momentum=0.9)
+
+
+def _refusals_on_ranks(rank):
+    def error_of(function):
+        try:
+            function()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def make(**options):
+        model = make_model()
+        return Gossip(model, make_optimizer(model, 0.0), **options)
+
+    late = make(push_sum=False, topology=Unsure(2)).start()
+    return [
+        error_of(lambda: make(push_sum=False, topology=Star(2))),
+        error_of(lambda: make(topology=RandomOnePeerTopology(2, seed=rank)).start()),
+        error_of(lambda: make(topology=Star(2) if rank else ExponentialTopology(2)).start()),
+        error_of(lambda: make(topology=ExponentialTopology(2, lambda step: 1)).start()),
+        [error_of(late.step) for _ in range(4)],
+    ]
+
+
+@pytest.mark.distributed
+def test_topologies_that_do_not_fit_the_method_or_differ_between_ranks_are_refused():
+    for irregular, seeds, kinds, function, late in run_ranks(_refusals_on_ranks, 2):
+        assert "rows of every mixing matrix must sum to 1" in irregular
+        assert "Star(world_size=2) sum to [1.5, 0.5] at step 0. Give `push_sum=True`" in irregular
+        assert "seed=0" in seeds
+        assert "seed=1" in seeds
+        assert "ExponentialTopology(world_size=2, peers_per_step=1)" in kinds
+        assert function is None
+        assert late[:3] == [None] * 3
+        assert "at step 3" in late[3]
+
+
+def _train_beside_a_lost_peer(rank, folder, how, timeout_seconds):
+    model = make_model()
+    optimizer = make_optimizer(model, 0.0)
+    lost, n = 2, dist.get_world_size()
+    started = time.monotonic()
+    try:
+        with Gossip(
+            model, optimizer, topology=RingTopology(n, directed=True), timeout_seconds=timeout_seconds
+        ) as sync:
+            for step in range(60):
+                if step == 5:
+                    started = time.monotonic()
+                    if rank == lost:
+                        if how == "hangs":
+                            while len(list(Path(folder).glob("*.done"))) < n - 1:
+                                time.sleep(0.05)
+                        os._exit(0)
+                take_step(model, optimizer, (0.1, 0.1), rank, step)
+                sync.step()
+    except PeerError as error:
+        report = {"ranks": error.ranks, "message": str(error), "seconds": time.monotonic() - started}
+        Path(folder, f"{rank}.json").write_text(json.dumps(report))
+        Path(folder, f"{rank}.done").touch()
+        # The first rank holds the store: it stays until the others have asked it.
+        deadline = time.monotonic() + 10
+        while len(list(Path(folder).glob("*.done"))) < n - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os._exit(0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_peer_is_named_within_the_deadline_also_by_those_who_do_not_hear_from_it(tmp_path, how):
+    # No rank returns: the lost one cannot, and the others report through the folder.
+    with pytest.raises(FileNotFoundError):
+        run_ranks(_train_beside_a_lost_peer, 4, str(tmp_path), how, 2.0, timeout=40.0)
+    for rank in (0, 1, 3):
+        report = json.loads(Path(tmp_path, f"{rank}.json").read_text())
+        assert 2 in report["ranks"], report
+        assert rank not in report["ranks"]
+        assert report["seconds"] < 2.0 + 3.5  # the store is asked for 2 s at most
+        if how == "hangs":
+            assert report["ranks"][0] == 2  # behind it whose connection broke because it gave up on rank 2

@@ -1,0 +1,224 @@
+"""What local training refuses, and what it says when a rank is lost."""
+
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run_ranks
+from local_runs import backward, make_model, parameters, sgd
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_msn.distributed import LocalSGD, PeerError, SlowMo
+from hf_msn.distributed.messages.exchange import Exchange
+
+
+def test_calls_count_whether_or_not_the_optimizer_stepped():
+    model = make_model()
+    sync = SlowMo(model, sgd(model), sync_every=3)
+    with sync:
+        for _ in range(7):
+            sync.step()
+        assert (sync.steps, sync.local_steps) == (7, 1)
+    assert (sync.steps, sync.local_steps) == (7, 0)  # leaving ends the period
+
+
+def test_an_error_leaves_without_an_outer_step_and_frees_the_model():
+    model = make_model()
+    optimizer = sgd(model)
+    with pytest.raises(KeyError), SlowMo(model, optimizer, sync_every=3) as sync:
+        sync.step()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        moved = parameters(model)
+        raise KeyError
+    assert torch.equal(parameters(model), moved)
+    assert (sync.local_steps, len(optimizer._optimizer_step_pre_hooks)) == (1, 0)
+    with SlowMo(model, optimizer):
+        pass
+
+
+def test_one_process_is_told_that_local_sgd_does_nothing():
+    model = make_model()
+    before = parameters(model)
+    with pytest.warns(UserWarning, match="one rank only") as caught, LocalSGD(model, sgd(model), sync_every=1) as sync:
+        for _ in range(3):
+            sync.step()
+        assert (sync.bytes_sent, sync.consensus_distance()) == (0, 0.0)
+    assert len(caught) == 1
+    assert torch.equal(parameters(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with SlowMo(model, sgd(model)):
+            pass
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sync_every": 0}, r"sync_every.*integer >= 1.*is 0.*12"),
+        ({"sync_every": 1.5}, r"sync_every.*1.5"),
+        ({"sync_every": True}, r"sync_every.*True"),
+        ({"sync_start_step": -1}, r"sync_start_step.*-1"),
+        ({"base_buffers": "keep"}, r"base_buffers.*'reset'.*'keep'"),
+        ({"timeout_seconds": 0}, r"timeout_seconds.*> 0.*is 0"),
+        ({"group": object()}, r"group.*init_process_group"),
+    ],
+)
+def test_settings_outside_their_rules_are_refused_with_value_and_rule(options, words):
+    model = make_model()
+    with pytest.raises(ValueError, match=words):
+        LocalSGD(model, sgd(model), **options)
+
+
+def test_a_second_sync_object_is_refused():
+    model = make_model()
+    optimizer = sgd(model)
+    with SlowMo(model, optimizer):
+        with pytest.raises(ValueError, match="A model takes one sync object"):
+            SlowMo(model, sgd(model)).start()
+        with pytest.raises(ValueError, match="An optimizer takes one"):
+            SlowMo(make_model(), optimizer).start()
+
+
+def test_use_before_entering_and_unfreezing_inside_are_refused():
+    model = make_model()
+    model[0].requires_grad_(False)
+    sync = SlowMo(model, sgd(model), sync_every=1)
+    for method in (sync.step, sync.sync, sync.consensus_distance):
+        with pytest.raises(RuntimeError, match=r"must be entered.*start\(\)"):
+            method()
+    sync.start()
+    model[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="unfrozen or added"):
+        sync.step()
+
+
+def test_sharded_models_and_other_optimizers_are_refused():
+    class DeepSpeedEngine(nn.Linear):
+        pass
+
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    for kind, name in ((DeepSpeedEngine, "DeepSpeed"), (FullyShardedDataParallel, "FSDP")):
+        model = nn.Sequential(kind(1, 1))
+        with pytest.raises(TypeError, match=f"whole model on every rank.*{name}"):
+            SlowMo(model, sgd(model))
+    with pytest.raises(TypeError, match=r"torch.optim.Optimizer.*is a object"):
+        SlowMo(make_model(), object())
+
+
+def _refusals_on_ranks(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    def error_of(function):
+        try:
+            function()
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return None
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2 + rank))
+    errors = [error_of(lambda: SlowMo(model, sgd(model)).start())]
+    same = make_model()
+    errors.append(error_of(lambda: LocalSGD(same, sgd(same), sync_every=3 + rank).start()))
+    hooked = DistributedDataParallel(make_model())
+    hooked.register_comm_hook(None, lambda state, bucket: None)
+    errors.append(error_of(lambda: SlowMo(hooked, sgd(hooked)).start()))
+    outside = dist.new_group([1])
+    if rank == 0:
+        errors.append(error_of(lambda: SlowMo(same, sgd(same), group=outside)))
+    sharded = make_model()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(sharded, mesh=mesh)
+    errors.append(error_of(lambda: SlowMo(sharded, sgd(sharded))))
+    tensor_parallel = nn.Linear(4, 4)
+    weight = dist.tensor.distribute_tensor(tensor_parallel.weight.detach(), mesh, [dist.tensor.Shard(0)])
+    tensor_parallel.weight = nn.Parameter(weight)
+    errors.append(error_of(lambda: SlowMo(tensor_parallel, sgd(tensor_parallel))))
+    return errors
+
+
+@pytest.mark.distributed
+def test_ranks_that_differ_are_named_before_the_first_exchange_and_sharded_parameters_refused():
+    first, second = run_ranks(_refusals_on_ranks, 2)
+    for shapes, settings, hook, *_ in (first, second):
+        assert "rank 0 has `1.weight (2, 4) torch.float32 in group 0` where rank 1 has `1.weight (3, 4)" in shapes
+        assert "rank 0 has `setting sync_every=3` where rank 1 has `setting sync_every=4`" in settings
+        assert "takes one only, but `_refusals_on_ranks.<locals>.<lambda>` is registered" in hook
+    assert "rank 0 is not one of them" in first[3]
+    for fsdp, dtensor in (first[4:], second[3:]):
+        assert "FSDP" in fsdp
+        assert "shape (4, 4) is a DTensor" in dtensor
+
+
+def test_cpu_tensors_over_nccl_are_refused(monkeypatch):
+    exchange = Exchange()
+    exchange.size = 2
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(ValueError, match=r"cuda:nccl.*some are on 'cpu'.*gloo for 'cpu'"):
+        exchange.check_devices([torch.zeros(1)])
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    exchange.check_devices([torch.zeros(1)])
+
+
+def _train_beside_a_lost_peer(rank, folder, how, timeout_seconds):
+    model = make_model()
+    optimizer = sgd(model)
+    lost = 1
+    started = time.monotonic()
+    try:
+        with SlowMo(model, optimizer, sync_every=2, timeout_seconds=timeout_seconds) as sync:
+            for step in range(20):
+                if step == 5 and rank == lost:
+                    if how == "dies":
+                        os._exit(0)
+                    while len(list(Path(folder).iterdir())) < dist.get_world_size() - 1:
+                        time.sleep(0.05)
+                    os._exit(0)
+                if step == 5:
+                    started = time.monotonic()
+                backward(model, optimizer, rank, step)
+                optimizer.step()
+                sync.step()
+    except PeerError as error:
+        report = {"ranks": error.ranks, "message": str(error), "seconds": time.monotonic() - started}
+        temporary = Path(folder, f"{rank}.part")
+        temporary.write_text(json.dumps({**report, "steps": sync.steps}))
+        # The first rank holds the store: it stays until the others have asked it.
+        temporary.rename(Path(folder).parent / f"{rank}.json")
+        Path(folder, f"{rank}.done").touch()
+        deadline = time.monotonic() + 10
+        while len(list(Path(folder).glob("*.done"))) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os._exit(0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how, timeout_seconds", [("dies", 4.0), ("hangs", 1.5), ("dies", None)])
+def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, how, timeout_seconds):
+    folder = tmp_path / "done"
+    folder.mkdir()
+    # No rank returns: the lost one cannot, and the others report through the folder.
+    with pytest.raises(FileNotFoundError):
+        run_ranks(_train_beside_a_lost_peer, 3, str(folder), how, timeout_seconds, timeout=40.0)
+    for rank in (0, 2):
+        report = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert report["steps"] == 6  # the exchange after the loss, and none later
+        assert report["seconds"] < (timeout_seconds or 4.0) + 2.5  # the store is asked for 2 s at most
+        if timeout_seconds is None:
+            assert "Give `timeout_seconds` to learn which" in report["message"]
+        else:
+            assert 1 in report["ranks"]
+            assert rank not in report["ranks"]
+            assert f"over the ranks [0, 1, 2] failed on rank {rank}" in report["message"]
+        if how == "hangs":
+            assert report["ranks"] == [1]
+            assert report["seconds"] >= timeout_seconds - 0.1
