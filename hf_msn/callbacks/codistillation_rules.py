@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from ..distributed.collectives import world_size
-from ..distributed.peer_checkpoints import logits_of
+from ..distributed.replicas.peer_checkpoints import logits_of
 from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
 from .replica_publishing import metric_to_compare
 from .sync import refuse_unsupported

@@ -1,7 +1,5 @@
 """Which replica is lost, where the trainer's own exchanges between the ranks fail without saying."""
 
-import time
-
 import torch.distributed as dist
 
 from ..distributed import Codistillation, PeerError
@@ -16,8 +14,5 @@ def name_lost_replica(sync: Codistillation, error: BaseException) -> None:
         PeerError: If a replica is lost, with its rank.
     """
     is_broken = isinstance(error, dist.DistError) or "onnection" in str(error)
-    if isinstance(error, PeerError) or not (isinstance(error, RuntimeError) and is_broken) or sync._mail is None:
-        return
-    deadline = time.monotonic() + _LOOK_SECONDS
-    while time.monotonic() < deadline:
-        sync._mail.look(0.1)
+    if isinstance(error, RuntimeError) and not isinstance(error, PeerError) and is_broken:
+        sync.look_for_lost(_LOOK_SECONDS)

@@ -14,8 +14,8 @@ from torch.utils.data import Subset
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..distributed.batch_digest import batch_digest
 from ..distributed.collectives import world_size
+from ..distributed.replicas.batch_digest import batch_digest
 from ..models.prediction_average import probabilities_of, with_average
 from .replica_data import nothing_gathered, replaced
 

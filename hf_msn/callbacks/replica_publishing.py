@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,9 +13,9 @@ import torch
 
 from ..models.prediction_average import PUBLISHED_FILE
 from .replica_evaluation import names_of_metrics
-from .sync_checkpoints import settings_of
 
 if TYPE_CHECKING:
+    from ..distributed import Codistillation
     from .codistillation import CodistillationCallback
 
 
@@ -31,8 +32,8 @@ def publish(callback: CodistillationCallback) -> None:
     if args.load_best_model_at_end and state.best_model_checkpoint is not None:
         said["checkpoint"] = state.best_model_checkpoint
     if state.is_world_process_zero:
-        shown = {name: value for name, value in settings_of(callback.sync).items() if value != "None"}
-        _write(Path(args.output_dir), {**said, "step": state.global_step, "settings": shown})
+        said |= {"step": state.global_step, "settings": _readable(callback.sync)}
+        _write(Path(args.output_dir), said)
     callback.trainer.accelerator.wait_for_everyone()  # any rank may load it next
 
 
@@ -107,6 +108,13 @@ def _save_replica(callback: CodistillationCallback, place: int) -> str:
         for tensor, value in zip(tensors, own):
             tensor.copy_(value)
     return name
+
+
+def _readable(sync: Codistillation) -> dict[str, Any]:
+    """The settings that were given a value, as JSON holds them."""
+    settings = {"method": type(sync).__name__, **dataclasses.asdict(sync.settings), **vars(sync.distance)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {n: v if isinstance(v, (str, int, float)) else repr(v) for n, v in given.items()}
 
 
 def _write(folder: Path, said: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def sync_state_file(folder: str | Path, rank: int) -> Path:
 def settings_of(sync: LocalUpdate | Codistillation) -> dict[str, str]:
     """The method and its settings, as text: what a saved state must have in common with the run that goes on."""
     if isinstance(sync, Codistillation):
-        distance = {name: repr(value) for name, value in vars(sync._distance).items()}
+        distance = {name: repr(value) for name, value in vars(sync.distance).items()}
         return {"method": "Codistillation", **sync.settings.described(), **distance}
     described = {"method": type(sync).__name__, **{name: repr(value) for name, value in sync._settings().items()}}
     base = getattr(sync, "base", None)

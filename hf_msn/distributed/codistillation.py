@@ -1,5 +1,6 @@
 """Codistillation: replicas that train on their own and learn from one another's predictions."""
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,11 @@ from .local_training.training_state import (
     trainable_parameters,
 )
 from .messages.exchange import Exchange, PeerError
+from .replicas.connection import find_peers, open_mail
 from .replicas.distances import PredictionDistance
 from .replicas.groups import Replicas
-from .replicas.mail import ReplicaMail
-from .replicas.peer_checkpoints import PeerCheckpoints, call_model, checked_predictions, logits_of
-from .replicas.peer_copies import PeerCopies, exchanged_tensors
-from .replicas.peer_predictions import PeerPredictions
+from .replicas.peer_checkpoints import call_model, checked_predictions, logits_of
+from .replicas.peer_copies import exchanged_tensors
 from .replicas.settings import CodistillationSettings
 
 
@@ -149,8 +149,8 @@ class Codistillation:
             copies_device=copies_device,
             on_lost_replica=on_lost_replica,
         )
-        self._distance = PredictionDistance(distance, temperature, top_k)
-        self.settings.check_distance(self._distance)
+        self.distance = PredictionDistance(distance, temperature, top_k)
+        self.settings.check_distance(self.distance)
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
         refuse_unsupported(self.model, self.optimizer)
@@ -162,8 +162,8 @@ class Codistillation:
         self._last_distance: torch.Tensor | None = None
         self._loaded: dict[str, Any] | None = None
         self._gradients: GradientSync | None = None
-        self._mail: ReplicaMail | None = None
-        self._peers: PeerPredictions | PeerCheckpoints | None = None
+        self._mail = None
+        self._peers = None
 
     # What there is to see
 
@@ -193,6 +193,16 @@ class Codistillation:
         if self._mail is None:
             return list(range(self._replicas.size))
         return sorted({*self._mail.live, self._replicas.outer.rank})
+
+    def look_for_lost(self, seconds: float) -> None:
+        """Waits for so long at the most whether the connection to a replica closes, where they have one of their own.
+
+        Raises:
+            PeerError: If one does and the others are not to go on; with the rank.
+        """
+        deadline = time.monotonic() + seconds
+        while self._mail is not None and time.monotonic() < deadline:
+            self._mail.look(0.1)
 
     def alpha_at(self, step: int) -> float:
         """alpha_k for the update after `step` others."""
@@ -291,7 +301,7 @@ class Codistillation:
         own = checked_predictions(self._predictions(output))
         alpha = self.alpha_at(self.steps)
         is_off = alpha == 0.0 or self._peers is None or not torch.is_grad_enabled()
-        distances = [] if is_off else [self._distance(own, peer, mask) for peer in self._peers.gather(own, batch)]
+        distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peers.gather(own, batch)]
         if not distances:
             return torch.zeros((), device=own.device)
         mean = sum(distances) / len(distances)
@@ -359,30 +369,26 @@ class Codistillation:
         return self._trained + frozen_and_buffers(self.model)
 
     def _description(self) -> list[str]:
-        lines = self.settings.lines() + [f"setting {name}={value!r}" for name, value in vars(self._distance).items()]
+        lines = self.settings.lines() + [f"setting {name}={value!r}" for name, value in vars(self.distance).items()]
         lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 
     def _connect(self) -> None:
-        outer, scope, settings = self._replicas.outer, self._replicas.inner_group, self.settings
-        self._mail = None
-        if settings.exchange == "checkpoints" or settings.tolerant:
-            self._mail = ReplicaMail(outer.group, outer.timeout_seconds, settings.tolerant).start()
-        if settings.exchange == "checkpoints":
-            copies = PeerCopies(
-                self.model, self._mail.live, settings.dtype_of_copies, settings.device_of_copies, scope
-            )
-            self._peers = PeerCheckpoints(
-                settings, self._mail, copies, lambda model, batch: self._predictions(self._forward(model, batch))
-            )
-            return
-        self._peers = PeerPredictions(outer, self._distance, settings.dtype_of_wire, settings.check_every, self._mail)
-        if self._loaded is None and self._replicas.are_equal(self._trained):
+        self._mail = None  # should connecting fail, nothing of an earlier one is left
+        self._mail = open_mail(self.settings, self._replicas)
+        self._peers = find_peers(
+            self.settings, self._replicas, self._mail, self.model, self.distance, self._predictions_of
+        )
+        is_same_batch = self.settings.exchange == "predictions"
+        if is_same_batch and self._loaded is None and self._replicas.are_equal(self._trained):
             warnings.warn(
                 "All replicas have the same parameters and are to see the same batches, so that they stay equal (but "
                 "for dropout) and learn nothing from one another. Initialise each with a seed of its own, after DDP.",
                 stacklevel=3,
             )
+
+    def _predictions_of(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return self._predictions(self._forward(model, batch))
 
     def _disconnect(self, at_once: bool) -> None:
         self._peers = None

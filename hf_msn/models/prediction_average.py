@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from ..distributed.peer_checkpoints import logits_of
+from ..distributed.replicas.peer_checkpoints import logits_of
 
 PUBLISHED_FILE = "codistillation.json"
 
