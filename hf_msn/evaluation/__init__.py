@@ -1,6 +1,6 @@
 """Measuring representations with few labels: features, probes, and accuracy over splits."""
 
-from .backbones import load_vision_model
+from .backbones import checkpoint_weights_sha256, load_vision_model
 from .features import Features, extract_features, pixel_features
 from .low_shot import LowShotEvaluator
 from .metrics import TopKAccuracy, rank_classes
@@ -19,6 +19,7 @@ __all__ = [
     "SplitResult",
     "TaskResult",
     "TopKAccuracy",
+    "checkpoint_weights_sha256",
     "extract_features",
     "load_vision_model",
     "pixel_features",

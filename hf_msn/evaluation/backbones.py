@@ -1,6 +1,5 @@
 """Any vision model as a function from pixels to one vector an image: which part of it, which output, which input."""
 
-import hashlib
 import inspect
 import json
 import re
@@ -15,12 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
 from .. import models  # noqa: F401  registers the hf_msn checkpoints with the Auto classes
+from .weights_hash import weights_sha256
 
 _CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
 # types of checkpoint that hold an encoder to evaluate beside what pretraining needs
 _PRETRAINING_TYPES = {"msn", "paws", "suncet"}
-# fields of a config that do not change what the weights compute
-_NOT_ARCHITECTURE = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}
 
 
 def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str | None = None) -> nn.Module:
@@ -74,7 +72,7 @@ def find_backbone(model: nn.Module) -> nn.Module:
 
     The `evaluation_encoder` of a model that has one, as the pretraining models of hf_msn do (MSN's is the target
     encoder); the vision tower of an image-text model; the base model under a head of transformers; a timm model as it
-    is. `DistributedDataParallel` and `torch.compile` wrappers are taken off.
+    is, or out of transformers' wrapper. `DistributedDataParallel` and `torch.compile` wrappers are taken off.
 
     Raises:
         `ValueError`: if the model is neither of these.
@@ -83,8 +81,9 @@ def find_backbone(model: nn.Module) -> nn.Module:
     for part in ("evaluation_encoder", "vision_model"):
         if isinstance(getattr(model, part, None), nn.Module):
             return find_backbone(getattr(model, part))
-    if is_timm_model(model):
-        return model
+    wrapped = getattr(model, "timm_model", model)
+    if is_timm_model(wrapped):
+        return wrapped
     if isinstance(model, PreTrainedModel):
         # DINOv3 calls its stack of blocks, which takes no pixels, its base model
         for part in (model.base_model, model):
@@ -287,13 +286,19 @@ def describe_image_processor(image_processor: Any) -> str:
     return repr(image_processor)
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 of what the features of a module depend on: its parameters, buffers, structure and config."""
-    digest = hashlib.sha256(repr(module).encode())
-    if isinstance(module, PreTrainedModel):
-        config = {key: value for key, value in module.config.to_dict().items() if key not in _NOT_ARCHITECTURE}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def checkpoint_weights_sha256(
+    path: str | Path, features: Literal["backbone", "projection"] = "backbone", *, revision: str | None = None
+) -> str:
+    """The hash that `LowShotEvaluator` writes into its results for the checkpoint in a folder.
+
+    Args:
+        path (`str` or `Path`): Folder, or another name that [`load_vision_model`] takes: a pretraining checkpoint, an
+            export, a classifier.
+        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`): What was evaluated; for
+            projections the hash is that of the whole model.
+        revision (`str`, *optional*): As for [`load_vision_model`].
+
+    Raises:
+        `ValueError`: if there is no such checkpoint, or it has no projections.
+    """
+    return weights_sha256(evaluated_module(load_vision_model(str(path), revision=revision), features)[0])

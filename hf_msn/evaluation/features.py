@@ -129,13 +129,15 @@ def extract_features(
     processor = describe_image_processor(image_processor)
     key = {
         "weights": sha256,
+        # equal weights in another class, or another attention, may differ in the last digit
+        "computed_by": [type(module).__name__, getattr(getattr(module, "config", None), "_attn_implementation", None)],
         "data": fingerprint,
         "rows": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
         "image_processor": processor,
         "features": features,
         "num_last_layers": num_last_layers,
         "dtype": str(dtype or weights_dtype),
-        "format": 1,
+        "format": 2,
     }
     path = None
     if cache_dir is not None and fingerprint is not None and " at 0x" not in processor:

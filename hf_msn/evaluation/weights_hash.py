@@ -1,0 +1,104 @@
+"""One hash for the weights of a backbone, however they are stored: in pretraining, exported, under a classifier."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel, ViTMSNModel
+
+from ..models.patch_dropping import PatchDroppingViTMSNModel
+
+# what of a ViTMSN's configuration changes its features and does not show in the shapes of its tensors
+_VIT_MSN_FIELDS = (
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "qkv_bias",
+)
+# fields of any configuration that do not change what the weights compute
+_NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+}
+_NOT_STRUCTURE = {
+    "training",
+    "num_classes",
+    "num_labels",
+    "grad_checkpointing",
+    "gradient_checkpointing",
+    "fused_attn",
+    "inplace",
+    "momentum",
+    "weight_init_mode",
+    "fix_init",
+}
+_IDENTITY_IN_EVALUATION = (nn.Identity, _DropoutNd, DropPath)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 of what the features of a module depend on: its parameters, buffers, structure and configuration.
+
+    A backbone has the same hash in a pretraining model, in its export and under a classifier: class names and the
+    classifier of a timm model do not count, nor does what only training has (dropout, batch statistics over ranks).
+    `find_backbone` finds it; for a whole model the hash is that of all of it.
+    """
+    tensors = module.state_dict()
+    if type(module) in (ViTMSNModel, PatchDroppingViTMSNModel):
+        structure = ["vit_msn", {name: getattr(module.config, name) for name in _VIT_MSN_FIELDS}]
+    else:
+        left_out = _classifier_names(module)
+        tensors = {name: tensor for name, tensor in tensors.items() if not _is_below(name, left_out)}
+        structure = list(_structure(module, left_out))
+    digest = hashlib.sha256(json.dumps(structure, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _structure(module: nn.Module, left_out: set[str]) -> Iterator[list[Any]]:
+    """Name, kind and settings of each part that does something in evaluation."""
+    for name, part in module.named_modules():
+        if isinstance(part, _IDENTITY_IN_EVALUATION) or _is_below(name, left_out):
+            continue
+        # while training runs on several ranks another class stands for the same batch normalisation
+        kind = "BatchNorm" if isinstance(part, _BatchNorm) else type(part).__name__
+        if isinstance(part, PreTrainedModel):
+            config = part.config.to_dict()
+            yield [name, kind, {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}]
+        else:
+            yield [name, kind, {key: value for key, value in vars(part).items() if _is_setting(key, value)}]
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    if name.startswith("_") or name in _NOT_STRUCTURE or name.endswith("drop_rate"):
+        return False
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return all(isinstance(item, (bool, int, float, str)) for item in values)
+
+
+def _classifier_names(module: nn.Module) -> set[str]:
+    """Names of the last layer of a timm model, or of several where it has several; features come before it."""
+    if not (hasattr(module, "forward_head") and hasattr(module, "get_classifier")):
+        return set()
+    classifiers = module.get_classifier()
+    classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
+    return {name for name, part in module.named_modules() if any(part is classifier for classifier in classifiers)}
+
+
+def _is_below(name: str, prefixes: set[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
