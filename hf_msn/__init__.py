@@ -59,7 +59,7 @@ from .finetuning import (
     finetune_suncet,
     parse_finetuning_recipe,
 )
-from .hub import export_backbone
+from .hub import export_backbone, export_classifier
 from .losses import msn_loss, nt_xent_loss, paws_loss, sharpen, sinkhorn, soft_nearest_neighbor, suncet_loss
 from .models import (
     MSNConfig,
@@ -138,6 +138,7 @@ __all__ = [
     "draw_labelled_rows",
     "evaluation_image_processor",
     "export_backbone",
+    "export_classifier",
     "extract_features",
     "finetune_classifier",
     "finetune_suncet",

@@ -77,7 +77,7 @@ def find_backbone(model: nn.Module) -> nn.Module:
     Raises:
         `ValueError`: if the model is neither of these.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     for part in ("evaluation_encoder", "vision_model"):
         if isinstance(getattr(model, part, None), nn.Module):
             return find_backbone(getattr(model, part))
@@ -96,7 +96,8 @@ def find_backbone(model: nn.Module) -> nn.Module:
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside of `DistributedDataParallel` and `torch.compile`."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     return model
@@ -121,7 +122,7 @@ def evaluated_module(
     if features == "backbone":
         backbone = find_backbone(model)
         return backbone, feature_function(backbone, num_last_layers)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if not callable(getattr(model, "project", None)):
         raise ValueError(
             f"`features` is 'projection', but {type(model).__name__} has no `project`. Give a pretraining model of "
@@ -254,7 +255,7 @@ def resolve_image_processor(model: nn.Module) -> Any:
     Raises:
         `ValueError`: if the model does not know where it came from or nothing was saved there; says what to give.
     """
-    model, backbone = _unwrapped(model), find_backbone(model)
+    model, backbone = unwrapped(model), find_backbone(model)
     if model is backbone and is_timm_model(backbone):
         return timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
     candidates = [model, backbone]

@@ -21,7 +21,7 @@ from ..models.modeling_semi_supervised import SemiSupervisedModel
 from ..models.trunks import copy_trunk, fields_for, load_trunk
 
 Start = str | Path | PreTrainedConfig | PreTrainedModel
-_KINDS = ("msn", "paws", "suncet", "vit_msn")
+_KINDS = ("msn", "paws", "suncet", "vit_msn", "timm_wrapper")
 _OF_THE_LOSS = {"temperature": 0.1, "label_smoothing": 0.0}  # of pretraining, not of the weights
 
 

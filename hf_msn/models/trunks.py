@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, ViTMSNModel
+from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, TimmWrapperModel, ViTMSNModel
 
 from .configuration_semi_supervised import SemiSupervisedConfig
 from .patch_dropping import PatchDroppingViTMSNModel
@@ -39,8 +39,9 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
     """The encoder of a checkpoint, and the fields of its configuration that describe it.
 
     Args:
-        name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model or of a pretraining model of this package,
-            whose evaluated encoder is taken; or "timm:ARCHITECTURE", with timm's released weights.
+        name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, of a network of timm in timm's own form,
+            with or without classifier, or of a pretraining model of this package, whose evaluated encoder is taken; or
+            "timm:ARCHITECTURE", with timm's released weights.
 
     Raises:
         ValueError: If there is no such checkpoint, it is of another architecture, or timm has none of that name.
@@ -61,10 +62,13 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
         encoder = AutoModelForPreTraining.from_pretrained(name_or_path).evaluation_encoder
     elif source.model_type == "vit_msn":
         encoder = ViTMSNModel.from_pretrained(name_or_path)
+    elif source.model_type == "timm_wrapper":
+        encoder = TimmWrapperModel.from_pretrained(name_or_path).timm_model
+        return encoder, {"timm_model": source.architecture, "timm_options": source.model_args}
     else:
         raise ValueError(
             f"'{name_or_path}' is a checkpoint of type '{source.model_type}', but the trunk must be of type "
-            f"'vit_msn', {', '.join(repr(name) for name in _PRETRAINING_TYPES)}, or 'timm:ARCHITECTURE'."
+            f"'vit_msn', {', '.join(map(repr, _PRETRAINING_TYPES))}, 'timm_wrapper', or 'timm:ARCHITECTURE'."
         )
     fields = source.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):

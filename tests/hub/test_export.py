@@ -1,31 +1,44 @@
 """Exports that load without hf_msn."""
 
+import copy
 import json
-import subprocess
-import sys
+import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
-import timm
 import torch
+from PIL import Image
 from tiny import tiny_batch, tiny_model
-from transformers import AutoConfig, AutoModel, ViTMSNModel
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMSNForImageClassification, ViTMSNModel
+from without_hf_msn import run_without_hf_msn
 
-from hf_msn import PAWSConfig, PAWSForPreTraining, evaluation_image_processor, export_backbone
+from hf_msn import (
+    LowShotEvaluator,
+    MSNForPreTraining,
+    PAWSConfig,
+    PAWSForPreTraining,
+    evaluation_image_processor,
+    export_backbone,
+    load_images,
+    load_vision_model,
+)
+from hf_msn.evaluation import checkpoint_weights_sha256
+from hf_msn.evaluation.backbones import weights_sha256
 
-LOAD_WITHOUT_HF_MSN = """
-import sys
-
-sys.modules["hf_msn"] = None
+LOAD = """
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-folder, images, outputs = sys.argv[1:]
+folder, images, image, outputs = sys.argv[1:]
 model = AutoModel.from_pretrained(folder)
 assert type(model).__name__ == "ViTMSNModel", type(model)
-processor = AutoImageProcessor.from_pretrained(folder)
-assert processor.size, processor
+pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(image), return_tensors="pt")["pixel_values"]
 with torch.no_grad():
-    torch.save(model(torch.load(images), output_hidden_states=True).hidden_states[-1], outputs)
+    features = model(torch.load(images), output_hidden_states=True).hidden_states[-1]
+    torch.save((features, pixels, model(pixels).last_hidden_state), outputs)
 """
 
 
@@ -42,18 +55,23 @@ def model():
 def test_the_export_loads_where_hf_msn_is_not_installed_with_the_same_features(model, tmp_path):
     images = tiny_batch()["pixel_values"]
     torch.save(images, tmp_path / "images.pt")
-    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(16))
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 61, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    processor = evaluation_image_processor(16, image_mean=(0.1, 0.2, 0.3))
+    folder = export_backbone(model, tmp_path / "export", image_processor=processor)
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
     ]
-    script = [sys.executable, "-c", LOAD_WITHOUT_HF_MSN, folder, tmp_path / "images.pt", tmp_path / "features.pt"]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    files = (folder, tmp_path / "images.pt", tmp_path / "image.png", tmp_path / "out.pt")
+    run_without_hf_msn(LOAD, *files, cwd=tmp_path)
+    features, pixels, of_image = torch.load(tmp_path / "out.pt")
+    assert torch.equal(pixels, processor(image, return_tensors="pt")["pixel_values"])
     with torch.no_grad():
         expected = model.target_encoder(images, output_hidden_states=True).hidden_states[-1]
-    assert torch.equal(torch.load(tmp_path / "features.pt"), expected)
+        torch.testing.assert_close(of_image, model.target_encoder(pixels).last_hidden_state, rtol=0, atol=1e-6)
+    assert torch.equal(features, expected)
 
 
 @pytest.mark.parametrize("which", ["target", "online"])
@@ -121,11 +139,101 @@ def test_the_encoder_of_paws_is_exported_with_its_own_weights(tmp_path):
         torch.testing.assert_close(loaded.eval()(images).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_encoder_of_timm_is_refused_with_the_remedy(tmp_path):
-    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", projection_hidden_dim=8, projection_dim=8))
-    with pytest.raises(ValueError, match=r"'test_resnet' of timm.*timm.models.save_for_hf\(model.encoder, path\)"):
-        export_backbone(model, tmp_path / "export")
-    timm.models.save_for_hf(model.encoder, tmp_path / "timm")
-    loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(images), model.eval().encoder(images))
+def test_without_an_image_processor_the_one_saved_with_the_model_is_exported(model, tmp_path, caplog):
+    model.save_pretrained(tmp_path / "run")
+    saved = evaluation_image_processor(16, image_std=(0.5, 0.5, 0.5), crop_fraction=1.0)
+    saved.save_pretrained(tmp_path / "run")
+    loaded = MSNForPreTraining.from_pretrained(tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        folder = export_backbone(loaded, tmp_path / "export")
+    assert AutoImageProcessor.from_pretrained(folder).to_dict() == saved.to_dict()
+    assert not caplog.records
+
+
+def test_where_none_is_saved_it_is_that_of_the_paper_at_the_size_of_the_model_and_a_warning(model, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        folder = export_backbone(model, tmp_path / "export")
+    assert "normalised by ImageNet's mean and standard deviation" in caplog.text and "16 pixels" in caplog.text
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert processor.size == {"shortest_edge": round(16 * 256 / 224)}
+    assert processor.crop_size == {"height": 16, "width": 16}
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize(
+    ("image_processor", "message"),
+    [
+        (evaluation_image_processor(20), "with 20 x 20 pixels, but the exported ViT takes 16 x 16"),
+        (lambda image: image, "must be an image processor of transformers, which can be saved"),
+    ],
+)
+def test_an_image_processor_that_does_not_fit_is_an_error(model, tmp_path, image_processor, message):
+    with pytest.raises(ValueError, match=message):
+        export_backbone(model, tmp_path / "export", image_processor=image_processor)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Wrapper(nn.Module):
+    """What `DistributedDataParallel` and accelerate put around a model: the model as `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.compile, lambda model: torch.compile(Wrapper(model))])
+def test_a_wrapped_model_is_exported_like_itself_and_left_as_it_was(model, tmp_path, wrap):
+    wrapped = wrap(model.train())
+    state, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    folder = export_backbone(wrapped, tmp_path / "export")
+    assert checkpoint_weights_sha256(folder) == weights_sha256(model.target_encoder)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("path", ["export", "export/", "./a/b/export", "~/export"])
+def test_paths_are_read_as_in_a_shell(model, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = export_backbone(model, path)
+    assert folder == Path(path).expanduser() and (folder / "config.json").exists()
+    found = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {file.parent.name for file in found} == {"export"}
+
+
+def test_a_file_at_the_path_is_an_error(model, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"An export is a folder, but '.*notes' is a file"):
+        export_backbone(model, tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_what_is_no_pretraining_model_is_an_error_with_the_remedy(model, tmp_path):
+    classifier = ViTMSNForImageClassification(model.config.to_vit_msn_config())
+    with pytest.raises(ValueError, match=r"but is ViTMSNForImageClassification. Plain transformers .*save_pretrained"):
+        export_backbone(classifier, tmp_path / "export")
+    with pytest.raises(ValueError, match=r"but is str. A folder is loaded first: .*from_pretrained\(folder\)"):
+        export_backbone("runs/mine", tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pretraining_goes_on_from_the_export(model, tmp_path):
+    folder = export_backbone(model, tmp_path / "export")
+    again = MSNForPreTraining.from_backbone(folder, projection_dim=8, num_prototypes=4)
+    for encoder in (again.encoder, again.target_encoder):
+        assert weights_sha256(encoder) == weights_sha256(model.target_encoder)
+    larger = MSNForPreTraining.from_backbone(folder, image_size=32)
+    assert larger.encoder.embeddings.position_embeddings.shape == (1, 1 + 64, 32)
+
+
+def test_the_export_evaluates_to_the_very_numbers_of_the_model(model, tmp_path):
+    digits = load_images("digits"), load_images("digits", split="test")
+    evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=2)
+    model.save_pretrained(tmp_path / "run")
+    evaluation_image_processor(16, crop_fraction=1.0).save_pretrained(tmp_path / "run")
+    original = MSNForPreTraining.from_pretrained(tmp_path / "run")
+    expected = evaluator(original)
+    sha256 = evaluator.results.model["weights_sha256"]
+    folder = export_backbone(original, tmp_path / "export")
+    assert evaluator(load_vision_model(str(folder))) == expected
+    assert evaluator.results.model["weights_sha256"] == sha256 == checkpoint_weights_sha256(folder)

@@ -1,0 +1,227 @@
+"""Classifiers with a probe as their head: each image gets the class that the probe gives it, without hf_msn."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny import tiny_model
+from tiny_semi_supervised import RESNETV2, tiny_paws
+from transformers import AutoModelForImageClassification, ViTMSNForImageClassification
+from without_hf_msn import run_without_hf_msn
+
+from hf_msn import (
+    KNNProbe,
+    LinearProbe,
+    LogisticProbe,
+    LowShotEvaluator,
+    MSNForPreTraining,
+    PAWSForPreTraining,
+    evaluation_image_processor,
+    export_classifier,
+    extract_features,
+    load_images,
+    load_vision_model,
+    pixel_features,
+)
+from hf_msn.data import decode_image
+from hf_msn.evaluation import checkpoint_weights_sha256
+from hf_msn.evaluation.backbones import weights_sha256
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PROCESSOR = evaluation_image_processor(16, image_mean=(0.4, 0.4, 0.4), crop_fraction=1.0)
+RESNET = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}}
+PREACTIVATED = {**RESNETV2, "small_image_stem": False}  # its classifier is a convolution
+
+CLASSIFY = """
+import json
+from PIL import Image
+from transformers import pipeline
+
+folder, *images = sys.argv[1:]
+classify = pipeline("image-classification", folder, device="cpu")
+print(json.dumps([classify(Image.open(image).convert("RGB"), top_k=10) for image in images]))
+"""
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits"), load_images("digits", split="test")
+
+
+def msn() -> MSNForPreTraining:
+    """With a final LayerNorm that scales and shifts, and an online encoder that differs."""
+    model = tiny_model(initializer_range=0.12).eval()
+    with torch.no_grad():
+        norm = model.target_encoder.layernorm
+        norm.weight.copy_(torch.linspace(-2, 2, 32))
+        norm.bias.copy_(torch.randn(32))
+        model.encoder.layernorm.bias.add_(1)
+    return model
+
+
+def paws(encoder) -> PAWSForPreTraining:
+    return tiny_paws(**encoder).float().eval()
+
+
+def fitted(model, digits, probe=None, images_per_class=5):
+    """The features of all training digits, and a probe on the first digits of each class."""
+    features = extract_features(model, digits[0], PROCESSOR, batch_size=256)
+    rows = np.concatenate([np.flatnonzero(features.labels == digit)[:images_per_class] for digit in range(10)])
+    probe = LogisticProbe() if probe is None else probe
+    return features, probe.fit(features.features[rows], features.labels[rows])
+
+
+def decided_by_probe(model, probe, dataset) -> np.ndarray:
+    scores = probe.predict_scores(extract_features(model, dataset, PROCESSOR, batch_size=256).features)
+    return probe.classes_[scores.argmax(axis=1)]
+
+
+def pixels_of(dataset) -> torch.Tensor:
+    images = [decode_image(image, row=row) for row, image in enumerate(dataset["image"])]
+    return PROCESSOR(images=images, return_tensors="pt")["pixel_values"]
+
+
+@torch.no_grad()
+def logits_of(folder, dataset) -> np.ndarray:
+    classifier = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return classifier(pixels_of(dataset)).logits.numpy()
+
+
+@pytest.mark.parametrize("probe", [LogisticProbe(), LinearProbe(epochs=300)], ids=["logistic", "linear"])
+def test_a_vit_gives_every_test_image_the_class_and_the_probabilities_of_the_probe(probe, digits, tmp_path):
+    model = msn()
+    features, probe = fitted(model, digits, probe)
+    folder = export_classifier(model, probe, features, tmp_path / "out", class_names=NAMES, image_processor=PROCESSOR)
+    logits, test = logits_of(folder, digits[1]), extract_features(model, digits[1], PROCESSOR, batch_size=256)
+    scores = probe.predict_scores(test.features)
+    assert len(set(scores.argmax(axis=1))) > 5  # it does tell digits apart
+    np.testing.assert_array_equal(logits.argmax(axis=1), scores.argmax(axis=1))
+    np.testing.assert_allclose(logits, scores, rtol=0, atol=1e-3 * np.abs(scores).max())
+    loaded = ViTMSNForImageClassification.from_pretrained(folder)
+    assert loaded.config.id2label == dict(enumerate(NAMES))
+    assert loaded.config.label2id == {name: number for number, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize("encoder", [RESNET, PREACTIVATED], ids=["linear head", "convolution as head"])
+def test_a_network_of_timm_ranks_the_classes_of_every_test_image_as_the_probe(encoder, digits, tmp_path):
+    model = paws(encoder)
+    features, probe = fitted(model, digits)
+    folder = export_classifier(model, probe, features, tmp_path / "out", class_names=NAMES, image_processor=PROCESSOR)
+    logits = logits_of(folder, digits[1])
+    np.testing.assert_array_equal(logits.argmax(axis=1), decided_by_probe(model, probe, digits[1]))
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(network(pixels_of(digits[1])).numpy(), logits, rtol=1e-4, atol=1e-4)
+    assert json.loads((folder / "config.json").read_text())["label_names"] == NAMES
+    # as confident as the probe on average, though not image by image
+    test = extract_features(model, digits[1], PROCESSOR, batch_size=256)
+    spread = probe.predict_scores(test.features).std(axis=1).mean()
+    assert 0.7 < logits.std(axis=1).mean() / spread < 1.4
+
+
+@pytest.mark.parametrize("make", [msn, lambda: paws(RESNET)], ids=["vit", "timm"])
+def test_the_pipeline_classifies_where_hf_msn_is_not_installed(make, digits, tmp_path):
+    model = make()
+    features, probe = fitted(model, digits)
+    folder = export_classifier(model, probe, features, tmp_path / "out", class_names=NAMES, image_processor=PROCESSOR)
+    images = digits[1].select(range(40))
+    files = [tmp_path / f"{row}.png" for row in range(40)]
+    for row, image in enumerate(images["image"]):
+        decode_image(image, row=row).save(files[row])
+    answers = json.loads(run_without_hf_msn(CLASSIFY, folder, *files, cwd=tmp_path).splitlines()[-1])
+    best = [answer[0]["label"] for answer in answers]
+    assert best == [NAMES[digit] for digit in decided_by_probe(model, probe, images)]
+    assert {label["label"] for label in answers[0]} == set(NAMES)
+
+
+@pytest.mark.parametrize("make", [msn, lambda: paws(RESNET)], ids=["vit", "timm"])
+def test_the_encoder_of_the_classifier_is_that_of_the_model(make, digits, tmp_path):
+    model = make()
+    features, probe = fitted(model, digits)
+    folder = export_classifier(model, probe, features, tmp_path / "out", image_processor=PROCESSOR)
+    sha256 = weights_sha256(model.evaluation_encoder)
+    assert checkpoint_weights_sha256(folder) == sha256
+    again = type(model).from_backbone(folder)
+    assert weights_sha256(again.evaluation_encoder) == weights_sha256(again.encoder) == sha256
+    evaluator = LowShotEvaluator(
+        *digits, images_per_class=(2,), num_splits=1, batch_size=256, image_processor=PROCESSOR
+    )
+    assert evaluator(load_vision_model(str(folder))) == evaluator(model)
+
+
+def test_a_probe_that_saw_some_classes_names_only_those(digits, tmp_path):
+    model = msn()
+    features = extract_features(model, digits[0], PROCESSOR, batch_size=256)
+    rows = np.isin(features.labels, [3, 8])
+    probe = LogisticProbe().fit(features.features[rows], features.labels[rows])
+    for names, expected in ((NAMES, {0: "three", 1: "eight"}), (None, {0: "3", 1: "8"})):
+        folder = export_classifier(
+            model, probe, features, tmp_path / str(names is None), class_names=names, image_processor=PROCESSOR
+        )
+        loaded = AutoModelForImageClassification.from_pretrained(folder)
+        assert loaded.config.id2label == expected and loaded.classifier.weight.shape == (2, 32)
+        decided = np.array([3, 8])[logits_of(folder, digits[1]).argmax(axis=1)]
+        np.testing.assert_array_equal(decided, decided_by_probe(model, probe, digits[1]))
+
+
+def test_in_bfloat16_images_that_rounding_moves_are_counted(digits, tmp_path, caplog):
+    model = msn().bfloat16()
+    features, probe = fitted(model, digits, images_per_class=50)
+    try:
+        with caplog.at_level(logging.WARNING):
+            folder = export_classifier(model, probe, features, tmp_path / "out", image_processor=PROCESSOR)
+    except ValueError as error:
+        assert "As a head in torch.bfloat16 the probe gives" in str(error) and "Export in float32" in str(error)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert AutoModelForImageClassification.from_pretrained(folder).dtype == torch.bfloat16
+        assert "of 1437 images another class" in caplog.text
+
+
+def test_what_cannot_be_a_head_is_an_error_before_anything_is_written(digits, tmp_path):
+    model, other = msn(), tiny_model(seed=1)
+    features, probe = fitted(model, digits)
+    two_blocks = extract_features(model, digits[0], PROCESSOR, batch_size=256, num_last_layers=2)
+    projections = extract_features(model, digits[0], PROCESSOR, batch_size=256, features="projection")
+    wide = LogisticProbe().fit(two_blocks.features, two_blocks.labels)
+    faults = [
+        ({"probe": LogisticProbe()}, r"`probe` is not fitted. Call `probe.fit\("),
+        ({"probe": LinearProbe()}, r"`probe` is not fitted. Call `probe.fit\("),
+        ({"probe": KNNProbe()}, "must be a LogisticProbe or a LinearProbe.* but is KNNProbe"),
+        ({"model": other}, "`features` must be those of this model's encoder"),
+        ({"features": projections}, "`features` must be those of this model's encoder"),
+        ({"features": pixel_features(digits[1])}, "`features` must be those of this model's encoder"),
+        ({"features": features.features}, r"`features` must be what `extract_features\(model, ...\)` returns"),
+        ({"probe": wide, "features": two_blocks}, "head sees 32 features, but the probe was fitted on 64"),
+        ({"probe": wide}, "head sees 32 features, but the probe was fitted on 64 and `features` have 32"),
+        ({"class_names": NAMES[:9]}, "there are 9 names and the probe has classes from 0 to 9"),
+        ({"class_names": "digits"}, "must name every class number"),
+        ({"class_names": ["one"] * 10}, r"must differ from each other, but \['one'\] stand for several classes"),
+        ({"image_processor": evaluation_image_processor(20)}, "the exported ViT takes 16 x 16"),
+        ({"model": torch.nn.Linear(2, 2)}, "must be an MSNForPreTraining, .* but is Linear"),
+    ]
+    given = {"model": model, "probe": probe, "features": features, "path": tmp_path / "out", "class_names": NAMES}
+    for fault, message in faults:
+        with pytest.raises(ValueError, match=message):
+            export_classifier(**{**given, **fault})
+    with torch.no_grad():
+        model.target_encoder.layernorm.weight[5] = 0
+    features, probe = fitted(model, digits)
+    with pytest.raises(ValueError, match=r"scales 1 of 32 features by 0.*finetune_classifier"):
+        export_classifier(model, probe, features, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_of_timm_takes_no_bias_and_no_small_stem(digits, tmp_path):
+    model = paws(RESNET)
+    features, probe = fitted(model, digits, LinearProbe(epochs=20))
+    with pytest.raises(ValueError, match=r"has a bias, which a network of timm cannot take.*Fit a LogisticProbe"):
+        export_classifier(model, probe, features, tmp_path / "out")
+    small = paws(RESNETV2)
+    features, probe = fitted(small, digits)
+    with pytest.raises(ValueError, match="`small_image_stem` is no network that timm can make"):
+        export_classifier(small, probe, features, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

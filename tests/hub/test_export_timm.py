@@ -1,0 +1,187 @@
+"""Networks of timm in timm's own form, which timm and transformers load without hf_msn."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from tiny_semi_supervised import RESNET18, RESNETV2, VIT, tiny_paws, tiny_suncet
+from transformers import AutoModel, TimmWrapperModel
+from without_hf_msn import run_without_hf_msn
+
+from hf_msn import (
+    LowShotEvaluator,
+    MSNForPreTraining,
+    MultiViewTransform,
+    PAWSForPreTraining,
+    SuNCEtForPreTraining,
+    evaluation_image_processor,
+    export_backbone,
+    load_images,
+    load_vision_model,
+)
+from hf_msn.evaluation import checkpoint_weights_sha256
+from hf_msn.evaluation.backbones import weights_sha256
+
+TIMM_VIT = {
+    "timm_model": "vit_tiny_patch16_224",
+    "timm_options": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "qkv_bias": False},
+}
+TIMM_VIT_ANY_SIZE = {
+    "timm_model": "vit_tiny_patch16_224",
+    "timm_options": {"embed_dim": 24, "depth": 1, "num_heads": 2, "dynamic_img_size": True, "global_pool": "avg"},
+}
+ENCODERS = {
+    "resnet18": RESNET18,
+    "resnet with drop path": {"timm_model": "test_resnet", "timm_options": {"drop_path_rate": 0.2}},
+    "convnext": {"timm_model": "test_convnext"},
+    "vit": TIMM_VIT,
+    "vit of any size": TIMM_VIT_ANY_SIZE,
+    "tag in the name": {"timm_model": "test_resnet.r160_in1k"},
+}
+
+LOAD = """
+import timm
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder, image, outputs = sys.argv[1:]
+network = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+by_timm = transform(Image.open(image)).unsqueeze(0)
+wrapped = AutoModel.from_pretrained(folder)
+assert type(wrapped).__name__ == "TimmWrapperModel", type(wrapped)
+by_transformers = AutoImageProcessor.from_pretrained(folder)(Image.open(image), return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    torch.save((by_timm, by_transformers, network(by_timm), wrapped(by_transformers).pooler_output), outputs)
+"""
+
+
+def paws_over(encoder, **fields) -> PAWSForPreTraining:
+    """Float32, with running statistics that differ from a fresh network's."""
+    model = tiny_paws(**encoder, **fields).float()
+    with torch.no_grad():
+        model.train().project(torch.randn(8, 3, 32, 32) + 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "vit"])
+def test_timm_and_transformers_load_the_export_where_hf_msn_is_not_installed(encoder, tmp_path):
+    model = paws_over(ENCODERS[encoder])
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (50, 70, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    processor = evaluation_image_processor(32, image_mean=(0.1, 0.2, 0.3), interpolation="bicubic")
+    folder = export_backbone(model, tmp_path / "export", image_processor=processor)
+    files = sorted(file.name for file in folder.iterdir())
+    assert files == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    run_without_hf_msn(LOAD, folder, tmp_path / "image.png", tmp_path / "out.pt", cwd=tmp_path)
+    by_timm, by_transformers, from_timm, from_transformers = torch.load(tmp_path / "out.pt")
+    assert torch.equal(by_transformers, processor(image, return_tensors="pt")["pixel_values"])
+    # of 51 pixels the middle 32 begin at the 9th or the 10th, and Pillow and torch round a resized pixel differently
+    moved = [(by_timm - by_transformers.roll(shift, -1)).abs()[..., 1:-1].max() for shift in (-1, 0, 1)]
+    assert min(moved) < 2.5 / 255 / 0.224
+    with torch.no_grad():
+        torch.testing.assert_close(from_timm, model.encoder(by_timm), rtol=0, atol=1e-6)
+        torch.testing.assert_close(from_transformers, model.encoder(by_transformers), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_loader_finds_the_very_weights_and_features(encoder, dtype, tmp_path):
+    model = paws_over(encoder).to(dtype)
+    size = 224 if encoder is TIMM_VIT_ANY_SIZE else 32
+    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(size))
+    images = torch.randn(2, 3, size, size, dtype=dtype)
+    wrapped, network = AutoModel.from_pretrained(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert type(wrapped) is TimmWrapperModel and wrapped.dtype == dtype
+    with torch.no_grad():
+        expected = model.encoder(images)
+        for features in (wrapped.eval()(images).pooler_output, network.to(dtype).eval()(images)):
+            torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    sha256 = weights_sha256(model.encoder)
+    assert checkpoint_weights_sha256(folder) == sha256
+    if dtype == torch.float32:
+        assert checkpoint_weights_sha256(f"timm:{folder}") == sha256
+
+
+@pytest.mark.parametrize("size", [32, 96, 160, 224, 64, 8, 299])
+def test_the_transform_of_timm_resizes_and_crops_as_the_image_processor(size, tmp_path):
+    processor = evaluation_image_processor(size)
+    folder = export_backbone(paws_over(RESNET18), tmp_path / "export", image_processor=processor)
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["architecture"], written["model_args"]) == ("resnet18", RESNET18["timm_options"])
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+    resize, crop = transform.transforms[:2]
+    assert (resize.size, tuple(crop.size)) == (processor.size["shortest_edge"], (size, size))
+    again = timm.data.create_transform(**timm.data.resolve_model_data_config(network, use_test_size=True))
+    assert repr(again) == repr(transform)
+
+
+def test_nothing_of_the_weights_that_timm_releases_under_this_name_is_claimed(tmp_path):
+    folder = export_backbone(paws_over(RESNET18), tmp_path / "export", image_processor=evaluation_image_processor(32))
+    described = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert not set(described) & {"url", "hf_hub_id", "tag", "license", "origin_url", "paper_ids", "test_input_size"}
+
+
+def test_a_small_stem_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="'resnetv2_18' with `small_image_stem` is no network that timm can make"):
+        export_backbone(tiny_paws(**RESNETV2), tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_timm_would_make_otherwise_is_refused(tmp_path):
+    changed = paws_over(RESNET18)
+    changed.encoder.maxpool = torch.nn.AvgPool2d(3, 2, 1)
+    with pytest.raises(ValueError, match=r"'resnet18' cannot be exported: .* timm makes another network"):
+        export_backbone(changed, tmp_path / "export", image_processor=evaluation_image_processor(32))
+    with pytest.raises(ValueError, match=r"cannot be exported for images of 64 pixels: .* has it as `img_size`"):
+        export_backbone(paws_over(TIMM_VIT), tmp_path / "export", image_processor=evaluation_image_processor(64))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"do_center_crop": False}, {"do_normalize": False}, {"size": {"height": 32, "width": 32}}]
+)
+def test_an_image_processor_that_timm_cannot_express_is_an_error(settings, tmp_path):
+    processor = evaluation_image_processor(32)
+    for name, value in settings.items():
+        setattr(processor, name, value)
+    with pytest.raises(ValueError, match="timm's transform resizes the shortest edge, crops the middle square"):
+        export_backbone(paws_over(RESNET18), tmp_path / "export", image_processor=processor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pretraining_goes_on_from_the_export(tmp_path):
+    model = paws_over(TIMM_VIT_ANY_SIZE)
+    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(224))
+    for method in (PAWSForPreTraining, SuNCEtForPreTraining):
+        again = method.from_backbone(folder, projection_dim=8)
+        assert weights_sha256(again.encoder) == weights_sha256(model.encoder)
+        assert again.config.timm_options == model.config.timm_options
+    with pytest.raises(ValueError, match=r"of timm, but a MSNConfig has a ViTMSN. Use PAWS or SuNCEt"):
+        MSNForPreTraining.from_backbone(folder)
+
+
+def test_a_vit_of_hf_msn_in_suncet_is_exported_too(tmp_path):
+    model = tiny_suncet(**VIT).float()
+    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(16))
+    assert checkpoint_weights_sha256(folder) == weights_sha256(model.encoder)
+
+
+def test_the_export_evaluates_to_the_very_numbers_of_the_model(tmp_path):
+    digits = load_images("digits"), load_images("digits", split="test")
+    evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=2)
+    processor = MultiViewTransform(image_size=16).evaluation_image_processor(crop_fraction=1.0)
+    paws_over(RESNET18).save_pretrained(tmp_path / "run")
+    processor.save_pretrained(tmp_path / "run")
+    original = load_vision_model(str(tmp_path / "run"))
+    expected = evaluator(original)
+    sha256 = evaluator.results.model["weights_sha256"]
+    folder = export_backbone(original, tmp_path / "export")
+    assert evaluator(load_vision_model(str(folder))) == expected
+    assert evaluator.results.model["weights_sha256"] == sha256
+    assert evaluator.results.model["backbone"] == "ResNet"
