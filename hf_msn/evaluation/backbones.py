@@ -28,7 +28,7 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
         name (`str`):
             - a folder or Hub id of an `MSNForPreTraining`, `PAWSForPreTraining` or `SuNCEtForPreTraining`, whose
               `evaluation_encoder` is evaluated;
-            - a folder or Hub id of any vision model of transformers: `AutoModel`;
+            - a folder or Hub id of any vision model of transformers, or of timm in timm's form: `AutoModel`;
             - `"timm:resnet18"`: a timm architecture with its released weights;
             - `"timm:/folder"` or `"timm:./folder"`: a folder as `timm.models.save_for_hf` writes it.
         checkpoint (`str`, *optional*):

@@ -73,7 +73,7 @@ def pretraining_model(model: nn.Module) -> MSNForPreTraining | SemiSupervisedMod
     """`model` without wrappers.
 
     Raises:
-        ValueError: If it is no pretraining model of hf_msn.
+        ValueError: If it is no pretraining model of hf_msn, or sharded.
     """
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(model, PretrainingModel):
@@ -82,5 +82,10 @@ def pretraining_model(model: nn.Module) -> MSNForPreTraining | SemiSupervisedMod
             "`model` must be an MSNForPreTraining, PAWSForPreTraining or SuNCEtForPreTraining, but is "
             f"{type(model).__name__}.{plain if hasattr(model, 'save_pretrained') else ''} A folder is loaded first: "
             "`MSNForPreTraining.from_pretrained(folder)`."
+        )
+    if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(
+            "The weights of `model` are spread over ranks or not there, but an export needs all of them. Save it with "
+            "`trainer.save_model(folder)`, load that with `from_pretrained`, and export what was loaded."
         )
     return model

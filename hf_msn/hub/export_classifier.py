@@ -197,8 +197,8 @@ def _check_decisions(
     if otherwise > _MOST_DECIDED_OTHERWISE * len(features):
         raise ValueError(
             f"As a head in {weight.dtype} the probe gives {otherwise} of {len(features)} images another class, so it "
-            "would not be the classifier that was measured. Export in float32, or train the classifier with "
-            "`finetune_classifier`."
+            "would not be the classifier that was measured. Extract and export with `model.float()`, or train the "
+            "classifier with `finetune_classifier`."
         )
     if otherwise:
         logger.warning("As a head the probe gives %d of %d images another class.", otherwise, len(features))

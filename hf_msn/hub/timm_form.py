@@ -51,6 +51,9 @@ def save_timm_network(
     """
     architecture = network.pretrained_cfg.get("architecture") or config.timm_model.split(".")[0]
     options = dict(config.timm_options or {})
+    made_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    if made_for is not None and _takes_any_size(network, options):
+        options["img_size"] = list(made_for)  # of the position embeddings, whatever the size of the images
     num_classes = 0 if class_names is None else len(class_names)
     written = {
         "architecture": architecture,
@@ -109,10 +112,15 @@ def timm_transform_settings(image_processor: BaseImageProcessor) -> dict:
 def _input_settings(network: nn.Module, options: dict) -> dict:
     """What timm must know of the network to build it as it is, and not fitted to another input."""
     settings = {name: network.pretrained_cfg.get(name) for name in ("first_conv", "classifier")}
-    strict = getattr(getattr(network, "patch_embed", None), "strict_img_size", None)
-    fixed = network.pretrained_cfg.get("fixed_input_size", False) if strict is None else strict
-    settings["fixed_input_size"] = bool(fixed and not options.get("dynamic_img_size"))
+    settings["fixed_input_size"] = network.pretrained_cfg.get("fixed_input_size", False) and not _takes_any_size(
+        network, options
+    )
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _takes_any_size(network: nn.Module, options: dict) -> bool:
+    patches = getattr(network, "patch_embed", None)
+    return bool(options.get("dynamic_img_size")) or getattr(patches, "strict_img_size", None) is False
 
 
 @torch.no_grad()

@@ -79,9 +79,9 @@ class PretrainingModel(PreTrainedModel):
         """Starts from a pretrained trunk; the heads are fresh.
 
         Args:
-            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of
-                a pretraining model of this package, whose evaluated encoder is taken; or "timm:resnet50", with timm's
-                released weights.
+            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", of a
+                network in timm's form, of a classifier on one of these, or of a pretraining model of this package,
+                whose evaluated encoder is taken; or "timm:resnet50", with timm's released weights.
             **config_fields: Fields of the configuration that differ from the trunk's or from the defaults.
 
         Raises:

@@ -214,6 +214,8 @@ def test_what_is_no_pretraining_model_is_an_error_with_the_remedy(model, tmp_pat
         export_backbone(classifier, tmp_path / "export")
     with pytest.raises(ValueError, match=r"but is str. A folder is loaded first: .*from_pretrained\(folder\)"):
         export_backbone("runs/mine", tmp_path / "export")
+    with pytest.raises(ValueError, match=r"spread over ranks or not there.*trainer.save_model\(folder\)"):
+        export_backbone(copy.deepcopy(model).to("meta"), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,7 +23,8 @@ from hf_msn import (
     load_vision_model,
 )
 from hf_msn.evaluation import checkpoint_weights_sha256
-from hf_msn.evaluation.backbones import weights_sha256
+from hf_msn.evaluation.backbones import find_backbone, weights_sha256
+from hf_msn.finetuning.starts import check_start, load_for_classification
 
 TIMM_VIT = {
     "timm_model": "vit_tiny_patch16_224",
@@ -39,6 +40,7 @@ ENCODERS = {
     "convnext": {"timm_model": "test_convnext"},
     "vit": TIMM_VIT,
     "vit of any size": TIMM_VIT_ANY_SIZE,
+    "vit of any size by name": {"timm_model": "test_vit"},
     "tag in the name": {"timm_model": "test_resnet.r160_in1k"},
 }
 
@@ -92,7 +94,8 @@ def test_timm_and_transformers_load_the_export_where_hf_msn_is_not_installed(enc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_loader_finds_the_very_weights_and_features(encoder, dtype, tmp_path):
     model = paws_over(encoder).to(dtype)
-    size = 224 if encoder is TIMM_VIT_ANY_SIZE else 32
+    size = {"vit_tiny_patch16_224": 224, "test_vit": 96}.get(encoder["timm_model"], 32)
+    size = 32 if encoder is TIMM_VIT else size
     folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(size))
     images = torch.randn(2, 3, size, size, dtype=dtype)
     wrapped, network = AutoModel.from_pretrained(folder), timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -161,7 +164,7 @@ def test_pretraining_goes_on_from_the_export(tmp_path):
     for method in (PAWSForPreTraining, SuNCEtForPreTraining):
         again = method.from_backbone(folder, projection_dim=8)
         assert weights_sha256(again.encoder) == weights_sha256(model.encoder)
-        assert again.config.timm_options == model.config.timm_options
+        assert again.config.timm_options == {**model.config.timm_options, "img_size": [224, 224]}
     with pytest.raises(ValueError, match=r"of timm, but a MSNConfig has a ViTMSN. Use PAWS or SuNCEt"):
         MSNForPreTraining.from_backbone(folder)
 
@@ -185,3 +188,12 @@ def test_the_export_evaluates_to_the_very_numbers_of_the_model(tmp_path):
     assert evaluator(load_vision_model(str(folder))) == expected
     assert evaluator.results.model["weights_sha256"] == sha256
     assert evaluator.results.model["backbone"] == "ResNet"
+
+
+def test_fine_tuning_starts_from_the_export(tmp_path):
+    model = paws_over(RESNET18)
+    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(32))
+    check_start(str(folder))
+    classifier = load_for_classification(str(folder), np.array([2, 5]), None, seed=0)
+    assert weights_sha256(find_backbone(classifier)) == weights_sha256(model.encoder)
+    assert classifier.config.id2label == {0: "2", 1: "5"}
