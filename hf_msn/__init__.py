@@ -59,7 +59,7 @@ from .finetuning import (
     finetune_suncet,
     parse_finetuning_recipe,
 )
-from .hub import export_backbone, export_classifier
+from .hub import convert_checkpoint, convert_to_original, export_backbone, export_classifier
 from .losses import msn_loss, nt_xent_loss, paws_loss, sharpen, sinkhorn, soft_nearest_neighbor, suncet_loss
 from .models import (
     MSNConfig,
@@ -135,6 +135,8 @@ __all__ = [
     "SupportDataset",
     "Topology",
     "bring_to_consensus",
+    "convert_checkpoint",
+    "convert_to_original",
     "draw_labelled_rows",
     "evaluation_image_processor",
     "export_backbone",
