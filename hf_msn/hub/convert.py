@@ -38,8 +38,9 @@ def convert_checkpoint(
     The result loads with `MSNForPreTraining.from_pretrained(output_dir)` (of PAWS: `PAWSForPreTraining`), and its
     trunk is taken by `from_backbone`. The architecture is read from the shapes. Features, before and after the final
     LayerNorm, and projections equal the original network's, at the size of training and wherever the original can
-    interpolate its position embeddings: images whose patches form a square. For others the original stretches the
-    grid to a square, and this package to the image's own shape.
+    interpolate its position embeddings: square images of whole patches. For others the original takes the positions
+    of a square, or fails, where this package interpolates to the image's own shape; and where a side is no multiple of
+    the patch, the original drops the rest of the image, and this package refuses it.
 
     MSN: `target_encoder` and `prototypes` are needed; where `encoder`, the online network, is not in the file, it
     starts as a copy of the target. PAWS: `encoder`, a ResNet or a ViT. What forward does beside the networks
@@ -128,7 +129,7 @@ def convert_to_original(
         if isinstance(model, (str, Path)):
             file = Path(model) / CONVERSION_FILE
             record = json.loads(file.read_text()) if file.is_file() else {}
-            model = AutoModelForPreTraining.from_pretrained(model)
+            model = _load(model)
         if not isinstance(model, (MSNForPreTraining, PAWSForPreTraining)):
             raise ValueError(
                 "The original code has models of MSN and PAWS, but this is one of type "
@@ -148,6 +149,16 @@ def convert_to_original(
             content["epoch"] = record["epoch"]
         torch.save(content, staging)
     return output_path
+
+
+def _load(name_or_path: str | Path) -> Any:
+    try:
+        return AutoModelForPreTraining.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model must be the folder or Hub id of a pretraining model of this package, but '{name_or_path}' "
+            f"cannot be loaded: {error}"
+        ) from error
 
 
 def _check_places(input_path: Path, places: dict[str, Path]) -> None:

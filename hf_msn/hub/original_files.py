@@ -14,6 +14,7 @@ from .safe_loading import check_tensor, load_safely
 _WRAPPERS = ("state_dict", "model")
 # prefixes of DistributedDataParallel and torch.compile
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
+_PROTOTYPES = re.compile(r"(module\.|_orig_mod\.)*prototypes(\.|$)")
 _NOT_OURS = [
     (r"(teacher|student)(\.|$)|(.*\.)?head\.(last_layer|mlp)\.|dino_head", "a checkpoint of DINO"),
     (r"(encoder_[qk]|base_encoder|momentum_encoder)\.|(encoder_[qk]|queue|queue_ptr)$", "a checkpoint of MoCo"),
@@ -133,21 +134,19 @@ def _sections(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The networks and prototypes of a file, and the names of what else it has."""
     nested = {name: content[name] for name in ("encoder", "target_encoder") if isinstance(content.get(name), Mapping)}
     if nested:
-        prototypes = {name: content[name] for name in content if _WRAPPED.sub("", name).startswith("prototypes")}
+        prototypes = {name: content[name] for name in content if _PROTOTYPES.match(name)}
         return {**nested, "prototypes": prototypes}, [name for name in content if name not in nested | prototypes]
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     others = [name for name in content if name not in tensors]
-    prototypes = {name: tensors.pop(name) for name in list(tensors) if _WRAPPED.sub("", name).startswith("prototypes")}
+    prototypes = {name: tensors.pop(name) for name in list(tensors) if _PROTOTYPES.match(name)}
     if not prototypes and isinstance(content.get("prototypes"), Mapping):
         prototypes = {"prototypes": content["prototypes"]}
         others.remove("prototypes")
     sections = {"prototypes": prototypes, "": tensors}
     for name in ("encoder", "target_encoder"):
-        inside = {
-            _WRAPPED.sub("", key).removeprefix(f"{name}."): value
-            for key, value in tensors.items()
-            if _WRAPPED.sub("", key).startswith(f"{name}.")
-        }
+        below = re.compile(rf"((?:module\.|_orig_mod\.)*){name}\.")
+        # what stood before stays, so that a name that is there with and without it is found
+        inside = {below.sub(r"\1", key, count=1): value for key, value in tensors.items() if below.match(key)}
         if inside:
             sections[name] = inside
     if "encoder" not in sections and "target_encoder" not in sections:

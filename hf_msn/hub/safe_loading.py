@@ -4,11 +4,13 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import safe_globals
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 _ZIP = b"PK\x03\x04"
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed|unrecognized function (.+)|GLOBAL (\S+) whose module")
@@ -37,7 +39,7 @@ def load_safely(path: str | Path) -> Any:
         raise ValueError(f"The checkpoint must be a file, such as 'checkpoint.pth.tar', but '{path}' {kind}.")
     try:
         mapped = _is_stored_zip(path)
-        with warnings.catch_warnings(), safe_globals(_numpy_scalars()):
+        with warnings.catch_warnings(), _only_numpy_scalars():
             warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read is an error below
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the readers fail in many ways on bytes that are not theirs
@@ -115,9 +117,20 @@ def _number(dtype: _NumpyType, data: bytes) -> bool | int | float:
     return struct.unpack(dtype.order + dtype.code, data)[0]
 
 
-def _numpy_scalars() -> list[tuple[Any, str]]:
-    return [
-        (_NumpyType, "numpy.dtype"),
-        (_number, "numpy.core.multiarray.scalar"),
-        (_number, "numpy._core.multiarray.scalar"),
-    ]
+@contextmanager
+def _only_numpy_scalars() -> Iterator[None]:
+    """What other code in this process told torch to trust, is not trusted meanwhile."""
+    trusted = get_safe_globals()
+    clear_safe_globals()
+    try:
+        add_safe_globals(
+            [
+                (_NumpyType, "numpy.dtype"),
+                (_number, "numpy.core.multiarray.scalar"),
+                (_number, "numpy._core.multiarray.scalar"),
+            ]
+        )
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(trusted)

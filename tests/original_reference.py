@@ -1,4 +1,4 @@
-"""The original networks, written plainly from the facts: functions of weights by their original names, in any precision.
+"""The original networks, written plainly from the facts: functions of weights by their original names.
 
 Pre-norm ViT with fused qkv, LayerNorm eps 1e-6 and exact GELU; ResNet with the stride in the 3x3; heads on top. Random
 weights and running statistics, so that nothing that is mixed up goes unseen.
@@ -8,6 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+
 
 def random_tensor(generator: torch.Generator, *shape: int, scale: float = 0.2) -> torch.Tensor:
     return scale * torch.randn(*shape, generator=generator)

@@ -1,0 +1,68 @@
+"""scripts/convert_checkpoint.py as a user starts it."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from original_reference import msn_checkpoint, vit_weights
+from transformers import AutoModel
+
+from hf_msn import MSNForPreTraining
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_there_and_back_and_the_plain_export(run, tmp_path):
+    original, model, trunk = (tmp_path / name for name in ("msn.pth.tar", "model", "trunk"))
+    torch.save(msn_checkpoint(), original)
+    printed = run("--input", original, "--output", model, "--num_attention_heads", 4, "--export_backbone", trunk)
+    assert printed == f"Wrote {model}\n"
+    loaded = MSNForPreTraining.from_pretrained(model)
+    weight = loaded.target_encoder.layers[0].mlp.fc1.weight
+    assert torch.equal(weight, vit_weights(1)["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(AutoModel.from_pretrained(trunk).layers[0].mlp.fc1.weight, weight)
+    run("--to_original", "--input", model, "--output", tmp_path / "back.pth.tar")
+    run("--to_original", "--input", model, "--output", tmp_path / "bare.pth.tar", "--module_prefix", "false")
+    first, back, bare = (torch.load(tmp_path / f"{name}.pth.tar") for name in ("msn", "back", "bare"))
+    assert back["encoder"].keys() == first["encoder"].keys()
+    assert "module.norm.weight" in back["encoder"] and "norm.weight" in bare["encoder"]
+
+
+def test_arguments_of_the_other_way_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="`--method` does not go with --to_original"):
+        run("--to_original", "--input", tmp_path, "--output", tmp_path / "a", "--method", "msn")
+    with pytest.raises(ValueError, match="`--target_only` goes only with --to_original"):
+        run("--input", tmp_path, "--output", tmp_path / "a", "--target_only", "true")
+    with pytest.raises(ValueError, match="`--to_original` needs `--output`"):
+        run("--to_original", "--input", tmp_path)
+    with pytest.raises(ValueError, match="There is nothing to write"):
+        run("--input", tmp_path / "a")
+
+
+def test_a_file_with_code_ends_with_the_reason_and_nothing_is_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "code_was_run"),)
+
+    torch.save({"target_encoder": Code()}, tmp_path / "evil.pth.tar")
+    command = [sys.executable, str(SCRIPT), "--input", str(tmp_path / "evil.pth.tar"), "--output", str(tmp_path / "a")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and "could run code. Nothing was executed" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth.tar"]
