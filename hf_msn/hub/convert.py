@@ -127,8 +127,7 @@ def convert_to_original(
     with whole_file(output_path, "output_path") as staging:
         record: Mapping[str, Any] = {}
         if isinstance(model, (str, Path)):
-            file = Path(model) / CONVERSION_FILE
-            record = json.loads(file.read_text()) if file.is_file() else {}
+            record = _read_record(Path(model) / CONVERSION_FILE)
             model = _load(model)
         if not isinstance(model, (MSNForPreTraining, PAWSForPreTraining)):
             raise ValueError(
@@ -149,6 +148,16 @@ def convert_to_original(
             content["epoch"] = record["epoch"]
         torch.save(content, staging)
     return output_path
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{file}' is no JSON: {error}. Remove it, or convert the checkpoint again.") from error
+    return record if isinstance(record, dict) else {}
 
 
 def _load(name_or_path: str | Path) -> Any:

@@ -34,6 +34,7 @@ class OriginalCheckpoint:
     """
     Args:
         method (`"msn"` or `"paws"`): Whose form it has.
+        method_is_guessed (`bool`): Whether it might as well be of the other one.
         online, target (`dict[str, torch.Tensor]`, *optional*): The networks by their original names, trunk and heads,
             without prefix; MSN evaluates the target, PAWS has the online network alone.
         prototypes (`torch.Tensor` of shape `(K, D)`, *optional*): Of MSN.
@@ -51,6 +52,7 @@ class OriginalCheckpoint:
     left_out: list[str] = field(default_factory=list)
     module_prefix: bool = False
     dtypes: list[str] = field(default_factory=list)
+    method_is_guessed: bool = False
 
 
 def read_original(path: str | Path, method: Literal["msn", "paws"] | None = None) -> OriginalCheckpoint:
@@ -80,6 +82,7 @@ def read_original(path: str | Path, method: Literal["msn", "paws"] | None = None
         left_out += [name for name in content if name != wrapper]
         content = content[wrapper]
         _check_names(content, f"'{wrapper}'")
+    epoch = content.get("epoch") if epoch is None else epoch
     sections, others = _sections(content)
     networks, prefixed = {}, False
     for name in ("encoder", "target_encoder"):
@@ -110,6 +113,7 @@ def read_original(path: str | Path, method: Literal["msn", "paws"] | None = None
         epoch=epoch if type(epoch) is int else None,
         left_out=[name for name in (*left_out, *others) if name != "epoch" or type(epoch) is not int],
         module_prefix=prefixed,
+        method_is_guessed=method is None and found == "paws" and "bare" in sections and is_vit(networks["encoder"]),
     )
     tensors = [tensor for network in networks.values() for tensor in network.values()]
     tensors += [] if prototypes is None else [prototypes]

@@ -150,6 +150,12 @@ def _check_parts(original: OriginalCheckpoint) -> None:
             "The encoder in the file is a trunk without projection head 'fc', which a pretraining model needs and "
             f"which would have to be made up. Find the whole checkpoint. {_ALONE}"
         )
+    if original.method_is_guessed:
+        raise ValueError(
+            "The file is the state dict of one ViT with a projection head, which may be of MSN, whose prototypes are "
+            "then missing, or of PAWS. Find the whole checkpoint; or, if it is of PAWS, say so: `method='paws'` "
+            f"(`--method paws`). {_ALONE}"
+        )
     if original.method == "msn" and original.prototypes is None:
         raise ValueError(
             "The file has no 'prototypes', which MSN needs and which would have to be made up. Find the whole "

@@ -209,6 +209,9 @@ def test_paws_on_a_resnet_computes_what_the_original_network_does(save, tmp_path
 def test_paws_on_a_vit_computes_what_the_original_network_does(save, tmp_path, given, activation):
     weights = vit_weights(1, pred=5)
     convert_checkpoint(save({"encoder": weights}), tmp_path / "paws", 4, projection_activation=given)
+    convert_checkpoint(save(weights), tmp_path / "bare", 4, projection_activation=given, method="paws")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("paws", "bare")]
+    assert files[0] == files[1]
     model = PAWSForPreTraining.from_pretrained(tmp_path / "paws").eval()
     assert model.config.prediction_width == 5
     assert_vit_computes_the_same(model.encoder, model.project, weights, 4, (16, 8), activation)
@@ -220,7 +223,7 @@ def form(kind: str) -> dict:
     """The same released checkpoint in another form."""
     target, prototypes = vit_weights(1), msn_checkpoint()["prototypes"]
     return {
-        "wrapped": {"state_dict": {"target_encoder": target, "prototypes": prototypes}, "epoch": 7},
+        "wrapped": {"state_dict": {"target_encoder": target, "prototypes": prototypes, "epoch": 7}, "epoch": None},
         "compiled": {"target_encoder": prefixed(target, "module._orig_mod."), "prototypes": prototypes},
         "some prefixes": {
             "target_encoder": {("module." if "blocks" in name else "") + name: t for name, t in target.items()},

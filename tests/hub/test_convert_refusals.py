@@ -179,6 +179,7 @@ def test_a_width_that_is_no_multiple_of_64_asks_for_the_number_of_heads(refuse):
         (msn_checkpoint(), {"projection_activation": "relu"}, "`projection_activation` is about PAWS"),
         (msn_checkpoint(), {"projection_activation": "tanh"}, "must be 'relu' or 'gelu', but is 'tanh'"),
         (vit_weights(), {"method": "msn"}, "has no 'prototypes'"),
+        (vit_weights(), {}, "one ViT with a projection head, which may be of MSN, .* or of PAWS.*--method paws"),
     ],
 )
 def test_an_option_that_does_not_fit_is_refused(refuse, content, options, message):
