@@ -72,11 +72,11 @@ def convert_checkpoint(
         ValueError: If the file is damaged, unsafe or of another method, tensors are missing, unexpected, not finite or
             do not fit each other, or a folder cannot be written. Then nothing is left behind.
     """
-    input_path = Path(input_path)
+    input_path = Path(input_path).expanduser()
     if projection_activation not in (None, "relu", "gelu"):
         raise ValueError(f"`projection_activation` must be 'relu' or 'gelu', but is {projection_activation!r}.")
     places = {"output_dir": output_dir, "export_backbone_dir": export_backbone_dir}
-    places = {name: Path(place) for name, place in places.items() if place is not None}
+    places = {name: Path(place).expanduser() for name, place in places.items() if place is not None}
     _check_places(input_path, places)
     with ExitStack() as stack:
         staging = {name: stack.enter_context(whole_folder(place, name)) for name, place in places.items()}
@@ -123,7 +123,7 @@ def convert_to_original(
         ValueError: If the model is of another method or has an encoder that the original code has not, or the file
             exists or cannot be written.
     """
-    output_path = Path(output_path)
+    output_path = Path(output_path).expanduser()
     with whole_file(output_path, "output_path") as staging:
         record: Mapping[str, Any] = {}
         if isinstance(model, (str, Path)):

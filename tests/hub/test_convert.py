@@ -61,6 +61,7 @@ def test_msn_computes_what_the_original_network_does(save, tmp_path, heads, shap
     content = msn_checkpoint(**shape)
     assert convert_checkpoint(save(content), tmp_path / "msn", heads) == tmp_path / "msn"
     model = MSNForPreTraining.from_pretrained(tmp_path / "msn").eval()
+    assert (model.config.layer_norm_eps, model.config.hidden_act) == (1e-6, "gelu")  # no feature shows this eps
     patch, side, heads = model.config.patch_size, shape.get("side", 4), heads or 2
     assert model.config.num_attention_heads == heads
     assert (model.config.image_size, patch) == (side * shape.get("patch", 4), shape.get("patch", 4))
