@@ -11,8 +11,9 @@ from ..evaluation.backbones import unwrapped
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_pretraining import PretrainingModel
 from ..models.modeling_semi_supervised import SemiSupervisedModel
-from .export_folder import check_new_folder, image_processor_for, written_beside
+from .export_image_processor import image_processor_for
 from .timm_form import check_timm_can_make, save_timm_network
+from .whole_files import check_new_folder, whole_folder
 
 
 def export_backbone(
@@ -51,13 +52,13 @@ def export_backbone(
             f"`which` must be 'target' or 'online', but is '{which}'. The paper evaluates the target encoder."
         )
     model = pretraining_model(model)
-    path = check_new_folder(path)
+    path = check_new_folder(path, "path")
     timm_model = getattr(model.config, "timm_model", None)
     if timm_model is not None:
         check_timm_can_make(model.config)
     encoder = model.evaluation_encoder if which == "target" else model.encoder
     image_processor = image_processor_for(model, encoder, image_processor)
-    with written_beside(path) as folder:
+    with whole_folder(path, "path") as folder:
         if timm_model is not None:
             save_timm_network(encoder, model.config, image_processor, folder)
         else:

@@ -15,8 +15,9 @@ from ..evaluation.probes import LinearProbe, LogisticProbe
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_semi_supervised import SemiSupervisedModel
 from .export import pretraining_model
-from .export_folder import check_new_folder, image_processor_for, written_beside
+from .export_image_processor import image_processor_for
 from .timm_form import check_timm_can_make, new_network, save_timm_network
+from .whole_files import check_new_folder, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def export_classifier(
     ```
     """
     model = pretraining_model(model)
-    path = check_new_folder(path)
+    path = check_new_folder(path, "path")
     encoder = find_backbone(model)
     weight, bias = _linear_weights(probe)
     _check_features(features, encoder, weight)
@@ -97,7 +98,7 @@ def export_classifier(
     _check_decisions(inputs, weight, bias, probe, features.features)
     image_processor = image_processor_for(model, encoder, image_processor)
 
-    with written_beside(path) as folder:
+    with whole_folder(path, "path") as folder:
         if is_timm_model(encoder):
             classifier = _timm_classifier(model, encoder, weight, bias)
             save_timm_network(classifier, model.config, image_processor, folder, names)

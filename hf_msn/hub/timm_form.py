@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor
 
 from ..evaluation.backbones import weights_sha256
 from ..models.configuration_semi_supervised import SemiSupervisedConfig
-from .export_folder import output_size
+from .export_image_processor import output_size
 
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 

@@ -20,12 +20,7 @@ def whole_folder(path: str | Path, name: str) -> Iterator[Path]:
     Raises:
         ValueError: If there is something at `path`, or nothing can be written there.
     """
-    path = Path(path)
-    if path.is_dir() and not path.is_symlink():
-        if any(path.iterdir()):
-            raise ValueError(f"`{name}` must be new or empty, but '{path}' is not empty. Choose another.")
-    elif os.path.lexists(path):
-        raise ValueError(f"`{name}` must be a folder, new or empty, but '{path}' is a file. Choose another.")
+    path = check_new_folder(path, name)
     with _beside(path, name) as staging:
         try:
             staging.mkdir()
@@ -36,10 +31,29 @@ def whole_folder(path: str | Path, name: str) -> Iterator[Path]:
             path.rmdir()
 
 
+def check_new_folder(path: str | Path, name: str) -> Path:
+    """`path`, with `~` replaced, if a folder can appear there.
+
+    Raises:
+        ValueError: If it is a file, or a folder with something in it.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir() and not path.is_symlink():
+        if any(path.iterdir()):
+            raise ValueError(
+                f"`{name}` must be new or empty, but '{path}' is not empty. Choose another, or remove it first."
+            )
+    elif os.path.lexists(path):
+        raise ValueError(
+            f"`{name}` must be a folder, new or empty, but '{path}' is a file. Choose another, or remove it first."
+        )
+    return path
+
+
 @contextmanager
 def whole_file(path: str | Path, name: str) -> Iterator[Path]:
     """As `whole_folder`, for a file that does not exist yet."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if os.path.lexists(path):
         raise ValueError(f"`{name}` must be a new file, but '{path}' exists. Choose another, or remove it first.")
     with _beside(path, name) as staging:

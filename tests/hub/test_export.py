@@ -106,7 +106,9 @@ def test_an_empty_folder_is_used_and_one_with_files_is_an_error(model, tmp_path)
     assert (export_backbone(model, tmp_path / "empty") / "model.safetensors").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"The folder '.*full' is not empty. Choose another, or remove it first"):
+    with pytest.raises(
+        ValueError, match=r"`path` must be new or empty, but '.*full' is not empty. Choose another, or remove it first"
+    ):
         export_backbone(model, tmp_path / "full")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
@@ -203,7 +205,7 @@ def test_paths_are_read_as_in_a_shell(model, tmp_path, monkeypatch, path):
 
 def test_a_file_at_the_path_is_an_error(model, tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match=r"An export is a folder, but '.*notes' is a file"):
+    with pytest.raises(ValueError, match=r"`path` must be a folder, new or empty, but '.*notes' is a file"):
         export_backbone(model, tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "mine"
 

@@ -1,11 +1,6 @@
-"""The folder of an export: whole or not there, and with the image processor that the weights need."""
+"""The image processor that goes with the weights of an export."""
 
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,36 +12,6 @@ from ..data.transforms import evaluation_image_processor
 from ..evaluation.backbones import is_timm_model, resolve_image_processor
 
 logger = logging.getLogger(__name__)
-
-
-def check_new_folder(path: str | Path) -> Path:
-    """`path`, with `~` replaced, if a folder can be written there.
-
-    Raises:
-        ValueError: If it is a file, or a folder with something in it.
-    """
-    path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"An export is a folder, but '{path}' is a file. Choose another path, or remove it first.")
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(f"The folder '{path}' is not empty. Choose another, or remove it first.")
-    return path
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into; it becomes `path` once all is written, and is gone if something fails."""
-    path = path.resolve()
-    staging = path.with_name(f".{path.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        if path.exists():
-            path.rmdir()
-        os.replace(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def image_processor_for(
