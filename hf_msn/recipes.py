@@ -107,6 +107,7 @@ class Recipe:
     training: Any
     low_shot: LowShotArguments
     sync: SyncArguments
+    given: dict[str, Any] = field(default_factory=dict)
 
     def build_model(self) -> PreTrainedModel:
         """The model from scratch, or from the trunk that the recipe names. Its new weights depend on `seed` alone."""
@@ -156,6 +157,7 @@ class Recipe:
             processing_class=self.build_image_processor(),
             **kwargs,
         )
+        trainer.run_record.recipe = self.given
         self.add_low_shot_callback(trainer)
         self.sync.add_callback(trainer)
         return trainer
@@ -219,6 +221,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         training=training,
         low_shot=build(LowShotArguments),
         sync=build(SyncArguments),
+        given=dict(values),
     )
 
 

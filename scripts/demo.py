@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         images = {split: recipe.data.load(split) for split in ("train", "test")}
         processor = recipe.build_image_processor()
         check_export(trainer.model, images["test"], processor, folder / "model")
+        shutil.copy(folder / "pretraining" / "run.json", folder / "model")  # how it was trained, for its card
         features = {
             "msn": {split: extract_features(trainer.model, images[split], processor) for split in images},
             "pixels": {split: pixel_features(images[split]) for split in images},

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # A file or package of hf_msn imports itself and what has a smaller number. The package's own __init__ is free.
 LAYERS = {
     "schedules": 0,
+    "privacy": 0,
     "distributed": 0,
     "losses": 1,
     "optim": 1,

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from hf_msn.data.columns import image_and_label
 from hf_msn.data.decoding import BrokenImageError, decode_image
 from hf_msn.data.folders import FolderSplit, is_image_file, read_folder
+from hf_msn.privacy import public_name
 
 __all__ = ["BrokenImageError", "decode_image", "image_file_names", "load_images"]
 
@@ -76,7 +77,7 @@ def load_images(
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: the columns `image` (`datasets.Image(decode=False)`:
         `{"bytes", "path"}`, for [`decode_image`]) and, where the data is labelled, `label` (`ClassLabel` where the
-        names are known, else `int64`).
+        names are known, else `int64`). `info.dataset_name` is the Hub id, or of anything local the last name alone.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without images.
@@ -89,10 +90,11 @@ def load_images(
         raise ValueError(
             "`source` is empty; give a folder, shards, a Hub id such as 'ILSVRC/imagenet-1k', or 'digits'."
         )
+    name = source
     if source == "digits":
         dataset = _select_split(_digits(), split, source)
     elif os.path.exists(source) or glob.glob(source, recursive=True):
-        dataset = _load_local(source, split, config, streaming, data_files)
+        dataset, name = _load_local(source, split, config, streaming, data_files), public_name(source)
     else:
         _refuse_missing_path(source)
         dataset = _load_from_hub(source, split, config, revision, streaming, data_files, token)
@@ -101,6 +103,9 @@ def load_images(
     dataset = image_and_label(dataset, source, image_column=image_column, label_column=label_column)
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise _no_images(split, source)
+    dataset.info.dataset_name = name
+    if dataset.split is None:  # of what is not read by load_dataset
+        dataset._split = datasets.NamedSplit(split)
     return dataset
 
 

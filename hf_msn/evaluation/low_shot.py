@@ -220,7 +220,11 @@ class LowShotEvaluator:
             tasks=tasks,
             model={**(model or {}), "weights_sha256": train.weights_sha256},
             probe=dict(self.probe.settings),
-            data={"train": _about_data(train), "test": _about_data(test), "class_names": self._class_names},
+            data={
+                "train": _about_data(train, self.train_dataset),
+                "test": _about_data(test, self.test_dataset),
+                "class_names": self._class_names,
+            },
             settings={**(settings or {}), "seed": self._tasks.seed, "num_splits": self._tasks.num_splits},
             versions={package: _version(package) for package in _PACKAGES},
         )
@@ -267,9 +271,12 @@ class LowShotEvaluator:
         return result, num_classes
 
 
-def _about_data(features: Features) -> dict[str, Any]:
+def _about_data(features: Features, dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Any]:
+    split = getattr(dataset, "split", None)
     labels_and_rows = np.stack([features.rows, features.labels]).astype(np.int64)
     return {
+        "name": getattr(getattr(dataset, "info", None), "dataset_name", None),
+        "split": None if split is None else str(split),
         "fingerprint": features.data_fingerprint,
         "rows_and_labels_sha256": hashlib.sha256(labels_and_rows.tobytes()).hexdigest(),
         "num_images": len(features),

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+# what the JSON file says that it is; the number changes with the meaning of a field
+RESULTS_FORMAT = "hf_msn low-shot results 1"
+
 
 @dataclass(frozen=True)
 class SplitResult:
@@ -66,7 +69,7 @@ class LowShotResults:
         tasks (`list[TaskResult]`): With every split.
         model (`dict`): Class, origin and weights hash.
         probe (`dict`): Settings of the probe.
-        data (`dict`): Fingerprints and counts of the train and test images.
+        data (`dict`): Names, fingerprints and counts of the train and test images.
         settings (`dict`): Image processor, which features, layers, seed.
         versions (`dict`): Of the packages that the numbers depend on.
     """
@@ -87,7 +90,7 @@ class LowShotResults:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole as plain JSON types; `summary` of each task beside its splits."""
-        result = {"metrics": self.metrics, **asdict(self)}
+        result = {"format": RESULTS_FORMAT, "metrics": self.metrics, **asdict(self)}
         for task, plain in zip(self.tasks, result["tasks"]):
             plain["summary"] = task.summary
         return result

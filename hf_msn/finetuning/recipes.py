@@ -85,6 +85,7 @@ class FinetuningRecipe:
     config_fields: dict[str, Any]
     training: FinetuningArguments
     image_processor: BaseImageProcessor
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def output_dir(self) -> str:
@@ -98,7 +99,7 @@ class FinetuningRecipe:
         start, fields = self.start.model, self.config_fields
         if start is None:
             start, fields = SuNCEtConfig(**self.config_fields), {}
-        return HEADS[self.start.head][1](
+        result = HEADS[self.start.head][1](
             start,
             labelled,
             rows,
@@ -108,6 +109,9 @@ class FinetuningRecipe:
             on_broken_image=self.data.on_broken_image,
             **fields,
         )
+        result.run.pop("arguments")  # the recipe has them
+        result.run["recipe"] = self.given
+        return result
 
     def test(self, result: FinetuningResult) -> None:
         """Measures `result` on the test split, where one is given. Nothing of it is read before."""
@@ -175,6 +179,7 @@ def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
         config_fields=config_fields,
         training=training,
         image_processor=saved if fits else views.evaluation_image_processor(start.crop_fraction),
+        given=dict(values),
     )
 
 

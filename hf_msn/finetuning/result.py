@@ -1,5 +1,6 @@
 """What fine-tuning found: the model of the best epoch, how it was chosen, and both in files."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,12 +16,15 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.labels import class_names, class_numbers
 from ..distributed.collectives import is_distributed, rank
+from ..evaluation.backbones import evaluated_module, weights_sha256
 from ..evaluation.labels import check_every_class_is_learnt, common_class_names
+from ..hub.run_record import describe_data, describe_hardware, write_run
 from ..trainers.checkpoints import STAGING_FOLDER
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import FinetuningArguments
 
 RESULT_FILE = "finetune.json"
+RESULT_FORMAT = "hf_msn fine-tuning 1"
 
 
 @dataclass
@@ -40,6 +44,8 @@ class FinetuningResult:
         class_names (`list[str]`, *optional*): Names by class number.
         image_processor (`BaseImageProcessor`): Of the evaluation.
         test_accuracy (`dict[str, float]`, *optional*): Result of [`~FinetuningResult.test`].
+        test_data (`dict[str, Any]`, *optional*): Name, split and fingerprint of the images that it was measured on.
+        run (`dict[str, Any]`): What else is known of the training, for `run.json`: start, wall time, recipe.
     """
 
     model: PreTrainedModel
@@ -57,6 +63,8 @@ class FinetuningResult:
     measure: Callable[[datasets.Dataset], dict[str, float]] = field(repr=False)
     test_accuracy: dict[str, float] | None = None
     num_test_images: int | None = None
+    test_data: dict[str, Any] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
 
     @property
     def validation_accuracy(self) -> float | None:
@@ -79,16 +87,20 @@ class FinetuningResult:
         labels = class_numbers(dataset)
         check_every_class_is_learnt(self.classes, labels, "labelled images", class_names(dataset))
         self.test_accuracy, self.num_test_images = self.measure(dataset), len(labels)
+        self.test_data = {**describe_data(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
         return self.test_accuracy
 
     def to_dict(self) -> dict[str, Any]:
         """What `finetune.json` holds."""
         return {
+            "format": RESULT_FORMAT,
+            "weights_sha256": weights_sha256(evaluated_module(self.model)[0]),
             "head": self.head,
             "best_epoch": self.best_epoch,
             "validation_accuracy": self.validation_accuracy,
             "test_accuracy": self.test_accuracy,
             "num_test_images": self.num_test_images,
+            "test_data": self.test_data,
             "accuracy_by_epoch": {str(epoch): values for epoch, values in self.accuracy_by_epoch.items()},
             "seed": self.args.seed,
             "num_train_epochs": int(self.args.num_train_epochs),
@@ -128,6 +140,19 @@ class FinetuningResult:
             lines.append(f"Test: {measured} of {self.num_test_images} images.")
         return "\n".join(lines)
 
+    def _describe_run(self) -> dict[str, Any]:
+        args = self.args
+        data = {**describe_data(self.labelled), "num_images": len(self.trained_rows)}
+        return {
+            "method": f"fine-tuning, {self.head}",
+            "data": data,
+            "hardware": describe_hardware(args),
+            "epochs": self.best_epoch,
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+            **self.run,
+        }
+
     def _write(self, folder: Path) -> None:
         staging = folder / STAGING_FOLDER
         shutil.rmtree(staging, ignore_errors=True)  # of a killed run
@@ -138,10 +163,21 @@ class FinetuningResult:
             rows = np.union1d(self.trained_rows, self.held_out_rows)
             labelled = {"rows": rows.tolist(), "labels": self.labels.tolist(), "class_names": self.class_names}
             (staging / LABELLED_IMAGES_FILE).write_text(json.dumps(labelled) + "\n", encoding="utf-8")
+            write_run(staging, self._describe_run())
+            # the hash of the encoder is the same for any head on it, that of the files is not
+            files = {file.name: _sha256(file) for file in sorted(staging.glob("*.safetensors"))}
             result = staging / RESULT_FILE
-            result.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            result.write_text(json.dumps({**self.to_dict(), "files": files}, indent=2) + "\n", encoding="utf-8")
             (folder / RESULT_FILE).unlink(missing_ok=True)  # it would speak of another model
             for file in sorted(staging.iterdir(), key=lambda file: file.name == RESULT_FILE):
                 os.replace(file, folder / file.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

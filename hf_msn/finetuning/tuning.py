@@ -1,8 +1,10 @@
 """Fine-tuning on labelled images alone: the best epoch is chosen by some of the labels, never by a test set."""
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
+from ..hub.run_record import changed_arguments
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .batches import classifier_loader, suncet_loader
 from .heads import fold_head, standardize_head
@@ -79,6 +82,7 @@ def finetune_classifier(
 
     processor = image_processor or views.evaluation_image_processor()
     result = _tune("linear", labels, build, trainer_on, measure, processor, args, callbacks)
+    result.run["start"] = _name_of(start)
     fold_head(result.model)
     return result
 
@@ -125,7 +129,9 @@ def finetune_suncet(
         return FinetuningTrainer(model, args, suncet_loader(support, args), _encoder)
 
     processor = image_processor or views.evaluation_image_processor()
-    return _tune("suncet", labels, build, trainer_on, measure, processor, args, callbacks)
+    result = _tune("suncet", labels, build, trainer_on, measure, processor, args, callbacks)
+    result.run["start"] = _name_of(start)
+    return result
 
 
 @dataclass(init=False)
@@ -175,6 +181,7 @@ def _tune(
     def on_held_out(model: PreTrainedModel) -> dict[str, float]:
         return measure(model, labels.train_rows, labels.dataset, labels.held_out)
 
+    started = time.monotonic()
     model, best = train(labels.train_rows, args, on_held_out if len(labels.held_out) else None)
     supports = labels.rows if args.refit else labels.train_rows
     if args.refit:
@@ -197,7 +204,13 @@ def _tune(
         image_processor=image_processor,
         args=args,
         measure=lambda on: measure(model, labels.rows, on, None),
+        run={"arguments": changed_arguments(args), "wall_time_seconds": time.monotonic() - started},
     )
+
+
+def _name_of(start: Start) -> str | None:
+    """The checkpoint that fine-tuning started from, if it has a name."""
+    return str(start) if isinstance(start, (str, Path)) else getattr(start, "name_or_path", None) or None
 
 
 def _fields(views: MultiViewTransform, config_fields: dict[str, Any]) -> dict[str, Any]:

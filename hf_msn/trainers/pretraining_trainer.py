@@ -16,9 +16,12 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
+from ..callbacks.sync_checkpoints import settings_of
+from ..callbacks.trainer_seams import find_sync_callback
 from ..data.datasets import StreamingMultiViewDataset
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
+from ..hub.run_record import RunRecorder
 from ..optim import LARS
 from ..schedules import cosine, warmup_cosine
 from .checkpointing_trainer import CheckpointingTrainer
@@ -47,6 +50,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         self._num_recorded = 0
         self._num_images = 0
         self._clock_started: float | None = None
+        self.run_record = RunRecorder()
         self._non_finite_step = torch.tensor(-1, device=args.device)
         if isinstance(self.train_dataset, StreamingMultiViewDataset):
             self.train_dataset.repeat = True  # one endless epoch, in which a resumed run finds its place
@@ -73,7 +77,11 @@ class PretrainingTrainer(CheckpointingTrainer):
         if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
             self._check_output_dir()
         self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.run_record.begin(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.run_record.end()
 
     def check_before_training(self) -> None:
         """Raises a `ValueError` if the training set cannot fill one update. Methods add their own checks."""
@@ -205,6 +213,7 @@ class PretrainingTrainer(CheckpointingTrainer):
                 group["weight_decay"] = weight_decay
         if self._clock_started is None:
             self._clock_started = time.perf_counter()
+            self._note_sync()
         self._num_images += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         first = (self._non_finite_step < 0) & ~torch.isfinite(loss)
@@ -255,6 +264,16 @@ class PretrainingTrainer(CheckpointingTrainer):
         yield
         if self._clock_started is not None:
             self._clock_started += time.perf_counter() - stopped
+
+    def _note_sync(self) -> None:
+        """Keeps how the ranks train together, which the callback forgets at the end."""
+        callback = find_sync_callback(self)
+        self.run_record.sync = None if callback is None or callback.sync is None else settings_of(callback.sync)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.run_record.save(self, output_dir or self.args.output_dir)
 
     def check_before_saving(self) -> None:
         self._stop_if_not_finite()
