@@ -59,7 +59,15 @@ from .finetuning import (
     finetune_suncet,
     parse_finetuning_recipe,
 )
-from .hub import convert_checkpoint, convert_to_original, export_backbone, export_classifier
+from .hub import (
+    convert_checkpoint,
+    convert_to_original,
+    create_model_card,
+    export_backbone,
+    export_classifier,
+    plot_low_shot,
+    save_model_card,
+)
 from .losses import msn_loss, nt_xent_loss, paws_loss, sharpen, sinkhorn, soft_nearest_neighbor, suncet_loss
 from .models import (
     MSNConfig,
@@ -137,6 +145,7 @@ __all__ = [
     "bring_to_consensus",
     "convert_checkpoint",
     "convert_to_original",
+    "create_model_card",
     "draw_labelled_rows",
     "evaluation_image_processor",
     "export_backbone",
@@ -154,7 +163,9 @@ __all__ = [
     "parse_recipe",
     "paws_loss",
     "pixel_features",
+    "plot_low_shot",
     "read_recipe",
+    "save_model_card",
     "sharpen",
     "sinkhorn",
     "soft_nearest_neighbor",

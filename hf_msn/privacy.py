@@ -104,7 +104,7 @@ def _last_name(path: str) -> str:
     if not parts:
         return HIDDEN
     parent = parts[-2].lower() if len(parts) > 1 else ""
-    is_home = parts[-1].startswith("~") or parent in _HOMES and len(parts) <= 3 or path.rstrip("/\\") == "/root"
+    is_home = parts[-1].startswith("~") or (parent in _HOMES and len(parts) <= 3) or path.rstrip("/\\") == "/root"
     is_home = is_home or os.path.abspath(os.path.expanduser(path)) == str(Path.home())
     return HIDDEN if is_home else parts[-1]
 

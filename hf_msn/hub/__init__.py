@@ -1,7 +1,17 @@
-"""To and from the checkpoints that others read."""
+"""To and from the checkpoints that others read, and their cards."""
 
+from .card_figures import plot_low_shot
+from .cards import create_model_card, save_model_card
 from .convert import convert_checkpoint, convert_to_original
 from .export import export_backbone
 from .export_classifier import export_classifier
 
-__all__ = ["convert_checkpoint", "convert_to_original", "export_backbone", "export_classifier"]
+__all__ = [
+    "convert_checkpoint",
+    "convert_to_original",
+    "create_model_card",
+    "export_backbone",
+    "export_classifier",
+    "plot_low_shot",
+    "save_model_card",
+]
