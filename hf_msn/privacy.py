@@ -1,5 +1,6 @@
 """What must not leave a machine in a file that is published: tokens, paths, names of users and hosts."""
 
+import contextlib
 import getpass
 import math
 import os
@@ -120,8 +121,6 @@ def _own_names() -> set[str]:
     names = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME")} | {Path.home().name}
     host = socket.gethostname()
     names |= {host, host.split(".")[0]}
-    try:
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a user id without a name
         names.add(getpass.getuser())
-    except (OSError, KeyError, ImportError):  # a user id without a name
-        pass
     return {name for name in names if len(name) > 2 and name.lower() not in _WORDS}

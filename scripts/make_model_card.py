@@ -15,14 +15,13 @@ def option(help: str, default=None):
     return field(default=default, metadata={"help": help})
 
 
-def options(help: str):
-    return field(default_factory=list, metadata={"help": help})
-
-
 @dataclass
 class CardArguments:
     checkpoint: str = field(metadata={"help": "Folder of a pretrained, exported, fine-tuned or converted model."})
-    results: list[str] = options("Files of evaluate_low_shot.py --output, of these weights. finetune.json is found.")
+    results: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files of evaluate_low_shot.py --output, of these weights. finetune.json is found."},
+    )
     without_results: bool = option("Make a card that says that nothing was measured.", False)
     output: str | None = option("Folder to write README.md to, by default the checkpoint.")
     name: str | None = option("Name of the model, by default that in --repo_id, else of the folder.")
@@ -30,7 +29,7 @@ class CardArguments:
     license: str | None = option("Identifier of the Hub: apache-2.0, cc-by-nc-4.0, ... Without it none is stated.")
     base_model: str | None = option("Hub id of the model that it started from, if run.json does not say it.")
     run: str | None = option("Folder whose run.json tells of the training, by default the checkpoint.")
-    figures: list[str] = options("PNG files that the card shows.")
+    figures: list[str] = field(default_factory=list, metadata={"help": "PNG files that the card shows."})
     plot: bool = option("Draw accuracy against labels too. Needs matplotlib.", False)
     overwrite: bool = option("Replace a README.md that was not made by this script.", False)
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -69,7 +70,7 @@ def create_model_card(
             `checkpoint`. An export has none of its own.
 
     Returns:
-        `huggingface_hub.ModelCard`: With `model-index` in its metadata. [`save_model_card`] also writes `.eval_results`.
+        `huggingface_hub.ModelCard`: With `model-index` in its metadata; [`save_model_card`] adds `.eval_results`.
 
     Raises:
         ValueError: Results of other weights or another kind, broken or changed by hand; no results without
@@ -95,8 +96,8 @@ def save_model_card(
 ) -> list[Path]:
     """Writes the card of [`create_model_card`] as `README.md`, `.eval_results/hf_msn.yaml` and `figures/`.
 
-    Everything is written beside and then renamed, `README.md` last. A `.eval_results/hf_msn.yaml` of an earlier card is
-    replaced, or removed if nothing was measured.
+    Everything is written beside and then renamed, `README.md` last. A `.eval_results/hf_msn.yaml` of an earlier card
+    is replaced, or removed if nothing was measured.
 
     Args:
         output (`str` or `os.PathLike`, *optional*): Folder to write to; by default `checkpoint`.
@@ -111,42 +112,42 @@ def save_model_card(
     """
     folder = Path(checkpoint if output is None else output)
     card_file = folder / CARD_FILE
-    if (
-        card_file.is_file()
-        and _MARKER not in card_file.read_text(encoding="utf-8", errors="replace")
-        and not overwrite
-    ):
+    present = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else _MARKER
+    if _MARKER not in present and not overwrite:
         raise ValueError(
             f"'{card_file}' was not made by hf_msn, and would be lost. Move it, give another `output`, or "
             "`overwrite=True`."
         )
-    arguments = (license, without_results, model_name, base_model, run)
-    made = _make(checkpoint, results, repo_id, figures, *arguments)  # what is wrong is said before anything is written
     staging = folder / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # of a killed call
+    with tempfile.TemporaryDirectory() as drawings:
+        drawn = [plot_low_shot(results, Path(drawings, "low_shot.png"))] if plot else []
+        arguments = (license, without_results, model_name, base_model, run)
+        made = _make(checkpoint, results, repo_id, [*drawn, *_as_list(figures)], *arguments)
+        shutil.rmtree(staging, ignore_errors=True)  # of a killed call
+        try:
+            _write(made, staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return [folder / name for name in _written(made)]
+
+
+def _write(made: _Card, staging: Path, folder: Path) -> None:
     (staging / "figures").mkdir(parents=True)
-    try:
-        if plot:
-            drawn = staging / "low_shot.png"
-            plot_low_shot(results, drawn)
-            made = _make(checkpoint, results, repo_id, [drawn, *figures], *arguments)
-        for name, figure in made.figures.items():
-            shutil.copyfile(figure, staging / "figures" / name)
-        written = [f"figures/{name}" for name in made.figures]
-        if made.entries:
-            (staging / EVAL_RESULTS_FILE).parent.mkdir()
-            text = yaml.safe_dump(eval_result_entries_to_yaml(made.entries), sort_keys=False, allow_unicode=True)
-            (staging / EVAL_RESULTS_FILE).write_text(text, encoding="utf-8")
-            written.append(EVAL_RESULTS_FILE)
-        made.card.save(staging / CARD_FILE)
-        written.append(CARD_FILE)
-        (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)  # of another card
-        for name in written:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return [folder / name for name in written]
+    for name, figure in made.figures.items():
+        shutil.copyfile(figure, staging / "figures" / name)
+    if made.entries:
+        (staging / EVAL_RESULTS_FILE).parent.mkdir()
+        text = yaml.safe_dump(eval_result_entries_to_yaml(made.entries), sort_keys=False, allow_unicode=True)
+        (staging / EVAL_RESULTS_FILE).write_text(text, encoding="utf-8")
+    made.card.save(staging / CARD_FILE)
+    (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)  # of another card
+    for name in _written(made):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / name, folder / name)
+
+
+def _written(made: _Card) -> list[str]:
+    return [*(f"figures/{name}" for name in made.figures), *([EVAL_RESULTS_FILE] if made.entries else []), CARD_FILE]
 
 
 def _make(checkpoint, results, repo_id, figures, license, without_results, model_name, base_model, run) -> _Card:
@@ -160,8 +161,8 @@ def _make(checkpoint, results, repo_id, figures, license, without_results, model
     weights = weights_of(checkpoint)
     if facts.finetuning is not None and facts.finetuning.said["weights_sha256"] != weights:
         raise ValueError(
-            f"'{checkpoint / 'finetune.json'}' measured other weights: {facts.finetuning.said['weights_sha256']}, those "
-            f"of '{checkpoint}' are {weights}. Save the fine-tuned model again: `result.save(folder)`."
+            f"'{checkpoint / 'finetune.json'}' measured other weights: {facts.finetuning.said['weights_sha256']}, "
+            f"those of '{checkpoint}' are {weights}. Save the fine-tuned model again: `result.save(folder)`."
         )
     name = model_name or (repo_id.split("/")[1] if repo_id else public_name(str(checkpoint.resolve())))
     where = repo_id or f"path/to/{_file_name(name)}"
@@ -256,8 +257,12 @@ def _check_words(repo_id: str | None, license: str | None, base_model: str | Non
         )
 
 
+def _as_list(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str | os.PathLike]:
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
 def _paths(results: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    paths = [Path(results)] if isinstance(results, (str, os.PathLike)) else [Path(path) for path in results]
+    paths = [Path(path) for path in _as_list(results)]
     twice = {str(path) for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
     if twice:
         raise ValueError(f"Each file of results counts once, but {sorted(twice)} is given more often.")
@@ -265,9 +270,8 @@ def _paths(results: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Pat
 
 
 def _named_figures(figures: str | os.PathLike | Iterable[str | os.PathLike]) -> dict[str, Path]:
-    given = [figures] if isinstance(figures, (str, os.PathLike)) else figures
     named: dict[str, Path] = {}
-    for figure in map(Path, given):
+    for figure in map(Path, _as_list(figures)):
         check_png(figure)
         name = f"{_file_name(figure.stem)}.png"
         if name in named:

@@ -42,7 +42,7 @@ class RunRecorder:
         self._started: float | None = None
 
     def begin(self, checkpoint: str | Path | None = None) -> None:
-        """Starts the clock: at 0, or at the wall time of the checkpoint that the run goes on from, if that is known."""
+        """Starts the clock: at 0, or at the wall time of the checkpoint that the run goes on from."""
         saved = {"wall_time_seconds": 0.0}
         if checkpoint is not None:
             try:
@@ -169,8 +169,8 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
     found = record.get("format") if isinstance(record, dict) else type(record).__name__
     if found != _FORMAT:
         raise ValueError(
-            f"'{path}' must be the record of a run ('format': '{_FORMAT}'), but says {found!r}. Remove it, or save the "
-            "model again with this version."
+            f"'{path}' must be the record of a run ('format': '{_FORMAT}'), but says {found!r}. Remove it, or save "
+            "the model again with this version."
         )
     # a file that came with a model was not written here
     return without_private(record)

@@ -1,0 +1,52 @@
+"""A tiny MSN model on some digits, its export, and results of both, made in a second."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from hf_msn import LowShotEvaluator, MSNConfig, MSNForPreTraining, MultiViewTransform, load_images
+
+VIEWS = MultiViewTransform.for_small_grayscale()
+PROCESSOR = VIEWS.evaluation_image_processor(crop_fraction=1.0)
+FIELDS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.12,
+    "projection_hidden_dim": 32,
+    "projection_dim": 16,
+    "num_prototypes": 8,
+}
+
+
+def msn(seed: int = 0) -> MSNForPreTraining:
+    torch.manual_seed(seed)
+    return MSNForPreTraining(MSNConfig(**FIELDS)).eval()
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    return folder
+
+
+def measure(model, path: Path, **settings) -> Path:
+    """Results on 60 test digits, 3 splits of 1 and 2 labels a class."""
+    settings = {"images_per_class": (1, 2), "num_splits": 3, "image_processor": PROCESSOR, **settings}
+    evaluator = LowShotEvaluator(load_images("digits"), load_images("digits", split="test[:60]"), **settings)
+    evaluator(model)
+    evaluator.results.save(path)
+    return path
+
+
+def edited(path: Path, change, name: str = "edited.json") -> Path:
+    """A copy of a JSON file beside it, changed by `change(said)`."""
+    said = json.loads(path.read_text())
+    change(said)
+    copy = path.with_name(name)
+    copy.write_text(json.dumps(said))
+    return copy
