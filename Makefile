@@ -21,11 +21,14 @@ demo: $(VENV)/.installed  ## Pretrain on the bundled digits, evaluate at 1, 2, 5
 	$(BIN)/python scripts/demo.py
 
 CARD := model_cards/msn-vit-digits
-card: $(VENV)/.installed  ## Measure what `make demo` trained, and write its model card: model_cards/msn-vit-digits/
+card: $(VENV)/.installed runs/demo/model/config.json  ## Measure what `make demo` trained, and write its model card: model_cards/msn-vit-digits/
 	$(BIN)/python scripts/evaluate_low_shot.py --model runs/demo/model --images_per_class 1 2 5 10 --num_splits 5 \
 		--l2 0.0025 --output $(CARD)/low_shot.json
 	$(BIN)/python scripts/make_model_card.py --checkpoint runs/demo/model --results $(CARD)/low_shot.json \
 		--output $(CARD) --name $(notdir $(CARD)) --license apache-2.0 --plot --figures runs/demo/training.png
+
+runs/demo/model/config.json:
+	@$(MAKE) demo
 
 test: $(VENV)/.installed  ## Run all tests
 	$(BIN)/python -m pytest

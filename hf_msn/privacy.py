@@ -22,7 +22,7 @@ _TOKEN = re.compile(
 )
 _START_OF_PATH = r"(?:[A-Za-z][A-Za-z0-9+.-]*://|file:|[A-Za-z]:[\\/]|\\\\|~|\.{1,2}[\\/]|/(?=[^\s/]))"
 _PATH_ALONE = re.compile(rf"^{_START_OF_PATH}.*$", re.DOTALL)
-_PATH_IN_TEXT = re.compile(rf"(?<![\w.~/\\:-]){_START_OF_PATH}[^\s'\",;()<>\[\]{{}}|]*")
+_PATH_IN_TEXT = re.compile(rf"(?<![\w.~/\\]){_START_OF_PATH}[^\s'\",;()<>\[\]{{}}|]*")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 _HOMES = {"home", "users", "root"}
 # user names of containers and the like that are words of every recipe

@@ -99,7 +99,8 @@ def eval_results(facts: CheckpointFacts, results: list[LowShotResults], weights_
 def eval_entries(facts: CheckpointFacts, results: list[LowShotResults], weights_sha256: str) -> list[EvalResultEntry]:
     """The same top-1 accuracies for `.eval_results/*.yaml`.
 
-    Data that is no data set of the Hub goes by its bare name, which no benchmark of the Hub has.
+    Data that is no data set of the Hub goes by its bare name, which no benchmark of the Hub has; data without a name
+    is left out.
     """
     entries = [
         EvalResultEntry(
@@ -111,9 +112,10 @@ def eval_entries(facts: CheckpointFacts, results: list[LowShotResults], weights_
             f"{one.data['test']['num_images']} test images, weights {one.model['weights_sha256'][:16]}",
         )
         for one in results
+        if one.data["test"].get("name")
         for task in one.tasks
     ]
-    if facts.finetuning is not None:
+    if facts.finetuning is not None and (facts.finetuning.said.get("test_data") or {}).get("name"):
         said = facts.finetuning.said
         entries += [
             EvalResultEntry(

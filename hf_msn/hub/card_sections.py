@@ -95,7 +95,7 @@ def training(facts: CheckpointFacts) -> str:
         listed = ", ".join(f"{escaped(key)} {escaped(value)}" for key, value in settings.items())
         shown["communication"] = escaped(run["sync"].get("method")) + (f": {listed}" if listed else "")
     if isinstance(run.get("wall_time_seconds"), (int, float)):
-        shown["wall time"] = duration(run["wall_time_seconds"]) + ", over all resumes"
+        shown["wall time of training"] = duration(run["wall_time_seconds"])
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in shown.items())]
     parts = ["\n".join(table)]
     if run.get("recipe"):

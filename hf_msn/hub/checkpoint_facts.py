@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class CheckpointFacts:
     @property
     def timm_architecture(self) -> str | None:
         name = self.config.get("timm_model") or self.config.get("architecture")
-        return None if name is None else str(name)
+        return None if name is None else re.sub(r"[^\w./-]", "", str(name))
 
     @cached_property
     def num_weights(self) -> int:
@@ -99,13 +100,13 @@ def read_checkpoint(path: str | Path, run: str | Path | None = None) -> Checkpoi
         run (`str` or `Path`, *optional*): Folder whose `run.json` tells of the training; by default the same.
 
     Raises:
-        ValueError: It is no checkpoint, or one of its JSON files does not parse.
+        ValueError: It is no checkpoint, its weights are damaged, or one of its JSON files does not parse.
     """
     path = Path(path)
     model_argument(path)  # says what is wrong with config.json
     if run is not None and not Path(run, "run.json").is_file():
         raise ValueError(f"`run` must be a folder with the run.json that training wrote, but '{run}' has none.")
-    return CheckpointFacts(
+    facts = CheckpointFacts(
         path=path,
         config=_object(path / "config.json") or {},
         run=read_run(path if run is None else run) or {},
@@ -113,6 +114,9 @@ def read_checkpoint(path: str | Path, run: str | Path | None = None) -> Checkpoi
         conversion=without_private(_object(path / "conversion.json")),
         codistillation=without_private(_object(path / "codistillation.json")),
     )
+    if facts.num_weights == 0:
+        raise ValueError(f"The checkpoint '{path}' has no weights: no *.safetensors. Save the model again.")
+    return facts
 
 
 def _object(path: Path) -> dict[str, Any] | None:

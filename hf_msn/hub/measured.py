@@ -146,7 +146,7 @@ def model_argument(checkpoint: str | Path) -> str:
     config = Path(checkpoint, "config.json")
     try:
         said = json.loads(config.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"The checkpoint must be a folder of `save_pretrained`, but '{checkpoint}' has no config.json. Give the "
             "folder that training, export or conversion wrote."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from card_runs import PROCESSOR, VIEWS, edited, measure, msn, save
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_msn import (
     ClassifierFinetuningArguments,
+    MultiViewTransform,
     create_model_card,
     draw_labelled_rows,
     export_backbone,
@@ -30,6 +32,7 @@ from hf_msn.data import decode_image
 from hf_msn.evaluation import checkpoint_weights_sha256
 from hf_msn.hub.run_record import write_run
 
+PROCESSOR_64 = MultiViewTransform(image_size=64).evaluation_image_processor()
 ROOT = Path(__file__).parents[2]
 
 
@@ -359,7 +362,7 @@ def test_training_is_told_as_the_record_has_it_and_nothing_else(made, tmp_path):
     rows = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card.text.split("## Training")[1], re.MULTILINE))
     assert rows["data"] == "ILSVRC/imagenet-1k, split train (1,281,167 images)"
     assert rows["communication"] == "SlowMo: sync\\_every 12" and rows["hardware"] == "NVIDIA H200, 8 ranks"
-    assert rows["steps"] == "70 of 100 planned" and rows["wall time"] == "90.0 min, over all resumes"
+    assert rows["steps"] == "70 of 100 planned" and rows["wall time of training"] == "90.0 min"
     assert "epochs" not in rows and "precision" not in rows
     assert card.data.datasets == ["ILSVRC/imagenet-1k"] and card.data.base_model == "facebook/vit-msn-small"
     assert "arXiv:1910.00643" in card.text and "````yaml" in card.text
@@ -386,6 +389,19 @@ def test_the_lines_that_use_it_work(kind, count, made, tuned, tmp_path):
         names = {"image": image}
         exec(lines, names)
         assert names.get("features", torch.zeros(1, 32)).shape == (1, 32)
+
+
+def test_a_folder_of_timm_is_used_through_timm(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=0).eval()
+    timm.models.save_for_hf(network, tmp_path / "net", safe_serialization=True)
+    results = measure(network, tmp_path / "low_shot.json", image_processor=PROCESSOR_64)
+    card = create_model_card(tmp_path / "net", results)
+    (block,) = code_blocks(card)
+    names = {"pixels": torch.ones(1, 3, 64, 64)}
+    exec(block.replace("path/to/net", str(tmp_path / "net")), names)
+    with torch.no_grad():
+        assert names["features"].equal(network(names["pixels"]))
+    assert card.data.library_name == "timm" and "`test_resnet` of timm" in card.text
 
 
 def test_the_lines_name_the_repository_where_there_is_one(made):
@@ -448,18 +464,32 @@ def test_a_token_that_would_get_in_is_an_error(made):
         ({"run": "/nowhere"}, "`run` must be a folder"),
         ({"figures": ["nowhere.png"]}, "There is no figure"),
         ({"figures": [__file__]}, "must be a PNG"),
+        ({"results": "nowhere.json"}, "There is no file of results"),
     ],
 )
 def test_what_is_none_is_refused(settings, message, made):
     with pytest.raises(ValueError, match=message):
-        create_model_card(made["checkpoint"], made["results"], **settings)
+        create_model_card(made["checkpoint"], **{"results": made["results"], **settings})
 
 
 def test_a_folder_that_is_no_checkpoint_and_a_file_given_twice_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         create_model_card(tmp_path, made["results"])
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        create_model_card(made["results"], made["results"])
     with pytest.raises(ValueError, match="given more often"):
         create_model_card(made["checkpoint"], [made["results"], made["results"]])
+
+
+def test_damaged_or_missing_weights_are_named(made, tmp_path):
+    folder = shutil.copytree(made["checkpoint"], tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged"):
+        create_model_card(folder, made["results"])
+    weights.unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        create_model_card(folder, made["results"])
 
 
 # Files

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 from tiny import tiny_model
 
-from hf_msn import MSNTrainer, MSNTrainingArguments, MultiViewDataset, MultiViewTransform, SlowMoCallback, load_images
-from hf_msn import parse_recipe
+from hf_msn import (
+    MSNTrainer,
+    MSNTrainingArguments,
+    MultiViewDataset,
+    MultiViewTransform,
+    SlowMoCallback,
+    load_images,
+    parse_recipe,
+)
 from hf_msn.hub.run_record import RunRecorder, read_run, write_run
 from hf_msn.privacy import find_private, public_name, without_private
 
@@ -140,7 +147,8 @@ def test_nothing_private_gets_into_the_file(tmp_path):
         "home": "~/fish",
         "only_home": "~",
         "named_home": "/Users/alice",
-        "notes": f"by alice? no: see /home/alice/x.txt, hf_abcdefgh12345 on {host} under {home}/a b",
+        "trunk": "timm:/home/alice/net",
+        "notes": f"see timm:/home/alice/x.txt, hf_abcdefgh12345 on {host} under {home}/a b",
         "nested": {"password": "p", "list": ["/root/secret/horses", {"token": 1, "lr": 0.5}]},
         "scale": (0.3, 1.0),
         "bad": float("nan"),
