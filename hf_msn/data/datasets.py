@@ -82,7 +82,7 @@ class MultiViewDataset(torch.utils.data.Dataset):
         on_broken_image: str = "skip",
     ):
         self._dataset = encoded_images(dataset, seed, on_broken_image)
-        self.info, self.split = dataset.info, dataset.split
+        self.info, self.split = self._dataset.info, self._dataset.split
         if len(dataset) == 0:
             raise ValueError("The data set has no images, but at least one is needed; check the source and the split.")
         self.class_names = class_names(dataset)  # what the labels would mean, without a look at one
@@ -188,7 +188,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         shuffle_buffer: int = 1000,
     ):
         self._dataset = encoded_images(dataset, seed, on_broken_image)
-        self.info, self.split = dataset.info, dataset.split
+        self.info, self.split = self._dataset.info, self._dataset.split
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
         self.shuffle_buffer = shuffle_buffer

@@ -75,7 +75,7 @@ class SupportDataset(torch.utils.data.Dataset):
         self.labels = class_numbers(dataset, self.rows)
         self.class_names = class_names(dataset)
         self._dataset = encoded_images(dataset.select(self.rows), seed, on_broken_image)
-        self.info, self.split = dataset.info, dataset.split
+        self.info, self.split = self._dataset.info, self._dataset.split
         self.transform = transform
         self.views_per_image = views_per_image
         self.seed = seed
