@@ -19,11 +19,13 @@ _SYNC_PAPERS = {"SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip
 def uses(facts: CheckpointFacts, where: str, on_hub: bool) -> list[dict[str, str]]:
     """How to load the checkpoint with each library that can: title and three lines."""
     name = repr(where).replace("'", '"')
+    of_timm = facts.model_type == "timm"
+    output = ").pooler_output" if of_timm else ", output_hidden_states=True).hidden_states[-1][:, 0]"
     through_transformers = {
         "title": "With transformers, where hf_msn need not be installed:",
         "code": f"from transformers import AutoImageProcessor, AutoModel\n"
         f"processor, model = AutoImageProcessor.from_pretrained({name}), AutoModel.from_pretrained({name}).eval()\n"
-        'features = model(**processor(image, return_tensors="pt"), output_hidden_states=True).hidden_states[-1][:, 0]',
+        f'features = model(**processor(image, return_tensors="pt"){output}',
     }
     classifies = {
         "title": "With transformers, where hf_msn need not be installed:",
@@ -44,10 +46,9 @@ def uses(facts: CheckpointFacts, where: str, on_hub: bool) -> list[dict[str, str
         f"model = load_vision_model({name})\n"
         'features = extract_features(model, load_images("path/to/images")).features',
     }
-    if facts.model_type == "timm":
-        return [through_timm]
-    if facts.is_classifier:
-        return [classifies] if facts.has_image_processor else []
+    if of_timm or facts.is_classifier:
+        with_transformers = [classifies if facts.is_classifier else through_transformers]
+        return [*(with_transformers if facts.has_image_processor else []), *([through_timm] if of_timm else [])]
     if facts.pretraining_class is not None:
         with_heads = {
             "title": "With hf_msn, to train on with its heads:",

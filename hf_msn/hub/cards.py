@@ -218,7 +218,9 @@ def _of_kind(facts: CheckpointFacts) -> dict[str, object]:
 def _head(facts: CheckpointFacts) -> str:
     if facts.pretraining_class is not None:
         return f"\nIt has the heads of pretraining too, and loads as `{facts.pretraining_class}` of hf_msn."
-    return "" if facts.is_classifier else "\nIt is the encoder alone, without a classifier."
+    if facts.is_classifier:
+        return "" if facts.finetuning is not None else "\nA classifier is on it."
+    return "\nIt is the encoder alone, without a classifier."
 
 
 def _measured(facts: CheckpointFacts, results: list[LowShotResults]) -> str:

@@ -52,6 +52,8 @@ class CheckpointFacts:
 
     @property
     def is_classifier(self) -> bool:
+        if self.model_type == "timm":
+            return bool(self.config.get("num_classes"))
         return any("ForImageClassification" in str(name) for name in self.config.get("architectures") or ())
 
     @property

@@ -19,10 +19,15 @@ from transformers import AutoModelForImageClassification
 
 from hf_msn import (
     ClassifierFinetuningArguments,
+    LogisticProbe,
     MultiViewTransform,
+    PAWSConfig,
+    PAWSForPreTraining,
     create_model_card,
     draw_labelled_rows,
     export_backbone,
+    export_classifier,
+    extract_features,
     finetune_classifier,
     load_images,
     plot_low_shot,
@@ -402,6 +407,30 @@ def test_a_folder_of_timm_is_used_through_timm(tmp_path):
     with torch.no_grad():
         assert names["features"].equal(network(names["pixels"]))
     assert card.data.library_name == "timm" and "`test_resnet` of timm" in card.text
+
+
+def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp_path):
+    torch.manual_seed(0)
+    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", image_size=64, projection_dim=16)).eval()
+    images = load_images("digits")
+    features = extract_features(model, images, PROCESSOR_64, rows=np.arange(100))
+    probe = LogisticProbe().fit(features.features, features.labels)
+    export_backbone(model, tmp_path / "encoder", image_processor=PROCESSOR_64)
+    export_classifier(model, probe, features, tmp_path / "classifier", image_processor=PROCESSOR_64)
+    results = measure(model, tmp_path / "low_shot.json", image_processor=PROCESSOR_64)
+    image = decode_image(images[0]["image"])
+    cards = {name: create_model_card(tmp_path / name, results) for name in ("encoder", "classifier")}
+    for name, card in cards.items():
+        outputs = []
+        for block in code_blocks(card):
+            names = {"image": image, "pixels": PROCESSOR_64(image, return_tensors="pt")["pixel_values"]}
+            exec(block.replace(f"path/to/{name}", str(tmp_path / name)), names)
+            outputs += [names["features"].detach().flatten().numpy()] if "features" in names else []
+        assert len(code_blocks(card)) == 2
+        assert all(np.allclose(output, features.features[0], atol=1e-5) for output in outputs)
+        assert len(outputs) == {"encoder": 2, "classifier": 1}[name]
+    assert [card.data.pipeline_tag for card in cards.values()] == ["image-feature-extraction", "image-classification"]
+    assert "A classifier is on it." in cards["classifier"].text
 
 
 def test_the_lines_name_the_repository_where_there_is_one(made):
