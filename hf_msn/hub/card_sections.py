@@ -23,26 +23,26 @@ def uses(facts: CheckpointFacts, where: str, on_hub: bool) -> list[dict[str, str
     output = ").pooler_output" if of_timm else ", output_hidden_states=True).hidden_states[-1][:, 0]"
     through_transformers = {
         "title": "With transformers, where hf_msn need not be installed:",
-        "code": f"from transformers import AutoImageProcessor, AutoModel\n"
-        f"processor, model = AutoImageProcessor.from_pretrained({name}), AutoModel.from_pretrained({name}).eval()\n"
+        "code": "from transformers import AutoImageProcessor, AutoModel\n\n"
+        f"processor, model = (kind.from_pretrained({name}) for kind in (AutoImageProcessor, AutoModel))\n"
         f'features = model(**processor(image, return_tensors="pt"){output}',
     }
     classifies = {
         "title": "With transformers, where hf_msn need not be installed:",
-        "code": f"from transformers import pipeline\n"
+        "code": "from transformers import pipeline\n\n"
         f'classify = pipeline("image-classification", model={name})\n'
         "print(classify(image))",
     }
     hub = "hf-hub" if on_hub else "local-dir"
     through_timm = {
         "title": "With timm:",
-        "code": f"import timm\n"
+        "code": "import timm\n\n"
         f'model = timm.create_model("{hub}:{where}", pretrained=True).eval()\n'
         "features = model.forward_head(model.forward_features(pixels), pre_logits=True)",
     }
     through_ours = {
         "title": "With hf_msn, the features that its evaluation measures:",
-        "code": f"from hf_msn import extract_features, load_images, load_vision_model\n"
+        "code": "from hf_msn import extract_features, load_images, load_vision_model\n\n"
         f"model = load_vision_model({name})\n"
         'features = extract_features(model, load_images("path/to/images")).features',
     }
@@ -52,7 +52,7 @@ def uses(facts: CheckpointFacts, where: str, on_hub: bool) -> list[dict[str, str
     if facts.pretraining_class is not None:
         with_heads = {
             "title": "With hf_msn, to train on with its heads:",
-            "code": f"from hf_msn import {facts.pretraining_class}\n"
+            "code": f"from hf_msn import {facts.pretraining_class}\n\n"
             f"model = {facts.pretraining_class}.from_pretrained({name})\n"
             "encoder = model.evaluation_encoder",
         }

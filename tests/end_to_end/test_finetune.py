@@ -64,6 +64,7 @@ def test_the_supervised_recipe_saves_what_it_measured(run, tmp_path):
         "labelled_images.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "run.json",
     ]
     with pytest.raises(ValueError, match="is not empty"):
         run("--config", RECIPE, *TINY, "--output_dir", tmp_path / "run")
@@ -108,4 +109,6 @@ def test_two_ranks_give_the_classifier_of_one(run, tmp_path):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-5) for name, value in one.items())
     first, second = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
+    for said in (first, second):  # sums in another order
+        assert len(said.pop("weights_sha256")) == 64 and [*said.pop("files")] == ["model.safetensors"]
     assert first == second
