@@ -60,12 +60,15 @@ from .finetuning import (
     parse_finetuning_recipe,
 )
 from .hub import (
+    Publication,
+    PublishingError,
     convert_checkpoint,
     convert_to_original,
     create_model_card,
     export_backbone,
     export_classifier,
     plot_low_shot,
+    publish_checkpoint,
     save_model_card,
 )
 from .losses import msn_loss, nt_xent_loss, paws_loss, sharpen, sinkhorn, soft_nearest_neighbor, suncet_loss
@@ -130,6 +133,8 @@ __all__ = [
     "PAWSTrainingArguments",
     "PeerError",
     "PredictionAverage",
+    "Publication",
+    "PublishingError",
     "RandomOnePeerTopology",
     "RingTopology",
     "SlowMo",
@@ -164,6 +169,7 @@ __all__ = [
     "paws_loss",
     "pixel_features",
     "plot_low_shot",
+    "publish_checkpoint",
     "read_recipe",
     "save_model_card",
     "sharpen",

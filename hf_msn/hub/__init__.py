@@ -5,13 +5,18 @@ from .cards import create_model_card, save_model_card
 from .convert import convert_checkpoint, convert_to_original
 from .export import export_backbone
 from .export_classifier import export_classifier
+from .hub_errors import PublishingError
+from .publishing import Publication, publish_checkpoint
 
 __all__ = [
+    "Publication",
+    "PublishingError",
     "convert_checkpoint",
     "convert_to_original",
     "create_model_card",
     "export_backbone",
     "export_classifier",
     "plot_low_shot",
+    "publish_checkpoint",
     "save_model_card",
 ]
