@@ -11,8 +11,8 @@ from hf_msn import parse_recipe
 def main():
     trainer = parse_recipe().build_trainer()
     trainer.train()
-    trainer.save_model()
     trainer.save_state()
+    trainer.save_model()  # last, as with push_to_hub it can fail
 
 
 if __name__ == "__main__":

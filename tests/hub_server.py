@@ -1,4 +1,4 @@
-"""A Hub on this machine, as far as `huggingface_hub` asks for one: it records all that reaches it, and fails on request.
+"""A Hub on this machine, as far as `huggingface_hub` asks for one: it records what reaches it, and fails on request.
 
 with HubServer() as hub:
     hub.fail("PUT", "/lfs/", status=500, skip=1)  # from the second LFS file on
@@ -12,6 +12,7 @@ import json
 import re
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -178,10 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self):
-        try:
+        with suppress(ConnectionError):  # the client may go away
             super().handle()
-        except (ConnectionError, BrokenPipeError):
-            pass  # the client went away, as it may
 
     # Answers
 

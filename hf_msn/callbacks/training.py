@@ -64,6 +64,11 @@ class LowShotCallback(TrainerCallback):
         self.trainer, self.evaluator, self.every_epochs = trainer, evaluator, every_epochs
         self._last_step = None
 
+    @property
+    def last_step(self) -> int | None:
+        """The step whose weights `evaluator.results` are of."""
+        return self._last_step
+
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         if round(state.epoch) % self.every_epochs == 0:
             self._evaluate(state, model)

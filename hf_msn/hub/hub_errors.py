@@ -70,9 +70,7 @@ def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
     if status in (401, 404):
         return f"The Hub has no '{repo_id}' that this token sees ({status}: {said}). Check `repo_id` and `revision`."
     if status in (409, 412):
-        return (
-            f"'{repo_id}' was changed by another at the same time ({status}: {said}). Look at what is there. {_AGAIN}"
-        )
+        return f"'{repo_id}' was changed by another at the same time ({status}: {said}). Look what is there. {_AGAIN}"
     if status == 429:
         return f"The Hub takes no more requests for now (429: {said}). Wait some minutes. {_AGAIN}"
     if status >= 500:

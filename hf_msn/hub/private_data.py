@@ -53,14 +53,8 @@ class PrivateData:
         self.secrets = {secret for secret in (*tokens, *of_environment) if secret and len(secret) >= 12}
         places = {str(Path(folder).absolute().parent) for folder in folders} | {str(Path.home())}
         self.places = sorted((place for place in places if place.count(os.sep) > 1), key=len, reverse=True)
-        users = {Path.home().name, _user_name()} - {""}
-        self.users = {
-            name
-            for name in users
-            if len(name) > 2
-            and name.lower() not in _ACCOUNTS_OF_MACHINES
-            and name.lower() != (namespace or "").lower()
-        }
+        public = {*_ACCOUNTS_OF_MACHINES, (namespace or "").lower()}
+        self.users = {n for n in (Path.home().name, _user_name()) if len(n) > 2 and n.lower() not in public}
 
     def find_in_text(self, text: str) -> str | None:
         """What kind of private data a text has, or `None`. The data itself is not in the answer."""
@@ -121,7 +115,10 @@ class PrivateData:
 
 
 def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    parts = [part for part in re.split(r"[/\\]+", path) if part not in ("", ".", "..")]
+    above = parts[-2].lower() if len(parts) > 1 else ""
+    is_home = above in ("home", "users") and len(parts) < 4  # /home/alice, C:\\Users\\alice, file:///home/alice
+    return "(local)" if is_home or not parts or parts[-1] == Path.home().name else parts[-1]
 
 
 def _user_name() -> str:

@@ -96,8 +96,8 @@ def publish_checkpoint(
         repo_id (`str`): "user/name". Made if it is not there.
         what (`str`, *optional*): The form. `"backbone"`: the evaluated encoder, which plain transformers loads by
             `AutoModel` (or timm, a network of timm) where hf_msn is not installed: the default for a pretraining
-            checkpoint. `"pretraining"`: that checkpoint itself with heads and prototypes, to go on from with hf_msn.
-            `"classifier"`: a fine-tuned one. Without it what is no pretraining checkpoint goes up as it is.
+            checkpoint that is not fine-tuned. `"pretraining"`: that checkpoint itself with heads and prototypes, to
+            go on from with hf_msn. `"classifier"`: a fine-tuned one. Without it all else goes up as it is.
         results (`Sequence`, *optional*): Result files of the evaluator, measured on this very model.
         figures (`Sequence[str]`, *optional*): PNG files for the card.
         private (`bool`, *optional*): Who sees a new repo. One that is there must fit, and is never changed.

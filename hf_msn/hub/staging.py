@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
 from ..models import MSNConfig, PAWSConfig, SuNCEtConfig
+from .cards import save_model_card
 from .export import export_backbone
 from .private_data import PrivateData
 
@@ -21,7 +23,8 @@ logger = logging.get_logger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_RECORDS = ("run.json", "conversion.json", "codistillation.json", "finetune.json")
+_FINETUNED = "finetune.json"
+_RECORDS = ("run.json", "conversion.json", "codistillation.json", _FINETUNED)
 # What may lie in a repo by our hand: what a push no longer has of these is removed, the rest is left alone.
 _OURS = re.compile(
     r"config\.json|preprocessor_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
@@ -131,7 +134,9 @@ def stage_checkpoint(
     folder, config, weights = read_checkpoint(checkpoint)
     link = link or link_or_point
     is_pretraining = config.get("model_type") in _PRETRAINING_TYPES
-    what = _check_form(what, config, is_pretraining, checkpoint)
+    if what is None and is_pretraining and not (folder / _FINETUNED).is_file():
+        what = "backbone"
+    _check_form(what, config, is_pretraining, checkpoint)
     origins: dict[str, str] = {}
     if is_pretraining and what == "backbone":
         _export(folder, staging, origins)
@@ -190,9 +195,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _check_form(what: str | None, config: dict, is_pretraining: bool, checkpoint) -> str | None:
+def _check_form(what: str | None, config: dict, is_pretraining: bool, checkpoint) -> None:
     if what is None:
-        return "backbone" if is_pretraining else None
+        return
     if what not in FORMS:
         raise ValueError(f"`what` must be one of {', '.join(FORMS)}, but is '{what}'. Leave it out to have it chosen.")
     is_classifier = any(name.endswith("ForImageClassification") for name in config.get("architectures") or [])
@@ -204,7 +209,6 @@ def _check_form(what: str | None, config: dict, is_pretraining: bool, checkpoint
             "pretraining": "Give the folder of the pretraining run.",
         }[what]
         raise ValueError(f"`what` is '{what}', but '{checkpoint}' holds a {found} model. {remedy}")
-    return what
 
 
 def _export(folder: Path, staging: Path, origins: dict[str, str]) -> None:
@@ -224,12 +228,15 @@ def _add_card(staging, origins, folder, results, figures, repo_id, license, tags
     for figure in figures:
         if Path(figure).suffix != ".png":
             raise ValueError(f"Figures are published as PNG, but one is '{figure}'. Save it as .png.")
-    from .cards import save_model_card
-
-    settings = {} if license is None else {"license": license}
-    save_model_card(
-        staging, results, repo_id=repo_id, figures=figures, without_results=without_results, tags=tags, **settings
-    )
+    settings = {"repo_id": repo_id, "figures": figures, "license": license, "without_results": without_results}
+    try:
+        save_model_card(staging, results, **settings)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(staging), str(folder))) from error
+    if tags:
+        card = ModelCard.load(staging / "README.md")
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        card.save(staging / "README.md")
     made = "made from the checkpoint" + (f" and {len(results)} result files" if results else ", without results")
     origins["README.md"] = made
     for file in sorted(staging.glob(".eval_results/*.yaml")):

@@ -7,24 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .checkpoints import (
     STAGING_FOLDER,
     CheckpointError,
+    find_config_differences,
     find_fault,
     find_last_checkpoint,
     list_checkpoints,
     save_failed,
     saved_world_size,
 )
+from .pushing_trainer import PushingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(PushingTrainer):
     """Writes each checkpoint beside and then renames it, so that a folder `checkpoint-<step>` is always whole.
 
     Resuming finds the last whole checkpoint, names the broken ones, and refuses one of another configuration.
@@ -106,6 +107,11 @@ class CheckpointingTrainer(Trainer):
         if _internal_call:  # a checkpoint, which is renamed as a whole
             return super().save_model(output_dir, _internal_call=True)
         final = Path(output_dir or self.args.output_dir)
+        self.save_whole_model(final)
+        if self.args.push_to_hub:
+            self.push_saved(final, "Model save")
+
+    def save_whole_model(self, final: Path) -> None:
         staging = final / STAGING_FOLDER
         self._clear(staging)
         try:
@@ -118,8 +124,6 @@ class CheckpointingTrainer(Trainer):
         finally:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _clear(self, staging: Path) -> None:
         """What a killed run left there must not get into what is saved next."""
@@ -167,19 +171,10 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Trainer would load what fits by name and only warn of the rest.
         model = self.model if model is None else model
-        config = type(model.config).from_pretrained(resume_from_checkpoint)
-        names = (set(config.to_dict()) & set(model.config.to_dict())) - {
-            "transformers_version",
-            "dtype",
-            "architectures",
-        }
-        differing = sorted(name for name in names if getattr(config, name) != getattr(model.config, name))
+        differing = find_config_differences(resume_from_checkpoint, model.config)
         if differing:
-            values = ", ".join(
-                f"{n} {getattr(config, n)} there, {getattr(model.config, n)} here" for n in differing[:5]
-            )
             raise CheckpointError(
-                f"'{resume_from_checkpoint}' is a checkpoint of another configuration: {values}. Give the same "
+                f"'{resume_from_checkpoint}' is a checkpoint of another configuration: {differing}. Give the same "
                 "configuration, or start a new run in another `output_dir`."
             )
         model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())

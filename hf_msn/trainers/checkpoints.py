@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -88,6 +89,17 @@ def find_fault(checkpoint: str | Path) -> str | None:
         if not zipfile.is_zipfile(file):
             return f"'{name}' is damaged (its end is missing)"
     return None
+
+
+def find_config_differences(folder: str | Path, config: PreTrainedConfig) -> str | None:
+    """How the configuration in a folder differs from `config`, in words; `None` if a model of one fits the other."""
+    written = json.loads(Path(folder, "config.json").read_text())
+    if written.get("model_type") != config.model_type:
+        return f"model_type {written.get('model_type')} there, {config.model_type} here"
+    there = type(config).from_pretrained(folder)
+    names = (set(there.to_dict()) & set(config.to_dict())) - {"transformers_version", "dtype", "architectures"}
+    differing = sorted(name for name in names if getattr(there, name) != getattr(config, name))
+    return ", ".join(f"{n} {getattr(there, n)} there, {getattr(config, n)} here" for n in differing[:5]) or None
 
 
 def saved_world_size(checkpoint: str | Path) -> int:

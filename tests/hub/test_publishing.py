@@ -127,7 +127,7 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
         ("config.json", {"_name_or_path": "alice_smith/start"}),
         (
             "run.json",
-            {"data": f"{run}/images of mine", "command": ["train", "--data=/mnt/alice/x/images", "~/x/y.txt"]},
+            {"data": f"{run}/images of mine", "command": ["--data=/mnt/alice/x/images", "~/x/y.txt"]},
         ),
         ("conversion.json", {"source": {"file": "C:\\Users\\alice_smith\\msn.pth.tar"}, "url": "https://a.org/b/c"}),
     ):
@@ -136,7 +136,7 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
     publish(run, what="pretraining")
     files = hub.files(NAME)
     assert "_name_or_path" not in json.loads(files["config.json"])
-    assert json.loads(files["run.json"]) == {"data": "images of mine", "command": ["train", "--data=images", "y.txt"]}
+    assert json.loads(files["run.json"]) == {"data": "images of mine", "command": ["--data=images", "y.txt"]}
     assert json.loads(files["conversion.json"]) == {"source": {"file": "msn.pth.tar"}, "url": "https://a.org/b/c"}
     sent = hub.sent_bytes()
     for secret in (TOKEN, str(run.parent), str(run), "alice_smith", "/mnt/alice", os.getcwd()):
