@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
 from ..models import MSNConfig, PAWSConfig, SuNCEtConfig
+from ..privacy import without_private
 from .cards import save_model_card
 from .export import export_backbone
 from .private_data import PrivateData
@@ -138,7 +139,8 @@ def stage_checkpoint(
         what = "backbone"
     _check_form(what, config, is_pretraining, checkpoint)
     origins: dict[str, str] = {}
-    if is_pretraining and what == "backbone":
+    is_exported = is_pretraining and what == "backbone"
+    if is_exported:
         _export(folder, staging, origins)
     else:
         names = ["config.json", "preprocessor_config.json", *([INDEX] if weights != [WEIGHTS] else []), *weights]
@@ -147,18 +149,20 @@ def stage_checkpoint(
                 link(folder / name, staging / name)
                 origins[name] = f"{name} of the checkpoint"
     for name in _RECORDS:
-        if (folder / name).is_file():
+        # What fine-tuning measured is of the model with its head.
+        if (folder / name).is_file() and not (is_exported and name == _FINETUNED):
             link(folder / name, staging / name)
             origins[name] = f"{name} of the checkpoint"
     if "preprocessor_config.json" not in origins and config.get("model_type") is not None:
-        logger.warning(
-            f"'{checkpoint}' has no 'preprocessor_config.json': AutoImageProcessor will not load, and images that are "
+        logger.warning_once(
+            "The checkpoint has no 'preprocessor_config.json': AutoImageProcessor will not load, and images that are "
             "normalised in another way than in training give wrong features. Write one by "
             "`evaluation_image_processor(image_size).save_pretrained(folder)`."
         )
     for name in list(origins):
         if name.endswith(".json") and name != INDEX:
             _clean_json(staging / name, name, origins, private)
+    _check_private(staging, origins, private)
     _add_card(staging, origins, folder, results, figures, repo_id, license, tags, without_results)
     return _planned(staging, origins, private)
 
@@ -246,6 +250,11 @@ def _add_card(staging, origins, folder, results, figures, repo_id, license, tags
 
 
 def _planned(staging: Path, origins: dict[str, str], private: PrivateData) -> list[PlannedFile]:
+    _check_private(staging, origins, private)
+    return [PlannedFile(name, staging / name, origins[name]) for name in sorted(origins)]
+
+
+def _check_private(staging: Path, origins: dict[str, str], private: PrivateData) -> None:
     for name, origin in origins.items():
         found = private.find_in_file(staging / name)
         if found is not None:
@@ -253,12 +262,11 @@ def _planned(staging: Path, origins: dict[str, str], private: PrivateData) -> li
                 f"'{name}' ({origin}) has {found}, which must not be published. Nothing was sent. Take it out of the "
                 "file, or out of what the file is made from."
             )
-    return [PlannedFile(name, staging / name, origins[name]) for name in sorted(origins)]
 
 
 def _clean_json(path: Path, name: str, origins: dict[str, str], private: PrivateData) -> None:
     value = _read_json(path)
-    clean = private.clean(value)
+    clean = private.clean(without_private(value) if name == "run.json" else value)
     if name == "config.json":
         clean.pop("_name_or_path", None)  # where the weights once were
     if clean != value:

@@ -73,9 +73,9 @@ def test_a_classifier_goes_up_as_it_is(hub, tmp_path):
     config = ViTMSNConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = ViTMSNForImageClassification(config).eval()
     model.save_pretrained(tmp_path / "tuned")
-    (tmp_path / "tuned" / "finetune.json").write_text(json.dumps({"head": "linear", "test_accuracy": {"top1": 90.0}}))
-    publish(tmp_path / "tuned", what="classifier")
-    assert sorted(hub.files(NAME)) == ["README.md", "config.json", "finetune.json", "model.safetensors"]
+    for what in (None, "classifier"):
+        publish(tmp_path / "tuned", what=what)
+        assert sorted(hub.files(NAME)) == ["README.md", "config.json", "model.safetensors"]
     loaded = ViTMSNForImageClassification.from_pretrained(NAME)
     assert torch.equal(loaded.classifier.weight, model.classifier.weight)
     for what, remedy in (("pretraining", "Give the folder of the pretraining run"), ("backbone", "leave out `what`")):
@@ -127,7 +127,11 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
         ("config.json", {"_name_or_path": "alice_smith/start"}),
         (
             "run.json",
-            {"data": f"{run}/images of mine", "command": ["--data=/mnt/alice/x/images", "~/x/y.txt"]},
+            {
+                "format": "hf_msn run 1",
+                "data": f"{run}/images of mine",
+                "command": ["--data=/mnt/alice/x/images", "~/x/y.txt"],
+            },
         ),
         ("conversion.json", {"source": {"file": "C:\\Users\\alice_smith\\msn.pth.tar"}, "url": "https://a.org/b/c"}),
     ):
@@ -136,7 +140,8 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
     publish(run, what="pretraining")
     files = hub.files(NAME)
     assert "_name_or_path" not in json.loads(files["config.json"])
-    assert json.loads(files["run.json"]) == {"data": "images of mine", "command": ["--data=images", "y.txt"]}
+    run_json = {"format": "hf_msn run 1", "data": "images of mine", "command": ["--data=images", "y.txt"]}
+    assert json.loads(files["run.json"]) == run_json
     assert json.loads(files["conversion.json"]) == {"source": {"file": "msn.pth.tar"}, "url": "https://a.org/b/c"}
     sent = hub.sent_bytes()
     for secret in (TOKEN, str(run.parent), str(run), "alice_smith", "/mnt/alice", os.getcwd()):
@@ -147,8 +152,8 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
 def test_a_token_in_a_file_is_refused_and_not_repeated(hub, run, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     for secret in (TOKEN, "hf_" + "x" * 34, "0123456789abcdef0123"):
-        (run / "run.json").write_text(json.dumps({"command": f"train --key {secret}"}))
-        with pytest.raises(ValueError, match=r"'run.json' .* has a token or password") as error:
+        (run / "conversion.json").write_text(json.dumps({"command": f"train --key {secret}"}))
+        with pytest.raises(ValueError, match=r"'conversion.json' .* has a token or password") as error:
             publish(run)
         assert secret not in str(error.value)
     assert hub.repos == {}
@@ -213,6 +218,6 @@ def test_a_revision_that_cannot_be_a_branch_is_refused(hub, run, revision):
 
 
 def test_a_card_without_results_must_be_asked_for(hub, run):
-    with pytest.raises(ValueError, match="--without-results"):
+    with pytest.raises(ValueError, match="--without_results"):
         publish(run, without_results=False)
     assert hub.repos == {}

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from hf_msn import MSNForPreTraining, PublishingError, SlowMoCallback, evaluation_image_processor
 
 NAME = "alice/mine"
-ROOT = {"README.md", "config.json", "model.safetensors"}
-RESUME = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+MODEL = {"config.json", "model.safetensors", "run.json"}
+ROOT = {"README.md", *MODEL}
+RESUME = {*MODEL, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_checkpoints_that_are_missing_at_the_end_are_an_error_when_the_model_is_
     hub.fail("POST", "commit", cut_after=10, times=1)
     trainer = pushing(folder, "all_checkpoints")
     trainer.train()
-    with pytest.raises(PublishingError, match="in the middle of training failed, and checkpoint-3/ .* is not there"):
+    with pytest.raises(PublishingError, match=r"in the middle of training failed, and checkpoint-3/ .* is not there"):
         trainer.save_model()
     assert {path.split("/")[0] for path in hub.files(NAME) if "/" in path} == {"checkpoint-6", "checkpoint-8"}
     assert_same_weights(MSNForPreTraining.from_pretrained(NAME), trainer.model)
