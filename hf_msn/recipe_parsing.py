@@ -16,6 +16,7 @@ _COMMON_TRAINING_FIELDS = (
     *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "use_cpu", "seed"),
     *("activation_checkpointing", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "report_to"),
     *("run_name", "dataloader_num_workers", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo"),
 )
 
 

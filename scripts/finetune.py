@@ -17,6 +17,7 @@ def main():
         recipe.test(result)
         result.save(recipe.output_dir)
     PartialState().print(result.describe())
+    recipe.push(result)
     PartialState().destroy_process_group()
 
 

@@ -13,6 +13,7 @@ from .recipes import HEADS, VIEWS, FinetuningRecipe, finetuning_fields, finetuni
 _OF_TRAINER = (
     *("output_dir", "warmup_steps", "gradient_accumulation_steps", "bf16", "fp16", "use_cpu", "seed"),
     *("dataloader_num_workers", "disable_tqdm", "report_to", "run_name"),
+    *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),
 )
 _FIXED = ("save_strategy", "remove_unused_columns", "average_tokens_across_devices", "ddp_find_unused_parameters")
 

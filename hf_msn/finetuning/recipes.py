@@ -14,6 +14,9 @@ from transformers.utils import cached_file
 
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.transforms import MultiViewTransform
+from ..distributed.collectives import rank
+from ..hub import Publication, publish_checkpoint
+from ..hub.repository import HubRepository
 from ..models import SuNCEtConfig
 from ..recipe_arguments import WAYS_OF_LABELLING, DataArguments, LabelArguments, check_is_a_folder
 from ..recipe_forms import init_fields
@@ -92,7 +95,9 @@ class FinetuningRecipe:
         return self.training.output_dir
 
     def finetune(self) -> FinetuningResult:
-        """Reads the labelled images, and no other label, and trains."""
+        """Reads the labelled images, and no other label, and trains. That it can be pushed is made sure of before."""
+        if self.training.push_to_hub:
+            self._open_repository()
         labelled, rows = self.load_labelled()
         if self.start.test_split is not None:
             self.data.load(self.start.test_split)  # a split that is not there is said now; no row of it is read
@@ -117,6 +122,30 @@ class FinetuningRecipe:
         """Measures `result` on the test split, where one is given. Nothing of it is read before."""
         if self.start.test_split is not None:
             result.test(self.data.load(self.start.test_split))
+
+    def push(self, result: FinetuningResult) -> Publication | None:
+        """Publishes what `result.save` has written, if `push_to_hub` asks for it; from the first rank.
+
+        Raises:
+            PublishingError: The Hub or the network failed; what was saved is as it was.
+        """
+        if not self.training.push_to_hub or rank() > 0:
+            return None
+        return publish_checkpoint(
+            self.output_dir,
+            self._open_repository().repo_id,
+            private=self.training.hub_private_repo,
+            revision=self.training.hub_revision,
+            token=self.training.hub_token,
+            without_results=result.test_accuracy is None,
+        )
+
+    def _open_repository(self) -> HubRepository:
+        args = self.training
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        repository = HubRepository(name, args.hub_revision, args.hub_private_repo, args.hub_token)
+        repository.check_token()
+        return repository
 
     def load_labelled(self) -> tuple[datasets.Dataset, np.ndarray]:
         """The data set that holds the labelled images, and their rows in it."""

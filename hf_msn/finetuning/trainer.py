@@ -48,6 +48,9 @@ class FinetuningTrainer(Trainer):
         self.add_callback(DatasetEpochCallback(loader.batch_sampler))
         self.remove_callback(PrinterCallback)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: what is pushed is the result, not the Trainer's model of the last epoch."""
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return self._loader
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 from tiny import tiny_model
-from transformers import ViTMSNModel
+from transformers import AutoModelForImageClassification, ViTMSNModel
 
 from hf_msn import (
     LowShotEvaluator,
     MSNForPreTraining,
+    PublishingError,
     evaluation_image_processor,
     load_images,
     publish_checkpoint,
@@ -82,12 +84,14 @@ def test_from_pretraining_that_pushes_to_a_card_with_measured_numbers(hub, home)
 
     model = MSNForPreTraining.from_pretrained(home / "runs/mine")
     data = {split: load_images("digits", split=split) for split in ("train", "test")}
-    evaluator = LowShotEvaluator(*data.values(), evaluation_image_processor(8), images_per_class=[1], num_splits=2)
+    processor = {"image_processor": evaluation_image_processor(8)}
+    evaluator = LowShotEvaluator(*data.values(), images_per_class=[1], num_splits=2, **processor)
     evaluator(model)
     evaluator.results.save(home / "low_shot.json")
     publication = "--checkpoint runs/mine --repo_id alice/encoder --results low_shot.json --private true --tags digits"
+    asked = len(hub.requests)
     dry = start("publish.py", hub, home, *publication.split(), "--dry_run", "true", token=None)
-    assert "alice/encoder" not in hub.repos and "Dry run: nothing was sent." in dry.stdout
+    assert len(hub.requests) == asked and "Dry run: nothing was sent." in dry.stdout
     done = start("publish.py", hub, home, *publication.split(), "--revision", "v1")
     files = hub.files("alice/encoder", "v1")
     assert sorted(files) == [".eval_results/hf_msn.yaml", *RUN] and hub.files("alice/encoder") == {}
@@ -117,11 +121,46 @@ def test_from_pretraining_that_pushes_to_a_card_with_measured_numbers(hub, home)
         publish_checkpoint(home / "other", "alice/other", results=[home / "low_shot.json"], dry_run=True)
 
 
-def test_wrong_use_ends_with_one_line_that_says_what_to_do(hub, home):
+@pytest.fixture
+def run(hub, home, monkeypatch, capsys):
+    """Runs a script in this process, which saves importing everything again; returns what it printed."""
+    hub.use_in_this_process(monkeypatch, home)
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_publishing_without_results_must_be_asked_for_and_is_said(run, hub, home):
     tiny_model().save_pretrained(home / "run")
-    named = ["--checkpoint", "run", "--repo_id", "alice/tiny"]
-    done = start("publish.py", hub, home, *named, "--without_results", token=None, status=1)
-    assert "There is no token, which publishing needs. Log in by `hf auth login`" in done.stderr.splitlines()[-1]
+    named = ["--checkpoint", home / "run", "--repo_id", "alice/tiny"]
+    with pytest.raises(ValueError, match="without_results"):
+        run("publish.py", *named)
+    with pytest.raises(ValueError, match="`repo_id` must be 'user/name', but is 'a/b/c'"):
+        run("publish.py", *named, "--repo_id", "a/b/c", "--without_results")
     assert hub.repos == {}
-    start("publish.py", hub, home, *named, "--without-results")
+    assert "3 files" in run("publish.py", *named, "--without-results", "--private", "false")
     assert sorted(hub.files("alice/tiny")) == ["README.md", "config.json", "model.safetensors"]
+    assert not hub.repos["alice/tiny"].private
+
+
+def test_a_fine_tuned_classifier_is_pushed_with_what_its_test_measured(run, hub, home, monkeypatch):
+    tiny = "--hidden_size 32 --num_hidden_layers 2 --intermediate_size 64 --patch_size 4 --num_train_epochs 1"
+    recipe = ["--config", ROOT / "scripts" / "recipes" / "finetune_digits.yaml", *tiny.split()]
+    pushed = ["--push_to_hub", "true", "--hub_model_id", "alice/tuned", "--hub_private_repo", "true"]
+    rest = ["--test_split", "test[:80]", "--disable_tqdm", "true", "--output_dir", home / "tuned"]
+    run("finetune.py", *recipe, *pushed, *rest)
+    files = hub.files("alice/tuned")
+    assert hub.repos["alice/tuned"].private
+    assert sorted(files) == [".eval_results/hf_msn.yaml", "README.md", "config.json", "finetune.json", *RUN[2:]]
+    said = json.loads(files["finetune.json"])
+    assert f"{said['test_accuracy']['top1']:.1f}" in files["README.md"].decode()
+    assert AutoModelForImageClassification.from_pretrained("alice/tuned").config.num_labels == 10
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PublishingError, match="There is no token"):
+        run("finetune.py", *recipe, *pushed, *rest[:-1], home / "another")
+    assert not (home / "another").exists()  # said before any training
