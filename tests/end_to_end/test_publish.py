@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,24 @@ def test_from_pretraining_that_pushes_to_a_card_with_measured_numbers(hub, home)
         publish_checkpoint(home / "other", "alice/other", results=[home / "low_shot.json"], dry_run=True)
 
 
+@pytest.mark.distributed
+def test_rank_0_pushes_for_two_ranks_and_both_hear_of_a_refusal(hub, home):
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch += f" --main_process_port 0 {ROOT / 'scripts' / 'pretrain.py'}"
+    pushes = "--push_to_hub true --hub_strategy checkpoint --hub_model_id"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), *TINY, *pushes.split()]
+    environment = {**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = run([*command, "alice/two", "--output_dir", home / "run"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    resumable = {path for path in hub.files("alice/two") if path.startswith("last-checkpoint/rng_state")}
+    assert resumable == {"last-checkpoint/rng_state_0.pth", "last-checkpoint/rng_state_1.pth"}
+    assert len(hub.asked("POST", "repos/create")) == 1 and hub.repos["alice/two"].messages[-1] == "Model save"
+    done = run([*command, "bob/two", "--output_dir", home / "other"])
+    assert done.returncode != 0 and "may not write to 'bob/two'" in done.stderr
+    assert not list((home / "other").glob("*"))
+
+
 @pytest.fixture
 def run(hub, home, monkeypatch, capsys):
     """Runs a script in this process, which saves importing everything again; returns what it printed."""
@@ -143,8 +162,8 @@ def test_publishing_without_results_must_be_asked_for_and_is_said(run, hub, home
     with pytest.raises(ValueError, match="`repo_id` must be 'user/name', but is 'a/b/c'"):
         run("publish.py", *named, "--repo_id", "a/b/c", "--without_results")
     assert hub.repos == {}
-    assert "3 files" in run("publish.py", *named, "--without-results", "--private", "false")
-    assert sorted(hub.files("alice/tiny")) == ["README.md", "config.json", "model.safetensors"]
+    assert "4 files" in run("publish.py", *named, "--without-results", "--private", "false")
+    assert sorted(hub.files("alice/tiny")) == RUN[:4]
     assert not hub.repos["alice/tiny"].private
 
 

@@ -6,13 +6,22 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from hub_server import TOKEN
+from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMSNConfig, ViTMSNForImageClassification
 
-from hf_msn import MSNForPreTraining, PublishingError, publish_checkpoint
+from hf_msn import (
+    MSNForPreTraining,
+    PAWSConfig,
+    PAWSForPreTraining,
+    PublishingError,
+    evaluation_image_processor,
+    publish_checkpoint,
+)
 
 NAME = "alice/tiny"
 BACKBONE = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
@@ -83,6 +92,18 @@ def test_a_classifier_goes_up_as_it_is(hub, tmp_path):
             publish(tmp_path / "tuned", what=what)
 
 
+def test_a_network_of_timm_goes_up_as_timm_and_transformers_load_it(hub, tmp_path):
+    fields = {"timm_model": "test_resnet", "projection_hidden_dim": 8, "projection_dim": 8, "image_size": 32}
+    model = PAWSForPreTraining(PAWSConfig(**fields)).eval()
+    model.save_pretrained(tmp_path / "paws")
+    evaluation_image_processor(32).save_pretrained(tmp_path / "paws")
+    publish(tmp_path / "paws")
+    assert sorted(hub.files(NAME)) == BACKBONE
+    images = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model(f"hf-hub:{NAME}", pretrained=True, num_classes=0, cache_dir=tmp_path / "cache").eval()
+    torch.testing.assert_close(loaded(images), model.encoder(images))
+
+
 def test_shards_go_up_with_their_index_and_replace_a_single_file(hub, run, save_run, tmp_path):
     publish(run, what="pretraining")
     sharded = save_run(tmp_path / "sharded", shards=True)
@@ -119,6 +140,16 @@ def test_a_dry_run_lists_all_and_asks_neither_token_nor_hub(hub, run, monkeypatc
     assert {f.path: f.size for f in publish(run).files} == {f.path: f.size for f in listed.files}
 
 
+def test_figures_of_the_card_go_up_with_it(hub, run, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "accuracy.png")
+    publish(run, figures=[tmp_path / "accuracy.png"], license="apache-2.0", tags=["tiny"])
+    files = hub.files(NAME)
+    assert sorted(files) == sorted([*BACKBONE, "figures/accuracy.png"])
+    assert files["figures/accuracy.png"] == (tmp_path / "accuracy.png").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert "figures/accuracy.png" in card.text and "tiny" in card.data.tags and card.data.license == "apache-2.0"
+
+
 def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch):
     monkeypatch.setenv("HOME", str(run.parent))
     monkeypatch.setenv("USER", "alice_smith")
@@ -129,7 +160,7 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
             "run.json",
             {
                 "format": "hf_msn run 1",
-                "data": f"{run}/images of mine",
+                "note": f"{run}/images of mine",
                 "command": ["--data=/mnt/alice/x/images", "~/x/y.txt"],
             },
         ),
@@ -140,7 +171,7 @@ def test_tokens_paths_and_user_names_do_not_reach_the_hub(hub, run, monkeypatch)
     publish(run, what="pretraining")
     files = hub.files(NAME)
     assert "_name_or_path" not in json.loads(files["config.json"])
-    run_json = {"format": "hf_msn run 1", "data": "images of mine", "command": ["--data=images", "y.txt"]}
+    run_json = {"format": "hf_msn run 1", "note": "images of mine", "command": ["images", "y.txt"]}
     assert json.loads(files["run.json"]) == run_json
     assert json.loads(files["conversion.json"]) == {"source": {"file": "msn.pth.tar"}, "url": "https://a.org/b/c"}
     sent = hub.sent_bytes()
