@@ -4,10 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hub_server import HubServer
 
 NAME = "someone/photos"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -31,59 +30,6 @@ print(json.dumps(answers))
 """
 
 
-def _handler(files: dict[str, bytes]) -> type[BaseHTTPRequestHandler]:
-    entries = [
-        {"type": "file", "path": path, "size": len(data), "oid": f"{number:040x}"}
-        for number, (path, data) in enumerate(files.items())
-    ]
-
-    class Hub(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *arguments):
-            pass
-
-        def _send(self, status: int, body: bytes = b"", **headers):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def _json(self, value):
-            self._send(200, json.dumps(value).encode(), Content_Type="application/json")
-
-        def do_POST(self):
-            asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            self._json(
-                [entry for entry in entries if entry["path"].replace("/", "%2F") in asked or entry["path"] in asked]
-            )
-
-        def do_GET(self):
-            path = self.path.split("?")[0].replace("%2F", "/")
-            if path.startswith(f"/api/datasets/{NAME}/tree/"):
-                folder = path.split("/tree/")[1].partition("/")[2]
-                inside = [entry for entry in entries if entry["path"].startswith(f"{folder}/" if folder else "")]
-                self._json(inside) if inside else self._missing("EntryNotFound")
-            elif path.startswith(f"/api/datasets/{NAME}"):
-                siblings = [{"rfilename": path} for path in files]
-                self._json({"id": NAME, "sha": REVISION, "private": False, "tags": [], "siblings": siblings})
-            elif path.startswith(f"/datasets/{NAME}/resolve/") and path.split("/", 6)[6] in files:
-                data = files[path.split("/", 6)[6]]
-                self._send(200, data, ETag=f'"{len(data)}"', X_Repo_Commit=REVISION)
-            else:
-                self._missing("EntryNotFound" if NAME in path else "RepoNotFound")
-
-        def _missing(self, code: str):
-            self._send(404, b"{}", X_Error_Code=code, X_Error_Message="not here")
-
-        do_HEAD = do_GET
-
-    return Hub
-
-
 @pytest.fixture(scope="module")
 def answers(image_rows, tmp_path_factory) -> dict:
     """What `load_images` gives, from one process of its own, as the address of the Hub is read on import."""
@@ -93,25 +39,16 @@ def answers(image_rows, tmp_path_factory) -> dict:
         path = folder / f"{split}.parquet"
         image_rows(count).to_parquet(str(path))
         files[f"{split}-00000-of-00001.parquet"] = path.read_bytes()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(files))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     settings = {
         "whole": {"split": "test", "revision": REVISION},
         "streamed": {"split": "test", "revision": REVISION, "streaming": True},
         "no split": {"split": "val"},
     }
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(folder / "home"),
-        "HF_DATASETS_CACHE": str(folder / "home" / "datasets"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
     command = [sys.executable, "-c", PROGRAM, json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    server.shutdown()
+    with HubServer() as hub:
+        hub.add_repo(f"datasets/{NAME}", files, sha=REVISION)
+        environment = {**os.environ, **hub.environment(folder), "HF_DATASETS_CACHE": str(folder / "datasets")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
