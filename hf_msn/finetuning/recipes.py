@@ -16,7 +16,7 @@ from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.transforms import MultiViewTransform
 from ..distributed.collectives import rank
 from ..hub import Publication, publish_checkpoint
-from ..hub.repository import HubRepository
+from ..hub.upload.repository import HubRepository
 from ..models import SuNCEtConfig
 from ..recipe_arguments import WAYS_OF_LABELLING, DataArguments, LabelArguments, check_is_a_folder
 from ..recipe_forms import init_fields

@@ -1,12 +1,12 @@
 """To and from the checkpoints that others read, and their cards."""
 
-from .card_figures import plot_low_shot
+from .card.figures import plot_low_shot
 from .cards import create_model_card, save_model_card
 from .convert import convert_checkpoint, convert_to_original
 from .export import export_backbone
 from .export_classifier import export_classifier
-from .hub_errors import PublishingError
 from .publishing import Publication, publish_checkpoint
+from .upload.errors import PublishingError
 
 __all__ = [
     "Publication",

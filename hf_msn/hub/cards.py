@@ -15,12 +15,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..evaluation.results import LowShotResults
 from ..privacy import find_private, public_name
-from . import card_sections as sections
-from .card_figures import check_png, plot_low_shot
-from .card_metadata import eval_entries, metadata
-from .card_text import escaped, finetuning_table, low_shot_definition, low_shot_table
-from .checkpoint_facts import CheckpointFacts, read_checkpoint
-from .measured import model_argument, read_low_shot, weights_of
+from .card import sections
+from .card.facts import CheckpointFacts, read_checkpoint
+from .card.figures import check_png, plot_low_shot
+from .card.measured import model_argument, read_low_shot, weights_of
+from .card.metadata import eval_entries, metadata
+from .card.text import escaped, finetuning_table, low_shot_definition, low_shot_table
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FILE = ".eval_results/hf_msn.yaml"
@@ -167,7 +167,7 @@ def _make(checkpoint, results, repo_id, figures, license, without_results, model
     name = model_name or (repo_id.split("/")[1] if repo_id else public_name(str(checkpoint.resolve())))
     where = repo_id or f"path/to/{_file_name(name)}"
     data = metadata(facts, measured, weights, model_name=name, license=license, base_model=base_model)
-    folder = files("hf_msn.hub") / "templates"
+    folder = files("hf_msn.hub.card") / "templates"
     template = "".join((folder / f"{part}.md").read_text(encoding="utf-8") for part in (facts.kind, "sections"))
     card = ModelCard.from_template(
         data,

@@ -14,9 +14,9 @@ from transformers.utils import logging
 from ..data.transforms import evaluation_image_processor
 from ..models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
 from .export import export_backbone
-from .original_files import OriginalCheckpoint, read_original
-from .original_models import build_model, configuration_of, original_state
-from .original_networks import resnet_name, vit_name
+from .original.files import OriginalCheckpoint, read_original
+from .original.models import build_model, configuration_of, original_state
+from .original.networks import resnet_name, vit_name
 from .whole_files import whole_file, whole_folder
 
 logger = logging.get_logger(__name__)

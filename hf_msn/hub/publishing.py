@@ -10,10 +10,10 @@ from huggingface_hub import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
-from .hub_errors import PublishingError
-from .private_data import PrivateData
-from .repository import HubRepository, check_repo_id
-from .staging import PlannedFile, read_checkpoint, stage_checkpoint
+from .upload.errors import PublishingError
+from .upload.private_data import PrivateData
+from .upload.repository import HubRepository, check_repo_id
+from .upload.staging import PlannedFile, read_checkpoint, stage_checkpoint
 
 logger = logging.get_logger(__name__)
 

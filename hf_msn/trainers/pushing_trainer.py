@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from ..callbacks import LowShotCallback
 from ..hub.cards import save_model_card
-from ..hub.hub_errors import PublishingError, in_plain_words
-from ..hub.private_data import PrivateData
-from ..hub.repository import HubRepository
-from ..hub.staging import PlannedFile, link_or_copy, stage_checkpoint, stage_resumable
+from ..hub.upload.errors import PublishingError, in_plain_words
+from ..hub.upload.private_data import PrivateData
+from ..hub.upload.repository import HubRepository
+from ..hub.upload.staging import PlannedFile, link_or_copy, stage_checkpoint, stage_resumable
 from .checkpoints import find_config_differences
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,7 @@ import torch
 from original_reference import msn_checkpoint
 
 from hf_msn import convert_checkpoint
-from hf_msn.hub.safe_loading import check_tensor, load_safely
+from hf_msn.hub.original.safe_loading import check_tensor, load_safely
 
 
 class Code:

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from ..evaluation.results import LowShotResults, SplitResult, TaskResult
-from ..privacy import public_name
+from ...evaluation.results import LowShotResults, SplitResult, TaskResult
+from ...privacy import public_name
 from .measured import FinetuningNumbers
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#|!~$])")

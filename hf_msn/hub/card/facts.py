@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from ..privacy import without_private
+from ...privacy import without_private
+from ..run_record import read_run
 from .measured import FinetuningNumbers, model_argument, read_finetuning
-from .run_record import read_run
 
 _PRETRAINING_CLASSES = {"msn": "MSNForPreTraining", "paws": "PAWSForPreTraining", "suncet": "SuNCEtForPreTraining"}
 

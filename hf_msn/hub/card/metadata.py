@@ -5,10 +5,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
-from ..evaluation.results import LowShotResults, TaskResult
-from ..privacy import public_name
-from .card_text import task_title
-from .checkpoint_facts import CheckpointFacts
+from ...evaluation.results import LowShotResults, TaskResult
+from ...privacy import public_name
+from .facts import CheckpointFacts
+from .text import task_title
 
 _TAGS = {"msn": ["msn", "self-supervised-learning"], "paws": ["paws", "semi-supervised-learning"]}
 _TAGS["suncet"] = ["suncet", "semi-supervised-learning"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.backbones import checkpoint_weights_sha256
-from ..evaluation.results import RESULTS_FORMAT, LowShotResults, SplitResult, TaskResult
+from ...evaluation.backbones import checkpoint_weights_sha256
+from ...evaluation.results import RESULTS_FORMAT, LowShotResults, SplitResult, TaskResult
 
 FINETUNING_FILE = "finetune.json"
 _FINETUNING_FORMAT = "hf_msn fine-tuning 1"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.results import LowShotResults
+from ...evaluation.results import LowShotResults
 from .measured import read_results
 
 _PNG = b"\x89PNG\r\n\x1a\n"

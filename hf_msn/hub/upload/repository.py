@@ -6,7 +6,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .hub_errors import SETTINGS_URL, PublishingError, in_plain_words
+from .errors import SETTINGS_URL, PublishingError, in_plain_words
 from .staging import PlannedFile, is_ours
 
 # What a new repo may have before a model lies in it.

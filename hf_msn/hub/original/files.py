@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from .original_networks import is_resnet, is_vit
+from .networks import is_resnet, is_vit
 from .safe_loading import check_tensor, load_safely
 
 _WRAPPERS = ("state_dict", "model")

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..privacy import public_name
-from .card_text import citations, data_name, duration, escaped, fenced
-from .checkpoint_facts import CheckpointFacts
+from ...privacy import public_name
+from .facts import CheckpointFacts
+from .text import citations, data_name, duration, escaped, fenced
 
 METHODS = {
     "msn": "without labels by Masked Siamese Networks (MSN)",

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
-from ..models import MSNConfig, PAWSConfig, SuNCEtConfig
-from ..privacy import without_private
-from .cards import save_model_card
-from .export import export_backbone
+from ...models import MSNConfig, PAWSConfig, SuNCEtConfig
+from ...privacy import without_private
+from ..cards import save_model_card
+from ..export import export_backbone
 from .private_data import PrivateData
 
 logger = logging.get_logger(__name__)

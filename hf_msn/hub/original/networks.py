@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import ViTMSNConfig
 
-from ..models.configuration_semi_supervised import SemiSupervisedConfig
-from ..models.trunks import build_encoder
+from ...models.configuration_semi_supervised import SemiSupervisedConfig
+from ...models.trunks import build_encoder
 
 Weights = Mapping[str, torch.Tensor]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ..models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
-from ..models.patch_dropping import num_kept_patches
-from . import original_networks as networks
-from .original_files import OriginalCheckpoint
+from ...models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
+from ...models.patch_dropping import num_kept_patches
+from . import networks
+from .files import OriginalCheckpoint
 
 _SHOWN = 8
 _HEADS = {"projection_head.": "fc.", "prediction_head.": "pred."}
