@@ -1,7 +1,9 @@
 """Files from strangers: no code of theirs runs, whatever they are."""
 
+import gzip
 import os
 import pickle
+import tarfile
 import zipfile
 
 import numpy as np
@@ -100,6 +102,66 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
         load_safely(tmp_path)
     with pytest.raises(ValueError, match=r"but '.*nowhere' does not exist"):
         load_safely(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="is a device or a pipe"):
+            load_safely(name)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("gzip", "packed by gzip. Unpack it"),
+        ("tar", "a tar archive, .* Unpack it"),
+        ("lfs", "a pointer of Git LFS"),
+        ("html", "a web page"),
+        ("zeros", "nothing but zeros, .* Get it again"),
+        ("protocol", "a newer pickle protocol, .* without `pickle_protocol`"),
+        ("torchscript", "a program of TorchScript, which holds code"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_lies_in_place_of_a_checkpoint_is_named_without_advice_to_load_it_unsafely(tmp_path, how, message):
+    file, inner = tmp_path / "file.pth.tar", tmp_path / "inner"
+    torch.save(msn_checkpoint(), inner, pickle_protocol=4 if how == "protocol" else 2)
+    if how == "tar":
+        with tarfile.open(file, "w") as archive:
+            archive.add(inner, "vits16.pth")
+    elif how == "torchscript":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+    else:
+        data = {
+            "gzip": gzip.compress(inner.read_bytes(), 1),
+            "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "html": b"<!doctype html><title>404</title>",
+            "zeros": bytes(5000),
+        }
+        file.write_bytes(data.get(how) or inner.read_bytes())
+    with pytest.raises(ValueError, match=message) as caught:
+        load_safely(file)
+    assert "othing of it was executed" in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_one_wrong_bit_in_the_weights_is_found(tmp_path):
+    torch.save(msn_checkpoint(), tmp_path / "file")
+    with zipfile.ZipFile(tmp_path / "file") as archive:
+        last = max(archive.infolist(), key=lambda entry: entry.file_size)
+        middle = archive.read(last)[100:140]
+    data = bytearray((tmp_path / "file").read_bytes())
+    data[data.index(middle)] ^= 1
+    (tmp_path / "file").write_bytes(data)
+    torch.load(tmp_path / "file", mmap=True, weights_only=True)  # does not see it
+    with pytest.raises(ValueError, match=r"does not have the checksum .* get it again"):
+        convert_checkpoint(tmp_path / "file", tmp_path / "model", 4)
+
+
+def test_attributes_that_a_file_gives_to_a_tensor_change_nothing(tmp_path):
+    content = msn_checkpoint()
+    for tensor in (content["target_encoder"]["module.norm.weight"], content["prototypes"]):
+        tensor.detach = tensor.numel = tensor.float = "no method"
+    torch.save(content, tmp_path / "file")
+    assert load_safely(tmp_path / "file")["prototypes"].numel == "no method"
+    assert convert_checkpoint(tmp_path / "file", tmp_path / "model", 4).is_dir()
 
 
 @pytest.mark.parametrize("content", [3, "text", None, [], torch.ones(2, 2), {"encoder": 3}, {}, {1: 2}])
