@@ -42,10 +42,11 @@ def convert_checkpoint(
     of a square, or fails, where this package interpolates to the image's own shape; and where a side is no multiple of
     the patch, the original drops the rest of the image, and this package refuses it.
 
-    MSN: `target_encoder` and `prototypes` are needed; where `encoder`, the online network, is not in the file, it
-    starts as a copy of the target. PAWS: `encoder`, a ResNet or a ViT. What forward does beside the networks
-    (temperatures, masking, the weights of the loss) is in no such file and gets the configuration's defaults. Half and
-    double precision become float32, which rounds only the latter. The optimizer's state is left out.
+    MSN: `prototypes` and one of `target_encoder` and `encoder`, the online network, are needed; where one of the two
+    is not in the file, it starts as a copy of the other, with a warning. PAWS: `encoder`, a ResNet or a ViT. What
+    forward does beside the networks (temperatures, masking, the weights of the loss) is in no such file and gets the
+    configuration's defaults. Half and double precision become float32, which rounds only the latter. The optimizer's
+    state is left out.
 
     Beside the weights are written `preprocessor_config.json`, the paper's evaluation transform (shortest edge to 256,
     centre crop to 224, ImageNet's normalisation, scaled to the model's size), and `conversion.json`: the source and

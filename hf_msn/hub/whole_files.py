@@ -44,8 +44,9 @@ def check_new_folder(path: str | Path, name: str) -> Path:
                 f"`{name}` must be new or empty, but '{path}' is not empty. Choose another, or remove it first."
             )
     elif os.path.lexists(path):
+        kind = "link" if path.is_symlink() else "file"
         raise ValueError(
-            f"`{name}` must be a folder, new or empty, but '{path}' is a file. Choose another, or remove it first."
+            f"`{name}` must be a folder, new or empty, but '{path}' is a {kind}. Choose another, or remove it first."
         )
     return path
 

@@ -241,6 +241,7 @@ def form(kind: str) -> dict:
         "inside": {"target_encoder": {**target, "prototypes": prototypes}},
         "flat": {**prefixed(target, "module.target_encoder."), "prototypes": prototypes, "epoch": 7},
         "bare": {**prefixed(target), "module.prototypes": prototypes},
+        "epoch as a tensor": {"target_encoder": target, "prototypes": prototypes, "epoch": torch.tensor(7)},
         "no counters": {
             "target_encoder": {name: t for name, t in target.items() if not name.endswith("tracked")},
             "prototypes": prototypes,
@@ -260,6 +261,7 @@ def form(kind: str) -> dict:
         "inside",
         "flat",
         "bare",
+        "epoch as a tensor",
         "no counters",
     ],
 )
@@ -272,7 +274,7 @@ def test_other_forms_of_the_same_checkpoint_give_the_same_model(save, tmp_path, 
         if not (kind == "no counters" and name.endswith("num_batches_tracked")):
             assert torch.equal(model[name], tensor), name
     record = json.loads((tmp_path / "msn" / "conversion.json").read_text())
-    assert record["epoch"] == (7 if kind in ("wrapped", "flat") else None)
+    assert record["epoch"] == (7 if kind in ("wrapped", "flat", "epoch as a tensor") else None)
     if kind == "no counters":
         assert "target_encoder.fc.bn1.num_batches_tracked: 0" in record["made_up"]
 

@@ -67,6 +67,11 @@ def test_a_model_made_here_goes_there_and_back_bit_for_bit(tmp_path, prefix, rel
     assert set(written) == {"target_encoder", "prototypes"} | (set() if released else {"encoder"})
     assert written["target_encoder"][f"{prefix}blocks.1.attn.qkv.weight"].shape == (96, 32)
     assert all(name.startswith(prefix) for name in written["target_encoder"])
+    trunk = [
+        name.removeprefix(prefix) for name in written["target_encoder"] if "fc." not in name.replace("mlp.fc", "")
+    ]
+    # an optimizer's state of the original counts the parameters in this order
+    assert trunk[:3] + trunk[-2:] == ["cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight", "norm.bias"]
     convert_checkpoint(tmp_path / "msn.pth.tar", tmp_path / "model", 2)
     loaded = MSNForPreTraining.from_pretrained(tmp_path / "model")
     assert_same(dict(loaded.state_dict()), dict(model.state_dict()))

@@ -120,6 +120,10 @@ def test_another_method_is_named(refuse, content, message):
         ),
         (msn_checkpoint() | {"prototypes": torch.ones(6, 25)}, "prototypes have dimension 25, but .* 24"),
         (msn_checkpoint() | {"prototypes": torch.ones(6)}, r"one tensor of shape \(K, D\), but .*\(6,\)"),
+        (msn_checkpoint() | {"prototypes": torch.ones(6, 24, dtype=torch.int8)}, "'prototypes' must be .*torch.int8"),
+        (msn_checkpoint() | {"prototypes": torch.ones(6, 24).bool()}, "'prototypes' must be .*torch.bool"),
+        (msn_checkpoint() | {"target_encoder": [1]}, "'target_encoder' must hold named tensors, but is of type list"),
+        (msn_checkpoint() | {"encoder": "vit"}, "'encoder' must hold named tensors, but is of type str"),
         (msn_checkpoint() | {"prototypes": [1]}, r"one tensor of shape \(K, D\), but .*list"),
         (msn_checkpoint() | {"prototypes": torch.full((6, 24), float("nan"))}, "'prototypes' has NaN or Inf"),
         (msn_checkpoint() | {"prototypes": None}, "has no 'prototypes'.*--export_backbone"),
@@ -192,10 +196,12 @@ def test_an_output_that_would_lose_something_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "closed").write_text("a file where a folder should be")
+    (tmp_path / "linked").symlink_to(tmp_path / "closed")
     for places, message in {
         (file, None): "is the input",
         (tmp_path / "full", None): "`output_dir` must be new or empty",
         (tmp_path / "full" / "notes.txt", None): "must be a folder, new or empty",
+        (tmp_path / "linked", None): "but '.*linked' is a link",
         (tmp_path / "closed" / "model", None): "`output_dir` must be writable",
         (None, None): "There is nothing to write",
         (tmp_path / "a", tmp_path / "full"): "`export_backbone_dir` must be new or empty",
@@ -204,7 +210,13 @@ def test_an_output_that_would_lose_something_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(file, places[0], 4, export_backbone_dir=places[1])
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["closed", "full", "notes.txt", "original.pth.tar"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "closed",
+        "full",
+        "linked",
+        "notes.txt",
+        "original.pth.tar",
+    ]
 
 
 @pytest.mark.parametrize("broken", ["save_pretrained", "export"])

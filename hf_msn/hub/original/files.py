@@ -83,6 +83,8 @@ def read_original(path: str | Path, method: Literal["msn", "paws"] | None = None
         content = content[wrapper]
         _check_names(content, f"'{wrapper}'")
     epoch = content.get("epoch") if epoch is None else epoch
+    if isinstance(epoch, torch.Tensor) and epoch.ndim == 0 and epoch.device.type == "cpu":
+        epoch = epoch.tolist()
     sections, others = _sections(content)
     networks, prefixed = {}, False
     for name in ("encoder", "target_encoder"):
@@ -136,6 +138,12 @@ def _check_names(content: Any, what: str) -> None:
 
 def _sections(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The networks and prototypes of a file, and the names of what else it has."""
+    for name in ("encoder", "target_encoder"):
+        if content.get(name) is not None and not isinstance(content[name], Mapping):
+            raise ValueError(
+                f"'{name}' must hold named tensors, but is of type {type(content[name]).__name__}. The file is "
+                "damaged, or no checkpoint of MSN or PAWS."
+            )
     nested = {name: content[name] for name in ("encoder", "target_encoder") if isinstance(content.get(name), Mapping)}
     if nested:
         prototypes = {name: content[name] for name in content if _PROTOTYPES.match(name)}
@@ -175,7 +183,7 @@ def _network(section: str, weights: Mapping[str, Any], path: Path) -> tuple[dict
             raise ValueError(
                 f"'{section}' has '{short}' twice: once with 'module.' before it, once without. Remove one of them."
             )
-        plain[short] = tensor.detach()
+        plain[short] = torch.Tensor.detach(tensor)  # also without the attributes that a file can give to a tensor
     if not is_vit(plain) and not is_resnet(plain):
         raise ValueError(f"'{section}' of '{path}' is neither a ViT nor a ResNet: {_first(plain)}. {_seems(plain)}")
     if seems := _seems(plain):
@@ -201,8 +209,14 @@ def _prototypes(sections: Mapping[str, Any], networks: Mapping[str, dict], path:
     if len(tensors) > 1 or not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or min(tensor.shape) < 1:
         shapes = {name: tuple(getattr(value, "shape", ())) or type(value).__name__ for name, value in tensors.items()}
         raise ValueError(f"The prototypes must be one tensor of shape (K, D), but '{path}' has {shapes}.")
+    tensor = torch.Tensor.detach(tensor)
     check_tensor(name, tensor, path.stat().st_size)
-    return tensor.detach()
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"'{name}' must be floating-point numbers, but is of type {tensor.dtype}. A quantised model cannot be "
+            "converted."
+        )
+    return tensor
 
 
 def _plain_names(weights: Mapping[str, Any]) -> list[str]:

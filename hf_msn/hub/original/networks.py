@@ -97,7 +97,6 @@ def vit_shapes(config: ViTMSNConfig) -> dict[str, tuple[int, ...]]:
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + (config.image_size // patch) ** 2, width),
         **_affine("patch_embed.proj", width, config.num_channels, patch, patch),
-        **_affine("norm", width),
     }
     for block in range(config.num_hidden_layers):
         prefix = f"blocks.{block}."
@@ -109,6 +108,7 @@ def vit_shapes(config: ViTMSNConfig) -> dict[str, tuple[int, ...]]:
         shapes.update(_affine(f"{prefix}mlp.fc2", width, config.intermediate_size))
         if not config.qkv_bias:
             del shapes[f"{prefix}attn.qkv.bias"]
+    shapes.update(_affine("norm", width))
     return shapes
 
 
