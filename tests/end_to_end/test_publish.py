@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, HubServer
+from hub_server import HubServer
+from hub_state import TOKEN
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 from tiny import tiny_model

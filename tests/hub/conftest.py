@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, HubServer
+from hub_server import HubServer
+from hub_state import TOKEN
 from tiny import tiny_model
 
 from hf_msn import evaluation_image_processor

@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from hub_server import TOKEN
+from hub_state import TOKEN
 from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file

@@ -4,7 +4,7 @@ import socket
 
 import huggingface_hub
 import pytest
-from hub_server import READ_ONLY_TOKEN, TOKEN
+from hub_state import READ_ONLY_TOKEN, TOKEN
 from huggingface_hub.utils._http import close_session
 
 from hf_msn import MSNForPreTraining, PublishingError, publish_checkpoint

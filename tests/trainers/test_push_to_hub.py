@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from hub_server import TOKEN, HubServer
+from hub_server import HubServer
+from hub_state import TOKEN
 from safetensors.torch import load_file
 from short_runs import StopAt, assert_same_weights, make_trainer
 from transformers import TrainerCallback
