@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
 from .. import models  # noqa: F401  registers the hf_msn checkpoints with the Auto classes
-from .weights_hash import weights_sha256
+from .weights_hash import CLS_PARAMETER, weights_sha256
 
-_CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
 # types of checkpoint that hold an encoder to evaluate beside what pretraining needs
 _PRETRAINING_TYPES = {"msn", "paws", "suncet"}
 
@@ -169,7 +167,7 @@ def feature_function(backbone: nn.Module, num_last_layers: int = 1) -> Callable[
         `ValueError`: if `num_last_layers` is not between 1 and the number of blocks, or more than 1 without [CLS].
     """
     has_cls = not is_timm_model(backbone) and any(
-        _CLS_PARAMETER.fullmatch(name) for name, _ in backbone.named_parameters()
+        CLS_PARAMETER.fullmatch(name) for name, _ in backbone.named_parameters()
     )
     if num_last_layers < 1:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, ViTMSNModel
 
 from ..models.patch_dropping import PatchDroppingViTMSNModel
 
+CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
 # what of a ViTMSN's configuration changes its features and does not show in the shapes of its tensors
 _VIT_MSN_FIELDS = (
     "image_size",
@@ -54,13 +56,15 @@ def weights_sha256(module: nn.Module) -> str:
 
     A backbone has the same hash in a pretraining model, in its export and under a classifier: class names and the
     classifier of a timm model do not count, nor does what only training has (dropout, batch statistics over ranks).
-    `find_backbone` finds it; for a whole model the hash is that of all of it.
+    The pooler of a transformers model with a [CLS] token does not count either: no feature passes it, and a classifier
+    is saved without, so that loading draws one at random. `find_backbone` finds the backbone; for a whole model the
+    hash is that of all of it.
     """
     tensors = module.state_dict()
     if type(module) in (ViTMSNModel, PatchDroppingViTMSNModel):
         structure = ["vit_msn", {name: getattr(module.config, name) for name in _VIT_MSN_FIELDS}]
     else:
-        left_out = _classifier_names(module)
+        left_out = _classifier_names(module) | _pooler_names(module)
         tensors = {name: tensor for name, tensor in tensors.items() if not _is_below(name, left_out)}
         structure = list(_structure(module, left_out))
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True, default=str).encode())
@@ -98,6 +102,12 @@ def _classifier_names(module: nn.Module) -> set[str]:
     classifiers = module.get_classifier()
     classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
     return {name for name, part in module.named_modules() if any(part is classifier for classifier in classifiers)}
+
+
+def _pooler_names(module: nn.Module) -> set[str]:
+    """The pooler of a model whose features are those of its [CLS] token."""
+    has_cls = any(CLS_PARAMETER.fullmatch(name) for name, _ in module.named_parameters())
+    return {"pooler"} if isinstance(module, PreTrainedModel) and has_cls else set()
 
 
 def _is_below(name: str, prefixes: set[str]) -> bool:

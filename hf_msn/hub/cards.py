@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..evaluation.results import LowShotResults
 from ..privacy import find_private, public_name
-from .card import sections
+from .card import replicas, sections
 from .card.facts import CheckpointFacts, read_checkpoint
 from .card.figures import check_png, plot_low_shot
 from .card.measured import model_argument, read_low_shot, weights_of
@@ -175,7 +175,7 @@ def _make(checkpoint, results, repo_id, figures, license, without_results, model
         title=escaped(name),
         architecture=facts.describe_architecture(),
         weights_sha256=weights,
-        head=_head(facts),
+        head=_head(facts) + replicas.head(facts),
         measured=_measured(facts, measured) if has_results else "",
         figures=[{"name": figure, "alt": escaped(Path(figure).stem.replace("_", " "))} for figure in shown],
         uses=sections.uses(facts, where, repo_id is not None),
@@ -201,7 +201,9 @@ def _of_kind(facts: CheckpointFacts) -> dict[str, object]:
         method = facts.conversion.get("method") or "a method that its files do not name"
         return {"method": escaped(method), "conversion": sections.conversion(facts)}
     if facts.kind == "pretrained":
-        return {"method": sections.METHODS[facts.method]}
+        is_classifier = facts.is_classifier and facts.method is None
+        what = "An image classifier, trained" if is_classifier else "An image encoder pretrained"
+        return {"what": what, "method": sections.METHODS[facts.method]}
     said = facts.finetuning.said
     names = [escaped(name) for name in said.get("class_names") or ()]
     more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""

@@ -85,8 +85,9 @@ def publish_checkpoint(
 
     Only these go up: `config.json`, `model.safetensors` (or its shards with their index), `preprocessor_config.json`,
     `README.md`, `.eval_results/*.yaml`, `figures/*.png` of the card, and `run.json`, `conversion.json`,
-    `codistillation.json`, `finetune.json` where the checkpoint has them. Paths of this machine are taken out of JSON
-    files; a token anywhere, or such a path in another file, is an error.
+    `codistillation.json`, `finetune.json` where the checkpoint has them; and where that says that the average of
+    replicas is published, model and image processor of each in `replica_<r>/`. Paths of this machine are taken out of
+    JSON files; a token anywhere, or such a path in another file, is an error.
 
     All is checked, exported and written in a temporary folder before the Hub is asked. The upload is one commit: what
     was there stays as it was until all is there. After an interrupted one the same call goes on.
@@ -153,7 +154,7 @@ def publish_checkpoint(
 
 def holds(present: dict[str, RepoFile], files: Sequence[PlannedFile]) -> bool:
     """Whether a branch holds the very model of `files` already: configuration and weights, byte by byte."""
-    model = [file for file in files if file.path == "config.json" or file.path.endswith(".safetensors")]
+    model = [file for file in files if Path(file.path).name == "config.json" or file.path.endswith(".safetensors")]
     for file in model:
         there = present.get(file.path)
         if there is None or there.size != file.size:

@@ -1,6 +1,5 @@
 """`run.json`: how a model was trained, written beside it by our trainers, for its card; nothing private is in it."""
 
-import ast
 import dataclasses
 import json
 import os
@@ -32,12 +31,12 @@ class RunRecorder:
 
     Attributes:
         recipe (`Mapping[str, Any]`, *optional*): The fields of the recipe as they were given.
-        sync (`Mapping[str, str]`, *optional*): Method and settings of training with little communication, as text.
+        sync (`Mapping[str, Any]`, *optional*): `method` and settings of training with little communication.
     """
 
     def __init__(self):
         self.recipe: Mapping[str, Any] | None = None
-        self.sync: Mapping[str, str] | None = None
+        self.sync: Mapping[str, Any] | None = None
         self._before: float | None = 0.0
         self._started: float | None = None
 
@@ -69,7 +68,9 @@ class RunRecorder:
             said.pop("arguments")  # the recipe has them, and what is in no argument
             said["recipe"] = dict(self.recipe)
         if self.sync is not None:
-            said["sync"] = {name: _plain(text) for name, text in self.sync.items()}
+            said["sync"] = dict(self.sync)
+            if "replicas" in self.sync:  # each makes updates of its own
+                said["batch"]["images_per_update"] //= self.sync["replicas"]
         write_run(folder, {**said, "wall_time_seconds": self.seconds})
 
 
@@ -182,14 +183,6 @@ def _known(value: Any) -> Any:
         known = {key: _known(item) for key, item in value.items()}
         return {key: item for key, item in known.items() if item is not None and item != {}}
     return [_known(item) for item in value] if isinstance(value, list) else value
-
-
-def _plain(text: str) -> Any:
-    """The value that a `repr` stands for, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _cpu_name() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from ..distributed.replicas.peer_checkpoints import logits_of
 
 PUBLISHED_FILE = "codistillation.json"
+_FOLDER = re.compile(r"replica_(0|[1-9][0-9]*)")
 
 
 class PredictionAverage(nn.Module):
@@ -72,11 +75,15 @@ class PredictionAverage(nn.Module):
             settings: Of `from_pretrained`, such as `dtype` or `revision`.
 
         Raises:
-            ValueError: If the run has published no average, or a model's class is not known.
+            ValueError: If the run has published no average, `codistillation.json` names other folders than
+                `replica_<number>`, or a model's class is not known.
             OSError: If a file is missing.
         """
         if isinstance(folder, (str, Path)):
-            places = [(str(folder), {"subfolder": name}) for name in _published_folders(str(folder), settings)]
+            names, commit = _published_folders(str(folder), settings)
+            places = [(str(folder), {"subfolder": name}) for name in names]
+            if commit is not None:  # replicas of one push also where another comes in between
+                settings["revision"] = commit
         else:
             places = [(str(place), {}) for place in folder]
         models = []
@@ -147,7 +154,40 @@ def _of_files(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in names if name in settings}
 
 
-def _published_folders(folder: str, settings: Mapping[str, Any]) -> list[str]:
+def replica_folders(said: Any, where: str) -> list[str] | None:
+    """The names of the folders of an average in a `codistillation.json`, or `None` if it is not of an average.
+
+    Args:
+        said: What the file holds. It may be a stranger's.
+        where (`str`): The file in words, for errors.
+
+    Raises:
+        ValueError: If it is no such file, or a folder is anything but `replica_<number>`.
+    """
+    if not isinstance(said, dict) or "published" not in said:
+        raise ValueError(
+            f"{where} must be a JSON object that says what is `published`, but is none. Take the file that the run "
+            "wrote."
+        )
+    if said["published"] != "average":
+        return None
+    names, count = said.get("folders"), said.get("replicas")
+    is_listed = isinstance(names, list) and all(isinstance(name, str) and _FOLDER.fullmatch(name) for name in names)
+    if not is_listed or not names or len(set(names)) != len(names):
+        raise ValueError(
+            f"`folders` of {where} must be the names of the replicas' folders, each `replica_<number>` and once, but "
+            f"are {names!r}. Take the file that the run wrote."
+        )
+    if count not in (None, len(names)):
+        raise ValueError(
+            f"`folders` of {where} must be one for each of `replicas`, but are {len(names)} of {count!r}. Take the "
+            "file that the run wrote."
+        )
+    return names
+
+
+def _published_folders(folder: str, settings: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """The replicas' folders, and the commit that they are of where they come from the Hub."""
     remedy = "Give the `output_dir` of a run with `publish='average'`, or a list of the models' folders."
     if Path(folder).is_dir() and not Path(folder, PUBLISHED_FILE).is_file():
         raise ValueError(
@@ -161,22 +201,27 @@ def _published_folders(folder: str, settings: Mapping[str, Any]) -> list[str]:
             f"`folder` must be a folder, or a repository on the Hub, with a '{PUBLISHED_FILE}', but from '{folder}' "
             f"there is none to be had. {remedy}"
         ) from error
-    said = json.loads(Path(file).read_text())
-    if said.get("published") != "average":
+    where = f"'{PUBLISHED_FILE}' of '{folder}'"
+    try:
+        said = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{where} does not parse as JSON: {error}. {remedy}") from error
+    names = replica_folders(said, where)
+    if names is None:
         raise ValueError(
             f"`folder` must be of a run that has published an average, but '{folder}' has published replica "
-            f"{said.get('published')} alone, which its own class loads. {remedy}"
+            f"{said['published']} alone, which its own class loads. {remedy}"
         )
-    return said["folders"]
+    return names, None if Path(folder).is_dir() else extract_commit_hash(file, None)
 
 
 def _class_of(folder: str, settings: dict[str, Any]) -> Any:
     fields, _ = PreTrainedConfig.get_config_dict(folder, **settings)
     name = (fields.get("architectures") or [None])[0]
-    found = getattr(transformers, name or "", None)
-    if found is None:
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"The class of the model in '{folder}' must be known to load it, but `architectures` of its config.json "
-            f"names {name}, which is not of transformers. Give `model_class`."
+            f"names {name}, which is no model of transformers. Give `model_class`."
         )
     return found

@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
-from ..callbacks.sync_checkpoints import settings_of
+from ..callbacks.sync_record import record_of
 from ..callbacks.trainer_seams import find_sync_callback
 from ..data.datasets import StreamingMultiViewDataset
 from ..distributed.batch_norm import synchronize_batch_norm
@@ -267,8 +267,7 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     def _note_sync(self) -> None:
         """Keeps how the ranks train together, which the callback forgets at the end."""
-        callback = find_sync_callback(self)
-        self.run_record.sync = None if callback is None or callback.sync is None else settings_of(callback.sync)
+        self.run_record.sync = record_of(find_sync_callback(self))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

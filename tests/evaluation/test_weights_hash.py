@@ -11,6 +11,8 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
+    ViTConfig,
+    ViTForImageClassification,
     ViTMSNForImageClassification,
     ViTMSNModel,
 )
@@ -108,6 +110,17 @@ def test_a_network_of_timm_has_one_hash_with_and_without_a_classifier(name, opti
     with torch.no_grad():
         next(encoder.parameters()).view(-1)[0] += 1
     assert weights_sha256(encoder) not in hashes
+
+
+def test_a_vit_with_a_cls_token_has_one_hash_with_and_without_a_pooler(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
+    model.save_pretrained(tmp_path)
+    # `AutoModel` draws a pooler at random, another each time
+    assert {checkpoint_weights_sha256(tmp_path) for _ in range(2)} == {hash_of(model)}
+    with torch.no_grad():
+        model.vit.layernorm.bias.add_(1)
+    assert hash_of(model) != checkpoint_weights_sha256(tmp_path)
 
 
 def test_settings_of_timm_that_show_in_no_tensor_change_the_hash():

@@ -337,15 +337,6 @@ def test_a_converted_card_says_what_came_from_the_file_and_what_did_not(made, tm
     assert "Converting changes no licence" in text and card.data.license is None
 
 
-def test_codistillation_is_told_where_its_file_lies(made, tmp_path):
-    folder = shutil.copytree(made["checkpoint"], tmp_path / "codistilled")
-    said = {"replicas": 2, "published": 1, "publish": "best", "metric": "eval_x", "values": [1.5, 2.5], "settings": {}}
-    (folder / "codistillation.json").write_text(json.dumps(said))
-    text = create_model_card(folder, made["results"]).text
-    assert "replica 1 of 2 is published, the best by eval\\_x (by replica: 1.5, 2.5)" in text
-    assert "arXiv:2010.02838" in text
-
-
 def test_training_is_told_as_the_record_has_it_and_nothing_else(made, tmp_path):
     export = made["export"]
     assert "no `run.json` is beside them" in create_model_card(export, made["results"]).text

@@ -74,5 +74,57 @@ def test_what_is_no_average_is_named(tmp_path):
     (tmp_path / "codistillation.json").write_text(json.dumps({"published": "average", "folders": ["replica_0"]}))
     (tmp_path / "replica_0").mkdir()
     (tmp_path / "replica_0" / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["Mine"]}))
-    with pytest.raises(ValueError, match=r"names Mine, which is not of transformers. Give `model_class`"):
+    with pytest.raises(ValueError, match=r"names Mine, which is no model of transformers. Give `model_class`"):
         PredictionAverage.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["../replica_0", "replica_1"],
+        ["/etc", "replica_1"],
+        ["replica_0/../..", "replica_1"],
+        ["replica_0\n", "replica_1"],
+        ["replica_\N{ARABIC-INDIC DIGIT ONE}", "replica_1"],
+        ["replica_00", "replica_1"],
+        ["replica_0", "replica_0"],
+        ["", "replica_1"],
+        [["replica_0"], "replica_1"],
+        {"replica_0": 1, "replica_1": 1},
+        "replica_0",
+        [],
+        None,
+    ],
+)
+def test_folders_of_a_stranger_are_plain_names_of_replicas(tmp_path, folders):
+    for name in ("run", "run/replica_0", "run/replica_1", "replica_0"):
+        model(0).save_pretrained(tmp_path / name)
+    said = {"published": "average", "replicas": 2, "folders": folders}
+    (tmp_path / "run" / "codistillation.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"`folders` of .*must be the names of the replicas' folders"):
+        PredictionAverage.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "does not parse as JSON"),
+        ("[]", "must be a JSON object that says what is `published`"),
+        ("{}", "must be a JSON object that says what is `published`"),
+        ('{"published": 1}', "has published replica 1 alone"),
+        ('{"published": "average", "replicas": 3, "folders": ["replica_0"]}', "are 1 of 3"),
+    ],
+)
+def test_a_file_that_is_no_record_of_an_average_is_named(tmp_path, text, message):
+    (tmp_path / "codistillation.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PredictionAverage.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "os", "PreTrainedConfig", None])
+def test_the_class_of_a_model_is_one_of_transformers(tmp_path, name):
+    model(0).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "architectures": [name]}))
+    with pytest.raises(ValueError, match=f"names {name}, which is no model of transformers"):
+        PredictionAverage.from_pretrained([tmp_path])

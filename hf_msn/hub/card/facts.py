@@ -11,6 +11,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from ...privacy import without_private
+from ..checkpoint_files import find_replicas
 from ..run_record import read_run
 from .measured import FinetuningNumbers, model_argument, read_finetuning
 
@@ -27,6 +28,7 @@ class CheckpointFacts:
     finetuning: FinetuningNumbers | None
     conversion: dict[str, Any] | None
     codistillation: dict[str, Any] | None
+    replicas: list[str]
 
     @property
     def kind(self) -> Literal["pretrained", "finetuned", "converted"]:
@@ -102,7 +104,8 @@ def read_checkpoint(path: str | Path, run: str | Path | None = None) -> Checkpoi
         run (`str` or `Path`, *optional*): Folder whose `run.json` tells of the training; by default the same.
 
     Raises:
-        ValueError: It is no checkpoint, its weights are damaged, or one of its JSON files does not parse.
+        ValueError: It is no checkpoint, its weights are damaged, one of its JSON files does not parse, or replicas are
+            missing whose average it says is published.
     """
     path = Path(path)
     model_argument(path)  # says what is wrong with config.json
@@ -115,6 +118,7 @@ def read_checkpoint(path: str | Path, run: str | Path | None = None) -> Checkpoi
         finetuning=read_finetuning(path),
         conversion=without_private(_object(path / "conversion.json")),
         codistillation=without_private(_object(path / "codistillation.json")),
+        replicas=list(find_replicas(path)),
     )
     if facts.num_weights == 0:
         raise ValueError(f"The checkpoint '{path}' has no weights: no *.safetensors. Save the model again.")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ...privacy import public_name
+from . import replicas
 from .facts import CheckpointFacts
 from .text import citations, data_name, duration, escaped, fenced
 
@@ -13,12 +14,19 @@ METHODS = {
     None: "by a method that its files do not name",
 }
 _MOST_SHOWN = 12
-_SYNC_PAPERS = {"SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip", "AsyncGossip": "gossip"}
 
 
 def uses(facts: CheckpointFacts, where: str, on_hub: bool) -> list[dict[str, str]]:
     """How to load the checkpoint with each library that can: title and three lines."""
-    name = repr(where).replace("'", '"')
+    of_folder = _uses_of_folder(facts, where, on_hub)
+    if not facts.replicas:
+        return of_folder
+    alone = [{**one, "title": f"The first replica alone. {one['title']}"} for one in of_folder]
+    return [replicas.use(facts, _quoted(where)), *alone]
+
+
+def _uses_of_folder(facts: CheckpointFacts, where: str, on_hub: bool) -> list[dict[str, str]]:
+    name = _quoted(where)
     of_timm = facts.model_type == "timm"
     output = ").pooler_output" if of_timm else ", output_hidden_states=True).hidden_states[-1][:, 0]"
     through_transformers = {
@@ -69,7 +77,7 @@ def training(facts: CheckpointFacts) -> str:
         told = "Nothing here tells how these weights were trained" + (
             ": a conversion knows the file alone." if facts.kind == "converted" else "; no `run.json` is beside them."
         )
-        return "\n\n".join([told, *_codistillation(facts)])
+        return "\n\n".join([told, *replicas.codistillation(facts)])
     data, labelled, hardware, batch = (run.get(name) or {} for name in ("data", "labelled", "hardware", "batch"))
     rows = {
         "method": run.get("method"),
@@ -106,7 +114,7 @@ def training(facts: CheckpointFacts) -> str:
         ]
     elif run.get("arguments"):
         parts += ["Training arguments that are not the defaults:", fenced(run["arguments"])]
-    return "\n\n".join([*parts, *_codistillation(facts)])
+    return "\n\n".join([*parts, *replicas.codistillation(facts)])
 
 
 def conversion(facts: CheckpointFacts) -> str:
@@ -147,6 +155,8 @@ def limits(facts: CheckpointFacts, measured: bool) -> str:
         lines.append(f"It was made for images of {size} pixels, and is no encoder of photographs.")
     if facts.is_classifier:
         lines.append("It knows the classes that it was trained on, and gives one of them to any image.")
+    if facts.replicas and measured:
+        lines.append("What is under Results was measured on the first replica alone, not on the average.")
     if (facts.conversion or {}).get("made_up"):
         lines.append(f"Not from the converted file, but made up: {escaped(_listed(facts.conversion['made_up']))}.")
     return "\n".join(f"- {line}" for line in lines)
@@ -166,24 +176,25 @@ def citation(facts: CheckpointFacts) -> str:
     if facts.finetuning is not None and facts.finetuning.said["head"] == "suncet" and "suncet" not in names:
         names.append("suncet")
     sync = facts.run.get("sync") or {}
-    for said in (sync.get("method"), sync.get("base method")):
-        paper = _SYNC_PAPERS.get(str(said))
-        names += [paper] if paper and paper not in names else []
-    if facts.codistillation is not None or sync.get("method") == "Codistillation":
+    names += [paper for prefix in ("", "base ") if (paper := _sync_paper(sync, prefix)) and paper not in names]
+    if facts.codistillation is not None and "codistillation" not in names:
         names.append("codistillation")
     return citations(names) if names else "The files of this checkpoint name no method to cite."
 
 
-def _codistillation(facts: CheckpointFacts) -> list[str]:
-    said = facts.codistillation
-    if said is None:
-        return []
-    text = f"Codistilled: replica {escaped(said.get('published'))} of {escaped(said.get('replicas'))} is published"
-    if said.get("metric"):
-        values = ", ".join(f"{value:.6g}" for value in said.get("values") or () if isinstance(value, (int, float)))
-        text += f", the best by {escaped(said['metric'])}" + (f" (by replica: {values})" if values else "")
-    settings = ", ".join(f"{escaped(key)} {escaped(value)}" for key, value in (said.get("settings") or {}).items())
-    return [text + (f". Settings: {settings}." if settings else ".")]
+def _sync_paper(sync: dict[str, Any], prefix: str) -> str | None:
+    """The paper of a method of training with little communication, or of its base."""
+    method, pushes = sync.get(f"{prefix}method"), sync.get(f"{prefix}push_sum")
+    if method == "Gossip" and pushes is False:
+        return "d_psgd"
+    if method == "AsyncGossip":
+        return "async_push" if sync.get(f"{prefix}async_method") == "push_sum" else "ad_psgd"
+    names = {"LocalSGD": "local_sgd", "SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip"}
+    return {**names, "Codistillation": "codistillation"}.get(str(method))
+
+
+def _quoted(text: str) -> str:
+    return repr(text).replace("'", '"')
 
 
 def _images(data: dict[str, Any]) -> str:

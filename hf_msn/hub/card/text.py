@@ -33,6 +33,12 @@ _PAPERS = {
   journal = {arXiv preprint arXiv:2006.10803},
   year    = {2020}
 }""",
+    "local_sgd": """@article{stich2018local,
+  title   = {Local SGD Converges Fast and Communicates Little},
+  author  = {Stich, Sebastian U.},
+  journal = {arXiv preprint arXiv:1805.09767},
+  year    = {2018}
+}""",
     "slowmo": """@article{wang2019slowmo,
   title   = {SlowMo: Improving Communication-Efficient Distributed SGD with Slow Momentum},
   author  = {Wang, Jianyu and Tantia, Vinayak and Ballas, Nicolas and Rabbat, Michael},
@@ -43,6 +49,25 @@ _PAPERS = {
   title   = {Stochastic Gradient Push for Distributed Deep Learning},
   author  = {Assran, Mahmoud and Loizou, Nicolas and Ballas, Nicolas and Rabbat, Michael},
   journal = {arXiv preprint arXiv:1811.10792},
+  year    = {2018}
+}""",
+    "d_psgd": """@article{lian2017can,
+  title   = {Can Decentralized Algorithms Outperform Centralized Algorithms? A Case Study for Decentralized Parallel
+             Stochastic Gradient Descent},
+  author  = {Lian, Xiangru and Zhang, Ce and Zhang, Huan and Hsieh, Cho-Jui and Zhang, Wei and Liu, Ji},
+  journal = {arXiv preprint arXiv:1705.09056},
+  year    = {2017}
+}""",
+    "ad_psgd": """@article{lian2017asynchronous,
+  title   = {Asynchronous Decentralized Parallel Stochastic Gradient Descent},
+  author  = {Lian, Xiangru and Zhang, Wei and Zhang, Ce and Liu, Ji},
+  journal = {arXiv preprint arXiv:1710.06952},
+  year    = {2017}
+}""",
+    "async_push": """@article{assran2018asynchronous,
+  title   = {Asynchronous Gradient-Push},
+  author  = {Assran, Mahmoud and Rabbat, Michael},
+  journal = {arXiv preprint arXiv:1803.08950},
   year    = {2018}
 }""",
     "codistillation": """@article{sodhani2020closer,

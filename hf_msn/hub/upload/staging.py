@@ -10,25 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
 from ...models import MSNConfig, PAWSConfig, SuNCEtConfig
 from ...privacy import without_private
 from ..cards import save_model_card
+from ..checkpoint_files import IMAGE_PROCESSOR, INDEX, find_replicas, find_weights, model_files, read_json
 from ..export import export_backbone
 from .private_data import PrivateData
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _FINETUNED = "finetune.json"
 _RECORDS = ("run.json", "conversion.json", "codistillation.json", _FINETUNED)
 # What may lie in a repo by our hand: what a push no longer has of these is removed, the rest is left alone.
 _OURS = re.compile(
-    r"config\.json|preprocessor_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|"
+    r"(replica_[0-9]+/)?"
+    r"(config\.json|preprocessor_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json)|"
     r"README\.md|(run|conversion|codistillation|finetune)\.json|\.eval_results/[^/]+\.yaml|figures/[^/]+\.png"
 )
 # What a run needs to go on, besides the above: no training_args.bin, which nothing reads and which holds paths.
@@ -90,26 +89,8 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[Path, dict[str, Any], list[
             + (f"Did you mean '{inside[-1]}'?" if inside else "Give the folder that the model was saved to.")
         )
     _check_links(folder)
-    config = _read_json(folder / "config.json")
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        names = [WEIGHTS]
-    else:
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-        for name in names or [""]:
-            if not _SHARD.fullmatch(name):
-                raise ValueError(f"'{INDEX}' of '{checkpoint}' names '{name}', which is no file of weights.")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"'{checkpoint}' has no '{name}'. Weights are published as safetensors: `save_pretrained` writes them."
-            )
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"'{name}' of '{checkpoint}' is damaged ({error}). Take another checkpoint, or save the model anew."
-            ) from error
+    config, names = read_json(folder / "config.json"), find_weights(folder)
+    find_replicas(folder)
     return folder, config, names
 
 
@@ -140,27 +121,35 @@ def stage_checkpoint(
     _check_form(what, config, is_pretraining, checkpoint)
     origins: dict[str, str] = {}
     is_exported = is_pretraining and what == "backbone"
+    replicas = find_replicas(folder)
+    if is_exported and replicas:
+        raise ValueError(
+            f"'{checkpoint}' holds an average of {len(replicas)} replicas, but `what` is 'backbone', which exports "
+            "one model. Publish it whole: `what='pretraining'`."
+        )
     if is_exported:
         _export(folder, staging, origins)
     else:
-        names = ["config.json", "preprocessor_config.json", *([INDEX] if weights != [WEIGHTS] else []), *weights]
+        names = model_files(folder, weights)
+        for replica, files in replicas.items():
+            (staging / replica).mkdir()
+            names += [f"{replica}/{name}" for name in files]
         for name in names:
-            if (folder / name).is_file():
-                link(folder / name, staging / name)
-                origins[name] = f"{name} of the checkpoint"
+            link(folder / name, staging / name)
+            origins[name] = f"{name} of the checkpoint"
     for name in _RECORDS:
         # What fine-tuning measured is of the model with its head.
         if (folder / name).is_file() and not (is_exported and name == _FINETUNED):
             link(folder / name, staging / name)
             origins[name] = f"{name} of the checkpoint"
-    if "preprocessor_config.json" not in origins and config.get("model_type") is not None:
+    if IMAGE_PROCESSOR not in origins and config.get("model_type") is not None:
         logger.warning_once(
             "The checkpoint has no 'preprocessor_config.json': AutoImageProcessor will not load, and images that are "
             "normalised in another way than in training give wrong features. Write one by "
             "`evaluation_image_processor(image_size).save_pretrained(folder)`."
         )
     for name in list(origins):
-        if name.endswith(".json") and name != INDEX:
+        if name.endswith(".json") and Path(name).name != INDEX:
             _clean_json(staging / name, name, origins, private)
     _check_private(staging, origins, private)
     _add_card(staging, origins, folder, results, figures, repo_id, license, tags, without_results)
@@ -265,9 +254,9 @@ def _check_private(staging: Path, origins: dict[str, str], private: PrivateData)
 
 
 def _clean_json(path: Path, name: str, origins: dict[str, str], private: PrivateData) -> None:
-    value = _read_json(path)
+    value = read_json(path)
     clean = private.clean(without_private(value) if name == "run.json" else value)
-    if name == "config.json":
+    if Path(name).name == "config.json":
         clean.pop("_name_or_path", None)  # where the weights once were
     if clean != value:
         path.unlink()  # the checkpoint's own file, under a second name
@@ -277,20 +266,11 @@ def _clean_json(path: Path, name: str, origins: dict[str, str], private: Private
 
 def _check_links(folder: Path) -> None:
     inside = folder.resolve()
-    for file in folder.iterdir():
-        allowed = _OURS.fullmatch(file.name) or _RESUME.fullmatch(file.name)
-        if allowed and file.is_symlink() and not file.resolve().is_relative_to(inside):
+    for file in sorted([*folder.iterdir(), *folder.glob("replica_*/*")]):
+        name = file.relative_to(folder).as_posix()
+        allowed = _OURS.fullmatch(name) or _RESUME.fullmatch(name) or _OURS.fullmatch(f"{name}/config.json")
+        if allowed and not file.resolve().is_relative_to(inside):
             raise ValueError(
-                f"'{file.name}' of '{folder}' is a link that leads out of the folder, and is not published. If it is "
+                f"'{name}' of '{folder}' is a link that leads out of the folder, and is not published. If it is "
                 "meant, put the file itself there: `cp -rL` copies a folder with what its links point to."
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"'{path.name}' of '{path.parent}' does not parse as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"'{path.name}' of '{path.parent}' must be a JSON object, but is a {type(value).__name__}.")
-    return value
