@@ -10,6 +10,7 @@ from torch import nn
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from ..models.prediction_average import PUBLISHED_FILE
 from .checkpoints import (
     STAGING_FOLDER,
     CheckpointError,
@@ -59,6 +60,11 @@ class CheckpointingTrainer(PushingTrainer):
                 "`resume_from_checkpoint=True`, start anew with `overwrite_output_dir=True`, or choose another "
                 "`output_dir`."
             )
+
+    def _forget_earlier_replicas(self) -> None:
+        """What an earlier run said of its replicas must not be told of the model that takes its place."""
+        if self.args.should_save:
+            Path(self.args.output_dir, PUBLISHED_FILE).unlink(missing_ok=True)
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)

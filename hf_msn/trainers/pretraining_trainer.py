@@ -76,6 +76,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint or None)
         if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
             self._check_output_dir()
+        self._forget_earlier_replicas()
         self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
         self.run_record.begin(resume_from_checkpoint)
         try:

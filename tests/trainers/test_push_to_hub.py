@@ -92,6 +92,15 @@ def test_state_of_local_training_is_part_of_a_checkpoint_to_resume_from_only(hub
     assert set(hub.files(NAME)) - {f"last-checkpoint/{name}" for name in (*RESUME, "sync_state_0.pt")} == ROOT
 
 
+def test_replicas_of_an_earlier_run_in_the_same_folder_are_not_told_of(hub, folder):
+    folder.mkdir(parents=True)
+    (folder / "codistillation.json").write_text('{"replicas": 2, "published": 1, "publish": "best"}')
+    trainer = pushing(folder, "end", overwrite_output_dir=True)
+    trainer.train()
+    trainer.save_model()
+    assert set(hub.files(NAME)) == ROOT and b"Codistilled" not in hub.files(NAME)["README.md"]
+
+
 def test_pushing_changes_nothing_in_the_training(hub, folder, tmp_path):
     plain = make_trainer(tmp_path / "plain", save_steps=1)
     plain.train()
