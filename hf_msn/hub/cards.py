@@ -187,7 +187,9 @@ def _make(checkpoint, results, repo_id, figures, license, without_results, model
         **_of_kind(facts),
     )
     entries = eval_entries(facts, measured, weights)
-    private = find_private(str(card)) or find_private(str(eval_result_entries_to_yaml(entries)))
+    owner = repo_id.split("/")[0] if repo_id else None
+    said = f"{card}\n{yaml.safe_dump(eval_result_entries_to_yaml(entries), allow_unicode=True)}"
+    private = find_private(said, [checkpoint], owner)
     if private:
         raise ValueError(
             f"The card would have {private}, which must not be published. Take it out of the files of '{checkpoint}', "
