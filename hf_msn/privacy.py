@@ -233,6 +233,8 @@ class PrivateWords:
         return HIDDEN if is_home or parts[-1].lower() in self.names else parts[-1]
 
     def _without_paths(self, text: str, seen: list[str]) -> str:
+        if not _PRIVATE_SIGN.search(text):
+            return text
         for _ in range(8):
             before = text
             for read in _READINGS:
@@ -248,8 +250,6 @@ class PrivateWords:
             return seen[-1]
 
         pieces = _split_urls(text)
-        if not _PRIVATE_SIGN.search(text):
-            return text
         if len(pieces) == 1 and _is_one_path(text) and self._starts_with_place(text):  # with blanks in it too
             seen.append(self.last_name(text))
             return seen[-1]
@@ -264,7 +264,9 @@ class PrivateWords:
             for pattern in _PLACES:
                 piece = pattern.sub(last_name, piece)
             for user in self.users:
-                piece = re.sub(rf"(?<![\w-]){re.escape(user)}[/\\]{_REST}*", self._of_user(user, seen), piece)
+                piece = re.sub(
+                    rf"(?<![\w-]){re.escape(user)}(?:/|\\+(?![\\_])){_REST}*", self._of_user(user, seen), piece
+                )
                 piece = re.sub(
                     rf"(?<![\w.+-]){re.escape(user)}@[\w-]+(?![\w.-])(?::{_REST}*)?", self._of_user(user, seen), piece
                 )
@@ -306,7 +308,7 @@ def find_private(text: str, folders: Iterable[Path] = (), namespace: str | None 
     return PrivateWords(folders=folders, namespace=namespace).find(text)
 
 
-_PRIVATE_SIGN = re.compile(r"[/\\@]")
+_PRIVATE_SIGN = re.compile(r"[/\\@%&]")  # also of what is escaped
 
 
 def _unescaped(text: str) -> str:

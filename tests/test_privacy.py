@@ -1,8 +1,7 @@
 """What is private and what is public, in one table each, for what writes texts and for what looks at them at last."""
 
 import json
-import os
-import socket
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from PIL import Image, PngImagePlugin
 
 from hf_msn.hub.upload.private_data import PrivateData
-from hf_msn.privacy import find_private, public_name, without_private
+from hf_msn.privacy import PrivateWords, find_private, public_name, without_private
 
 SECRET = "0123456789abcdef/0123"
 TOKENS = [
@@ -176,3 +175,97 @@ def test_what_is_public_stays_as_it_is_and_is_not_found(public, tmp_path):
     assert PrivateData().clean([public]) == [public]
     found = {wrapping: checks(text.format(public), tmp_path) for wrapping, text in WRAPPED.items()}
     assert [(w, name, said) for w, kinds in found.items() for name, said in kinds.items() if said] == []
+
+
+def test_a_name_is_hidden_in_a_record_and_no_word_of_a_card():
+    assert without_private({"notes": "by Alice_Smith", "of": "alice_smith/encoder"}) == {
+        "notes": "by (local)",
+        "of": "alice_smith/encoder",
+    }
+    assert find_private("by alice_smith") is None and find_private("datasets:\n- alice_smith/birds") is None
+    assert find_private("alice_smith/birds/run") and not find_private("alice_smith/a/b", namespace="alice_smith")
+
+
+def test_what_lies_here_is_a_path_and_no_hub_id(tmp_path):
+    (tmp_path / "alice_smith" / "birds").mkdir(parents=True)
+    assert find_private("alice_smith/birds") is not None
+    assert without_private(["alice_smith/birds"]) == PrivateData().clean(["alice_smith/birds"]) == ["birds"]
+
+
+@pytest.mark.parametrize(
+    "name", ["main", "test", "max", "adam", "digits", "nvidia", "float32", "1000", "path", "figures"]
+)
+def test_a_user_who_has_the_name_of_a_common_word_can_publish(name, monkeypatch):
+    set_user(monkeypatch, name, f"/home/{name}")
+    record = {"max_steps": 5, "optimizer": "adam", "data": {"name": "digits", "split": "test"}, "revision": "main"}
+    record |= {"precision": "float32", "device": "NVIDIA H200", "note": "1000 images"}
+    assert without_private(record) == record
+    assert find_private(published_card()) is None
+    assert find_private(f"/home/{name}/birds") is not None
+
+
+def test_no_name_of_a_user_makes_a_published_card_private():
+    card, words = published_card(), PrivateWords()
+    for name in set(re.findall(r"[\w-]{3,}(?=[/@\\])", card)) - {"figures", "path"}:
+        words.users = {name}
+        assert words.find(card) is None, name
+
+
+def published_card() -> str:
+    card = Path(__file__).parents[1] / "model_cards" / "msn-vit-digits" / "README.md"
+    block = "```sh\npython scripts/evaluate_low_shot.py --model runs/mine/checkpoint-10 --dataset ./data/birds\n```"
+    return card.read_text() + f"\n{block}\n![accuracy](figures/low_shot.png)\n"
+
+
+@pytest.mark.parametrize("home", ["/", "/root", "/data", "", ".", None])
+def test_a_home_that_is_none_is_no_place(home, monkeypatch):
+    set_user(monkeypatch, "root", home)
+    assert find_private(published_card()) is None and PrivateWords().users == set()
+    assert without_private({"a": "1/3", "b": "/root/birds", "c": "and/or"}) == {
+        "a": "1/3",
+        "b": "birds",
+        "c": "and/or",
+    }
+    assert public_name("~") == public_name("/") == "(local)"
+
+
+def test_a_user_id_without_a_name_and_a_removed_folder_are_no_error(monkeypatch, tmp_path):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert find_private("/mnt/alice/birds") is not None and find_private("a/b") is None
+    assert without_private(["/home/bob/birds", "digits"]) == ["birds", "digits"]
+
+
+def test_places_of_this_machine_are_found_also_where_they_are_short_or_have_blanks(tmp_path, monkeypatch):
+    place = tmp_path / "my work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert find_private(f"-I{place}/include") is not None
+    assert PrivateData(folders=[Path("/data/run")]).places.count("/data/run") == 1
+    assert find_private("trained in /data") is None and PrivateData().find("it is in /data/run") is not None
+
+
+def test_a_secret_is_not_repeated_in_what_is_said_of_it():
+    for secret in TOKENS:
+        said = find_private(f"key {secret}")
+        assert "token or password" in said and secret not in said
+    assert "/mnt/secretproject" not in find_private("see /mnt/secretproject/birds")
+
+
+def test_a_key_that_is_there_twice_and_text_behind_the_pixels_are_seen(tmp_path):
+    guard = PrivateData()
+    (tmp_path / "x.json").write_text('{"a": "/mnt/alice/x", "a": 1}')
+    assert guard.find_in_file(tmp_path / "x.json") is not None
+    text = PngImagePlugin.PngInfo()
+    text.add(b"tEXt", b"Author\0made in /mnt/alice/plots", after_idat=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=text)
+    assert "'.../plots'" in guard.find_in_file(tmp_path / "x.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "x.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"'broken.png' is damaged .* Save it anew"):
+        guard.find_in_file(tmp_path / "broken.png")
