@@ -69,7 +69,7 @@ _FILE = re.compile(
     r"\.(?:tar|t?gz|zip|png|jpe?g|json|ya?ml|py|ipynb|pth?|bin|ckpt|safetensors|npy|parquet|txt|csv|log)$"
 )
 _LOCAL_HOST = re.compile(
-    r"localhost|[^.]+|\d+(?:\.\d+){3}|\[.*|.*\.(?:local|localdomain|internal|intranet|lan|corp|home)", re.IGNORECASE
+    r"localhost|\d+(?:\.\d+){3}|\[.*|.*\.(?:local|localdomain|internal|intranet|lan|corp|home)", re.IGNORECASE
 )
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 _ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#|!~$/\"'nrt])")
@@ -300,6 +300,7 @@ class PrivateWords:
         address = re.sub(r"^.*?://", "", url).split("/")[0].split("?")[0]
         host = re.sub(r":\d+$", "", address.rpartition("@")[2]).rstrip(".")
         is_local = "@" in address or _LOCAL_HOST.fullmatch(host) or host.lower() in self.names
+        is_local = is_local or ("." not in host and not address.endswith(host))  # gpu7:8888
         return bool(is_local) or any(place in url for place in self.places)
 
 
