@@ -30,8 +30,9 @@ card: $(VENV)/.installed runs/demo/model/config.json  ## Measure what `make demo
 runs/demo/model/config.json:
 	@$(MAKE) demo
 
+# Tests of ranks and of scripts mostly wait: two workers take little more than half of the time of one. A file stays with one.
 test: $(VENV)/.installed  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-distributed: $(VENV)/.installed  ## Run only the tests that spawn several processes
 	$(BIN)/python -m pytest -m distributed

@@ -26,7 +26,8 @@ _PRIVATE_FIELD = re.compile(
 )
 _SECRET_VARIABLE = re.compile(r"(TOKEN|API_KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)$")
 _TOKEN = re.compile(
-    r"\bhf_[A-Za-z0-9]{13,}|\bapi_org_\w{13,}|\bgh[oprsu]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|"
+    r"\bhf_[A-Za-z0-9]{13,}|\bhf_(?=[A-Za-z]*\d)[A-Za-z0-9]{6,}|"  # hf_transformers is no token
+    r"\bapi_org_\w{13,}|\bgh[oprsu]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|"
     r"\bsk-(?=[\w-]*[A-Z\d])[\w-]{16,}|\bxox[abeprs]-[\w-]{10,}|\bAIza[\w-]{35}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|"
     r"\beyJ[\w-]{8,}\.[\w.-]{8,}|\bBearer\s+[\w.~+/=-]{12,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|"
     r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)|"  # of https://name:password@host
@@ -175,7 +176,8 @@ class PrivateWords:
 
     def __init__(self, tokens: Iterable[str | None] = (), folders: Iterable[Path] = (), namespace: str | None = None):
         of_environment = (value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name))
-        self.secrets = {secret for secret in (*tokens, *of_environment) if secret and len(secret) >= 12}
+        # shorter ones are words: TOKEN=none
+        self.secrets = {secret for secret in (*tokens, *of_environment) if secret and len(secret) >= 8}
         self.home = _home()
         places = {self.home, _working_folder()}
         for folder in folders:

@@ -14,6 +14,7 @@ from hf_msn.privacy import PrivateWords, find_private, public_name, without_priv
 SECRET = "0123456789abcdef/0123"
 TOKENS = [
     "hf_abcdefgh12345",
+    "hf_secret1",
     "hf_" + "aB3" * 11 + "x",
     "ghp_" + "a1B2" * 9,
     "github_pat_" + "a1B2" * 9,
