@@ -12,7 +12,8 @@ def main():
     trainer = parse_recipe().build_trainer()
     trainer.train()
     trainer.save_state()
-    trainer.save_model()  # last, as with push_to_hub it can fail
+    trainer.save_model()  # late, as with push_to_hub it can fail
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What fine-tuning found: the model of the best epoch, how it was chosen, and both in files."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from ..data.labels import class_names, class_numbers
 from ..distributed.collectives import is_distributed, rank
 from ..evaluation.backbones import evaluated_module, weights_sha256
 from ..evaluation.labels import check_every_class_is_learnt, common_class_names
+from ..evaluation.weights_hash import file_sha256
 from ..hub.run_record import describe_data, describe_hardware, write_run
 from ..trainers.checkpoints import STAGING_FOLDER
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
@@ -165,7 +165,7 @@ class FinetuningResult:
             (staging / LABELLED_IMAGES_FILE).write_text(json.dumps(labelled) + "\n", encoding="utf-8")
             write_run(staging, self._describe_run())
             # the hash of the encoder is the same for any head on it, that of the files is not
-            files = {file.name: _sha256(file) for file in sorted(staging.glob("*.safetensors"))}
+            files = {file.name: file_sha256(file) for file in sorted(staging.glob("*.safetensors"))}
             result = staging / RESULT_FILE
             result.write_text(json.dumps({**self.to_dict(), "files": files}, indent=2) + "\n", encoding="utf-8")
             (folder / RESULT_FILE).unlink(missing_ok=True)  # it would speak of another model
@@ -173,11 +173,3 @@ class FinetuningResult:
                 os.replace(file, folder / file.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while part := content.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

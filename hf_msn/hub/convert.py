@@ -1,6 +1,5 @@
 """The papers' own checkpoints (`.pth.tar`) to models of this package, and back."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from transformers import AutoModelForPreTraining
 from transformers.utils import logging
 
 from ..data.transforms import evaluation_image_processor
+from ..evaluation.weights_hash import file_sha256
 from ..models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
 from .export import export_backbone
 from .original.files import OriginalCheckpoint, read_original
@@ -215,12 +215,8 @@ def _record(
         assumed.append("small_image_stem: a 3x3 stem of stride 1, without pooling")
     if original.dtypes != ["float32"]:
         made_up = [*made_up, f"float32 weights, of {' and '.join(original.dtypes)} in the file"]
-    with input_path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
     return {
-        "source": {"file": input_path.name, "sha256": digest.hexdigest()},
+        "source": {"file": input_path.name, "sha256": file_sha256(input_path)},
         "method": original.method,
         "architecture": vit_name(config) if is_vit else resnet_name(config),
         "heads_assumed": is_vit and num_attention_heads is None,

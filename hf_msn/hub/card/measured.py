@@ -1,6 +1,5 @@
 """What the evaluator and fine-tuning measured, read back from their files and checked: the only numbers of a card."""
 
-import hashlib
 import json
 import math
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 from ...evaluation.backbones import checkpoint_weights_sha256
 from ...evaluation.results import RESULTS_FORMAT, LowShotResults, SplitResult, TaskResult
+from ...evaluation.weights_hash import file_sha256
 
 FINETUNING_FILE = "finetune.json"
 _FINETUNING_FORMAT = "hf_msn fine-tuning 1"
@@ -125,7 +125,7 @@ def read_finetuning(checkpoint: str | Path) -> FinetuningNumbers | None:
             f"'{path}' says a validation accuracy of {validation}, but its best epoch {said['best_epoch']} has "
             f"{expected}: it was changed by hand. {remedy}"
         )
-    here = {file.name: _file_sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
+    here = {file.name: file_sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
     if files != here:
         raise ValueError(
             f"'{path}' is of other weights than those beside it: it says {files or 'no file'}, the folder has "
@@ -243,11 +243,3 @@ def _is_number(value: Any) -> bool:
 
 def _is_accuracy(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 100
-
-
-def _file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while part := content.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
