@@ -27,16 +27,14 @@ TINY = (
 PUSH = "--push_to_hub true --hub_strategy every_save --hub_always_push true --hub_model_id alice/run "
 PUSHED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "run.json"}
 SYNC = {
-    "slowmo": "--sync slowmo --sync_every 3 --slow_momentum 0.6 --sync_base gossip --sync_topology exponential",
+    "slowmo": "--sync slowmo --sync_every 3 --slow_momentum 0.6",
     "codistillation": "--sync codistillation --codistillation_exchange checkpoints --codistillation_exchange_every 2 "
     "--codistillation_alpha 0.5 --codistillation_falling_weight_decay true --final_weight_decay none",
 }
 RECORD = {
     "slowmo": {
         **{"method": "SlowMo", "sync_every": 3, "sync_start_step": 0, "base_buffers": "maintain", "average": True},
-        **{"slow_momentum": 0.6, "slow_lr": 1.0, "shard_state": False, "base method": "Gossip", "base push_sum": True},
-        **{"base sync_every": 1, "base sync_start_step": 0, "base base_buffers": "maintain"},
-        **{"base topology": "ExponentialTopology", "base topology_peers_per_step": 1},
+        **{"slow_momentum": 0.6, "slow_lr": 1.0, "shard_state": False},
     },
     "codistillation": {
         **{"method": "Codistillation", "replicas": 2, "ranks_per_replica": 1, "exchange": "checkpoints"},
@@ -45,7 +43,7 @@ RECORD = {
         **{"on_lost_replica": "raise", "weight_decay_schedule": "falling"},
     },
 }
-PAPERS = {"slowmo": ["1910.00643", "1811.10792"], "codistillation": ["2010.02838"]}
+PAPERS = {"slowmo": ["1910.00643"], "codistillation": ["2010.02838"]}
 ROW = {"slowmo": "SlowMo: sync\\_every 3", "codistillation": "Codistillation: replicas 2, ranks\\_per\\_replica 1"}
 
 
