@@ -1,108 +1,19 @@
 """Codistillation on real ranks, against its equation in loops over replicas, rows and classes in float64."""
 
-import copy
 import math
-import os
 import time
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from codistillation_runs import B, C, Classifier, D, data, gradient_by_loops, groups_of, make, take_steps, values
 from launch import run_ranks
-from lost_ranks import run_ranks_that_are_left
-from states import same, saved_and_loaded
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import Codistillation, PeerError
+from hf_msn.distributed import Codistillation
 
-B, C, D = 5, 4, 3  # rows, classes, inputs
 NUM_STEPS = 9
-
-
-def data(seed, step):
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    x = torch.randn(B, D, generator=generator).double()
-    return {"x": x, "labels": torch.randint(C, (B,), generator=generator)}
-
-
-class Classifier(torch.nn.Module):
-    def __init__(self, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.linear = torch.nn.Linear(D, C)
-        self.double()
-
-    def forward(self, x, labels=None):
-        logits = self.linear(x)
-        return {"logits": logits, "loss": torch.nn.functional.cross_entropy(logits, labels)}
-
-
-def make(seed, **options):
-    model = Classifier(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    return model, optimizer, Codistillation(model, optimizer, **options)
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def take_steps(model, optimizer, codistillation, steps, data_seed, seconds=0.0, unwrapped=None):
-    """Per step: parameters before, gradients, the loss, its age and its distance."""
-    seen = []
-    for step in steps:
-        batch, before = data(data_seed, step), values(unwrapped or model)
-        output = model(**batch)
-        loss = codistillation.loss(output, batch)
-        staleness = codistillation.staleness
-        optimizer.zero_grad()
-        (output["loss"] + loss).backward()
-        optimizer.step()
-        gradients = {name: p.grad.clone() for name, p in (unwrapped or model).named_parameters()}
-        codistillation.step()
-        seen.append((before, gradients, loss.item(), staleness, codistillation.distance_of_predictions))
-        time.sleep(seconds)
-    return seen
-
-
-# The equation
-
-
-def softmax(row, temperature=1.0):
-    exponentials = [math.exp(value / temperature) for value in row]
-    return [value / sum(exponentials) for value in exponentials]
-
-
-def logits_by_loops(parameters, row):
-    weight, bias = parameters["linear.weight"].tolist(), parameters["linear.bias"].tolist()
-    return [sum(w * x for w, x in zip(weight[c], row)) + bias[c] for c in range(C)]
-
-
-def gradient_by_loops(own, peers, batch, alpha, distance="kl", temperature=1.0, top_k=None):
-    """Of L(y, f_i(x)) + alpha / (n - 1) sum_j D(f_i(x), sg f_j(x)) by weight and bias of a linear f."""
-    weight, bias = torch.zeros(C, D).double(), torch.zeros(C).double()
-    for row, label in zip(batch["x"].tolist(), batch["labels"].tolist()):
-        logits = logits_by_loops(own, row)
-        by_logits = [(q - (c == label)) / B for c, q in enumerate(softmax(logits))]
-        for peer in peers:
-            others = logits_by_loops(peer, row)
-            p, q = softmax(others, temperature), softmax(logits, temperature)
-            largest = sorted(range(C), key=lambda c: -p[c])[:top_k]
-            rest_p, rest_q = (sum(r[c] for c in range(C) if c not in largest) for r in (p, q))
-            for c in range(C):
-                if distance == "mse":
-                    derivative = 2 * (logits[c] - others[c]) / C
-                elif c in largest:
-                    derivative = temperature * (q[c] - p[c])
-                else:
-                    derivative = temperature * (q[c] - rest_p * q[c] / rest_q)
-                by_logits[c] += alpha / len(peers) * derivative / B
-        for c in range(C):
-            bias[c] += by_logits[c]
-            for d in range(D):
-                weight[c, d] += by_logits[c] * row[d]
-    return {"linear.weight": weight, "linear.bias": bias}
 
 
 KINDS = [
@@ -179,9 +90,6 @@ def test_copies_are_exactly_as_old_as_asked_and_give_the_gradients_of_the_equati
                 torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
 
 
-# What it does not do
-
-
 def _train_apart(rank):
     model = Classifier(rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
@@ -236,14 +144,6 @@ def test_equal_replicas_have_no_extra_loss_and_are_warned_of():
         assert all(torch.equal(end[name], results[0][3][name]) for name in end)
 
 
-# Replicas of several ranks
-
-
-def groups_of(rank):
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inner"))
-    return {"group": mesh.get_group("replica"), "inner_group": mesh.get_group("inner")}
-
-
 def _train_replicas_of_two(rank, exchange, wrapping):
     groups, replica = groups_of(rank), rank // 2
     data_seed = rank % 2 if exchange == "predictions" else rank
@@ -281,9 +181,6 @@ def test_gradients_are_averaged_inside_of_a_replica_only(exchange, wrapping):
     ends = [result[2] for result in results]
     square = sum((ends[0][name] - ends[2][name]).square().sum().item() / 4 for name in ends[0])
     assert results[0][1] == pytest.approx(math.sqrt(square), rel=1e-9)
-
-
-# What travels
 
 
 def _count_bytes(rank):
@@ -328,196 +225,3 @@ def test_bytes_on_the_wire_are_as_computed():
             "checkpoints": 2 * peers * (parameters * 8 + header),
             "half checkpoints": 2 * peers * (parameters * 2 + header),
         }
-
-
-# Resuming
-
-
-RESUMED = [
-    ({"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2}, (4, 5, 6)),
-    ({"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2, "copies_dtype": "bfloat16"}, (7,)),
-    ({"check_every": 3, "burn_in_steps": 1, "ramp_steps": 7}, (4,)),
-    ({"on_lost_replica": "continue", "timeout_seconds": 20.0}, (4,)),
-]
-
-
-def _resume(rank):
-    groups = groups_of(rank) if dist.get_world_size() == 4 else {}
-    replica = rank // 2 if groups else rank
-    outcomes = []
-    for options, stops in RESUMED:
-        data_seed = rank if "exchange_every" in options else 7 + rank % 2 * bool(groups)
-        whole = make(replica, **options, **groups)
-        with whole[2]:
-            straight, saved = [], {}
-            for step in range(10):
-                if step in stops:
-                    parts = (whole[0].state_dict(), whole[1].state_dict(), whole[2].state_dict())
-                    saved[step] = copy.deepcopy(parts[:2]), saved_and_loaded(parts[2])
-                straight += take_steps(*whole, [step], data_seed)
-            end = values(whole[0])
-        for step in stops:
-            for started_first in (False, True):
-                (weights, moments), state = saved[step]
-                model, optimizer, codistillation = make(rank + 50, **options, **groups)
-                if started_first:
-                    codistillation.start()
-                model.load_state_dict(weights)
-                optimizer.load_state_dict(copy.deepcopy(moments))
-                codistillation.load_state_dict(state)
-                if not started_first:
-                    codistillation.start()
-                resumed = take_steps(model, optimizer, codistillation, range(step, 10), data_seed)
-                codistillation.stop()
-                outcomes.append((straight[step:], end, resumed, values(model)))
-    return outcomes
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_run_goes_on_bit_for_bit_with_its_stale_copies_and_their_age(num_ranks):
-    for outcomes in run_ranks(_resume, num_ranks):
-        for straight, end, resumed, resumed_end in outcomes:
-            assert same(straight, resumed)
-            assert same(end, resumed_end)
-            assert any(loss > 0 for _, _, loss, _, _ in resumed)
-
-
-# What goes wrong
-
-
-def _see_other_batches(rank):
-    messages = []
-    for options in ({}, {"on_lost_replica": "continue", "timeout_seconds": 20.0}):
-        for what in ("values", "size"):
-            model, _, codistillation = make(rank, **options)
-            try:
-                with codistillation:
-                    batch = data(7, 0)
-                    if rank == 2:
-                        batch = data(8, 0) if what == "values" else {key: value[:2] for key, value in batch.items()}
-                    codistillation.loss(model(**batch), batch)
-            except ValueError as error:
-                messages.append(str(error))
-            dist.barrier()
-    return messages
-
-
-@pytest.mark.distributed
-def test_other_batches_are_noticed_with_the_two_ranks_and_a_remedy():
-    for messages in run_ranks(_see_other_batches, 3):
-        assert len(messages) == 4
-        for message in messages:
-            assert "rank 0 and rank 2 differ at exchange 1" in message
-            assert "Shard the data by the place inside of the replica" in message
-
-
-def _differ_in_settings(rank):
-    with pytest.raises(ValueError, match=r"rank 0 has `setting alpha=\[1.0.*where rank 1 has `setting alpha=\[0.5"):
-        make(0, alpha=1.0 - 0.5 * rank)[2].start()
-    with pytest.raises(ValueError, match=r"rank 0 has `setting temperature=1.0` where rank 1"):
-        make(0, temperature=1.0 + rank)[2].start()
-
-
-@pytest.mark.distributed
-def test_replicas_with_other_settings_are_refused():
-    run_ranks(_differ_in_settings, 2)
-
-
-def _lose(rank, options, how):
-    model, optimizer, codistillation = make(rank, timeout_seconds=1.5, **options)
-    message, seen, started = None, [], None
-    data_seed = rank if "exchange_every" in options else 7
-    try:
-        with codistillation:
-            for step in range(16):
-                if rank == 1 and step == 5:
-                    if how == "exits":
-                        os._exit(0)
-                    time.sleep(4.0 if how == "comes back" else 60.0)
-                started = started or (time.monotonic() if step == 5 else None)
-                # With the one that comes back the others must still be there.
-                seconds = 0.4 if how == "comes back" and rank != 1 and step >= 5 else 0.01
-                seen += take_steps(model, optimizer, codistillation, [step], data_seed, seconds)
-            if codistillation.settings.tolerant:
-                with pytest.raises(PeerError, match=r"needs all replicas.*\[[012, ]*\] is lost"):
-                    codistillation.parameter_distance()
-            live = codistillation.live_replicas
-            seconds = time.monotonic() - started
-        return live, seen, seconds
-    except PeerError as error:
-        message = str(error), error.ranks
-    return message, seen, time.monotonic() - started
-
-
-CHECKPOINTS = {"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 1}
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("options", [{}, CHECKPOINTS])
-@pytest.mark.parametrize("how", ["exits", "hangs"])
-def test_a_dead_replica_is_named_in_time(tmp_path, options, how):
-    results = run_ranks_that_are_left(_lose, 2, tmp_path, options, how, lost=[1])
-    (message, ranks), seen, seconds = results[0]
-    assert ranks == (1,)
-    assert "rank 1" in message
-    if "exchange_every" in options:
-        assert ("has died: its connection closed" if how == "exits" else "been silent for") in message
-    assert 5 <= len(seen) < 9
-    assert seconds < 6.0
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("options", [{}, CHECKPOINTS])
-@pytest.mark.parametrize("num_replicas, how", [(2, "exits"), (3, "exits"), (3, "hangs")])
-def test_the_others_go_on_without_a_dead_replica_if_asked(tmp_path, num_replicas, options, how):
-    options = {**options, "on_lost_replica": "continue"}
-    results = run_ranks_that_are_left(_lose, num_replicas, tmp_path, options, how, lost=[1])
-    for rank, (live, seen, seconds) in results.items():
-        assert live == sorted(results)
-        assert len(seen) == 16
-        assert seconds < 8.0
-        own, gradients, loss, staleness, _ = seen[-1]
-        assert (loss > 0) == (num_replicas > 2)
-        step = 15 - (staleness or 0)
-        peers = [results[peer][1][step][0] for peer in results if peer != rank]
-        batch = data(rank if "exchange_every" in options else 7, 15)
-        torch.testing.assert_close(gradients, gradient_by_loops(own, peers, batch, 1.0), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("options", [{}, CHECKPOINTS])
-def test_who_was_silent_for_too_long_learns_that_the_others_went_on(options):
-    results = run_ranks(_lose, 3, {**options, "on_lost_replica": "continue"}, "comes back")
-    assert [live for live, *_ in results] == [[0, 2], [1], [0, 2]]
-    assert [len(seen) for _, seen, _ in results] == [16] * 3
-    assert results[1][2] < 1.2  # it does not wait for them until the deadline
-    assert results[1][1][-1][2] == 0.0
-    assert results[0][1][-1][2] > 0.0
-
-
-# The end of training
-
-
-def _end(rank):
-    model, _, codistillation = make(rank)
-    with codistillation:
-        own = model(**data(7, 0))["logits"].softmax(-1)
-        mean = codistillation.average_predictions(own)
-        accuracies = codistillation.values_of_replicas(0.5 + 0.1 * (rank == 1))
-        before = values(model)
-        codistillation.take_replica(accuracies.index(max(accuracies)))
-        distance = codistillation.parameter_distance()
-    return own.detach(), mean, accuracies, before, values(model), distance
-
-
-@pytest.mark.distributed
-def test_at_the_end_the_best_replica_or_the_mean_of_predictions_can_be_had():
-    results = run_ranks(_end, 3)
-    mean = sum(own for own, *_ in results) / 3
-    for _, averaged, accuracies, _, after, distance in results:
-        torch.testing.assert_close(averaged, mean)
-        assert accuracies == [0.5, 0.6, 0.5]
-        assert distance == 0.0
-        assert all(torch.equal(after[name], results[1][3][name]) for name in after)
-    assert not torch.equal(results[0][3]["linear.weight"], results[1][3]["linear.weight"])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 
 from hf_msn import LowShotEvaluator, MSNConfig, MSNForPreTraining, MultiViewTransform, load_images
 
@@ -50,3 +51,26 @@ def edited(path: Path, change, name: str = "edited.json") -> Path:
     copy = path.with_name(name)
     copy.write_text(json.dumps(said))
     return copy
+
+
+def with_value(value, *keys):
+    """A change for `edited`: puts `value` at the end of a way of keys."""
+
+    def change(said):
+        for key in keys[:-1]:
+            said = said[key]
+        said[keys[-1]] = value
+
+    return change
+
+
+def table(card: ModelCard, first: str) -> list[list[str]]:
+    """The cells of the table whose first column is headed `first`."""
+    lines = card.text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows

@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from card_runs import PROCESSOR, VIEWS, measure, msn, save
 from hub_server import HubServer
 from hub_state import TOKEN
 from tiny import tiny_model
 
-from hf_msn import evaluation_image_processor
+from hf_msn import (
+    ClassifierFinetuningArguments,
+    draw_labelled_rows,
+    evaluation_image_processor,
+    export_backbone,
+    finetune_classifier,
+    load_images,
+)
 
 
 @pytest.fixture
@@ -46,3 +54,34 @@ def save_run():
 def run(tmp_path) -> Path:
     (tmp_path / "home" / "alice").mkdir(parents=True)
     return _save_run(tmp_path / "home" / "alice" / "run")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint, its export, results of it, and another checkpoint with results."""
+    folder = tmp_path_factory.mktemp("made")
+    model, other = msn(), msn(seed=1)
+    export_backbone(model, folder / "export", image_processor=PROCESSOR)
+    return {
+        "checkpoint": save(model, folder / "tiny"),
+        "export": folder / "export",
+        "other": save(other, folder / "other"),
+        "results": measure(model, folder / "low_shot.json"),
+        "foreign": measure(other, folder / "foreign.json"),
+        "projection": measure(model, folder / "projection.json", features="projection"),
+    }
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A classifier, fine-tuned for 3 epochs and tested on 60 digits."""
+    folder = tmp_path_factory.mktemp("tuned")
+    dataset = load_images("digits")
+    rows = draw_labelled_rows(dataset, images_per_class=3, seed=0)
+    args = ClassifierFinetuningArguments(
+        str(folder), use_cpu=True, disable_tqdm=True, report_to="none", num_train_epochs=3
+    )
+    result = finetune_classifier(msn(), dataset, rows, VIEWS, args, image_processor=PROCESSOR)
+    result.test(load_images("digits", split="test[:60]"))
+    result.save(folder / "classifier")
+    return folder / "classifier"

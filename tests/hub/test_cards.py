@@ -1,36 +1,29 @@
+"""Model cards say what was measured, and how to use what they describe."""
+
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from card_runs import PROCESSOR, VIEWS, edited, measure, msn, save
+from card_runs import edited, measure, table, with_value
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from PIL import Image
-from transformers import AutoModelForImageClassification
 
 from hf_msn import (
-    ClassifierFinetuningArguments,
     LogisticProbe,
     MultiViewTransform,
     PAWSConfig,
     PAWSForPreTraining,
     create_model_card,
-    draw_labelled_rows,
     export_backbone,
     export_classifier,
     extract_features,
-    finetune_classifier,
     load_images,
-    plot_low_shot,
     save_model_card,
 )
 from hf_msn.data import decode_image
@@ -38,53 +31,6 @@ from hf_msn.evaluation import checkpoint_weights_sha256
 from hf_msn.hub.run_record import write_run
 
 PROCESSOR_64 = MultiViewTransform(image_size=64).evaluation_image_processor()
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A checkpoint, its export, results of it, and another checkpoint with results."""
-    folder = tmp_path_factory.mktemp("made")
-    model, other = msn(), msn(seed=1)
-    export_backbone(model, folder / "export", image_processor=PROCESSOR)
-    return {
-        "checkpoint": save(model, folder / "tiny"),
-        "export": folder / "export",
-        "other": save(other, folder / "other"),
-        "results": measure(model, folder / "low_shot.json"),
-        "foreign": measure(other, folder / "foreign.json"),
-        "projection": measure(model, folder / "projection.json", features="projection"),
-    }
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """A classifier, fine-tuned for 3 epochs and tested on 60 digits."""
-    folder = tmp_path_factory.mktemp("tuned")
-    dataset = load_images("digits")
-    rows = draw_labelled_rows(dataset, images_per_class=3, seed=0)
-    args = ClassifierFinetuningArguments(
-        str(folder), use_cpu=True, disable_tqdm=True, report_to="none", num_train_epochs=3
-    )
-    result = finetune_classifier(msn(), dataset, rows, VIEWS, args, image_processor=PROCESSOR)
-    result.test(load_images("digits", split="test[:60]"))
-    result.save(folder / "classifier")
-    return folder / "classifier"
-
-
-def table(card: ModelCard, first: str) -> list[list[str]]:
-    """The cells of the table whose first column is headed `first`."""
-    lines = card.text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
-    return rows
-
-
-# The numbers
 
 
 def test_the_table_has_the_numbers_of_the_file_to_the_printed_digit(made):
@@ -138,116 +84,6 @@ def test_the_export_may_have_the_numbers_of_its_checkpoint(made):
     assert create_model_card(made["export"], made["results"]).data.library_name == "transformers"
 
 
-def test_projections_are_held_against_the_whole_model(made, tmp_path):
-    card = create_model_card(made["checkpoint"], [made["results"], made["projection"]])
-    assert "the projections of the model's head" in card.text and len(card.data.eval_results) == 8
-    head = msn()
-    with torch.no_grad():
-        next(head.target_projection_head.parameters()).add_(1)
-    with pytest.raises(ValueError, match="measured other weights"):
-        create_model_card(save(head, tmp_path / "head"), made["projection"])
-
-
-def test_numbers_of_another_checkpoint_are_refused(made, tmp_path):
-    with pytest.raises(ValueError) as error:
-        save_model_card(made["checkpoint"], [made["results"], made["foreign"]], output=tmp_path / "new")
-    said = str(error.value)
-    for part in (
-        *(checkpoint_weights_sha256(made[name]) for name in ("checkpoint", "other")),
-        *(str(made["foreign"]), str(made["checkpoint"])),
-        f"python scripts/evaluate_low_shot.py --model {made['checkpoint']} --dataset digits --output",
-    ):
-        assert part in said
-    assert not (tmp_path / "new").exists()
-
-
-def _summary(said):
-    said["tasks"][0]["summary"]["top1"] += 5
-
-
-def _metric(said):
-    said["metrics"]["low_shot/2_per_class/top1"] += 0.1
-
-
-def _split(said):
-    said["tasks"][0]["splits"][0]["top1"] += 5
-
-
-def _all_to_a_number_that_cannot_be(said):
-    for split in said["tasks"][0]["splits"]:
-        split["top1"] = 77.7
-    values = {"top1": 77.7, "top1_std": 0.0, "top1_ci95": 0.0}
-    said["tasks"][0]["summary"].update(values)
-    said["metrics"].update({f"low_shot/1_per_class/{name}": value for name, value in values.items()})
-
-
-@pytest.mark.parametrize("change", [_summary, _metric, _split, _all_to_a_number_that_cannot_be])
-def test_numbers_changed_by_hand_are_refused(change, made):
-    with pytest.raises(ValueError, match="changed by hand"):
-        create_model_card(made["checkpoint"], edited(made["results"], change))
-
-
-def _without(*keys):
-    def change(said):
-        for key in keys[:-1]:
-            said = said[key]
-        del said[keys[-1]]
-
-    return change
-
-
-def _with(value, *keys):
-    def change(said):
-        for key in keys[:-1]:
-            said = said[key]
-        said[keys[-1]] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_without("data"), "lacks 'data'"),
-        (_without("model", "weights_sha256"), "lacks 'weights_sha256'"),
-        (_without("tasks", 0, "splits", 1, "seed"), "lacks 'seed'"),
-        (_without("tasks", 0, "summary"), "lacks 'summary'"),
-        (_with(float("nan"), "metrics", "low_shot/1_per_class/top1"), "a number that is NaN"),
-        (_with(float("inf"), "tasks", 0, "splits", 0, "top1"), "a number that is Infinity"),
-        (_with(101.0, "tasks", 0, "splits", 0, "top1"), "not between 0 and 100"),
-        (_with("70", "tasks", 0, "splits", 0, "top1"), "not between 0 and 100"),
-        (_with([], "tasks"), "cannot be"),
-        (_with([], "tasks", 0, "splits"), "no splits"),
-        (_with(None, "data"), "cannot be"),
-        (_with("hf_msn low-shot results 2", "format"), "says 'hf_msn low-shot results 2'"),
-        (_with(None, "model", "weights_sha256"), "raw pixels"),
-    ],
-)
-def test_a_broken_file_is_an_error_that_says_how_to_measure(change, message, made):
-    with pytest.raises(ValueError, match=message) as error:
-        create_model_card(made["checkpoint"], edited(made["results"], change))
-    assert "edited.json" in str(error.value) and "python scripts/evaluate_low_shot.py --model" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "There is no file"),
-        ("", "whole JSON"),
-        ('{"format": "hf_msn low-shot resu', "whole JSON"),
-        ("[1, 2]", "holds a list"),
-        ('{"msn": {"1": {"mean": 70.3}}}', "has 'msn'"),
-        ('{"format": "hf_msn fine-tuning 1"}', "says 'hf_msn fine-tuning 1'"),
-    ],
-)
-def test_a_file_of_another_kind_is_an_error(text, message, made, tmp_path):
-    path = tmp_path / "results.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        create_model_card(made["checkpoint"], path)
-
-
 def test_a_card_without_results_is_made_only_when_asked_for_and_says_so(made, tmp_path):
     with pytest.raises(ValueError, match=r"needs results.*without_results=True"):
         create_model_card(made["checkpoint"])
@@ -259,9 +95,6 @@ def test_a_card_without_results_is_made_only_when_asked_for_and_says_so(made, tm
     assert "> **Not measured.**" in text.split("## Results")[0] and "model-index" not in text
     assert "%" not in text.split("## Use")[0]
     assert not (tmp_path / ".eval_results" / "hf_msn.yaml").exists()  # of the card before
-
-
-# Kinds
 
 
 def test_a_fine_tuned_card_has_the_numbers_of_its_own_file(tuned):
@@ -277,42 +110,6 @@ def test_a_fine_tuned_card_has_the_numbers_of_its_own_file(tuned):
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
     assert [one.metric_value for one in card.data.eval_results] == [said["test_accuracy"]["top1"]]
     assert "Classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card.text and "trained on 20 labelled images" in card.text
-
-
-def test_a_fine_tuning_result_beside_other_weights_is_refused(tuned, tmp_path):
-    folder = shutil.copytree(tuned, tmp_path / "copy")
-    classifier = AutoModelForImageClassification.from_pretrained(folder)
-    with torch.no_grad():
-        classifier.classifier.bias.add_(1)  # which the hash of the encoder does not see
-    classifier.save_pretrained(folder)
-    assert checkpoint_weights_sha256(folder) == checkpoint_weights_sha256(tuned)
-    with pytest.raises(ValueError, match="is of other weights than those beside it"):
-        create_model_card(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_with(99.0, "validation_accuracy"), "changed by hand"),
-        (_with({"top1": 123.0}, "test_accuracy"), "not between 0 and 100"),
-        (_without("weights_sha256"), "lacks 'weights_sha256'"),
-        (_without("files"), "lacks 'files'"),
-        (_with("hf_msn fine-tuning 0", "format"), "hf_msn fine-tuning 0"),
-    ],
-)
-def test_a_broken_fine_tuning_result_is_refused(change, message, tuned, tmp_path):
-    folder = shutil.copytree(tuned, tmp_path / "copy")
-    edited(folder / "finetune.json", change, "finetune.json")
-    with pytest.raises(ValueError, match=message):
-        create_model_card(folder)
-
-
-def test_a_validation_accuracy_alone_is_no_result(tuned, tmp_path):
-    folder = shutil.copytree(tuned, tmp_path / "copy")
-    edited(folder / "finetune.json", _with(None, "test_accuracy"), "finetune.json")
-    with pytest.raises(ValueError, match="needs results"):
-        create_model_card(folder)
-    assert "Not measured" in create_model_card(folder, without_results=True).text
 
 
 def test_a_converted_card_says_what_came_from_the_file_and_what_did_not(made, tmp_path):
@@ -362,9 +159,6 @@ def test_training_is_told_as_the_record_has_it_and_nothing_else(made, tmp_path):
     assert "epochs" not in rows and "precision" not in rows
     assert card.data.datasets == ["ILSVRC/imagenet-1k"] and card.data.base_model == "facebook/vit-msn-small"
     assert "arXiv:1910.00643" in card.text and "````yaml" in card.text
-
-
-# Use
 
 
 def code_blocks(card: ModelCard) -> list[str]:
@@ -429,16 +223,15 @@ def test_the_lines_name_the_repository_where_there_is_one(made):
     assert all('"someone/tiny"' in block for block in code_blocks(card)) and "# tiny" in card.text
 
 
-# What must not get in
-
-
 def test_markup_in_names_shows_as_text(tuned, tmp_path):
     folder = shutil.copytree(tuned, tmp_path / "copy")
     evil = ["a|b", "new\nline", "<script>alert(1)</script>", "![x](http://evil/x.png)", "`code`", "---", "# head"]
     edited(
-        folder / "finetune.json", _with([*evil, "{{ 7 * 7 }}", "www.evil.com", "ok"], "class_names"), "finetune.json"
+        folder / "finetune.json",
+        with_value([*evil, "{{ 7 * 7 }}", "www.evil.com", "ok"], "class_names"),
+        "finetune.json",
     )
-    edited(folder / "finetune.json", _with("x | <img src=y>\n\n# z", "test_data", "name"), "finetune.json")
+    edited(folder / "finetune.json", with_value("x | <img src=y>\n\n# z", "test_data", "name"), "finetune.json")
     card = create_model_card(folder, model_name="n|a<b>\nm")
     listed = next(line for line in card.text.splitlines() if line.startswith("Classes: "))
     assert listed.startswith("Classes: a\\|b, new line, &lt;script&gt;alert\\(1\\)&lt;/script&gt;, \\!\\[x\\]")
@@ -449,138 +242,3 @@ def test_markup_in_names_shows_as_text(tuned, tmp_path):
     assert len(table(card, "measured on")[0]) == 5
     loaded = ModelCard(str(card))
     assert loaded.data.to_dict() == card.data.to_dict()
-
-
-def test_nothing_private_of_the_results_gets_in(made, tmp_path):
-    def change(said):
-        said["data"]["test"]["name"] = "/home/alice/sets/birds"
-        said["data"]["train"]["name"] = "C:\\Users\\alice\\birds"
-        said["model"]["name_or_path"] = "/home/alice/runs/hf_abcdefgh123456"
-        for split in said["tasks"][0]["splits"]:
-            split.update(seed=None, list_file="/home/alice/lists/1shot.txt")
-
-    path = edited(made["results"], change, "private.json")
-    save_model_card(made["checkpoint"], path, output=tmp_path)
-    for file in (tmp_path / "README.md", tmp_path / ".eval_results" / "hf_msn.yaml"):
-        text = file.read_text()
-        assert "birds" in text
-        for word in ("alice", "/home", "Users", "hf_abc", str(made["checkpoint"].parent)):
-            assert word not in text, (file, word)
-    assert "of the list files 1shot.txt, 1shot.txt, 1shot.txt" in (tmp_path / "README.md").read_text()
-
-
-def test_a_token_that_would_get_in_is_an_error(made):
-    with pytest.raises(ValueError, match="what looks like a token"):
-        create_model_card(made["checkpoint"], made["results"], model_name="hf_abcdefghijklmnop")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"repo_id": "tiny"}, "`repo_id` must be `owner/name`"),
-        ({"repo_id": "a/b/c"}, "`repo_id` must be an id of the Hub"),
-        ({"base_model": "not an id"}, "`base_model` must be an id"),
-        ({"license": "Apache License\n"}, "`license` must be an identifier"),
-        ({"run": "/nowhere"}, "`run` must be a folder"),
-        ({"figures": ["nowhere.png"]}, "There is no figure"),
-        ({"figures": [__file__]}, "must be a PNG"),
-        ({"results": "nowhere.json"}, "There is no file of results"),
-    ],
-)
-def test_what_is_none_is_refused(settings, message, made):
-    with pytest.raises(ValueError, match=message):
-        create_model_card(made["checkpoint"], **{"results": made["results"], **settings})
-
-
-def test_a_folder_that_is_no_checkpoint_and_a_file_given_twice_are_refused(made, tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        create_model_card(tmp_path, made["results"])
-    with pytest.raises(ValueError, match=r"has no config\.json"):
-        create_model_card(made["results"], made["results"])
-    with pytest.raises(ValueError, match="given more often"):
-        create_model_card(made["checkpoint"], [made["results"], made["results"]])
-
-
-def test_damaged_or_missing_weights_are_named(made, tmp_path):
-    folder = shutil.copytree(made["checkpoint"], tmp_path / "copy")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged"):
-        create_model_card(folder, made["results"])
-    weights.unlink()
-    with pytest.raises(ValueError, match="has no weights"):
-        create_model_card(folder, made["results"])
-
-
-# Files
-
-
-def test_figures_are_copied_beside_the_card_and_shown(made, tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "my figure (1).png")
-    out = tmp_path / "out"
-    written = save_model_card(
-        made["checkpoint"], made["results"], output=out, figures=[tmp_path / "my figure (1).png"], plot=True
-    )
-    names = ["figures/low_shot.png", "figures/my-figure-1.png", ".eval_results/hf_msn.yaml", "README.md"]
-    assert [str(path.relative_to(out)) for path in written] == names
-    shown = re.findall(r"!\[[^\]]*\]\((.*?)\)", (out / "README.md").read_text())
-    assert shown == names[:2] and all(Image.open(out / name).size[0] >= 4 for name in shown)
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(names)
-
-
-def test_the_plot_is_the_same_each_time_and_needs_matplotlib(made, tmp_path, monkeypatch):
-    first, second = (plot_low_shot(made["results"], tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
-    assert first == second
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'hf_msn\[demo\]'"):
-        save_model_card(made["checkpoint"], made["results"], output=tmp_path / "out", plot=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_card_of_someone_else_is_not_lost(made, tmp_path):
-    (tmp_path / "README.md").write_text("# mine\n")
-    with pytest.raises(ValueError, match="was not made by hf_msn"):
-        save_model_card(made["checkpoint"], made["results"], output=tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
-    save_model_card(made["checkpoint"], made["results"], output=tmp_path, overwrite=True)
-    save_model_card(made["checkpoint"], made["results"], output=tmp_path)  # its own is replaced
-    assert (tmp_path / "README.md").read_text().startswith("---")
-
-
-def test_a_call_that_is_killed_leaves_the_card_as_it_was(made, tmp_path, monkeypatch):
-    save_model_card(made["checkpoint"], made["results"], output=tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    def die(self, path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ModelCard, "save", die)
-    with pytest.raises(KeyboardInterrupt):
-        save_model_card(made["checkpoint"], output=tmp_path, without_results=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_the_script_writes_the_card_here(made, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "make_model_card.py"), "--checkpoint", str(made["export"])]
-    command += ["--results", str(made["results"]), "--output", str(tmp_path), "--name", "tiny", "--license", "mit"]
-    said = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
-    assert said.split() == [str(tmp_path / ".eval_results" / "hf_msn.yaml"), str(tmp_path / "README.md")]
-    assert ModelCard.load(tmp_path / "README.md").data.model_name == "tiny"
-
-
-def test_the_finished_card_has_the_numbers_of_the_results_beside_it():
-    folder = ROOT / "model_cards" / "msn-vit-digits"
-    said = json.loads((folder / "low_shot.json").read_text())
-    card = ModelCard.load(folder / "README.md")
-    rows = table(card, "labelled images")
-    for row, task in zip(rows, said["tasks"]):
-        top1 = [split["top1"] for split in task["splits"]]
-        assert row[1] == f"{np.mean(top1):.1f} ± {np.std(top1, ddof=1):.1f}"
-    assert len(rows) == 4 and said["model"]["weights_sha256"] in card.text
-    assert [one.metric_value for one in card.data.eval_results][::2] == [
-        task["summary"]["top1"] for task in said["tasks"]
-    ]
-    entries = yaml.safe_load((folder / ".eval_results" / "hf_msn.yaml").read_text())
-    assert [entry["value"] for entry in entries] == [task["summary"]["top1"] for task in said["tasks"]]
-    shown = re.findall(r"!\[[^\]]*\]\((.*?)\)", card.text)
-    assert shown and all((folder / name).is_file() for name in shown)
