@@ -5,6 +5,8 @@ accelerate launch scripts/pretrain.py --method paws --dataset FOLDER --labelled_
 runs/paws
 """
 
+import gc
+
 from hf_msn import parse_recipe
 
 
@@ -18,3 +20,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    # The threads of a process group end with the last reference to it; one that outlives the interpreter aborts.
+    gc.collect()

@@ -41,9 +41,10 @@ def step_of(optimizer, sync, seconds=0.0):
 
 
 class Accounts(AsyncGossip):
-    """Notes weight and the mailbox's accounts at the end of each meeting."""
+    """Notes what this rank brings to each meeting: x, flat, its weight and the mailbox's accounts."""
 
     def _settle(self):
         mailbox = self._mailbox
+        self.brought = flat(self._flat.buffers)  # before it, exchanges with others may still move x
         self.account = self.weight, list(mailbox.weight_posted), list(mailbox.weight_collected)
         super()._settle()

@@ -1,12 +1,14 @@
 """Groups inside of a process group that is given to us. The only place that makes any, each once in a process."""
 
 import datetime
+import weakref
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
-# torch keeps groups to the end of the process, so a second one of the same ranks would only cost.
-_made: dict[tuple, dist.ProcessGroup] = {}
+# torch keeps groups until they are destroyed, so a second one of the same ranks would only cost. Weak: a group's
+# threads end with the last reference to it, and one that outlives the interpreter can abort the process.
+_made: weakref.WeakValueDictionary[tuple, dist.ProcessGroup] = weakref.WeakValueDictionary()
 
 
 def subgroup(
@@ -23,6 +25,8 @@ def subgroup(
     world = dist.group.WORLD
     key = (world.group_name, tuple(ranks), backend, timeout, name)
     # A group of a default group that was destroyed since, and whose name came again, is of no use.
-    if key not in _made or _made[key] not in dist.distributed_c10d._world.pg_map:
-        _made[key] = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
-    return _made[key]
+    group = _made.get(key)
+    if group is None or group not in dist.distributed_c10d._world.pg_map:
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+        _made[key] = group
+    return group

@@ -5,10 +5,8 @@ import math
 
 import pytest
 import torch
-from topologies import (
-    MAKERS,
-    Star,
-)
+from PIL import Image
+from topologies import MAKERS, Star
 
 from hf_msn.distributed import (
     CompleteTopology,
@@ -20,16 +18,15 @@ from hf_msn.distributed.topology_plot import consensus_distances
 
 
 def test_plot_writes_a_picture_of_one_or_several_topologies(tmp_path):
-    image = pytest.importorskip("PIL.Image")
     single, several = tmp_path / "new" / "one.png", tmp_path / "several.png"
     plot(ExponentialTopology(6, 2), single)
     plot([*[make(5) for make in MAKERS.values()][:4], RingTopology(5).without([2]), RingTopology(1)], several, steps=3)
-    sizes = [image.open(path).size for path in (single, several)]
+    sizes = [Image.open(path).size for path in (single, several)]
     assert sizes[1][0] > 2 * sizes[0][0], "several topologies stand beside one another"
-    assert all(len(set(image.open(path).convert("RGB").getdata())) > 50 for path in (single, several))
-    before = image.open(single).tobytes()
+    assert all(len(set(Image.open(path).convert("RGB").getdata())) > 50 for path in (single, several))
+    before = Image.open(single).tobytes()
     plot(ExponentialTopology(6, 2), single, steps=1)
-    assert image.open(single).tobytes() != before
+    assert Image.open(single).tobytes() != before
 
 
 def test_consensus_distances_are_those_of_the_values_and_of_push_sum():
