@@ -8,19 +8,16 @@ Where other jobs share the CPU, set OMP_WAIT_POLICY=PASSIVE: threads that spin w
     torchrun --nproc_per_node 8 scripts/benchmark_step.py --model b16 --batch_size 128 --precision bf16
 """
 
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import median, quantiles
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from benchmark_report import bars, cell, machine, save, summarize
 from plain_step import PlainStep
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -69,7 +66,7 @@ class BenchmarkArguments:
     world_size: int = option("Start this many ranks on this machine. Or start them by torchrun.", 1)
     threads: int = option("CPU threads, shared by the ranks of this machine.", 2)
     cpu: bool = option("Use the CPU where there is a GPU.", False)
-    output: str | None = option("Write settings, times and ratios to this JSON file.")
+    output: str | None = option("Write settings, times and ratios to this JSON file, and a picture beside it.")
 
     def __post_init__(self):
         wrong = sorted(set(self.precision) - {"fp32", "bf16"})
@@ -193,43 +190,40 @@ def check_same_loss(model: MSNForPreTraining, plain: PlainStep, batch: dict[str,
         )
 
 
-def summarize(values: list[float]) -> dict[str, float | list[float]]:
-    """Median, quartiles, smallest and largest."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": median(values), "quartiles": [low, high], "range": [min(values), max(values)]}
-
-
-def report(args: BenchmarkArguments, measured: dict[str, dict[str, list[float]]], ranks: int, device: str) -> dict:
+def report(args: BenchmarkArguments, measured: dict[str, dict[str, list[float]]], ranks: int) -> dict:
     """Prints the table; returns what it shows, as JSON takes it."""
     images = args.batch_size * ranks
     views = f"1 target + {args.anchor_views} anchor + {args.focal_views} focal views"
     print(
         f"{args.model} ({args.hidden_size} x {args.num_hidden_layers}, patch {args.patch_size}), {views} of "
         f"{args.image_size} and {args.focal_size} px, {args.mask_ratio:.0%} dropped, batch {args.batch_size} x "
-        f"{ranks} rank{'s' * (ranks > 1)}\n{device}, torch {torch.__version__}; "
-        f"median of {args.steps} steps (quartiles)\n"
+        f"{ranks} rank{'s' * (ranks > 1)}\n{machine()['processor']}, {args.threads} threads, torch "
+        f"{torch.__version__}; median of {args.steps} steps (quartiles)\n"
     )
     print(f"{'precision':<10}{'plain fp32, images/s':>26}{'hf_msn, images/s':>26}{'ratio of a pair':>24}")
     results = {}
     for precision, seconds in measured.items():
         entry = {"hf_msn": summarize([images / value for value in seconds["hf_msn"]]), "seconds": seconds}
-        columns = ["-", _cell(entry["hf_msn"]), "-"]
+        columns = ["-", cell(entry["hf_msn"]), "-"]
         if seconds["plain"]:
             entry["plain"] = summarize([images / value for value in seconds["plain"]])
             # Pairs are neighbours in time: what else the machine did slowed both.
             entry["ratio"] = summarize([theirs / ours for ours, theirs in zip(seconds["hf_msn"], seconds["plain"])])
-            columns = [_cell(entry["plain"]), columns[1], _cell(entry["ratio"])]
+            columns = [cell(entry["plain"]), columns[1], cell(entry["ratio"])]
         print(f"{precision:<10}{columns[0]:>26}{columns[1]:>26}{columns[2]:>24}")
         results[precision] = entry
     if args.compile_encoder:
         print(f"\nfirst step, with compilation: {max(max(times['warmup']) for times in measured.values()):.1f} s")
-    machine = {"device": device, "torch": torch.__version__, "ranks": ranks, "threads_a_rank": torch.get_num_threads()}
-    return {"arguments": asdict(args), "machine": machine, "results": results}
+    return {"arguments": asdict(args), "machine": {**machine(), "ranks": ranks}, "results": results}
 
 
-def _cell(summary: dict) -> str:
-    low, high = summary["quartiles"]
-    return f"{summary['median']:.2f} ({low:.2f} - {high:.2f})"
+def picture(results: dict):
+    """Images a second, plain and ours, as bars."""
+    named = {}
+    for precision, entry in results["results"].items():
+        named |= {f"plain fp32 (beside {precision})": entry["plain"]} if "plain" in entry else {}
+        named[f"hf_msn {precision}"] = entry["hf_msn"]
+    return bars(named, "images / s", f"Training step, {results['arguments']['model']}")
 
 
 def main() -> None:
@@ -241,13 +235,9 @@ def main() -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(max(1, args.threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     measured = {precision: measure(args, precision) for precision in args.precision}
-    on_gpu = torch.cuda.is_available() and not args.cpu
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), {args.threads} threads"
     if int(os.environ.get("RANK", 0)) == 0:
-        results = report(args, measured, ranks, device)
-        if args.output:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+        results = report(args, measured, ranks)
+        save(results, args.output, picture(results) if args.output else None)
     if dist.is_initialized():
         dist.destroy_process_group()
 
