@@ -19,8 +19,8 @@ def cell(summary: dict[str, Any] | None) -> str:
     """Median and quartiles as a table shows them."""
     if summary is None:
         return "-"
-    (low, high), digits = summary["quartiles"], 2 if summary["median"] < 100 else 0
-    return f"{summary['median']:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
+    low, high = summary["quartiles"]
+    return f"{summary['median']:.2f} ({low:.2f} - {high:.2f})"
 
 
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
