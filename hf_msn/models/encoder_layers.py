@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNAttention, ViTMSNLayer, eager_attention_forward
 
+from .onednn_linear import linear_of_all
+
 
 class PretrainingViTMSNLayer(ViTMSNLayer):
     """`ViTMSNLayer` that can leave out what the [CLS] does not need."""
@@ -42,10 +44,14 @@ class PretrainingViTMSNAttention(ViTMSNAttention):
         cls_only: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self._split_heads(self.q_proj(hidden_states[:, :1] if cls_only else hidden_states))
-        key, value = self._split_heads(self.k_proj(hidden_states)), self._split_heads(self.v_proj(hidden_states))
+        if cls_only:
+            projected = self.q_proj(hidden_states[:, :1]), *linear_of_all([self.k_proj, self.v_proj], hidden_states)
+        else:
+            projected = linear_of_all([self.q_proj, self.k_proj, self.v_proj], hidden_states)
+        query, key, value = map(self._split_heads, projected)
 
-        if self.config._attn_implementation == "sdpa" and attention_mask is None and _slow_in_sdpa(query):
+        is_sdpa = self.config._attn_implementation == "sdpa" and attention_mask is None
+        if is_sdpa and _slow_in_sdpa(query, key):
             attend = batched_products
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -65,9 +71,11 @@ class PretrainingViTMSNAttention(ViTMSNAttention):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-def _slow_in_sdpa(query: torch.Tensor) -> bool:
-    # The flash kernel of the CPU takes 2 to 10 times as long as plain products in 16 bits, where it must go backward.
-    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16) and query.requires_grad
+def _slow_in_sdpa(query: torch.Tensor, key: torch.Tensor) -> bool:
+    # In 16 bits forward and backward of the CPU's flash kernel take 1.2 to 8 times as long as plain products, the more
+    # the shorter the sequence; past this length the products' memory counts. Forward alone it is the more precise one.
+    in_16_bits = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    return in_16_bits and query.requires_grad and key.shape[2] <= 2048
 
 
 def batched_products(module, query, key, value, attention_mask, dropout, scaling, **kwargs):

@@ -14,6 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .encoder_layers import PretrainingViTMSNAttention, PretrainingViTMSNLayer
+from .onednn_linear import OneDNNLinear
 
 
 class PatchDroppingViTMSNModel(ViTMSNModel):
@@ -30,6 +31,7 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         for layer in self.layers:  # the modules and their weights stay: only `forward` is another
             layer.__class__ = PretrainingViTMSNLayer
             layer.attention.__class__ = PretrainingViTMSNAttention
+            OneDNNLinear.replace_in(layer)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

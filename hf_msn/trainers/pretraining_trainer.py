@@ -26,6 +26,7 @@ from ..optim import LARS
 from ..schedules import cosine, warmup_cosine
 from .checkpointing_trainer import CheckpointingTrainer
 from .checkpoints import CheckpointError, find_last_checkpoint
+from .freed_memory import keep_freed_memory
 from .pretraining_arguments import PretrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -77,6 +78,8 @@ class PretrainingTrainer(CheckpointingTrainer):
         if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
             self._check_output_dir()
         self._forget_earlier_replicas()
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
         self.run_record.begin(resume_from_checkpoint)
         try:

@@ -1,0 +1,119 @@
+"""Linear layers whose products on the CPU are made by oneDNN, with the bias, and for several layers at once."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_LEAST_WEIGHTS = 2**15  # below, the products are so short that the extra Python costs more than they save
+
+
+class OneDNNLinear(nn.Linear):
+    """`nn.Linear` with the same weights under the same names, faster in training on the CPU.
+
+    In float32 torch takes MKL for products, which does not use all of the processor on AMD: there oneDNN, which torch
+    brings along for convolutions and 16 bits, is twice as fast. In both precisions the bias is added in the product,
+    without the copy into the output that `nn.Linear` needs. The sums run in another order: results agree to rounding.
+
+    Everywhere else (evaluation, other devices and dtypes, torch.compile, small weights) it is `nn.Linear`.
+    """
+
+    @classmethod
+    def replace_in(cls, module: nn.Module) -> None:
+        """Makes every `nn.Linear` inside `module` that is large enough one of these: the weights stay as they are."""
+        for child in module.modules():
+            if type(child) is nn.Linear and child.weight.numel() >= _LEAST_WEIGHTS:
+                child.__class__ = cls
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` -> `(..., out_features)`."""
+        dtype = _dtype_of_products(self, input)
+        if dtype is None:
+            return F.linear(input, self.weight, self.bias)
+        return _Products.apply(*_cast(dtype, input, self.weight, self.bias))
+
+
+def linear_of_all(layers: Sequence[nn.Linear], input: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The outputs of several linear layers of one input `(..., in_features)`, each `(..., out_features)`.
+
+    In one product where all are [`OneDNNLinear`]s at work: the input is read, and cast to 16 bits, once instead of
+    once a layer, and its gradient is one sum.
+    """
+    joined = all(type(layer) is OneDNNLinear and not _has_hooks(layer) for layer in layers)
+    dtype = _dtype_of_products(layers[0], input) if joined else None
+    if dtype is None or len({layer.bias is None for layer in layers}) > 1:
+        return tuple(layer(input) for layer in layers)
+    weight = torch.cat([layer.weight.to(dtype) for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    output = _Products.apply(*_cast(dtype, input, weight, bias))
+    return output.split([layer.out_features for layer in layers], dim=-1)
+
+
+def _dtype_of_products(layer: nn.Linear, input: torch.Tensor) -> torch.dtype | None:
+    """That of the products of oneDNN; `None` if it must not make them."""
+    if _PRODUCT is None or not layer.training or torch.compiler.is_compiling() or not input.numel():
+        return None
+    if not input.device.type == layer.weight.device.type == "cpu" or layer.weight.dtype != torch.float32:
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32 if input.dtype == torch.float32 else None
+    return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+
+
+def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+class _Products(torch.autograd.Function):
+    """Y = X W^T + b, dX = dY W, dW = dY^T X, in the one dtype that all have."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias):
+        ctx.save_for_backward(input, weight)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        input, weight = ctx.saved_tensors
+        of_input = of_weight = of_bias = None
+        rows = gradient.flatten(0, -2)
+        in_16_bits = (
+            gradient.dtype != torch.float32
+        )  # where torch itself takes oneDNN, and copies less than `_product`
+        if ctx.needs_input_grad[0]:
+            of_input = rows @ weight if in_16_bits else _product(rows, weight.t())
+            of_input = of_input.view(input.shape)
+        if ctx.needs_input_grad[1]:
+            inputs = input.flatten(0, -2)
+            of_weight = rows.t() @ inputs if in_16_bits else _transposed_product(rows, inputs)
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(dim=0)
+        return of_input, of_weight, of_bias
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a b^T + bias."""
+    return _PRODUCT(a, b, bias, "none", [], "")
+
+
+def _transposed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a^T b. The operator copies a first argument that is transposed: let that be the smaller one."""
+    if a.shape[1] <= b.shape[1]:
+        return _product(a.t(), b.t())
+    return _product(b.t(), a.t()).t()
+
+
+def _find_product():
+    # The operator that torch.compile uses for this; a build of torch without oneDNN has none.
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_PRODUCT = _find_product()

@@ -1,0 +1,137 @@
+"""Linear layers by oneDNN against torch's own, forward and backward."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_msn import MSNConfig, MSNForPreTraining
+from hf_msn.models import onednn_linear
+from hf_msn.models.onednn_linear import OneDNNLinear, linear_of_all
+
+
+def layers_of(*sizes, bias=True):
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.Linear(*size, bias=bias) for size in sizes)
+
+
+def run(layers, input, autocast=False):
+    """Outputs, and the gradients of a weighted sum of them with respect to input and parameters."""
+    input = input.clone().requires_grad_()
+    layers.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = linear_of_all(list(layers), input) if len(layers) > 1 else (layers[0](input),)
+    weights = [torch.linspace(-1, 1, output.numel()).view(output.shape) for output in outputs]
+    sum((output * weight).sum() for output, weight in zip(outputs, weights)).backward()
+    return [output.detach() for output in outputs], [input.grad, *(p.grad for p in layers.parameters())]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts the products that oneDNN is asked for."""
+    count, product = [], onednn_linear._PRODUCT
+
+    def counted(*args):
+        count.append(args[0].shape)
+        return product(*args)
+
+    monkeypatch.setattr(onednn_linear, "_PRODUCT", counted)
+    return count
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7, 192), (9, 192), (2, 3, 4, 192)])
+@pytest.mark.parametrize("sizes", [[(192, 768)], [(192, 192), (192, 256), (192, 320)]])
+def test_outputs_and_gradients_are_those_of_plain_layers_in_float64(sizes, shape, bias, products):
+    layers = layers_of(*sizes, bias=bias)
+    input = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    expected = run(layers_of(*sizes, bias=bias).double(), input.double())
+    OneDNNLinear.replace_in(layers)
+    outputs, gradients = run(layers, input)
+    assert len(products) == 3, "one product for the outputs of all layers, and two for the gradients"
+    for ours, theirs in zip([*outputs, *gradients], [*expected[0], *expected[1]]):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("sizes", [[(192, 768)], [(192, 192), (192, 256)]])
+def test_under_autocast_they_are_those_of_autocast(sizes, products):
+    layers = layers_of(*sizes)
+    input = torch.randn(6, 11, 192, generator=torch.Generator().manual_seed(1))
+    expected, gradients_expected = run(layers_of(*sizes), input, autocast=True)
+    exact, exact_gradients = run(layers_of(*sizes).double(), input.double())
+    OneDNNLinear.replace_in(layers)
+    outputs, gradients = run(layers, input, autocast=True)
+    assert len(products) == 1
+    for ours, theirs, truth in zip(
+        [*outputs, *gradients], [*expected, *gradients_expected], [*exact, *exact_gradients]
+    ):
+        assert ours.dtype == theirs.dtype
+        size = truth.abs().max()
+        error, error_of_torch = (ours - truth).abs().max() / size, (theirs - truth).abs().max() / size
+        assert error < 0.02 and error < 1.5 * error_of_torch + 1e-6
+
+
+def test_strided_inputs_and_gradients():
+    layers, plain = layers_of((192, 256)), layers_of((192, 256))
+    OneDNNLinear.replace_in(layers)
+    tokens = torch.randn(4, 6, 192, generator=torch.Generator().manual_seed(1))
+    for input in (tokens[:, :1], tokens[:, ::2], tokens.transpose(0, 1)):
+        ours, theirs = input.detach().requires_grad_(), input.detach().requires_grad_()
+        ours_out, theirs_out = layers[0](ours), plain[0](theirs)
+        torch.testing.assert_close(ours_out, theirs_out, rtol=1e-5, atol=1e-5)
+        ours_out.sum().backward(), theirs_out.sum().backward()  # the gradient of a sum is expanded: strides of 0
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layers[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_parameters_and_inputs_get_no_gradient(products):
+    layers = layers_of((192, 256))
+    OneDNNLinear.replace_in(layers)
+    layers[0].weight.requires_grad_(False)
+    layers[0](torch.ones(3, 192)).sum().backward()
+    assert layers[0].weight.grad is None
+    assert torch.equal(layers[0].bias.grad, torch.full((256,), 3.0))
+    assert len(products) == 1
+
+
+def test_elsewhere_it_is_the_plain_layer_to_the_bit(products):
+    small, large = layers_of((64, 128)), layers_of((192, 256))
+    plain = layers_of((192, 256))[0]
+    for layers in (small, large):
+        OneDNNLinear.replace_in(layers)
+    assert type(small[0]) is nn.Linear and type(large[0]) is OneDNNLinear
+    input = torch.randn(5, 192)
+    assert torch.equal(large.eval()[0](input), plain(input))
+    large.train()
+    assert large[0](torch.empty(0, 192)).shape == (0, 256)
+    assert torch.equal(large.double()[0](input.double()), plain.double()(input.double()))
+    assert not products
+
+
+def test_layers_with_hooks_or_of_another_class_are_called_one_by_one(products):
+    layers = layers_of((192, 192), (192, 192))
+    OneDNNLinear.replace_in(layers)
+    seen = []
+    layers[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    linear_of_all(list(layers), torch.ones(3, 192))
+    assert seen == [(3, 192)] and len(products) == 2
+
+
+def test_a_training_step_of_msn_has_the_losses_and_gradients_of_plain_layers(monkeypatch, products):
+    config = {"image_size": 32, "patch_size": 8, "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
+    views = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for product in (onednn_linear._PRODUCT, None):
+        monkeypatch.setattr(onednn_linear, "_PRODUCT", product)
+        torch.manual_seed(0)
+        model = MSNForPreTraining(MSNConfig(**config, intermediate_size=768)).train()
+        loss = model(pixel_values=views, anchor_pixel_values=views.flip(3)[:, None]).loss
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert len(products) > 20
+    (ours, our_gradients), (plain, gradients) = results
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert our_gradients.keys() == gradients.keys()
+    # of all at once: those of a key's bias, or of one before batch normalisation, are nothing but rounding
+    flat, our_flat = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, our_gradients))
+    assert (our_flat - flat).norm() < 1e-4 * flat.norm()
