@@ -197,12 +197,13 @@ def report(args: GrowthArguments, measured: dict[str, dict[Point, dict[str, Any]
     """Prints a table for each axis; returns what they show, as JSON takes it."""
     gpu = torch.cuda.is_available() and not args.cpu
     memory = "largest rank's GPU memory" if gpu else "largest rank's resident memory, imports included"
+    views = f"1 target + {args.anchor_views} anchor + {args.focal_views} focal views"
     print(
         f"{args.model} ({args.hidden_size} x {args.num_hidden_layers}, patch {args.patch_size}), "
-        f"{args.mask_ratio:.0%} dropped; base: batch {args.batch_size}, 1 target + {args.anchor_views} anchor + {args.focal_views} focal "
-        f"views, {args.image_size} and {args.focal_size(args.image_size)} px, {args.world_size} rank"
-        f"{'s' * (args.world_size > 1)}\n{machine()['processor']}, {args.threads} threads for all ranks, torch "
-        f"{torch.__version__}; images/s: median of {args.rounds} x {args.steps} steps (quartiles); peak: {memory}"
+        f"{args.mask_ratio:.0%} dropped; base: batch {args.batch_size}, {views}, {args.image_size} and "
+        f"{args.focal_size(args.image_size)} px, {args.world_size} rank{'s' * (args.world_size > 1)}\n"
+        f"{machine()['processor']}, {args.threads} threads for all ranks, torch {torch.__version__}; "
+        f"images/s: median of {args.rounds} x {args.steps} steps (quartiles); peak: {memory}"
     )
     axes = {}
     for axis in args.axes:

@@ -41,6 +41,7 @@ class Side:
 
     Attributes:
         name: As the table shows it.
+        model: All modules of the step.
         loss: Views as `prepare` gives them -> scalar loss with gradient.
         update_target: One step of the moving average.
         optimizer: Over all that is trained.
@@ -53,6 +54,7 @@ class Side:
     """
 
     name: str
+    model: nn.Module
     loss: Callable[[Any], torch.Tensor]
     update_target: Callable[[], None]
     optimizer: torch.optim.Optimizer
@@ -86,8 +88,8 @@ class Side:
         hooks = [block.register_forward_pre_hook(_count(lengths)) for block in self.first_blocks]
         hooks += [
             parameter.register_post_accumulate_grad_hook(lambda p: touched.add(p))
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
         ]
         with FlopCounterMode(display=False) as counter:
             loss = self.step(views, "fp32")
@@ -124,6 +126,7 @@ def our_side(shape: Shape, device: torch.device) -> Side:
     others = [parameter for name, parameter in trained if parameter.ndim == 1 or name == "prototypes"]
     return Side(
         name="hf_msn",
+        model=model,
         loss=lambda views: model(**views).loss,
         update_target=lambda: model.update_target(MOMENTUM),
         optimizer=torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], fused=True),

@@ -99,6 +99,7 @@ def _side(name: str, encoder: nn.Module, shape: Shape, device: torch.device) -> 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return Side(
         name=name,
+        model=network,
         loss=loss,
         update_target=network.update_target,
         optimizer=torch.optim.AdamW(trained, lr=1.5e-4),

@@ -45,6 +45,7 @@ def side(shape: Shape, device: torch.device) -> Side:
 
     return Side(
         name="stable-pretraining",
+        model=model,
         loss=lambda views: model(view1=views["anchor_pixel_values"][:, 0], view2=views["pixel_values"]).loss,
         update_target=update_target,
         optimizer=torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad]),
