@@ -119,8 +119,8 @@ def _first_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Newton's step from W = 0, scaled by a search along it, and the gradient at W = 0.
 
-    At W = 0 all probabilities are 1 / C, so neither costs a product with all rows and classes. Scores are linear in the
-    length of the step: one product serves all lengths that are tried, on a part of the rows.
+    At W = 0 all probabilities are 1 / C, so neither costs a product with all rows and classes. Scores are linear in
+    the length of the step: one product serves all lengths that are tried, on a part of the rows.
     """
     num_rows, rank = coordinates.shape
     # on the CPU these sums have an order
