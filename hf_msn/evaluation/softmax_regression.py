@@ -219,7 +219,8 @@ def _direction(
         result.div_(factor * torch.dot(change.flatten(), (change * inverse).flatten()))
     for (step, change, factor), coefficient in zip(pairs, reversed(coefficients)):
         result.add_(step * (coefficient - factor * torch.dot(change.flatten(), result.flatten())))
-    return result
+    # the gradient's class sums are 0 where those of W are; only the preconditioner would leave that subspace
+    return result.sub_(result.mean(dim=0))
 
 
 def _line_search(
