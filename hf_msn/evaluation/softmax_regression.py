@@ -153,7 +153,7 @@ class _Objective:
         self.chunks = [slice(start, start + rows) for start in range(0, len(inputs), rows)]
         self.buffer = inputs.new_empty(min(rows, len(inputs)), num_classes)
         # of f, relative: what a comparison of two values must allow for
-        self.rounding = 16 * torch.finfo(inputs.dtype).eps
+        self.rounding = 64 * torch.finfo(inputs.dtype).eps
 
     def __call__(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss = torch.zeros((), dtype=torch.float64, device=weights.device)
@@ -194,6 +194,10 @@ def _minimize(
             break
         direction = _direction(gradient, pairs, objective.preconditioner(diagonal))
         found = _line_search(objective, weights, value, gradient, direction)
+        if found is None and pairs:
+            # the remembered curvature misleads: once more from the preconditioner alone
+            pairs.clear()
+            continue
         if found is None:
             break
         step, value, new_gradient, diagonal = found
