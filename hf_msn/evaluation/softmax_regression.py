@@ -88,7 +88,9 @@ def fit_softmax_regression(
             single = _Objective(coordinates.float(), targets, num_classes, curvature.float(), penalty)
             state = _minimize(single, weights.float(), basis.float(), max_iter, max(tol, floor))
             weights, iterations, objective, largest = state
+            # float32's rounding of the sums over classes, which no later step could take back
             weights = weights.double()
+            weights -= weights.mean(dim=0)
             done = iterations == max_iter or (largest <= tol and tol >= floor)
         else:
             done = False
