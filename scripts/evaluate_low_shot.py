@@ -64,7 +64,9 @@ class EvaluationArguments:
     )
     num_last_layers: int = option("Concatenate the [CLS] token of this many last blocks.", 1)
     batch_size: int = option("Images at a time on each process.", 64)
-    num_workers: int = option("Processes that decode images, for each process.", 0)
+    num_workers: int | None = option(
+        "Processes that decode images, for each process; by default as many as help.", None
+    )
     bf16: bool = option("Compute the features under bfloat16 autocast.", False)
     on_broken_image: Literal["skip", "raise"] = option("What to do with an image that cannot be read.", "skip")
     cache_dir: str | None = option("Keep features here, so that another probe on the same weights is fast.")

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,11 +11,10 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from ..data.decoding import BrokenImageError, decode_image
-from ..distributed.collectives import rank, world_size
+from ..data.decoding import BrokenImageError
+from ..distributed.collectives import rank
 from .backbones import (
     describe_image_processor,
     evaluated_module,
@@ -25,11 +24,13 @@ from .backbones import (
 )
 from .feature_cache import cache_path, read_cache, write_cache
 from .gathering import gather_objects, gather_rows, run_on_every_rank
+from .image_loading import NO_LABEL, ImageLoading
 
 logger = logging.getLogger(__name__)
 
-NO_LABEL = -1
 _SHOWN = 3
+# of features that wait on the device for their copy to the host
+_BYTES_ON_DEVICE = 2**28
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def extract_features(
     image_processor: Any = None,
     *,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     features: Literal["backbone", "projection"] = "backbone",
     num_last_layers: int = 1,
     rows: np.ndarray | None = None,
@@ -88,8 +89,9 @@ def extract_features(
             the one saved with the model, or timm's own.
         batch_size (`int`, *optional*, defaults to 64):
             Images at a time on each rank.
-        num_workers (`int`, *optional*, defaults to 0):
-            Processes that decode images, on each rank.
+        num_workers (`int`, *optional*):
+            Processes that decode images, on each rank. By default none where the model computes on the CPU, which
+            they would slow down, or the images are few; on a GPU this rank's share of the cores, at most 16.
         features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
             "projection" takes `model.project(pixels)`, the space in which PAWS predicts, not the backbone's output.
         num_last_layers (`int`, *optional*, defaults to 1):
@@ -146,12 +148,13 @@ def extract_features(
         logger.warning("Features of a stream, or through a function that cannot be told apart, are not cached.")
 
     def compute(pixels: torch.Tensor) -> torch.Tensor:
-        pixels = pixels.to(device_now, weights_dtype)
+        pixels = pixels.to(device_now, non_blocking=True).to(weights_dtype)
         with torch.autocast(device_now.type, dtype=dtype or weights_dtype, enabled=dtype not in (None, weights_dtype)):
             return forward(pixels)
 
     with evaluation_mode(module, device) as device_now:
-        return _extract(images, rows, image_processor, compute, batch_size, num_workers, on_broken_image, path, sha256)
+        loading = ImageLoading(images, rows, image_processor, batch_size, num_workers, device_now)
+        return _extract(loading, compute, on_broken_image, path, sha256)
 
 
 def pixel_features(
@@ -159,7 +162,7 @@ def pixel_features(
     image_processor: Any = None,
     *,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     on_broken_image: Literal["skip", "raise"] = "skip",
 ) -> Features:
     """The pixels themselves as features: the baseline that a representation has to beat.
@@ -174,15 +177,8 @@ def pixel_features(
     """
     image_processor = _unit_range if image_processor is None else image_processor
     images = _images(dataset)
-    return _extract(
-        images,
-        _rows(images),
-        image_processor,
-        lambda pixels: pixels.flatten(1),
-        batch_size,
-        num_workers,
-        on_broken_image,
-    )
+    loading = ImageLoading(images, _rows(images), image_processor, batch_size, num_workers, torch.device("cpu"))
+    return _extract(loading, lambda pixels: pixels.flatten(1), on_broken_image)
 
 
 def _unit_range(image: Any) -> torch.Tensor:
@@ -222,12 +218,8 @@ def _rows(images: datasets.Dataset | datasets.IterableDataset, rows: np.ndarray 
 
 
 def _extract(
-    images: datasets.Dataset | datasets.IterableDataset,
-    rows: np.ndarray | None,
-    image_processor: Any,
+    loading: ImageLoading,
     compute: Callable[[torch.Tensor], torch.Tensor],
-    batch_size: int,
-    num_workers: int,
     on_broken_image: str,
     path: os.PathLike | None = None,
     sha256: str | None = None,
@@ -241,7 +233,7 @@ def _extract(
     def work() -> _RankRows:
         if hit:
             return _RankRows.from_cache(cached)
-        return _pass(images, rows, image_processor, compute, batch_size, num_workers, on_broken_image == "raise")
+        return _pass(loading, compute, on_broken_image == "raise")
 
     own, summaries = run_on_every_rank(work, lambda own: (len(own.features), own.features.shape[1], own.skipped))
     counts, widths, skipped_by_rank = zip(*summaries)
@@ -270,7 +262,7 @@ def _extract(
         rows=rows,
         skipped=skipped,
         weights_sha256=sha256,
-        data_fingerprint=getattr(images, "_fingerprint", None),
+        data_fingerprint=getattr(loading.images, "_fingerprint", None),
     )
 
 
@@ -291,89 +283,29 @@ class _RankRows:
         return cls(arrays["features"], arrays["rows_and_labels"], errors)
 
 
-def _pass(
-    images: datasets.Dataset | datasets.IterableDataset,
-    rows: np.ndarray | None,
-    image_processor: Any,
-    compute: Callable[[torch.Tensor], torch.Tensor],
-    batch_size: int,
-    num_workers: int,
-    stop_at_broken: bool,
-) -> _RankRows:
-    if rows is not None:
-        own = _MapRows(images, rows[rank() :: world_size()], image_processor)
-    else:
-        own, num_workers = _StreamRows(images, rank(), world_size(), image_processor), min(num_workers, 1)
-    # the loader draws a seed for its workers; drawn from the global generator it would change the training around it
-    loader = DataLoader(
-        own, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate, generator=torch.Generator()
-    )
+def _pass(loading: ImageLoading, compute: Callable[[torch.Tensor], torch.Tensor], stop_at_broken: bool) -> _RankRows:
     # None: no bar where nobody looks at a terminal
-    progress = tqdm(loader, desc="Features", unit="batch", leave=False, disable=None if rank() == 0 else True)
+    progress = tqdm(
+        loading.batches(), desc="Features", unit="batch", leave=False, disable=None if rank() == 0 else True
+    )
+    # features stay on the device for a while: each copy to the host waits until the device is done with its batch
+    on_device, size_on_device = [], 0
     features, rows_and_labels, skipped = [], [], []
     for pixels, of_batch, broken in progress:
         skipped += broken
         if broken and stop_at_broken:
             break
         if pixels is not None:
-            features.append(compute(pixels).float().cpu().numpy())
+            of_pixels = compute(pixels).float()
+            on_device.append(of_pixels)
+            size_on_device += of_pixels.nbytes
             rows_and_labels.append(of_batch)
+        if size_on_device > _BYTES_ON_DEVICE:
+            features.append(torch.cat(on_device).cpu().numpy())
+            on_device, size_on_device = [], 0
+    if on_device:
+        features.append(torch.cat(on_device).cpu().numpy())
     if not features:
         empty = _RankRows.from_cache(None)
         return _RankRows(empty.features, empty.rows_and_labels, skipped)
     return _RankRows(np.concatenate(features), np.concatenate(rows_and_labels), skipped)
-
-
-class _MapRows(Dataset):
-    """Item i is the decoded image in row `rows[i]`."""
-
-    def __init__(self, images: datasets.Dataset, rows: np.ndarray, image_processor: Any):
-        self.images, self.rows, self.image_processor = images, rows, image_processor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[int, int, torch.Tensor | BrokenImageError]:
-        row = int(self.rows[index])
-        return _read(self.images[row], row, self.image_processor)
-
-
-class _StreamRows(IterableDataset):
-    """Every `world_size`-th row of a stream, from row `rank` on, decoded."""
-
-    def __init__(self, images: datasets.IterableDataset, rank: int, world_size: int, image_processor: Any):
-        self.images, self.rank, self.world_size, self.image_processor = images, rank, world_size, image_processor
-
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor | BrokenImageError]]:
-        for row, example in enumerate(self.images):
-            if row % self.world_size == self.rank:
-                yield _read(example, row, self.image_processor)
-
-
-def _read(example: dict[str, Any], row: int, image_processor: Any) -> tuple[int, int, torch.Tensor | BrokenImageError]:
-    label = example.get("label")
-    label = NO_LABEL if label is None else int(label)
-    try:
-        image = decode_image(example["image"], row=row)
-    except BrokenImageError as error:
-        return row, label, error
-    # an AutoProcessor of an image-text model carries its image processor
-    image_processor = getattr(image_processor, "image_processor", image_processor)
-    if hasattr(image_processor, "preprocess"):
-        return row, label, image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-    return row, label, image_processor(image)
-
-
-def _collate(
-    items: list[tuple[int, int, torch.Tensor | BrokenImageError]],
-) -> tuple[torch.Tensor | None, np.ndarray, list[BrokenImageError]]:
-    broken = [pixels for *_, pixels in items if isinstance(pixels, BrokenImageError)]
-    good = [item for item in items if not isinstance(item[2], BrokenImageError)]
-    sizes = sorted({tuple(pixels.shape) for *_, pixels in good})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The image processor must bring all images to one size, but gave {sizes[0]} and {sizes[1]} in a batch. "
-            "Use an image processor that resizes and crops, such as `evaluation_image_processor(image_size=...)`."
-        )
-    rows_and_labels = np.array([(row, label) for row, label, _ in good], dtype=np.int64).reshape(-1, 2)
-    return torch.stack([pixels for *_, pixels in good]) if good else None, rows_and_labels, broken

@@ -104,7 +104,7 @@ class LowShotEvaluator:
         probe: Probe | None = None,
         seed: int = 0,
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         features: Literal["backbone", "projection"] = "backbone",
         num_last_layers: int = 1,
         cache_dir: str | os.PathLike | None = None,

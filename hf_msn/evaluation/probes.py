@@ -1,17 +1,25 @@
 """Classifiers on frozen features: what low-shot evaluation fits on a few labelled images."""
 
 import math
-import warnings
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from ..losses.assignments import log_assignments
+from .logistic_probe import LogisticProbe
+from .probe_inputs import centre_and_normalize, checked, checked_features
+
+__all__ = [
+    "KNNProbe",
+    "LinearProbe",
+    "LogisticProbe",
+    "Probe",
+    "SoftNearestNeighborProbe",
+    "centre_and_normalize",
+]
 
 # similarities held at a time: 64 MiB in float64, whatever the number of images
 _SIMILARITIES = 2**23
@@ -34,94 +42,6 @@ class Probe(Protocol):
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "Probe": ...
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray: ...
-
-
-def centre_and_normalize(features: np.ndarray) -> np.ndarray:
-    """Each vector minus its own mean, then of unit length: `x <- x - mean(x); x <- x / ||x||_2`, in float64.
-
-    A vector that is constant has no direction and becomes 0.
-    """
-    centred = np.asarray(features, dtype=np.float64)
-    centred = centred - centred.mean(axis=1, keepdims=True)
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    # what is left of a constant vector is rounding, which must not be blown up to unit length
-    rounding = np.finfo(np.float32).eps * np.abs(features).max(axis=1, keepdims=True)
-    return np.where(lengths > rounding, centred / np.maximum(lengths, np.finfo(np.float64).tiny), 0.0)
-
-
-class LogisticProbe:
-    r"""Multinomial logistic regression without intercept, as the MSN paper evaluates (arXiv 2204.07141).
-
-    Features are centred (each vector minus its own mean) and l2-normalised; then, over the `N` labelled images,
-
-    $$\min_W \frac{1}{N} \sum_i -\log \mathrm{softmax}(W x_i)_{y_i} + \frac{\lambda}{N} \frac{1}{2} \lVert W \rVert^2$$
-
-    which is `sklearn.linear_model.LogisticRegression(C=1 / l2, fit_intercept=False)`, solved by L-BFGS in float64 from
-    `W = 0`: no randomness. For two classes scikit-learn fits one weight vector `w` in place of two rows; the
-    minimum above has `W = (-w / 2, w / 2)`, so `C = 2 / l2` there makes it the same objective.
-
-    Args:
-        l2 (`float`, *optional*):
-            The penalty lambda. By default 0.0025 up to 10 images a class on average and 0.075 above: the paper gives
-            0.0025 for 5 images a class and 0.075 for 1 % of ImageNet, which is 13 images a class.
-        max_iter (`int`, *optional*, defaults to 300):
-            Most L-BFGS iterations. Stopping here is part of the protocol; `fit_report["converged"]` tells.
-        tol (`float`, *optional*, defaults to 1e-8):
-            Stops when no entry of the gradient of the objective above exceeds this. (The paper's 1e-3 is the tolerance
-            of another solver. With 1000 classes these entries are tiny from the start: 1e-5 stops after 3 iterations.)
-
-    Example:
-
-    ```python
-    >>> probe = LogisticProbe().fit(train_features, train_labels)
-    >>> scores = probe.predict_scores(test_features)  # (N, C): log-odds, columns in the order of probe.classes_
-    ```
-    """
-
-    def __init__(self, l2: float | None = None, max_iter: int = 300, tol: float = 1e-8):
-        if l2 is not None and not (math.isfinite(l2) and l2 > 0):
-            raise ValueError(f"`l2` is a penalty and must be finite and > 0, but is {l2}. The paper uses 0.0025.")
-        if max_iter < 1:
-            raise ValueError(f"`max_iter` counts iterations and must be >= 1, but is {max_iter}. The paper uses 300.")
-        if not tol > 0:
-            raise ValueError(f"`tol` bounds the gradient and must be > 0, but is {tol}. The default is 1e-8.")
-        self.l2, self.max_iter, self.tol = l2, max_iter, tol
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What was asked for, as results record it."""
-        l2 = self.l2 if self.l2 is not None else "0.0025 up to 10 images a class on average, else 0.075"
-        return {"probe": "logistic", "l2": l2, "max_iter": self.max_iter, "tol": self.tol}
-
-    def fit(self, features: np.ndarray, labels: np.ndarray) -> "LogisticProbe":
-        """Fits the probe anew.
-
-        Args:
-            features (`np.ndarray` of shape `(N, D)`): As extracted; centred and normalised in here.
-            labels (`np.ndarray` of shape `(N,)`): Integers.
-
-        Raises:
-            `ValueError`: without rows, with features that are not finite, labels of another shape, one class only.
-        """
-        features, labels = _checked(features, labels)
-        self.classes_ = np.unique(labels)
-        images_per_class = len(labels) / len(self.classes_)
-        l2 = self.l2 if self.l2 is not None else (0.0025 if images_per_class <= 10 else 0.075)
-        two_classes = len(self.classes_) == 2
-        solver = LogisticRegression(
-            C=(2.0 if two_classes else 1.0) / l2, fit_intercept=False, max_iter=self.max_iter, tol=self.tol
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            solver.fit(centre_and_normalize(features), labels)
-        self.coef_ = np.concatenate([-solver.coef_ / 2, solver.coef_ / 2]) if two_classes else solver.coef_
-        iterations = int(np.max(solver.n_iter_))
-        self.fit_report = {"l2": l2, "iterations": iterations, "converged": iterations < self.max_iter}
-        return self
-
-    def predict_scores(self, features: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N, C) log-odds `W x`, columns in the order of `classes_`."""
-        return centre_and_normalize(_checked_features(features)) @ self.coef_.T
 
 
 class KNNProbe:
@@ -159,7 +79,7 @@ class KNNProbe:
         Raises:
             `ValueError`: without rows, with features that are not finite, labels of another shape, one class only.
         """
-        features, labels = _checked(features, labels)
+        features, labels = checked(features, labels)
         self.classes_, self._columns = np.unique(labels, return_inverse=True)
         neighbours = min(self.k, len(labels))
         self._index = NearestNeighbors(n_neighbors=neighbours, metric="cosine", algorithm="brute")
@@ -169,7 +89,7 @@ class KNNProbe:
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C): the share of each class in the weighted vote; rows sum to 1."""
-        distances, nearest = self._index.kneighbors(_checked_features(features).astype(np.float64))
+        distances, nearest = self._index.kneighbors(checked_features(features).astype(np.float64))
         # the nearest neighbour gets weight 1: the ratio is the same and cannot overflow
         weights = np.exp((distances[:, :1] - distances) / self.temperature)
         scores = np.zeros((len(distances), len(self.classes_)))
@@ -221,7 +141,7 @@ class SoftNearestNeighborProbe:
         Raises:
             `ValueError`: without rows, with features that are not finite, labels of another shape, one class only.
         """
-        features, labels = _checked(features, labels)
+        features, labels = checked(features, labels)
         # the supports of a class lie together, so that one reduction gives the sums of all classes
         order = np.argsort(labels, kind="stable")
         self._supports = torch.from_numpy(features[order].astype(np.float64))
@@ -231,7 +151,7 @@ class SoftNearestNeighborProbe:
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) log-probabilities, columns in the order of `classes_`."""
-        queries = torch.from_numpy(_checked_features(features).astype(np.float64))
+        queries = torch.from_numpy(checked_features(features).astype(np.float64))
         chunks = queries.split(max(1, _SIMILARITIES // len(self._supports)))
         return np.concatenate([self._log_probabilities(chunk) for chunk in chunks])
 
@@ -308,7 +228,7 @@ class LinearProbe:
             `ValueError`: without rows, with features that are not finite, labels of another shape, one class only;
                 when the loss is not finite.
         """
-        features, labels = _checked(features, labels)
+        features, labels = checked(features, labels)
         self.classes_, columns = np.unique(labels, return_inverse=True)
         inputs, targets = self._prepare(features), torch.from_numpy(columns).to(self.device)
         weight = torch.zeros(len(self.classes_), inputs.shape[1], device=self.device, requires_grad=True)
@@ -343,39 +263,8 @@ class LinearProbe:
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) logits, columns in the order of `classes_`."""
-        return F.linear(self._prepare(_checked_features(features)), self.weight_, self.bias_).cpu().numpy()
+        return F.linear(self._prepare(checked_features(features)), self.weight_, self.bias_).cpu().numpy()
 
     def _prepare(self, features: np.ndarray) -> torch.Tensor:
         inputs = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(self.device)
         return F.normalize(F.layer_norm(inputs, inputs.shape[1:]), dim=1)
-
-
-def _checked_features(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features)
-    if features.ndim != 2:
-        raise ValueError(f"`features` must have shape (images, dimensions), but has shape {features.shape}.")
-    if len(features) == 0:
-        raise ValueError("`features` has no rows: a probe needs at least one image. Look at the split it came from.")
-    broken = ~np.isfinite(features).all(axis=1)
-    if broken.any():
-        raise ValueError(
-            f"`features` must be finite, but {int(broken.sum())} of {len(features)} rows hold NaN or infinity, the "
-            f"first is row {int(broken.argmax())}. Look for NaN in the weights, or extract with dtype=torch.float32."
-        )
-    return features
-
-
-def _checked(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    features, labels = _checked_features(features), np.asarray(labels)
-    if labels.shape != (len(features),):
-        raise ValueError(
-            f"`labels` must hold one integer for each of the {len(features)} rows of `features`, but has shape "
-            f"{labels.shape}."
-        )
-    classes = np.unique(labels)
-    if len(classes) < 2:
-        raise ValueError(
-            f"A probe tells classes apart and needs at least 2, but all {len(labels)} labels are {classes[0]}. "
-            "Give labelled images of more classes."
-        )
-    return features, labels

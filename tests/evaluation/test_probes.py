@@ -75,7 +75,15 @@ def test_two_classes_have_opposite_weights_and_scores(clusters):
 
 def test_logistic_probe_stops_at_max_iter_and_says_so(clusters):
     probe = LogisticProbe(max_iter=2).fit(*clusters)
-    assert probe.fit_report == {"l2": 0.075, "iterations": 2, "converged": False}
+    objective_there = objective(probe.coef_, prepared(clusters[0]), clusters[1], 0.075)
+    assert probe.fit_report == {
+        "l2": 0.075,
+        "iterations": 2,
+        "converged": False,
+        "objective": pytest.approx(objective_there, rel=1e-9),
+        "largest_gradient": pytest.approx(probe.fit_report["largest_gradient"]),
+    }
+    assert probe.fit_report["largest_gradient"] > 1e-8
 
 
 @pytest.mark.parametrize(
