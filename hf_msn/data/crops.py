@@ -68,7 +68,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 
 def whole_pixel_crops(pixels: torch.Tensor, boxes: list[Box], size: int, interpolation: str) -> torch.Tensor:
-    """Cuts boxes of whole pixels and resizes them with antialiasing: torchvision's `resized_crop` on uint8, to the bit.
+    """Cuts boxes of whole pixels, resizes with antialiasing: torchvision's `resized_crop` on uint8, to the bit.
 
     Channels last is how Pillow lays pixels out, and the layout for which torch's kernel is five times as fast as
     Pillow's.

@@ -98,8 +98,8 @@ class DrawnViews:
                 Width and height before it was reduced in decoding, where it was.
 
         Returns:
-            `dict[str, torch.Tensor]`: the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and the
-            parameters of all views, (views, 12), float32.
+            `dict[str, torch.Tensor]`: the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and
+            the parameters of all views, (views, 12), float32.
         """
         full_size = full_size or image.size
         boxes = self.boxes(full_size)
