@@ -16,8 +16,14 @@ from plain_pipeline import KorniaFinish, PlainPipeline
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from hf_msn import MultiViewCollator, MultiViewDataset, MultiViewTransform, decode_image, multi_view_dataset
-from hf_msn.data import as_crops
+from hf_msn import (
+    MultiViewCollator,
+    MultiViewDataset,
+    MultiViewTransform,
+    as_crops,
+    decode_image,
+    multi_view_dataset,
+)
 
 
 @dataclass
@@ -37,9 +43,7 @@ class DataArguments:
     rows: list[int] = field(
         default_factory=lambda: [1_000, 100_000, 10_000_000], metadata={"help": "Rows of the streamed data sets."}
     )
-    batches: int = field(
-        default=200, metadata={"help": "Batches read of each of them, in more than one pass if need be."}
-    )
+    batches: int = field(default=200, metadata={"help": "Batches read of each, in several passes if need be."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; a PNG goes beside it."})
 
     def __post_init__(self):
@@ -190,10 +194,8 @@ def report(args: DataArguments, seconds, bytes_sent, waiting, growth) -> dict[st
     print(f"{views}; one thread of {machine(1)['processor']}; medians of {args.repeats} passes (quartiles)\n")
     rows = [[name, rates[name], ratios[name]] for name in rates]
     print(markdown_table(["one core", "images/s", "times torchvision + Pillow"], rows))
-    print(
-        "\n"
-        + markdown_table(["a worker sends", "KiB an image"], [[n, f"{v / 1024:.0f}"] for n, v in bytes_sent.items()])
-    )
+    rows = [[name, f"{number / 1024:.0f}"] for name, number in bytes_sent.items()]
+    print("\n" + markdown_table(["a worker sends", "KiB an image"], rows))
     rows = [[entry["workers"], entry["wait_seconds"]] for entry in waiting]
     print("\n" + markdown_table(["workers", f"a step of {args.step_seconds} s waits, s"], rows))
     rows = [
@@ -232,11 +234,8 @@ def main() -> None:
         for name, make in (("finished views", ways.complete), ("crops and parameters", ways.crops))
     }
     results = report(args, seconds, bytes_sent, measure_waiting(args, ways), growth)
-    save(
-        results,
-        args.output,
-        bars(results["images_per_second"], "images / s", "Views of one core") if args.output else None,
-    )
+    rates = results["images_per_second"]
+    save(results, args.output, bars(rates, "images / s", "Input pipeline, one core") if args.output else None)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ PHOTOGRAPHS = ((500, 375), (375, 500), (500, 333), (400, 300), (640, 480), (500,
 
 
 def photograph(number: int, size: tuple[int, int]) -> bytes:
-    """A JPEG file with the statistics of a photograph: a spectrum that falls as 1 / frequency, colours that go together.
+    """A JPEG file with the statistics of a photograph: amplitudes fall as 1 / frequency, colours go together.
 
     Args:
         number (`int`): Seed.

@@ -1,4 +1,4 @@
-"""The views of an image as the usual code makes them: torchvision's transforms on Pillow images, one view at a time."""
+"""The views of an image as the usual code makes them: torchvision's transforms on Pillow images, view by view."""
 
 import io
 import random
