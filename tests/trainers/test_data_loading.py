@@ -85,10 +85,8 @@ def test_finishing_on_the_device_changes_no_weight(tmp_path, streamed, accumulat
 
 
 def test_views_that_a_user_changes_are_left_to_the_loader(tmp_path):
-    for transform, name in (
-        (OwnTransform(**COLORED), "own"),
-        (lambda image: MultiViewTransform(**COLORED)(image), "any"),
-    ):
+    views = MultiViewTransform(**COLORED)
+    for name, transform in (("own", OwnTransform(**COLORED)), ("any", lambda image: views(image))):
         trainer = make_trainer(tmp_path / name, MultiViewDataset(load_images("digits"), transform))
         assert _batch(trainer)["pixel_values"].dtype == torch.float32
 
