@@ -25,7 +25,7 @@ _SETTINGS = {
 }
 _inner = numba.njit(inline="never", **_SETTINGS)
 
-# numba takes them in as constants
+# numba compiles them in as constants, and its cache looks at this file alone: touch it when one of them changes
 _FLIP, _JITTER, _FACTORS, _ORDER = (
     view_parameters.FLIP,
     view_parameters.JITTER,
