@@ -58,7 +58,8 @@ def finish_views(
             from hf_msn.data import numba_augmentation as augmentation  # importing numba takes half a second
         else:
             augmentation = torch_augmentation
-        finished = augmentation.finish_views(crops, parameters, *scales)
+        with torch.autocast(crops.device.type, enabled=False):  # a blur in bf16 would be another one
+            finished = augmentation.finish_views(crops, parameters, *scales)
     return finished.view(*leading, *finished.shape[1:])
 
 

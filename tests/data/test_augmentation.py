@@ -144,6 +144,13 @@ def test_a_view_does_not_depend_on_its_batch_or_the_number_of_threads(kernel):
         torch.testing.assert_close(together[:12], in_pairs, atol=1e-6, rtol=0)
 
 
+def test_autocast_changes_nothing(kernel):
+    crops, rows = _crops(6, 16), _rows(6)
+    expected = finish_views(crops, rows, MEAN, STD)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(finish_views(crops, rows, MEAN, STD), expected)
+
+
 def test_no_views_give_no_views():
     assert finish_views(_crops(0, 8), torch.zeros(0, NUM_PARAMETERS), MEAN, STD).shape == (0, 3, 8, 8)
     empty = torch.empty(2, 0, 8, 8, 3, dtype=torch.uint8)
