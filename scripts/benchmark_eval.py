@@ -21,9 +21,7 @@ from PIL import Image
 from probe_solvers import cyanure, has_cyanure, made_up_features, ours, scikit_learn, time_solvers
 from transformers import HfArgumentParser, ViTMSNConfig, ViTMSNModel
 
-from hf_msn import extract_features
-from hf_msn.data import evaluation_image_processor
-from hf_msn.evaluation.backbones import evaluated_module, evaluation_mode
+from hf_msn import evaluation_image_processor, extract_features
 
 MODELS = {"vit_tiny": (192, 12, 3), "s16": (384, 12, 6), "b16": (768, 12, 12), "l16": (1024, 24, 16)}
 PARTS = ("features", "probe")
@@ -102,12 +100,11 @@ def measure_features(args: BenchmarkArguments) -> dict[str, Any]:
     decoded = [dataset.cast_column("image", datasets.Image())[row]["image"] for row in range(args.images)]
     ready = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in decoded])
     batches = ready.to(args.device).split(args.batch_size)
-    module, forward = evaluated_module(model)
 
-    def bare() -> np.ndarray:
-        with evaluation_mode(module, args.device):
-            features = torch.cat([forward(batch) for batch in batches])
-        return features.cpu().numpy()
+    @torch.no_grad()
+    def bare() -> np.ndarray:  # the [CLS] of the last block, before the final LayerNorm
+        states = [model(batch, output_hidden_states=True).hidden_states[-1] for batch in batches]
+        return torch.cat([state[:, 0] for state in states]).cpu().numpy()
 
     def extracted() -> np.ndarray:
         return extract_features(

@@ -23,8 +23,6 @@ from benchmark_report import cell, machine, markdown_table, save, summarize
 from benchmark_step import MODELS, option
 from transformers import HfArgumentParser
 
-from hf_msn.models.patch_dropping import num_kept_patches
-
 
 @dataclass(frozen=True)
 class Point:
@@ -113,7 +111,7 @@ class GrowthArguments:
     def cost(self, point: Point) -> float:
         """Tokens an image that are trained on; those of the target count a third, for they have no backward."""
         patches, small = ((side // self.patch_size) ** 2 for side in (point.size, self.focal_size(point.size)))
-        anchors = self.anchor_views * (1 + num_kept_patches(patches, self.mask_ratio))
+        anchors = self.anchor_views * (1 + int(patches * (1 - self.mask_ratio) + 1e-9))
         return anchors + point.views * (1 + small) + (1 + patches) / 3
 
 

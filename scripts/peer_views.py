@@ -10,7 +10,7 @@ import torch
 from peer_sides import Shape
 from PIL import Image
 
-from hf_msn.data import MultiViewTransform, decode_image
+from hf_msn import MultiViewTransform, decode_image
 
 
 @dataclass

@@ -14,7 +14,7 @@ from stable_pretraining.backbone import TeacherStudentWrapper
 from stable_pretraining.data import transforms
 from stable_pretraining.methods.msn import MSN
 
-from hf_msn.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from hf_msn import MultiViewTransform
 
 
 def side(shape: Shape, device: torch.device) -> Side:
@@ -74,7 +74,7 @@ def views(shape: Shape) -> Views:
             transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
             transforms.RandomGrayscale(0.2),
             transforms.PILGaussianBlur(sigma=(0.1, 2.0), p=0.5),
-            transforms.ToImage(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+            transforms.ToImage(mean=MultiViewTransform.image_mean, std=MultiViewTransform.image_std),
         )
 
     large = view(shape.image_size, (0.3, 1.0))

@@ -12,7 +12,6 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from hf_msn import LogisticProbe
-from hf_msn.evaluation.probes import centre_and_normalize
 
 # (max_iter, normalised features float64, raw features, labels) -> W (C, D)
 Solver = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -33,6 +32,12 @@ def made_up_features(
     features = ((centres[labels] + noise * random.standard_normal((rows, dimension))) * scale) @ directions
     offset = np.sqrt((scale**2).mean()) * random.standard_normal(dimension)
     return (features + offset).astype(np.float32), labels
+
+
+def centred_to_unit_length(features: np.ndarray) -> np.ndarray:
+    """What the objective takes as x: each vector minus its own mean, of unit length, float64."""
+    centred = features.astype(np.float64) - features.mean(axis=1, keepdims=True, dtype=np.float64)
+    return centred / np.linalg.norm(centred, axis=1, keepdims=True)
 
 
 def objective(weights: np.ndarray, inputs: np.ndarray, labels: np.ndarray, l2: float) -> float:
@@ -123,7 +128,7 @@ def time_solvers(
         By solver: `curve`, a list of (iterations, seconds, objective relative to the minimum, minus 1);
         `iterations` and `seconds` (a list), `None` if no run got there.
     """
-    inputs = centre_and_normalize(features)
+    inputs = centred_to_unit_length(features)
     best = objective(ours(l2, "cpu", tol=1e-8)(300, inputs, features, labels), inputs, labels, l2)
 
     def run(name: str, max_iter: int) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Images from anywhere, and the views that a network learns from."""
 
 from hf_msn.data.collators import MultiViewCollator
-from hf_msn.data.datasets import MultiViewDataset, StreamingMultiViewDataset, multi_view_dataset
+from hf_msn.data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops, multi_view_dataset
 from hf_msn.data.decoding import BrokenImageError, decode_image
+from hf_msn.data.evaluation_processor import evaluation_image_processor
 from hf_msn.data.labels import check_class_names, draw_labelled_rows, labelled_rows
 from hf_msn.data.samplers import ClassStratifiedSampler
 from hf_msn.data.sources import image_file_names, load_images
@@ -14,7 +15,7 @@ from hf_msn.data.splits import (
     report_list_file,
 )
 from hf_msn.data.support import SupportBatches, SupportCollator, SupportDataset, support_loader
-from hf_msn.data.transforms import MultiViewTransform, evaluation_image_processor
+from hf_msn.data.transforms import MultiViewTransform
 
 __all__ = [
     "BrokenImageError",
@@ -27,6 +28,7 @@ __all__ = [
     "SupportBatches",
     "SupportCollator",
     "SupportDataset",
+    "as_crops",
     "check_class_names",
     "decode_image",
     "draw_labelled_rows",

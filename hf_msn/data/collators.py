@@ -23,7 +23,8 @@ class MultiViewCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with
-            focal views, `focal_pixel_values` (B, F, C, h, w).
+            focal views, `focal_pixel_values` (B, F, C, h, w). Of crops, (B, ..., H, W, 3) in uint8, and
+            `view_parameters` (B, 1 + V + F, 12): [`~hf_msn.data.MultiViewTransform.finish`] makes views of them.
 
         Raises:
             ValueError: no items, or items with different names or shapes.

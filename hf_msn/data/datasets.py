@@ -1,17 +1,22 @@
 """Data sets of views: what a DataLoader reads in pretraining."""
 
 import contextlib
+import copy
+import functools
 import itertools
 import logging
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import datasets
 import torch
 from PIL import Image
 
-from hf_msn.data.decoding import BrokenImageError, decode_image
+from hf_msn.data.decoding import BrokenImageError, decode_reduced_image
+from hf_msn.data.drawn_views import DrawnViews
 from hf_msn.data.labels import class_names
+from hf_msn.data.transforms import gives_crops
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +94,7 @@ class MultiViewDataset(torch.utils.data.Dataset):
         self.transform = transform
         self.seed = seed
         self.on_broken_image = on_broken_image
+        self.gives_crops = False
         # shared memory: workers that outlive an epoch see its number, and the main process what they found broken
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._is_broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -125,16 +131,18 @@ class MultiViewDataset(torch.utils.data.Dataset):
         return index % len(self)
 
     def _views(self, row: int, value) -> dict[str, torch.Tensor]:
-        image = self._readable_image(row, value)
-        with seeded(hash_numbers(self.seed, self.epoch, row)):
-            return self.transform(image)
+        def readable(reduction=None):
+            return self._readable_image(row, value, reduction)
 
-    def _readable_image(self, row: int, value) -> Image.Image:
+        return views_of(self.transform, readable, hash_numbers(self.seed, self.epoch, row), self.gives_crops)
+
+    def _readable_image(self, row: int, value, reduction) -> tuple[Image.Image, tuple[int, int]]:
         limit = min(len(self), _MOST_BROKEN_IN_SUCCESSION)
         for step in range(limit):
             candidate = (row + step) % len(self)
             try:
-                return decode_image(value if step == 0 else self._dataset[candidate]["image"], row=candidate)
+                encoded = value if step == 0 else self._dataset[candidate]["image"]
+                return decode_reduced_image(encoded, reduction, row=candidate)
             except BrokenImageError as error:
                 if self.on_broken_image == "raise":
                     raise
@@ -197,6 +205,7 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         self.transform = transform
         self.seed = seed
         self.on_broken_image = on_broken_image
+        self.gives_crops = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         # one place for each worker, as adding to a shared number from several is not safe
         self._broken = torch.zeros(_MOST_WORKERS, dtype=torch.int64).share_memory_()
@@ -233,8 +242,14 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             dataset = dataset.shuffle(seed=hash_numbers(self.seed, epoch) >> 32, buffer_size=self.shuffle_buffer)
         row, in_succession, last = -1, 0, None
         for row, value in enumerate(dataset):
+            seed = hash_numbers(self.seed, epoch, _fingerprint(value["image"]))
             try:
-                image = decode_image(value["image"], row=row)
+                views = views_of(
+                    self.transform,
+                    functools.partial(decode_reduced_image, value["image"], row=row),
+                    seed,
+                    self.gives_crops,
+                )
             except BrokenImageError as error:
                 if self.on_broken_image == "raise":
                     raise
@@ -245,8 +260,6 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
                     break
                 continue
             in_succession = 0
-            with seeded(hash_numbers(self.seed, epoch, _fingerprint(value["image"]))):
-                views = self.transform(image)
             yield views
         if row < 0 and worker is None:
             raise ValueError("The stream has no images, but at least one is needed; check the source and the split.")
@@ -256,6 +269,60 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
                 row=last.row,
                 path=last.path,
             ) from last
+
+
+def as_crops(dataset: Any) -> Any:
+    """The same data set of views, but its items are uint8 crops and parameters, to be finished by its transform.
+
+    The two share epoch and count of broken images. A quarter of the bytes goes through the workers' memory, and colour
+    and blur are left to the device of the batch: `dataset.transform.finish(batch)`.
+
+    Args:
+        dataset ([`MultiViewDataset`], [`StreamingMultiViewDataset`] or [`SupportDataset`]):
+            With a [`~hf_msn.data.MultiViewTransform`] for its transform.
+
+    Raises:
+        ValueError: another transform, or a subclass that makes the views itself.
+    """
+    if not gives_crops(dataset.transform):
+        raise ValueError(
+            f"Only the views of a `MultiViewTransform` can be cut in one place and finished in another, but the "
+            f"transform is {type(dataset.transform).__name__}. Take the data set as it is."
+        )
+    cut = copy.copy(dataset)
+    cut.gives_crops = True
+    return cut
+
+
+def views_of(
+    transform: Callable[[Image.Image], dict[str, torch.Tensor]],
+    decode: Callable[..., tuple[Image.Image, tuple[int, int]]],
+    seed: int,
+    as_crops: bool,
+    draw: Callable[[], DrawnViews] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The views of one image. What a [`~hf_msn.data.MultiViewTransform`] draws says how large the image is decoded.
+
+    Args:
+        transform (`Callable`):
+            Makes the views of one image.
+        decode (`Callable`):
+            Reads the image, and takes the function that says how it may be reduced.
+        seed (`int`):
+            Seed of the views.
+        as_crops (`bool`):
+            Leave the views unfinished.
+        draw (`Callable[[], DrawnViews]`, *optional*):
+            Draws them, if not as `transform.draw` does.
+    """
+    if not gives_crops(transform):
+        image, _ = decode()
+        with seeded(seed):
+            return transform(image)
+    with seeded(seed):
+        drawn = (draw or transform.draw)()
+    crops = drawn.crops(*decode(drawn.reduction))
+    return crops if as_crops else transform.finish(crops)
 
 
 def encoded_images(dataset, seed: int, on_broken_image: str):

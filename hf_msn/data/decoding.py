@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 _WIDE_GRAY_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _HIGHEST_FLOAT = 2.0
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # of EXIF; those that swap width and height
 
 
 class BrokenImageError(ValueError):
@@ -83,9 +85,39 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
         BrokenImageError: the file is absent, empty, truncated, no image, too large (Pillow's decompression bomb
             limit), or of a type that the rule does not cover.
     """
+    return decode_reduced_image(value, row=row)[0]
+
+
+def decode_reduced_image(
+    value: Any, reduction: Callable[[tuple[int, int]], int] | None = None, *, row: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As [`decode_image`], but a JPEG file is decoded no larger than its reader needs it, which is much faster.
+
+    Args:
+        value, row:
+            As of [`decode_image`]. An image that is open already is not reduced.
+        reduction (`Callable[[tuple[int, int]], int]`, *optional*):
+            Says for an image's width and height, as it is shown, by how much its sides may be divided: 1, 2, 4 or 8.
+            It is asked only where the file can be decoded so.
+
+    Returns:
+        `tuple[PIL.Image.Image, tuple[int, int]]`: the image in mode RGB, its pixels loaded, and the width and height
+        that it has unreduced.
+
+    Raises:
+        BrokenImageError: as of [`decode_image`].
+    """
     path = _path_of(value)
     try:
-        return _to_rgb(_open(value))
+        image = _open(value)
+        if reduction is None or image is value or image.format != "JPEG":
+            image = _to_rgb(image)
+            return image, image.size
+        turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        full_size = image.size[::-1] if turned else image.size
+        if (times := reduction(full_size)) > 1:
+            image.draft(None, (max(1, image.width // times), max(1, image.height // times)))
+        return _to_rgb(image), full_size
     except Exception as error:  # Pillow's format readers raise nearly every built-in error on broken bytes
         raise BrokenImageError(_reason(error), row=row, path=path) from error
 
@@ -146,7 +178,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # small images come by the tens of thousands a second: nothing is looked up that a plain one cannot have
     if not image.info and image.mode in ("RGB", "L"):
         return image if image.mode == "RGB" else image.convert("RGB")
-    if image.getexif().get(0x0112, 1) != 1:
+    if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in _WIDE_GRAY_MODES:
         image = Image.fromarray(_narrow(np.asarray(image)))

@@ -1,5 +1,6 @@
 """The labelled images of a step: the support set of PAWS and SuNCEt, read without a look at any other label."""
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -8,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_msn.data.datasets import encoded_images, hash_numbers, seeded
-from hf_msn.data.decoding import BrokenImageError, decode_image
+from hf_msn.data.datasets import encoded_images, hash_numbers, seeded, views_of
+from hf_msn.data.decoding import BrokenImageError, decode_reduced_image
 from hf_msn.data.labels import class_names, class_numbers, labelled_rows
 from hf_msn.data.samplers import ClassStratifiedSampler
-from hf_msn.data.transforms import MultiViewTransform
+from hf_msn.data.transforms import MultiViewTransform, gives_crops
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class SupportDataset(torch.utils.data.Dataset):
         self.views_per_image = views_per_image
         self.seed = seed
         self.on_broken_image = on_broken_image
+        self.gives_crops = False
         # shared memory: the main process sees what the workers found broken
         self._is_broken = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
 
@@ -116,19 +118,25 @@ class SupportDataset(torch.utils.data.Dataset):
         return int(step), int(place), position % len(self)
 
     def _item(self, step: int, place: int, position: int, value) -> dict[str, torch.Tensor | int]:
-        image = self._readable_image(position, value)
-        with seeded(hash_numbers(self.seed, step, place, int(self.rows[position]))):
-            views = self.transform.global_views(image, self.views_per_image)
-        return {"support_pixel_values": views, "support_labels": int(self.labels[position])}
+        seed = hash_numbers(self.seed, step, place, int(self.rows[position]))
+        if gives_crops(self.transform):
+            draw = functools.partial(self.transform.draw_support, self.views_per_image)
+            decode = functools.partial(self._readable_image, position, value)
+            views = views_of(self.transform, decode, seed, self.gives_crops, draw)
+        else:
+            image, _ = self._readable_image(position, value)
+            with seeded(seed):
+                views = {"support_pixel_values": self.transform.global_views(image, self.views_per_image)}
+        return {**views, "support_labels": int(self.labels[position])}
 
-    def _readable_image(self, position: int, value) -> Image.Image:
-        image = self._decoded(position, value)
+    def _readable_image(self, position: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
+        image = self._decoded(position, value, reduction)
         if image is not None:
             return image
         of_class = np.flatnonzero(self.labels == self.labels[position])
         start = int(np.searchsorted(of_class, position))
         for candidate in np.roll(of_class, -start).tolist()[1:]:
-            image = self._decoded(candidate, self._dataset[candidate]["image"])
+            image = self._decoded(candidate, self._dataset[candidate]["image"], reduction)
             if image is not None:
                 return image
         number = int(self.labels[position])
@@ -139,9 +147,9 @@ class SupportDataset(torch.utils.data.Dataset):
             path=(value or {}).get("path"),
         )
 
-    def _decoded(self, position: int, value: dict) -> Image.Image | None:
+    def _decoded(self, position: int, value: dict, reduction) -> tuple[Image.Image, tuple[int, int]] | None:
         try:
-            return decode_image(value, row=int(self.rows[position]))
+            return decode_reduced_image(value, reduction, row=int(self.rows[position]))
         except BrokenImageError as error:
             if self.on_broken_image == "raise":
                 raise
@@ -206,8 +214,9 @@ class SupportCollator:
                     "of a support need the same views: use one transform."
                 )
         labels = torch.tensor([item["support_labels"] for item in items], dtype=torch.int64)
+        names = [name for name in items[0] if name != "support_labels"]  # parameters too, where views are unfinished
         return {
-            "support_pixel_values": torch.cat([item["support_pixel_values"] for item in items]),
+            **{name: torch.cat([item[name] for item in items]) for name in names},
             "support_labels": labels.repeat_interleave(shape[0]),
         }
 

@@ -1,69 +1,23 @@
-"""The views of an image (target, anchors, focal views), and the processor that evaluates the same encoder."""
+"""The views of an image: target, anchors, focal views."""
 
 import math
 import numbers
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional as F
+from PIL import Image
 from transformers import BitImageProcessor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-_INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_CROP_ATTEMPTS = 10
-# one row of random numbers for each view: four for each attempt to crop, then one for each other choice
-_FLIP, _JITTER, _STRENGTHS, _ORDER, _GRAYSCALE, _BLUR, _RADIUS, _ANGLE, _SHIFT = 40, 41, 42, 46, 50, 51, 52, 53, 54
-_NUM_RANDOM = 56
-
-
-def evaluation_image_processor(
-    image_size: int = 224,
-    *,
-    image_mean: tuple[float, float, float] = IMAGENET_MEAN,
-    image_std: tuple[float, float, float] = IMAGENET_STD,
-    crop_fraction: float = 224 / 256,
-    interpolation: str = "bilinear",
-) -> BitImageProcessor:
-    """Makes the image processor of the paper's evaluation: resize, centre crop, normalisation.
-
-    The shortest edge becomes `image_size / crop_fraction` pixels, of which the middle `image_size` are kept.
-
-    It saves and loads with plain `transformers` (`preprocessor_config.json`, `AutoImageProcessor`).
-
-    Args:
-        image_size (`int`, *optional*, defaults to 224):
-            Side of the square the encoder sees, in pixels.
-        image_mean, image_std (`tuple[float, float, float]`, *optional*, default to ImageNet's):
-            Normalisation of values in 0..1; the same as in pretraining.
-        crop_fraction (`float`, *optional*, defaults to 224 / 256):
-            The crop's side over the resized shortest edge. 1.0 keeps all of a square image.
-        interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            `"bilinear"` or `"bicubic"`.
-
-    Returns:
-        `transformers.BitImageProcessor`: gives `pixel_values` (B, 3, image_size, image_size).
-
-    Raises:
-        ValueError: a size below 1, a fraction outside (0, 1], an unknown interpolation.
-    """
-    _check_size("image_size", image_size)
-    if not 0 < crop_fraction <= 1:
-        raise ValueError(
-            f"`crop_fraction` is crop over resized shortest edge and must be in (0, 1], but is {crop_fraction}. "
-            "The paper uses 224 / 256; 1.0 crops nothing off a square image."
-        )
-    _check_interpolation(interpolation)
-    return BitImageProcessor(
-        size={"shortest_edge": round(image_size / crop_fraction)},
-        crop_size={"height": image_size, "width": image_size},
-        resample=_INTERPOLATIONS[interpolation],
-        image_mean=list(image_mean),
-        image_std=list(image_std),
-    )
+from hf_msn.data.augmentation import finish_views
+from hf_msn.data.drawn_views import DrawnViews
+from hf_msn.data.evaluation_processor import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_interpolation,
+    check_size,
+    evaluation_image_processor,
+)
 
 
 @dataclass
@@ -72,8 +26,17 @@ class MultiViewTransform:
 
     A view is, in this order: a crop of random area and aspect ratio resized to a square (with the optional rotation
     and shift), a flip, colour jitter (brightness, contrast, saturation, hue in random order), gray, blur,
-    normalisation. The defaults are the paper's. Crops are not rounded to whole pixels, which matters for images of 8
-    pixels. All randomness comes from torch's global generator, and each view takes the same amount of it whatever the
+    normalisation. The defaults are the paper's. Cropping and resizing are done on uint8, at whole pixels as
+    torchvision does it; crops of images whose shorter side is below 64 pixels, and turned ones, are not rounded to
+    whole pixels, which matters for images of 8. Everything after that is done on float values, by torchvision's
+    operators for float tensors and a true Gaussian, whose kernel ends at 4 standard deviations, with reflected
+    borders.
+
+    The two halves can be had apart: [`~MultiViewTransform.crops`] gives uint8 crops and a row of parameters for each
+    view, a quarter of the bytes; [`~MultiViewTransform.finish`] makes the views of a whole batch on its device. The
+    pretraining trainers do that; calling the transform does both.
+
+    All randomness comes from torch's global generator, and each view takes the same amount of it whatever the
     settings, so that one setting does not change what the others draw.
 
     The class is a dataclass whose fields carry their help text, so that an argument parser can be made from it.
@@ -135,7 +98,7 @@ class MultiViewTransform:
     )
 
     def __post_init__(self):
-        _check_size("image_size", self.image_size)
+        check_size("image_size", self.image_size)
         for name in ("anchor_views", "focal_views"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is a number of views and must be >= 0, but is {getattr(self, name)}.")
@@ -145,7 +108,7 @@ class MultiViewTransform:
                 "at least one of them must be >= 1. The paper uses 1 and 10."
             )
         if self.focal_views > 0:
-            _check_size("focal_size", self.focal_size)
+            check_size("focal_size", self.focal_size)
         for name in ("global_scale", "focal_scale"):
             _check_range(self, name, 0, 1, "a share of the image's area in (0, 1]")
         _check_range(self, "aspect_ratio", 0, math.inf, "width / height above 0")
@@ -162,15 +125,12 @@ class MultiViewTransform:
             raise ValueError(f"`rotation` is an angle in degrees and must be in [0, 180], but is {self.rotation}.")
         if not 0 <= self.translation < 1:
             raise ValueError(f"`translation` is a share of the side and must be in [0, 1), but is {self.translation}.")
-        _check_interpolation(self.interpolation)
+        check_interpolation(self.interpolation)
         for name in ("image_mean", "image_std"):
             value = tuple(float(entry) for entry in getattr(self, name))
             if len(value) != 3 or (name == "image_std" and min(value) <= 0):
                 raise ValueError(f"`{name}` is one number for each of 3 channels (std above 0), but is {value}.")
             setattr(self, name, value)
-        std = torch.tensor(self.image_std).view(1, 3, 1, 1)
-        self._multiplier = 1 / (255 * std)
-        self._offset = torch.tensor(self.image_mean).view(1, 3, 1, 1) / std
 
     @classmethod
     def for_small_grayscale(cls, image_size: int = 8, **settings) -> "MultiViewTransform":
@@ -220,13 +180,7 @@ class MultiViewTransform:
             `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
             `anchor_pixel_values` (V, 3, H, H); `focal_pixel_values` (F, 3, h, h), absent if there are none.
         """
-        num_global = 1 + self.anchor_views
-        random = _draws(num_global + self.focal_views)
-        views = self._views(image, self.image_size, self.global_scale, random[:num_global])
-        batch = {"pixel_values": views[0], "anchor_pixel_values": views[1:]}
-        if self.focal_views > 0:
-            batch["focal_pixel_values"] = self._views(image, self.focal_size, self.focal_scale, random[num_global:])
-        return batch
+        return self.finish(self.crops(image))
 
     def global_views(self, image: Image.Image, num_views: int) -> torch.Tensor:
         """Draws any number of views of one image, each as the target view is drawn: what PAWS' support images get.
@@ -243,113 +197,93 @@ class MultiViewTransform:
         Raises:
             ValueError: `num_views` is no whole number >= 1.
         """
+        return self.finish(self.draw_support(num_views).crops(_rgb(image)))["support_pixel_values"]
+
+    def crops(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """Draws the views of one image and cuts them, but does not finish them.
+
+        Args:
+            image (`PIL.Image.Image`):
+                The image, in mode RGB.
+
+        Returns:
+            `dict[str, torch.Tensor]`: uint8 crops, channels last as images are decoded: `pixel_values` (H, H, 3);
+            `anchor_pixel_values` (V, H, H, 3); `focal_pixel_values` (F, h, h, 3), absent if there are none; and
+            `view_parameters` (1 + V + F, 12), float32, what [`~MultiViewTransform.finish`] does to each.
+        """
+        return self.draw().crops(_rgb(image))
+
+    def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Finishes views: flip, colour jitter, gray, blur, normalisation, on the batch's device.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`):
+                What [`~MultiViewTransform.crops`] gives, of one image or stacked, and `support_pixel_values` with
+                `support_view_parameters`. Other entries, and finished views, stay as they are.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the same with finished views (..., 3, H, W), float32, and no parameters.
+        """
+        finished = dict(batch)
+        parameters = finished.pop("view_parameters", None)
+        if parameters is not None:
+            num_anchors = batch["anchor_pixel_values"].shape[-4]
+            finished["pixel_values"] = self._finished(batch["pixel_values"], parameters[..., 0, :])
+            for name, rows in (
+                ("anchor_pixel_values", parameters[..., 1 : 1 + num_anchors, :]),
+                ("focal_pixel_values", parameters[..., 1 + num_anchors :, :]),
+            ):
+                if name in batch:
+                    finished[name] = self._finished(batch[name], rows)
+        parameters = finished.pop("support_view_parameters", None)
+        if parameters is not None:
+            finished["support_pixel_values"] = self._finished(batch["support_pixel_values"], parameters)
+        return finished
+
+    def draw(self) -> DrawnViews:
+        """Draws all that is random about the views of one image, which may be read afterwards."""
+        groups = [("pixel_values", 1, False), ("anchor_pixel_values", self.anchor_views, False)]
+        if self.focal_views > 0:
+            groups.append(("focal_pixel_values", self.focal_views, True))
+        return DrawnViews(self, groups)
+
+    def draw_support(self, num_views: int) -> DrawnViews:
+        """As [`~MultiViewTransform.draw`], for any number of views that are each drawn as the target view is."""
         if not _is_whole(num_views) or num_views < 1:
             raise ValueError(f"`num_views` is a number of views and must be a whole number >= 1, but is {num_views}.")
-        return self._views(image, self.image_size, self.global_scale, _draws(num_views))
+        return DrawnViews(self, [("support_pixel_values", num_views, False)], "support_view_parameters")
 
-    def _views(
-        self, image: Image.Image, size: int, scale: tuple[float, float], random: list[list[float]]
-    ) -> torch.Tensor:
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        return self._normalize([self._view(image, size, scale, u) for u in random])
+    @property
+    def is_colored(self) -> bool:
+        """Whether any view can get jitter, gray or blur."""
+        jitters = self.color_jitter > 0 and self.color_jitter_probability > 0
+        return jitters or self.grayscale > 0 or self.blur_probability > 0
 
-    def _view(self, image: Image.Image, size: int, scale: tuple[float, float], random: list[float]) -> Image.Image:
-        box = self._crop_box(image.size, scale, random)
-        if self.rotation > 0 or self.translation > 0:
-            view = self._turned_crop(image, box, size, random)
-        else:
-            view = image.resize((size, size), _INTERPOLATIONS[self.interpolation], box=box)
-        if random[_FLIP] < self.horizontal_flip:
-            view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.color_jitter > 0 and random[_JITTER] < self.color_jitter_probability:
-            view = self._jittered(view, random)
-        if random[_GRAYSCALE] < self.grayscale:
-            view = view.convert("L").convert("RGB")
-        if random[_BLUR] < self.blur_probability:
-            view = view.filter(ImageFilter.GaussianBlur(_between(self.blur_radius, random[_RADIUS])))
-        return view
-
-    def _crop_box(
-        self, size: tuple[int, int], scale: tuple[float, float], random: list[float]
-    ) -> tuple[float, float, float, float]:
-        image_width, image_height = size
-        log_ratio = (math.log(self.aspect_ratio[0]), math.log(self.aspect_ratio[1]))
-        for attempt in range(0, 4 * _CROP_ATTEMPTS, 4):
-            area = image_width * image_height * _between(scale, random[attempt])
-            ratio = math.exp(_between(log_ratio, random[attempt + 1]))
-            width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
-            if width <= image_width and height <= image_height:
-                left = random[attempt + 2] * (image_width - width)
-                top = random[attempt + 3] * (image_height - height)
-                return left, top, min(left + width, image_width), min(top + height, image_height)
-        # no crop fits a very long image: the middle, as near to the allowed ratios as can be
-        ratio = min(max(image_width / image_height, self.aspect_ratio[0]), self.aspect_ratio[1])
-        width, height = min(image_width, image_height * ratio), min(image_height, image_width / ratio)
-        left, top = (image_width - width) / 2, (image_height - height) / 2
-        return left, top, left + width, top + height
-
-    def _turned_crop(
-        self, image: Image.Image, box: tuple[float, float, float, float], size: int, random: list[float]
-    ) -> Image.Image:
-        left, top, right, bottom = box
-        angle = math.radians(_between((-self.rotation, self.rotation), random[_ANGLE]))
-        shift_x = _between((-self.translation, self.translation), random[_SHIFT]) * (right - left)
-        shift_y = _between((-self.translation, self.translation), random[_SHIFT + 1]) * (bottom - top)
-        center_x, center_y = (left + right) / 2 - shift_x, (top + bottom) / 2 - shift_y
-        # an affine transform samples without smoothing: larger crops are turned at full resolution, then made small
-        reduces = max(right - left, bottom - top) > size
-        out = (max(1, round(right - left)), max(1, round(bottom - top))) if reduces else (size, size)
-        step_x, step_y = (right - left) / out[0], (bottom - top) / out[1]
-        cos, sin = math.cos(angle), math.sin(angle)
-        # Pillow asks for the map from result to source: center + rotation @ (step * (out - out_center))
-        a, b = cos * step_x, -sin * step_y
-        d, e = sin * step_x, cos * step_y
-        coefficients = (
-            a,
-            b,
-            center_x - (a * out[0] + b * out[1]) / 2,
-            d,
-            e,
-            center_y - (d * out[0] + e * out[1]) / 2,
+    def finishes_as(self, other: Any) -> bool:
+        """Whether [`~MultiViewTransform.finish`] of the two transforms does the same to the same crops."""
+        return isinstance(other, MultiViewTransform) and (
+            (self.image_mean, self.image_std, self.is_colored, type(self).finish)
+            == (other.image_mean, other.image_std, other.is_colored, type(other).finish)
         )
-        resampling = _INTERPOLATIONS[self.interpolation]
-        view = image.transform(out, Image.Transform.AFFINE, coefficients, resampling, fillcolor=0)
-        return view.resize((size, size), resampling) if reduces else view
 
-    def _jittered(self, view: Image.Image, random: list[float]) -> Image.Image:
-        strengths = random[_STRENGTHS : _STRENGTHS + 4]
-        order = random[_ORDER : _ORDER + 4]
-        strength, hue = 0.8 * self.color_jitter, 0.2 * self.color_jitter
-        for operator in sorted(range(4), key=order.__getitem__):
-            if operator == 3:
-                view = F.adjust_hue(view, _between((-hue, hue), strengths[3]))
-            else:
-                factor = _between((1 - strength, 1 + strength), strengths[operator])
-                view = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[operator](view, factor)
-        return view
-
-    def _normalize(self, views: list[Image.Image]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2)
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.mul_(self._multiplier).sub_(self._offset)
+    def _finished(self, crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        return finish_views(crops, parameters, self.image_mean, self.image_std, colored=self.is_colored)
 
 
-def _draws(num_views: int) -> list[list[float]]:
-    return torch.rand(num_views, _NUM_RANDOM, dtype=torch.float64).tolist()
+def gives_crops(transform: Any) -> bool:
+    """Whether a transform's views can be cut in one place and finished in another: not if a subclass changes them."""
+    return isinstance(transform, MultiViewTransform) and all(
+        getattr(type(transform), name) is getattr(MultiViewTransform, name)
+        for name in ("__call__", "global_views", "crops", "draw", "draw_support")
+    )
 
 
-def _between(bounds: tuple[float, float], share: float) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * share
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _is_whole(value) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_size(name: str, value) -> None:
-    if not _is_whole(value) or value < 1:
-        raise ValueError(f"`{name}` is a side in pixels and must be a whole number >= 1, but is {value}.")
 
 
 def _check_range(transform: MultiViewTransform, name: str, low: float, high: float, meaning: str) -> None:
@@ -361,8 +295,3 @@ def _check_range(transform: MultiViewTransform, name: str, low: float, high: flo
     if not low < smallest <= largest <= high or math.isinf(largest):
         raise ValueError(f"`{name}` is {meaning}, smallest first, but is {value}.")
     setattr(transform, name, (smallest, largest))
-
-
-def _check_interpolation(interpolation: str) -> None:
-    if interpolation not in _INTERPOLATIONS:
-        raise ValueError(f"`interpolation` is one of {', '.join(_INTERPOLATIONS)}, but is {interpolation!r}.")

@@ -1,8 +1,11 @@
 """Training arguments that every pretraining method shares."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
+
+from .loader_defaults import default_num_workers, uses_accelerator
 
 
 @dataclass
@@ -70,6 +73,17 @@ class PretrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out the last, smaller batch of an epoch: all ranks need equal batches."}
     )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read data, for each rank. By default as many as the rank has cores, less one, at "
+            "most 16 where an accelerator trains, and 0 on a CPU, which is busy with the model."
+        },
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
+        metadata={"help": "Keep these processes from epoch to epoch. By default wherever there are any."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches are made of views."})
     average_tokens_across_devices: bool = field(default=False, metadata={"help": "Has no meaning for images."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
@@ -78,7 +92,17 @@ class PretrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Evaluation on a data set gives its loss only."}
     )
 
+    # that read at the same time, and share the default number of workers
+    num_loaders: ClassVar[int] = 1
+
     def __post_init__(self):
+        has_accelerator = uses_accelerator(self.use_cpu)
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_num_workers(has_accelerator, self.num_loaders)
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if not has_accelerator:
+            self.dataloader_pin_memory = False  # torch would warn of it
         super().__post_init__()
         check_counts(self)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:

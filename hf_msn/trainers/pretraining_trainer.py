@@ -18,7 +18,9 @@ from transformers.utils import logging
 from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
 from ..callbacks.sync_record import record_of
 from ..callbacks.trainer_seams import find_sync_callback
-from ..data.datasets import StreamingMultiViewDataset
+from ..data.collators import MultiViewCollator
+from ..data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops
+from ..data.transforms import gives_crops
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..hub.run_record import RunRecorder
@@ -37,7 +39,15 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class PretrainingTrainer(CheckpointingTrainer):
-    """Base of the pretraining trainers. A method adds `compute_loss`, and calls `record` with what it wants logged."""
+    """Base of the pretraining trainers. A method adds `compute_loss`, and calls `record` with what it wants logged.
+
+    Where the data sets have a [`MultiViewTransform`] and the collator is [`MultiViewCollator`], the loaders give uint8
+    crops, and the trainer finishes them (colour, blur, normalisation) on its device; any other transform or collator
+    gets and gives finished views.
+
+    Logged beside the loss: `images_per_second` of all ranks; `data_wait_seconds`, how long a rank has waited for its
+    loaders since the last log, as a mean over the ranks; schedules and broken images.
+    """
 
     args: PretrainingArguments
 
@@ -50,6 +60,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         self._recorded: dict[str, torch.Tensor] = {}
         self._num_recorded = 0
         self._num_images = 0
+        self._data_wait_seconds = 0.0
         self._clock_started: float | None = None
         self.run_record = RunRecorder()
         self._non_finite_step = torch.tensor(-1, device=args.device)
@@ -80,6 +91,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         self._forget_earlier_replicas()
         if self.args.device.type == "cpu":
             keep_freed_memory()
+        self._data_wait_seconds = 0.0
         self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
         self.run_record.begin(resume_from_checkpoint)
         try:
@@ -102,6 +114,41 @@ class PretrainingTrainer(CheckpointingTrainer):
                 f"{self.args.per_device_train_batch_size} on each of {self.args.world_size} ranks. Lower "
                 "`per_device_train_batch_size` or give more images."
             )
+
+    # Data
+
+    def finishes_views_of(self, dataset) -> bool:
+        """Whether the crops of a data set can be finished here, by the transform of the training set."""
+        transform = getattr(dataset, "transform", None)
+        return (
+            type(self.data_collator) is MultiViewCollator
+            and gives_crops(transform)
+            and transform.finishes_as(getattr(self.train_dataset, "transform", None))
+        )
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if type(dataset) in (MultiViewDataset, StreamingMultiViewDataset) and self.finishes_views_of(dataset):
+            dataset = as_crops(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if "view_parameters" in inputs or "support_view_parameters" in inputs:
+            inputs = self.train_dataset.transform.finish(inputs)
+        return inputs
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.waiting_for_data():
+            return super().get_batch_samples(*args, **kwargs)
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Adds the time inside to `data_wait_seconds`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._data_wait_seconds += time.perf_counter() - began
 
     # Optimizer and schedules
 
@@ -252,9 +299,11 @@ class PretrainingTrainer(CheckpointingTrainer):
             logs.update(zip(names, all_reduce_mean(means).tolist()))
             images = all_reduce_sum(torch.tensor(float(self._num_images), device=self.args.device)).item()
             logs["images_per_second"] = images / max(time.perf_counter() - self._clock_started, 1e-9)
+            waited = torch.tensor([self._data_wait_seconds], device=self.args.device)
+            logs["data_wait_seconds"] = all_reduce_mean(waited).item()
             logs.update(self.extra_logs())
             self._recorded, self._num_recorded = {}, 0
-            self._num_images, self._clock_started = 0, time.perf_counter()
+            self._num_images, self._data_wait_seconds, self._clock_started = 0, 0.0, time.perf_counter()
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:

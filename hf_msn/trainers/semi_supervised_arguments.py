@@ -1,6 +1,7 @@
 """Training arguments that the methods with a support set share."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .pretraining_arguments import PretrainingArguments
 
@@ -11,6 +12,8 @@ class SemiSupervisedArguments(PretrainingArguments):
 
     The numbers of the support are **global**: they hold for all ranks together, however many there are.
     """
+
+    num_loaders: ClassVar[int] = 2  # that of the support beside the other
 
     global_support_classes: int | None = field(
         default=None,

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from ..data.collators import MultiViewCollator
+from ..data.datasets import as_crops
 from ..data.labels import check_class_names
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader
@@ -113,17 +114,22 @@ class SemiSupervisedTrainer(PretrainingTrainer):
             self._micro_batch = update * accumulated  # a new update; the last of an epoch may have had fewer
         if self._supports is None or self._next_support > self._micro_batch:
             loader = support_loader(
-                self.support_dataset,
+                self._support_to_load(),
                 self.support_sampler(start_step=self._micro_batch),
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             )
             self._supports, self._next_support = iter(loader), self._micro_batch
-        while self._next_support <= self._micro_batch:
-            support = next(self._supports)
-            self._next_support += 1
+        with self.waiting_for_data():
+            while self._next_support <= self._micro_batch:
+                support = next(self._supports)
+                self._next_support += 1
         self._micro_batch += 1
         return support
+
+    def _support_to_load(self) -> SupportDataset:
+        dataset = self.support_dataset
+        return as_crops(dataset) if type(dataset) is SupportDataset and self.finishes_views_of(dataset) else dataset
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training and "support_pixel_values" not in inputs and self.needs_support():
@@ -140,7 +146,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
 
     def _support_for_evaluation(self) -> dict[str, torch.Tensor]:
         if self._evaluation_support is None:
-            items = [self.support_dataset[position] for position in self.support_sampler().batch(0)]
+            dataset = self._support_to_load()
+            items = [dataset[position] for position in self.support_sampler().batch(0)]
             self._evaluation_support = self._prepare_inputs(SupportCollator()(items))
         return self._evaluation_support
 

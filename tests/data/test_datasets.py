@@ -12,6 +12,7 @@ from hf_msn.data import (
     MultiViewDataset,
     MultiViewTransform,
     StreamingMultiViewDataset,
+    as_crops,
     decode_image,
     multi_view_dataset,
 )
@@ -236,3 +237,36 @@ def test_stream_of_broken_images_or_of_none_is_an_error(image_rows):
 
 def test_stand_in_rows_are_readable(image_rows, picture):
     assert decode_image(image_rows(1)[0]["image"]).tobytes() == picture(0).tobytes()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_of_workers_finished_in_a_batch_are_the_views(image_rows, streamed, workers):
+    images = image_rows(9, broken=(4,))
+    dataset = multi_view_dataset(images.to_iterable_dataset(num_shards=2) if streamed else images, TRANSFORM, seed=2)
+    dataset.set_epoch(3)
+    views, crops = _batches(dataset, workers), _batches(as_crops(dataset), workers)
+    assert crops["pixel_values"].dtype == torch.uint8 and "view_parameters" in crops
+    assert dataset.num_broken == 1  # shared by the two
+    finished = TRANSFORM.finish(crops)
+    assert set(finished) == set(views)
+    for name in views:
+        torch.testing.assert_close(finished[name], views[name], atol=1e-5, rtol=0)
+
+
+def test_crops_follow_the_epoch_of_their_data_set(image_rows):
+    dataset = MultiViewDataset(image_rows(3), TRANSFORM)
+    crops = as_crops(dataset)
+    first = crops[0]["view_parameters"]
+    dataset.set_epoch(1)
+    assert crops.epoch == 1 and not torch.equal(crops[0]["view_parameters"], first)
+
+
+def test_only_views_that_can_be_finished_later_are_cut(image_rows):
+    class Own(MultiViewTransform):
+        def __call__(self, image):
+            return super().__call__(image)
+
+    for transform in (Own(image_size=8), lambda image: {}):
+        with pytest.raises(ValueError, match="Only the views of a `MultiViewTransform` can be cut in one place"):
+            as_crops(MultiViewDataset(image_rows(3), transform))

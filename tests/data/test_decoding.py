@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_msn.data import BrokenImageError, decode_image
+from hf_msn.data import BrokenImageError, MultiViewTransform, decode_image
+from hf_msn.data.decoding import decode_reduced_image
 
 
 def _row(image: Image.Image, kind: str, **settings) -> dict:
@@ -206,3 +207,54 @@ def test_error_keeps_its_fields_out_of_a_worker():
     error = caught.value
     assert (error.row, error.path, error.reason) == (0, "it's (1).png", "no image format known to Pillow")
     assert "Traceback" not in str(error)
+
+
+def _photograph(width: int, height: int) -> Image.Image:
+    """Smooth colours with some texture, as photographs have."""
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    return Image.fromarray(np.clip(smooth + random.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_photographs_are_decoded_smaller_with_the_same_views(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    value = _row(_photograph(1600, 1200), "JPEG", quality=92, exif=exif)
+    transform = MultiViewTransform(image_size=64, focal_size=32, focal_views=4)
+    torch.manual_seed(0)
+    drawn = transform.draw()
+    image, full_size = decode_reduced_image(value, drawn.reduction)
+    whole = decode_image(value)
+    assert full_size == whole.size == ((1600, 1200) if orientation == 1 else (1200, 1600))
+    assert image.size == tuple(side // drawn.reduction(full_size) for side in full_size) and image.size != whole.size
+    reduced, expected = drawn.crops(image, full_size), drawn.crops(whole)
+    assert torch.equal(reduced["view_parameters"], expected["view_parameters"])
+    for name in ("pixel_values", "anchor_pixel_values", "focal_pixel_values"):
+        difference = (reduced[name].int() - expected[name].int()).abs().float()
+        assert difference.mean() < 1.0 and difference.max() < 12
+
+
+def test_images_are_not_decoded_smaller_where_a_crop_would_be_enlarged():
+    value = _row(_photograph(500, 375), "JPEG")
+    torch.manual_seed(0)
+    image, full_size = decode_reduced_image(value, MultiViewTransform().draw().reduction)
+    assert image.size == full_size == (500, 375)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(decode_image(value)))
+
+
+def test_only_jpeg_files_are_decoded_smaller():
+    photograph = _photograph(160, 120)
+    for value in (_row(photograph, "PNG"), photograph, np.asarray(photograph)):
+        image, full_size = decode_reduced_image(value, lambda size: 8)
+        assert image.size == full_size == (160, 120)
+    file = Image.open(io.BytesIO(_row(photograph, "JPEG")["bytes"]))
+    assert decode_reduced_image(file, lambda size: 8)[0].size == (160, 120)  # the caller's own stays whole
+
+
+def test_a_broken_file_is_broken_at_any_size():
+    value = _row(_photograph(800, 600), "JPEG")
+    value["bytes"] = value["bytes"][: len(value["bytes"]) // 2]
+    with pytest.raises(BrokenImageError, match=r"row 3 .* cannot be read"):
+        decode_reduced_image(value, lambda size: 4, row=3)

@@ -13,6 +13,7 @@ from hf_msn.data import (
     SupportBatches,
     SupportCollator,
     SupportDataset,
+    as_crops,
     support_loader,
 )
 
@@ -322,3 +323,16 @@ def test_items_with_other_views_and_empty_supports_are_refused():
         SupportCollator()(items)
     with pytest.raises(ValueError, match="at least one image"):
         SupportCollator()([])
+
+
+def test_crops_of_supports_finished_in_a_batch_are_the_views(labelled):
+    support = SupportDataset(labelled(broken=(4,)), ROWS, TRANSFORM, views_per_image=2, seed=5)
+    sampler = _sampler(support, num_steps=3)
+    views = list(support_loader(support, sampler))
+    crops = list(support_loader(as_crops(support), sampler))
+    for one, other in zip(crops, views):
+        assert one["support_pixel_values"].dtype == torch.uint8
+        assert one["support_view_parameters"].shape == (8, 12)
+        finished = TRANSFORM.finish(one)
+        assert set(finished) == set(other) and torch.equal(finished["support_labels"], other["support_labels"])
+        torch.testing.assert_close(finished["support_pixel_values"], other["support_pixel_values"], atol=1e-5, rtol=0)

@@ -1,0 +1,234 @@
+import importlib.util
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from hf_msn.data import MultiViewTransform, augmentation, torch_augmentation
+from hf_msn.data.augmentation import finish_views
+from hf_msn.data.view_parameters import FACTORS, FLIP, GRAYSCALE, JITTER, NUM_PARAMETERS, ORDER, SIGMA
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+OPERATORS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+@pytest.fixture(params=["numba", "torch"])
+def kernel(request, monkeypatch):
+    """Either way to finish views; both are held to the same."""
+    if request.param == "numba":
+        if not HAS_NUMBA:
+            pytest.skip("numba is not installed")
+    else:
+        monkeypatch.setattr(augmentation, "has_numba", lambda: False)
+    return request.param
+
+
+def _crops(number: int, side: int, seed: int = 0) -> torch.Tensor:
+    """Views with smooth parts, gray pixels, black and white."""
+    random = np.random.default_rng(seed)
+    values = random.integers(0, 256, (number, side, side, 3)).astype(np.uint8)
+    values[:, : side // 4] = values[:, : side // 4, :, :1]
+    values[:, side // 4 : side // 3] = 255 * (values[:, side // 4 : side // 3] > 127)
+    return torch.from_numpy(values)
+
+
+def _rows(number: int, seed: int = 0, sigmas: tuple[float, float] = (0.1, 2.0)) -> torch.Tensor:
+    random = np.random.default_rng(seed)
+    rows = np.zeros((number, NUM_PARAMETERS), np.float32)
+    rows[:, FLIP], rows[:, GRAYSCALE] = random.random(number) < 0.5, random.random(number) < 0.3
+    rows[:, JITTER] = random.random(number) < 0.8
+    rows[:, FACTORS : FACTORS + 3] = random.uniform(0, 2, (number, 3))
+    rows[:, FACTORS + 3] = random.uniform(-0.5, 0.5, number)
+    rows[:, ORDER : ORDER + 4] = [random.permutation(4) for _ in range(number)]
+    rows[:, SIGMA] = np.where(random.random(number) < 0.6, random.uniform(*sigmas, number), 0)
+    return torch.from_numpy(rows)
+
+
+def _by_torchvision(crop: torch.Tensor, row: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    view = crop.permute(2, 0, 1).to(dtype) / 255
+    row = row.tolist()
+    if row[FLIP]:
+        view = F.horizontal_flip(view)
+    if row[JITTER]:
+        for place in range(4):
+            operator = int(row[ORDER + place])
+            view = OPERATORS[operator](view, row[FACTORS + operator])
+    if row[GRAYSCALE]:
+        view = F.rgb_to_grayscale(view, num_output_channels=3)
+    if row[SIGMA]:
+        radius = min(int(np.ceil(np.float32(4) * np.float32(row[SIGMA]))), view.shape[-1] - 1)
+        view = F.gaussian_blur(view, [2 * radius + 1] * 2, [row[SIGMA]] * 2)
+    return F.normalize(view, list(MEAN), list(STD))
+
+
+@pytest.mark.parametrize("side", [96, 33, 5])
+def test_every_operator_in_any_order_is_torchvisions(kernel, side):
+    crops, rows = _crops(40, side), _rows(40)
+    finished = finish_views(crops, rows, MEAN, STD)
+    assert finished.shape == (40, 3, side, side) and finished.dtype == torch.float32
+    for number in range(40):
+        expected = _by_torchvision(crops[number], rows[number])
+        torch.testing.assert_close(finished[number], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("operator", range(4))
+def test_one_operator_alone_is_torchvisions_in_double_precision(kernel, operator):
+    crops, rows = _crops(8, 24), torch.zeros(8, NUM_PARAMETERS)
+    rows[:, JITTER] = 1
+    rows[:, FACTORS : FACTORS + 3] = 1
+    rows[:, ORDER : ORDER + 4] = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    rows[:, FACTORS + operator] = torch.linspace(-0.5, 0.5, 8) if operator == 3 else torch.linspace(0, 2, 8)
+    finished = finish_views(crops, rows, MEAN, STD)
+    for number in range(8):
+        expected = _by_torchvision(crops[number], rows[number], torch.float64)
+        torch.testing.assert_close(finished[number].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_blur_is_a_sum_over_reflected_neighbours(kernel):
+    crops, rows = _crops(3, 9), torch.zeros(3, NUM_PARAMETERS)
+    rows[:, SIGMA] = torch.tensor([0.1, 0.7, 2.0])
+    finished = finish_views(crops, rows, (0, 0, 0), (1, 1, 1))
+    for number, sigma in enumerate((0.1, 0.7, 2.0)):
+        radius = min(int(np.ceil(4 * np.float32(sigma))), 8)
+        distances = np.arange(-radius, radius + 1)
+        weights = np.exp(-0.5 * (distances / np.float32(sigma).astype(np.float64)) ** 2)
+        weights /= weights.sum()
+        padded = np.pad(crops[number].numpy() / 255.0, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
+        expected = np.zeros((9, 9, 3))
+        for y in range(9):
+            for x in range(9):
+                for i, down in enumerate(weights):
+                    for j, across in enumerate(weights):
+                        expected[y, x] += down * across * padded[y + i, x + j]
+        np.testing.assert_allclose(finished[number].permute(1, 2, 0), expected, atol=1e-6)
+
+
+def test_views_that_nothing_is_done_to_are_only_normalised(kernel):
+    crops = _crops(4, 6)
+    expected = (crops.permute(0, 3, 1, 2).double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
+        3, 1, 1
+    )
+    rows = torch.zeros(4, NUM_PARAMETERS)
+    rows[2, FLIP] = 1
+    expected[2] = expected[2].flip(-1)
+    for colored in (True, False):
+        finished = finish_views(crops, rows, MEAN, STD, colored=colored)
+        torch.testing.assert_close(finished.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_view_does_not_depend_on_its_batch_or_the_number_of_threads(kernel):
+    crops, rows = _crops(13, 32), _rows(13)
+    together = finish_views(crops, rows, MEAN, STD)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        threaded = finish_views(crops, rows, MEAN, STD)
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.stack([finish_views(crops[i], rows[i], MEAN, STD) for i in range(13)])
+    in_pairs = finish_views(crops[:12].view(6, 2, 32, 32, 3), rows[:12].view(6, 2, -1), MEAN, STD).flatten(0, 1)
+    if kernel == "numba":
+        assert (
+            torch.equal(together, threaded) and torch.equal(together, alone) and torch.equal(together[:12], in_pairs)
+        )
+    else:
+        torch.testing.assert_close(together, threaded, atol=1e-6, rtol=0)
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(together[:12], in_pairs, atol=1e-6, rtol=0)
+
+
+def test_autocast_changes_nothing(kernel):
+    crops, rows = _crops(6, 16), _rows(6)
+    expected = finish_views(crops, rows, MEAN, STD)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(finish_views(crops, rows, MEAN, STD), expected)
+
+
+def test_no_views_give_no_views():
+    assert finish_views(_crops(0, 8), torch.zeros(0, NUM_PARAMETERS), MEAN, STD).shape == (0, 3, 8, 8)
+    empty = torch.empty(2, 0, 8, 8, 3, dtype=torch.uint8)
+    assert finish_views(empty, torch.zeros(2, 0, NUM_PARAMETERS), MEAN, STD).shape == (2, 0, 3, 8, 8)
+
+
+def test_what_is_no_crop_is_refused():
+    with pytest.raises(ValueError, match=r"uint8 of shape \(..., H, W, 3\), but these are torch.float32"):
+        finish_views(torch.zeros(2, 8, 8, 3), torch.zeros(2, NUM_PARAMETERS), MEAN, STD)
+    with pytest.raises(ValueError, match=r"crops are \(2,\) views and the rows \(3,\)"):
+        finish_views(_crops(2, 8), torch.zeros(3, NUM_PARAMETERS), MEAN, STD)
+
+
+def test_colour_and_blur_are_distributed_as_torchvisions(kernel):
+    # one image, whole, many times: our transform against torchvision's classes on float tensors
+    number, side = 1500, 16
+    image = v2.functional.to_pil_image(_crops(1, side, seed=3)[0].permute(2, 0, 1))
+    torch.manual_seed(0)
+    plain = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0), "horizontal_flip": 0.0}
+    whole = {"global_scale": (1.0, 1.0), "aspect_ratio": (1.0, 1.0), "focal_views": 0, "anchor_views": number}
+    ours = MultiViewTransform(image_size=side, **plain, **whole)(image)["anchor_pixel_values"]
+    theirs_of = v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(15, (0.1, 2.0))], p=0.5),
+        ]
+    )
+    pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
+    theirs = torch.stack([theirs_of(pixels) for _ in range(number)])
+
+    def features(views):
+        gray = views.mean(dim=1)
+        roughness = (gray[:, 1:] - gray[:, :-1]).abs().mean(dim=(1, 2))
+        saturation = (views.amax(dim=1) - views.amin(dim=1)).mean(dim=(1, 2))
+        warmth = (views[:, 0] - views[:, 2]).mean(dim=(1, 2))
+        return [*views.mean(dim=(2, 3)).T, gray.std(dim=(1, 2)), roughness, saturation, warmth]
+
+    for one, other in zip(features(ours), features(theirs)):
+        assert stats.ks_2samp(one.numpy(), other.numpy()).pvalue > 0.01
+
+
+def test_blur_of_a_batch_takes_each_views_own_sigma():
+    views, sigma = torch.rand(4, 3, 12, 12), torch.tensor([0.1, 0.5, 1.0, 2.0])
+    blurred = torch_augmentation.gaussian_blur(views, sigma, 8)
+    for view, one, result in zip(views, sigma, blurred):
+        radius = int(torch.ceil(4 * one))
+        expected = F.gaussian_blur(view, [2 * radius + 1] * 2, [one.item()] * 2)
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+def test_without_numba_the_log_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(augmentation, "find_spec", lambda name: None)
+    augmentation.has_numba.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                finish_views(_crops(1, 8), _rows(1), MEAN, STD)
+    finally:
+        augmentation.has_numba.cache_clear()
+    assert [record.message for record in caplog.records if "pip install numba" in record.message] == [
+        caplog.records[0].message
+    ]
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+def test_numba_is_imported_by_the_first_colour_only_and_compiles_without_a_folder_to_write_to(tmp_path):
+    program = """
+import sys
+import torch
+import hf_msn
+from hf_msn.data.augmentation import finish_views
+crops, rows = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 12)
+finish_views(crops, rows, (0, 0, 0), (1, 1, 1), colored=False)
+assert "numba" not in sys.modules
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []  # as where neither the package nor the home can be written to
+assert finish_views(crops, rows, (0, 0, 0), (1, 1, 1)).abs().max() == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,101 @@
+"""scripts/benchmark_data.py, and that its plain pipeline makes the views that ours makes."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_msn import MultiViewTransform
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+TINY = (
+    "--images 4 --repeats 2 --batch_size 2 --image_size 32 --focal_size 16 --focal_views 2 --workers 0 "
+    "--step_seconds 0 --rows 50 10000000 --batches 5"
+).split()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark_data
+
+    threads = torch.get_num_threads()
+    yield benchmark_data
+    torch.set_num_threads(threads)
+
+
+def test_plain_views_have_our_shapes_and_values(script):
+    import data_workload
+    import plain_pipeline
+
+    transform = MultiViewTransform(image_size=32, focal_size=16, focal_views=400, anchor_views=400)
+    encoded = data_workload.photograph(0, (120, 90))
+    torch.manual_seed(0)
+    random.seed(0)
+    theirs = plain_pipeline.PlainPipeline(transform)(encoded)
+    ours = transform(script.decode_image({"bytes": encoded, "path": None}))
+    assert {name: view.shape for name, view in ours.items()} == {name: view.shape for name, view in theirs.items()}
+    for name in ("anchor_pixel_values", "focal_pixel_values"):
+        assert ours[name].mean().item() == pytest.approx(theirs[name].mean().item(), abs=0.15)
+        assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), abs=0.15)
+
+
+def test_tables_and_json_have_the_same_numbers(script, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "new" / "data.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark_data.py", *TINY, "--output", str(output)])
+    script.main()
+    printed = capsys.readouterr().out
+    results = json.loads(output.read_text())
+    assert output.with_suffix(".png").is_file()
+    plain = results["seconds_per_image"]["torchvision + Pillow"]
+    for name, seconds in results["seconds_per_image"].items():
+        rate, ratio = results["images_per_second"][name], results["ratio_to_plain"][name]
+        assert rate["median"] == pytest.approx(sum(1 / value for value in seconds) / 2)
+        assert ratio["median"] == pytest.approx(sum(a / b for a, b in zip(plain, seconds)) / 2)
+        row = next(line for line in printed.splitlines() if line.startswith(f"| {name} "))
+        assert f"{rate['median']:.2f} (" in row and f"{ratio['median']:.2f} (" in row
+    pixels = 2 * 32 * 32 + 2 * 16 * 16
+    assert results["bytes_per_image"] == {
+        "finished views": 4 * 3 * pixels,
+        "crops and parameters": 3 * pixels + 4 * 12 * 4,
+    }
+    assert [entry["rows"] for entry in results["streamed"]] == [50, 10_000_000]
+    assert all(entry["resident_mib"]["last batch"] > 0 for entry in results["streamed"])
+    assert "| 10,000,000 " in printed and [entry["workers"] for entry in results["waiting"]] == [0]
+
+
+def test_pipelines_that_do_other_work_are_not_compared(script):
+    args = script.DataArguments(images=2, batch_size=2, image_size=16, focal_size=8, focal_views=2)
+    ways = script.Ways(args, script.photographs(2))
+    ways.check_same_work([0, 1])
+    ways.plain = script.PlainPipeline(MultiViewTransform(image_size=16, focal_size=8, focal_views=3))
+    with pytest.raises(RuntimeError, match="the pipelines do other work"):
+        ways.check_same_work([0, 1])
+
+
+def test_made_up_photographs_have_the_spectrum_of_photographs(script):
+    import data_workload
+    import numpy as np
+
+    image = script.decode_image({"bytes": data_workload.photograph(1, (256, 256)), "path": None})
+    spectrum = np.abs(np.fft.fft2(np.asarray(image).mean(axis=2)))[1:64, 0]
+    slope = np.polyfit(np.log(np.arange(1, 64)), np.log(spectrum), 1)[0]
+    assert -1.5 < slope < -0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repeats": 0}, "`repeats` must be >= 1, but is 0"),
+        ({"images": 4}, "`images` must fill a batch of 16, but is 4"),
+        ({"workers": [-1]}, "`workers` must be numbers >= 0, but is"),
+        ({"rows": []}, "`rows` must be numbers >= 1, but is"),
+        ({"batches": 1}, "`batches` must be >= 2, but is 1"),
+    ],
+)
+def test_bad_arguments_are_errors(script, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        script.DataArguments(**arguments)

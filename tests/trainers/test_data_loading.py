@@ -1,0 +1,159 @@
+"""What the trainers do between the data set and the model: crops, where views are finished, workers, waiting."""
+
+import os
+import time
+
+import pytest
+import torch
+from semi_supervised_runs import make_run
+from short_runs import assert_same_weights, losses, make_trainer
+
+from hf_msn import (
+    MSNTrainingArguments,
+    MultiViewCollator,
+    MultiViewDataset,
+    MultiViewTransform,
+    PAWSTrainingArguments,
+    load_images,
+    multi_view_dataset,
+)
+from hf_msn.trainers import loader_defaults
+
+COLORED = {"image_size": 16, "focal_size": 8, "focal_views": 2}
+
+
+class OtherCollator(MultiViewCollator):
+    """Does the same, but the trainer cannot know it."""
+
+
+class OwnTransform(MultiViewTransform):
+    """A user's transform that changes finished views."""
+
+    def __call__(self, image):
+        return {name: -view for name, view in super().__call__(image).items()}
+
+
+def _digits(number: int = 20, transform: MultiViewTransform | None = None, streamed: bool = False):
+    images = load_images("digits").select(range(number))
+    return multi_view_dataset(
+        images.to_iterable_dataset() if streamed else images, transform or MultiViewTransform(**COLORED), seed=3
+    )
+
+
+def _batch(trainer) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_loaders_give_crops_and_the_trainer_finishes_them(tmp_path, streamed):
+    dataset = _digits(streamed=streamed)
+    trainer = make_trainer(tmp_path, dataset)
+    batch = _batch(trainer)
+    assert batch["pixel_values"].shape == (4, 16, 16, 3) and batch["pixel_values"].dtype == torch.uint8
+    assert batch["view_parameters"].shape == (4, 4, 12)
+    finished = trainer._prepare_inputs(batch)
+    assert {name: tuple(views.shape) for name, views in finished.items()} == {
+        "pixel_values": (4, 3, 16, 16),
+        "anchor_pixel_values": (4, 1, 3, 16, 16),
+        "focal_pixel_values": (4, 2, 3, 8, 8),
+    }
+    # the user's data set is as it was
+    item = next(iter(dataset)) if streamed else dataset[0]
+    assert set(item) == set(finished) and item["pixel_values"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_finishing_on_the_device_changes_no_weight(tmp_path, streamed, accumulated):
+    # digits' recipe: the same numbers bit by bit, whether the loader or the trainer finishes the views
+    transform = MultiViewTransform.for_small_grayscale(16, focal_views=2, focal_size=8)
+    settings = {"gradient_accumulation_steps": accumulated, "save_strategy": "no", "eval_strategy": "epoch"}
+
+    def run(folder):
+        dataset, evaluated = _digits(20, transform, streamed), _digits(8, transform)
+        settings["max_steps"] = 4
+        return make_trainer(tmp_path / folder, dataset, eval_dataset=evaluated, **settings)
+
+    cut, whole = run("cut"), run("whole")
+    whole.data_collator = OtherCollator()
+    assert "view_parameters" in _batch(cut) and "view_parameters" not in _batch(whole)
+    cut.train()
+    whole.train()
+    assert losses(cut) == losses(whole)
+    assert_same_weights(cut.model, whole.model)
+    assert cut.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
+
+def test_views_that_a_user_changes_are_left_to_the_loader(tmp_path):
+    views = MultiViewTransform(**COLORED)
+    for name, transform in (("own", OwnTransform(**COLORED)), ("any", lambda image: views(image))):
+        trainer = make_trainer(tmp_path / name, MultiViewDataset(load_images("digits"), transform))
+        assert _batch(trainer)["pixel_values"].dtype == torch.float32
+
+
+def test_evaluation_with_another_normalisation_is_finished_by_its_own_transform(tmp_path):
+    other = _digits(8, MultiViewTransform(**COLORED, image_std=(1.0, 1.0, 1.0)))
+    trainer = make_trainer(tmp_path, _digits(), eval_dataset=other)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    assert torch.equal(batch["pixel_values"], MultiViewCollator()([other[row] for row in range(8)])["pixel_values"])
+
+
+@pytest.mark.parametrize("method", ["paws", "suncet"])
+def test_support_images_are_finished_by_the_trainer_too(tmp_path, method):
+    trainer = make_run(tmp_path, method)
+    trainer._micro_batch = 0
+    support = trainer._support_now()
+    assert support["support_pixel_values"].dtype == torch.uint8
+    finished = trainer._prepare_inputs(support)
+    dataset, rows = trainer.support_dataset, trainer.support_sampler().batch(0)
+    places = trainer.support_sampler().places.tolist()
+    expected = [dataset[(0, place, row)]["support_pixel_values"] for place, row in zip(places, rows)]
+    assert torch.equal(finished["support_pixel_values"], torch.cat(expected))
+    assert set(finished) == {"support_pixel_values", "support_labels"}
+
+
+def test_waiting_for_data_is_logged(tmp_path):
+    class Slow(OtherCollator):
+        def __call__(self, items):
+            time.sleep(0.05)
+            return super().__call__(items)
+
+    trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3, save_strategy="no")
+    trainer.data_collator = Slow()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "data_wait_seconds" in entry]
+    assert [entry["step"] for entry in logs] == [3, 6]
+    # the loader reads one batch ahead: six to eight batches, each waited for once
+    assert sum(entry["data_wait_seconds"] for entry in logs) >= 0.3
+    assert all(entry["data_wait_seconds"] >= 0.1 for entry in logs)
+
+
+def test_workers_follow_the_cores_of_a_rank(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)), raising=False)
+    for ranks, workers in ((1, 16), (2, 15), (4, 7), (8, 3), (32, 0), (64, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert loader_defaults.default_num_workers(True) == workers
+        assert loader_defaults.default_num_workers(True, loaders=2) == workers // 2
+        assert loader_defaults.default_num_workers(False) == 0
+
+
+def test_arguments_have_workers_where_an_accelerator_trains(tmp_path, monkeypatch):
+    plain = MSNTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (plain.dataloader_num_workers, plain.dataloader_persistent_workers, plain.dataloader_pin_memory) == (
+        0,
+        False,
+        False,
+    )
+    given = MSNTrainingArguments(str(tmp_path), use_cpu=True, dataloader_num_workers=3)
+    assert (given.dataloader_num_workers, given.dataloader_persistent_workers) == (3, True)
+    kept = MSNTrainingArguments(
+        str(tmp_path), use_cpu=True, dataloader_num_workers=3, dataloader_persistent_workers=False
+    )
+    assert not kept.dataloader_persistent_workers
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert loader_defaults.uses_accelerator(False) and not loader_defaults.uses_accelerator(True)
+    assert loader_defaults.default_num_workers(True, PAWSTrainingArguments.num_loaders) == 3
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not loader_defaults.uses_accelerator(False)
