@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,6 +32,15 @@ def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(
         "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in lines
     )
+
+
+def check_methods(methods: list[str], known: Iterable[str]) -> None:
+    """Refuses methods that a comparison with DDP does not know, and one without DDP."""
+    unknown = sorted(set(methods) - set(known))
+    if unknown:
+        raise ValueError(f"`methods` are of {', '.join(known)}, but {', '.join(unknown)} is not.")
+    if "ddp" not in methods:
+        raise ValueError("`methods` must have ddp, which the others are compared with.")
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:

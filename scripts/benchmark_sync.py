@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from benchmark_report import check_methods
 from slow_network import SlowNetwork
 from sync_workload import METHODS
 from transformers import HfArgumentParser
@@ -57,11 +58,7 @@ class BenchmarkArguments:
     output: str | None = option("Folder for results.json, table.md and plot.png.")
 
     def __post_init__(self):
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown:
-            raise ValueError(f"`methods` are of {', '.join(METHODS)}, but {', '.join(unknown)} is not.")
-        if "ddp" not in self.methods:
-            raise ValueError("`methods` must have ddp, which the others are compared with.")
+        check_methods(self.methods, METHODS)
         if min(self.ranks) < 2 or min(self.hidden_sizes) < 1:
             raise ValueError(
                 f"`ranks` must be >= 2 and `hidden_sizes` >= 1, but are {self.ranks} and {self.hidden_sizes}."

@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from benchmark_report import check_methods
 from benchmark_sync import free_port, option, wait_for
 from transformers import HfArgumentParser
 
@@ -72,11 +73,7 @@ class ComparisonArguments:
     output: str | None = option("Folder for results.json, table.md and plot.png.")
 
     def __post_init__(self):
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown:
-            raise ValueError(f"`methods` are of {', '.join(METHODS)}, but {', '.join(unknown)} is not.")
-        if "ddp" not in self.methods:
-            raise ValueError("`methods` must have ddp, which the others are compared with.")
+        check_methods(self.methods, METHODS)
         if self.ranks < 2 or self.steps < 1 or self.seeds < 1 or self.hidden_size < 1:
             raise ValueError(
                 "`ranks` must be >= 2, `steps`, `seeds` and `hidden_size` >= 1, but they are "

@@ -96,33 +96,6 @@ def test_a_model_without_predictions_is_refused(tmp_path):
         CodistillationCallback(semi_supervised_runs.make_run(tmp_path, "suncet"))
 
 
-@pytest.mark.parametrize(
-    ("attribute", "kind"),
-    [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed"), ("get_tp_size", "tensor")],
-)
-def test_sharded_models_are_refused(tmp_path, monkeypatch, attribute, kind):
-    trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(trainer, attribute, (lambda: 2) if attribute.startswith("get") else True)
-    with pytest.raises(TypeError, match=f"this trainer uses {kind}"):
-        CodistillationCallback(trainer)
-
-
-def test_a_callback_of_another_trainer_or_added_too_late_is_refused(tmp_path):
-    trainer, other = make_trainer(tmp_path), make_trainer(tmp_path)
-    other.add_callback(CodistillationCallback(trainer))
-    with pytest.raises(ValueError, match="must be added to the trainer that it was built with"):
-        other.train()
-
-    class AddLate(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                trainer.add_callback(CodistillationCallback(trainer))
-
-    trainer.add_callback(AddLate())
-    with pytest.raises(RuntimeError, match="must be on its trainer when the training begins"):
-        trainer.train()
-
-
 @pytest.mark.filterwarnings("ignore:.*one replica only")
 def test_an_error_stops_it_and_taken_off_the_trainer_trains_as_before(tmp_path):
     plain = make_trainer(tmp_path)

@@ -6,7 +6,7 @@ from launch import run_ranks
 from sync_runs import make_trainer, same, weights
 from transformers import TrainerCallback
 
-from hf_msn import LocalSGDCallback, SlowMoCallback
+from hf_msn import CodistillationCallback, LocalSGDCallback, SlowMoCallback
 from hf_msn.distributed import LocalSGD
 
 
@@ -44,6 +44,7 @@ def test_a_setting_outside_its_rule_is_named_before_the_training(tmp_path, callb
     trainer.add_callback(callback(trainer))  # the wrong one is not on the trainer
 
 
+@pytest.mark.parametrize("callback", [SlowMoCallback, CodistillationCallback])
 @pytest.mark.parametrize(
     ("attribute", "kind"),
     [
@@ -53,23 +54,24 @@ def test_a_setting_outside_its_rule_is_named_before_the_training(tmp_path, callb
         ("get_cp_size", "context parallelism"),
     ],
 )
-def test_sharded_models_are_refused(tmp_path, monkeypatch, attribute, kind):
+def test_sharded_models_are_refused(tmp_path, monkeypatch, attribute, kind, callback):
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(trainer, attribute, (lambda: 2) if attribute.startswith("get") else True)
     with pytest.raises(TypeError, match=f"this trainer uses {kind}. Train with DistributedDataParallel"):
-        SlowMoCallback(trainer)
+        callback(trainer)
 
 
-def test_a_callback_of_another_trainer_or_added_too_late_is_refused(tmp_path):
+@pytest.mark.parametrize("callback", [SlowMoCallback, CodistillationCallback])
+def test_a_callback_of_another_trainer_or_added_too_late_is_refused(tmp_path, callback):
     trainer, other = make_trainer(tmp_path), make_trainer(tmp_path)
-    other.add_callback(SlowMoCallback(trainer))
+    other.add_callback(callback(trainer))
     with pytest.raises(ValueError, match="must be added to the trainer that it was built with"):
         other.train()
 
     class AddLate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                trainer.add_callback(SlowMoCallback(trainer))
+                trainer.add_callback(callback(trainer))
 
     trainer.add_callback(AddLate())
     with pytest.raises(RuntimeError, match="must be on its trainer when the training begins"):
