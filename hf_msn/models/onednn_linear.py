@@ -1,10 +1,12 @@
 """Linear layers whose products on the CPU are made by oneDNN, with the bias, and for several layers at once."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _LEAST_WEIGHTS = 2**15  # below, the products are so short that the extra Python costs more than they save
 
@@ -116,4 +118,10 @@ def _find_product():
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+def _flops_of_product(input_shape, weight_shape, *args, **kwargs) -> int:
+    return 2 * math.prod(input_shape) * weight_shape[0]
+
+
 _PRODUCT = _find_product()
+if _PRODUCT is not None and _PRODUCT not in flop_registry:
+    register_flop_formula(_PRODUCT)(_flops_of_product)  # or FlopCounterMode would count it as nothing

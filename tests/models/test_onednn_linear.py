@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_msn import MSNConfig, MSNForPreTraining
 from hf_msn.models import onednn_linear
@@ -135,3 +136,44 @@ def test_a_training_step_of_msn_has_the_losses_and_gradients_of_plain_layers(mon
     # of all at once: those of a key's bias, or of one before batch normalisation, are nothing but rounding
     flat, our_flat = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, our_gradients))
     assert (our_flat - flat).norm() < 1e-4 * flat.norm()
+
+
+def test_its_operations_are_counted():
+    counts = []
+    for replace in (False, True):
+        layers = layers_of((192, 256))
+        if replace:
+            OneDNNLinear.replace_in(layers)
+        with FlopCounterMode(display=False) as counter:
+            layers[0](torch.ones(5, 3, 192, requires_grad=True)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts == [3 * 2 * 15 * 192 * 256] * 2
+
+
+def losses(monkeypatch, product, autocast=False, steps=8):
+    """Of a few steps of AdamW on the same views."""
+    monkeypatch.setattr(onednn_linear, "_PRODUCT", product)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
+    model = MSNForPreTraining(
+        MSNConfig(image_size=32, patch_size=8, num_prototypes=64, mask_ratio=0.3, **sizes)
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+    views = torch.randn(32, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    values = []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(pixel_values=views[:, 0], anchor_pixel_values=views[:, 1:]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_target(0.99)
+        values.append(loss.item())
+    return values
+
+
+def test_the_losses_of_a_training_stay_those_of_plain_layers(monkeypatch):
+    product = onednn_linear._PRODUCT
+    plain = losses(monkeypatch, None)
+    assert losses(monkeypatch, product) == pytest.approx(plain, rel=1e-5)
+    assert losses(monkeypatch, product, autocast=True) == pytest.approx(plain, rel=0.01)
