@@ -99,6 +99,12 @@ class PretrainingTrainer(CheckpointingTrainer):
         finally:
             self.run_record.end()
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # Trainer takes one step more if that is within an epoch
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def check_before_training(self) -> None:
         """Raises a `ValueError` if the training set cannot fill one update. Methods add their own checks."""
         if self.train_dataset is None:

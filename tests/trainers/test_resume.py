@@ -28,6 +28,16 @@ def test_resume_is_bit_exact(tmp_path, accumulation, stop):
     assert resumed.state.global_step == 8
 
 
+@pytest.mark.parametrize("steps", [5, 8])  # the end of an epoch, of 5 updates, and within one
+def test_a_finished_run_is_not_trained_any_further(tmp_path, steps):
+    finished = make_trainer(tmp_path, max_steps=steps, save_steps=1)
+    finished.train()
+    again = make_trainer(tmp_path, max_steps=steps, save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    assert_same_weights(again.model, finished.model)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_bit_exact_with_drawn_views_and_workers(tmp_path, workers):
     transform = MultiViewTransform.for_small_grayscale(image_size=16, focal_views=1)
