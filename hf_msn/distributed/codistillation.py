@@ -19,7 +19,7 @@ from .local_training.training_state import (
     trainable_parameters,
 )
 from .messages.exchange import Exchange, PeerError
-from .replicas.connection import find_peers, open_mail
+from .replicas.connection import find_peers, open_mail, warn_if_nothing_to_learn
 from .replicas.distances import PredictionDistance
 from .replicas.groups import Replicas
 from .replicas.peer_checkpoints import call_model, checked_predictions, logits_of
@@ -248,19 +248,19 @@ class Codistillation:
             else:
                 self._connect()
             groups = self._replicas.outer, self._replicas.inner
-            self._gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, *groups)
-        except BaseException:
-            self._disconnect(at_once=True)
-            raise
-        self._gradients.keep_local()
-        self._weight_decay.begin()
-        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._weight_decay.set(self.steps))
-        active.take(self.model, self.optimizer)
-        try:
+            gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, *groups)
+            gradients.keep_local()
+            self._weight_decay.begin()
+            self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._weight_decay.set(self.steps))
+            active.take(self.model, self.optimizer)
+            self._gradients = gradients
             if self._loaded is not None:
                 self._restore()
-        except BaseException as error:
-            self.stop(error)
+        except BaseException as error:  # whatever it is, the others must not wait for this replica
+            if self._gradients is None:
+                self._disconnect(at_once=True)
+            else:
+                self.stop(error)
             raise
         return self
 
@@ -379,13 +379,8 @@ class Codistillation:
         self._peers = find_peers(
             self.settings, self._replicas, self._mail, self.model, self.distance, self._predictions_of
         )
-        is_same_batch = self.settings.exchange == "predictions"
-        if is_same_batch and self._loaded is None and self._replicas.are_equal(self._trained):
-            warnings.warn(
-                "All replicas have the same parameters and are to see the same batches, so that they stay equal (but "
-                "for dropout) and learn nothing from one another. Initialise each with a seed of its own, after DDP.",
-                stacklevel=3,
-            )
+        if self._loaded is None:
+            warn_if_nothing_to_learn(self.settings, self._replicas, self._trained)
 
     def _predictions_of(self, model: nn.Module, batch: Any) -> torch.Tensor:
         return self._predictions(self._forward(model, batch))

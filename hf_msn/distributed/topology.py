@@ -10,6 +10,7 @@ matrix P is what becomes of rank j's mass, and P is column-stochastic (SGP, arXi
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
 from .topology_base import RepairedTopology, Topology, checked_integer, checked_step, is_integer
@@ -27,13 +28,14 @@ __all__ = [
 ]
 
 
-class _CirculantTopology(Topology):
+class _CirculantTopology(Topology, ABC):
     """Every rank r sends to r + hop mod n, the hops being the same for all: doubly stochastic by construction."""
 
     is_doubly_stochastic = True
 
+    @abstractmethod
     def _hops(self, step: int) -> Iterable[int]:
-        raise NotImplementedError
+        """How far it is to each rank that one sends to."""
 
     def _distinct_hops(self, step: int) -> list[int]:
         if self.world_size == 1:

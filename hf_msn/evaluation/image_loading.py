@@ -1,6 +1,5 @@
 """The images of a feature extraction: which rows a rank reads, decoded in which process, in batches."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..data.decoding import BrokenImageError, decode_image
+from ..data.spare_cores import spare_cores
 from ..distributed.collectives import rank, world_size
 
 NO_LABEL = -1
 # images below which workers take longer to start than they save
 _WORTH_WORKERS = 1024
-_MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,7 @@ class ImageLoading:
 
 
 def _default_workers(num_images: int, device: torch.device) -> int:
-    if device.type == "cpu" or num_images < _WORTH_WORKERS:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    # one core is for this process, which feeds the device
-    return max(0, min(_MOST_WORKERS, cores // ranks_here - 1))
+    return 0 if device.type == "cpu" or num_images < _WORTH_WORKERS else spare_cores()
 
 
 class _MapRows(Dataset):

@@ -1,6 +1,7 @@
 """Connects a replica to the others, in the way that its settings say."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,3 +37,15 @@ def find_peers(
         return PeerPredictions(replicas.outer, distance, settings.dtype_of_wire, settings.check_every, mail)
     copies = PeerCopies(model, mail.live, settings.dtype_of_copies, settings.device_of_copies, replicas.inner_group)
     return PeerCheckpoints(settings, mail, copies, predict)
+
+
+def warn_if_nothing_to_learn(
+    settings: CodistillationSettings, replicas: Replicas, parameters: Sequence[torch.Tensor]
+) -> None:
+    """Warns of equal replicas that are to see equal batches. All replicas must call it."""
+    if settings.exchange == "predictions" and replicas.are_equal(parameters):
+        warnings.warn(
+            "All replicas have the same parameters and are to see the same batches, so that they stay equal (but for "
+            "dropout) and learn nothing from one another. Initialise each with a seed of its own, after DDP.",
+            stacklevel=4,
+        )
