@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from benchmark_report import cell, machine, markdown_table, save, summarize
-from benchmark_step import MODELS, option
+from benchmark_step import MODELS, ModelArguments, option
 from transformers import HfArgumentParser
 
 
@@ -43,13 +43,8 @@ AXES = {
 
 
 @dataclass
-class GrowthArguments:
+class GrowthArguments(ModelArguments):
     model: Literal["vit_tiny", "s16", "b16", "l16", "b8", "b4", "l7"] = option("Size of the paper.", "vit_tiny")
-    hidden_size: int | None = option("In place of the model's.")
-    num_hidden_layers: int | None = option("In place of the model's.")
-    num_attention_heads: int | None = option("In place of the model's.")
-    patch_size: int | None = option("In place of the model's.")
-    mask_ratio: float | None = option("In place of the model's.")
     batch_size: int = option("Base value: images a rank.", 8)
     focal_views: int = option("Base value: small views an image.", 10)
     image_size: int = option("Base value: pixels of target and anchor. Focal views have about 3/7 of it.", 96)
@@ -71,6 +66,7 @@ class GrowthArguments:
     output: str | None = option("Write settings, times and memory to this JSON file, and a picture beside it.")
 
     def __post_init__(self):
+        super().__post_init__()
         for name, known in (("axes", list(AXES)), ("precision", ["fp32", "bf16"])):
             wrong = sorted(set(getattr(self, name)) - set(known))
             if wrong or not getattr(self, name):
@@ -78,9 +74,6 @@ class GrowthArguments:
         for name, least in (("steps", 1), ("warmup_steps", 1), ("rounds", 1), ("anchor_views", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, but is {getattr(self, name)}.")
-        for name, value in MODELS[self.model].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
         for axis, base, least in (
             ("batch", "batch_size", 2),
             ("views", "focal_views", 0),

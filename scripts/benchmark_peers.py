@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from benchmark_report import bars, machine, markdown_table, save, summarize
-from benchmark_step import MODELS, option, random_views
+from benchmark_step import ModelArguments, option, random_views
 from peer_sides import Shape, Side, UnsupportedViewsError, our_side
 from peer_views import made_up_jpegs, measure_views, our_views
 from transformers import HfArgumentParser
@@ -29,13 +29,8 @@ PEERS = {
 
 
 @dataclass
-class PeerArguments:
+class PeerArguments(ModelArguments):
     model: Literal["vit_tiny", "s16", "b16", "l16"] = option("Size of the paper.", "s16")
-    hidden_size: int | None = option("In place of the model's.")
-    num_hidden_layers: int | None = option("In place of the model's.")
-    num_attention_heads: int | None = option("In place of the model's.")
-    patch_size: int | None = option("In place of the model's.")
-    mask_ratio: float | None = option("In place of the model's.")
     num_prototypes: int = option("Prototypes of every side.", 1024)
     image_size: int = option("Pixels of target and anchor views.", 224)
     focal_size: int = option("Pixels of focal views.", 96)
@@ -60,6 +55,7 @@ class PeerArguments:
     output: str | None = option("Write settings, times and ratios to this JSON file, and a picture beside it.")
 
     def __post_init__(self):
+        super().__post_init__()
         for name, known in (("precision", ["fp32", "bf16"]), ("peers", list(PEERS))):
             if wrong := sorted(set(getattr(self, name)) - set(known)):
                 raise ValueError(f"`{name}` is of {' and '.join(known)}, but has {wrong}.")
@@ -70,9 +66,6 @@ class PeerArguments:
             raise ValueError(f"`focal_views` is one or more numbers >= 0, but is {self.focal_views}.")
         if len(self.jpeg_size) != 2 or min(self.jpeg_size) < 16:
             raise ValueError(f"`jpeg_size` is width and height, each >= 16, but is {self.jpeg_size}.")
-        for name, value in MODELS[self.model].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
 
     def shape(self, focal_views: int) -> Shape:
         named = {entry.name: getattr(self, entry.name) for entry in fields(Shape)}

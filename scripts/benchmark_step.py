@@ -5,6 +5,7 @@ Where other jobs share the CPU, set OMP_WAIT_POLICY=PASSIVE: threads that spin w
 
     python scripts/benchmark_step.py --model s16 --precision fp32 bf16
     python scripts/benchmark_step.py --model vit_tiny --world_size 2
+    python scripts/benchmark_step.py --precision bf16 --no_plain --profile
     torchrun --nproc_per_node 8 scripts/benchmark_step.py --model b16 --batch_size 128 --precision bf16
 """
 
@@ -13,12 +14,13 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from benchmark_report import bars, cell, machine, save, summarize
 from plain_step import PlainStep
+from step_costs import StepProfile, flops_an_image, shares_table
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -43,13 +45,24 @@ def option(help: str, default=None):
 
 
 @dataclass
-class BenchmarkArguments:
+class ModelArguments:
+    """A size of the paper, of which each number can be another."""
+
     model: Literal["vit_tiny", "s16", "b16", "l16", "b8", "b4", "l7"] = option("Size of the paper.", "s16")
     hidden_size: int | None = option("In place of the model's.")
     num_hidden_layers: int | None = option("In place of the model's.")
     num_attention_heads: int | None = option("In place of the model's.")
     patch_size: int | None = option("In place of the model's.")
     mask_ratio: float | None = option("In place of the model's.")
+
+    def __post_init__(self):
+        for name, value in MODELS[self.model].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+@dataclass
+class BenchmarkArguments(ModelArguments):
     image_size: int = option("Pixels of target and anchor views.", 224)
     focal_size: int | None = option("Pixels of focal views. 96, or 98 where the patches are of 7 pixels.")
     anchor_views: int = option("Masked global views an image, besides the target.", 1)
@@ -62,6 +75,11 @@ class BenchmarkArguments:
     steps: int = option("Timed pairs of steps, one of ours and one plain.", 7)
     warmup_steps: int = option("Pairs before them.", 2)
     compile_encoder: bool = option("torch.compile our encoders; their compilation is in the warm-up.", False)
+    gradient_checkpointing: bool = option("Compute our activations anew in the backward pass, to save memory.", False)
+    profile: bool = option("Print what our step spends its time on, from one more step.", False)
+    peak_tflops: float | None = option(
+        "What the device can do at the most, in TFLOP/s, to print the part reached (MFU)."
+    )
     plain: bool = option("Measure the plain step too; --no_plain where memory is short.", True)
     world_size: int = option("Start this many ranks on this machine. Or start them by torchrun.", 1)
     threads: int = option("CPU threads, shared by the ranks of this machine.", 2)
@@ -69,15 +87,13 @@ class BenchmarkArguments:
     output: str | None = option("Write settings, times and ratios to this JSON file, and a picture beside it.")
 
     def __post_init__(self):
+        super().__post_init__()
         wrong = sorted(set(self.precision) - {"fp32", "bf16"})
         if wrong or not self.precision:
             raise ValueError(f"`precision` is of fp32 and bf16, but is {self.precision}.")
         for name, least in (("steps", 1), ("warmup_steps", 1), ("anchor_views", 1), ("batch_size", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, but is {getattr(self, name)}.")
-        for name, value in MODELS[self.model].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
         if self.focal_size is None:
             self.focal_size = 98 if self.patch_size == 7 else 96
 
@@ -115,13 +131,18 @@ class Stopwatch(TrainerCallback):
     """Times each step of the trainer, and after each lets the plain step take its turn on the same views."""
 
     def __init__(
-        self, trainer: MSNTrainer, plain: PlainStep | None, batch: dict[str, torch.Tensor], warmup_steps: int
+        self, trainer: MSNTrainer, plain: PlainStep | None, batch: dict[str, torch.Tensor], args: BenchmarkArguments
     ):
-        self.trainer, self.plain, self.warmup_steps = trainer, plain, warmup_steps
-        self.batch = {name: view.to(trainer.args.device) for name, view in batch.items()}
+        self.trainer, self.plain, self.warmup_steps = trainer, plain, args.warmup_steps
+        self.batch = batch
         self.ours, self.plainly, self.warmup = [], [], []
+        self.timed = args.warmup_steps + args.steps
+        self.profile = StepProfile() if args.profile else None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.timed:
+            self.profile.start()
+            return
         self.settings = {
             "learning_rate": self.trainer.lr_scheduler.get_last_lr()[0],
             "weight_decay": self.trainer.weight_decay_now(),
@@ -131,6 +152,9 @@ class Stopwatch(TrainerCallback):
         self.started = self._now()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > self.timed:
+            self.profile.stop()
+            return
         seconds = self._now() - self.started
         warm = state.global_step > self.warmup_steps
         (self.ours if warm else self.warmup).append(seconds)
@@ -148,16 +172,22 @@ class Stopwatch(TrainerCallback):
         return time.perf_counter()
 
 
-def measure(args: BenchmarkArguments, precision: str) -> dict[str, list[float]]:
-    """Seconds of each step, ours and plain, after the check that both have the same loss at the start."""
+def measure(args: BenchmarkArguments, precision: str) -> dict[str, Any]:
+    """Seconds of each step, ours and plain, after the check that both have the same loss at the start.
+
+    Returns:
+        `dict`: The seconds `hf_msn`, `plain` and `warmup`; `gflop` of ours for one image; `peak_mib`, the most that
+        tensors took on the GPU, of both if both run, else `None`; `profile`, if it was asked for.
+    """
     with tempfile.TemporaryDirectory() as folder:
         training = MSNTrainingArguments(
             folder,
             bf16=precision == "bf16",
             use_cpu=args.cpu or not torch.cuda.is_available(),
             per_device_train_batch_size=args.batch_size,
-            max_steps=args.warmup_steps + args.steps,
+            max_steps=args.warmup_steps + args.steps + args.profile,
             compile_encoder=args.compile_encoder,
+            gradient_checkpointing=args.gradient_checkpointing,
             sync_batch_norm=False,  # the plain step has each rank's own statistics
             warmup_epochs=0,
             logging_strategy="no",
@@ -169,12 +199,23 @@ def measure(args: BenchmarkArguments, precision: str) -> dict[str, list[float]]:
         rows = range(training.max_steps * training.world_size * args.batch_size)
         trainer = MSNTrainer(args.build_model(), training, data_collator=lambda _: batch, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
-        stopwatch = Stopwatch(trainer, PlainStep(trainer.model) if args.plain else None, batch, args.warmup_steps)
-        if stopwatch.plain is not None:
-            check_same_loss(trainer.model, stopwatch.plain, stopwatch.batch)
+        views = {name: view.to(training.device) for name, view in batch.items()}
+        stopwatch = Stopwatch(trainer, PlainStep(trainer.model) if args.plain else None, views, args)
+        if stopwatch.plain is not None:  # with a model of the same weights that is not compiled
+            check_same_loss(args.build_model().to(training.device), stopwatch.plain, views)
+        if training.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         trainer.add_callback(stopwatch)
         trainer.train()
-    return {"hf_msn": stopwatch.ours, "plain": stopwatch.plainly, "warmup": stopwatch.warmup}
+        peak = torch.cuda.max_memory_allocated() / 2**20 if training.device.type == "cuda" else None
+    return {
+        "hf_msn": stopwatch.ours,
+        "plain": stopwatch.plainly,
+        "warmup": stopwatch.warmup,
+        "gflop": flops_an_image(args.build_model().to(training.device), views) / 1e9,
+        "peak_mib": peak,
+        "profile": stopwatch.profile.shares() if args.profile else None,
+    }
 
 
 def check_same_loss(model: MSNForPreTraining, plain: PlainStep, batch: dict[str, torch.Tensor]) -> None:
@@ -190,7 +231,7 @@ def check_same_loss(model: MSNForPreTraining, plain: PlainStep, batch: dict[str,
         )
 
 
-def report(args: BenchmarkArguments, measured: dict[str, dict[str, list[float]]], ranks: int) -> dict:
+def report(args: BenchmarkArguments, measured: dict[str, dict[str, Any]], ranks: int) -> dict:
     """Prints the table; returns what it shows, as JSON takes it."""
     images = args.batch_size * ranks
     views = f"1 target + {args.anchor_views} anchor + {args.focal_views} focal views"
@@ -202,8 +243,11 @@ def report(args: BenchmarkArguments, measured: dict[str, dict[str, list[float]]]
     )
     print(f"{'precision':<10}{'plain fp32, images/s':>26}{'hf_msn, images/s':>26}{'ratio of a pair':>24}")
     results = {}
-    for precision, seconds in measured.items():
+    for precision, found in measured.items():
+        seconds = {name: found[name] for name in ("hf_msn", "plain", "warmup")}
         entry = {"hf_msn": summarize([images / value for value in seconds["hf_msn"]]), "seconds": seconds}
+        entry["tflops_a_rank"] = entry["hf_msn"]["median"] / ranks * found["gflop"] / 1e3
+        entry |= {name: found[name] for name in ("gflop", "peak_mib", "profile")}
         columns = ["-", cell(entry["hf_msn"]), "-"]
         if seconds["plain"]:
             entry["plain"] = summarize([images / value for value in seconds["plain"]])
@@ -212,6 +256,16 @@ def report(args: BenchmarkArguments, measured: dict[str, dict[str, list[float]]]
             columns = [cell(entry["plain"]), columns[1], cell(entry["ratio"])]
         print(f"{precision:<10}{columns[0]:>26}{columns[1]:>26}{columns[2]:>24}")
         results[precision] = entry
+    print()
+    for precision, entry in results.items():
+        line = f"hf_msn, {precision}: {entry['gflop']:.1f} GFLOP an image, {entry['tflops_a_rank']:.3f} TFLOP/s a rank"
+        if args.peak_tflops:
+            line += f", {entry['tflops_a_rank'] / args.peak_tflops:.0%} of {args.peak_tflops:g} (MFU)"
+        if entry["peak_mib"] is not None:
+            line += f", {entry['peak_mib']:.0f} MiB at the peak{' with the plain step' * args.plain}"
+        print(line)
+        if entry["profile"]:
+            print("\n" + shares_table(entry["profile"]) + "\n")
     if args.compile_encoder:
         print(f"\nfirst step, with compilation: {max(max(times['warmup']) for times in measured.values()):.1f} s")
     return {"arguments": asdict(args), "machine": {**machine(), "ranks": ranks}, "results": results}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from hf_msn import MSNTrainer, MSNTrainingArguments
@@ -108,6 +109,35 @@ def test_table_and_json_have_both_steps_at_both_precisions(script, tmp_path, mon
         assert entry["ratio"]["median"] == pairs[1]
         row = next(line for line in printed.splitlines() if line.startswith(precision))
         assert f"{rates[1]:.2f} (" in row and f"{pairs[1]:.2f} (" in row
+
+
+def test_profile_operations_and_the_part_of_the_peak(script, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "steps.json"
+    asked = ["--precision", "fp32", "--no_plain", "--profile", "--peak_tflops", "0.5", "--gradient_checkpointing"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_step.py", *TINY, *asked, "--output", str(output)])
+    script.main()
+    printed = capsys.readouterr().out
+    entry = json.loads(output.read_text())["results"]["fp32"]
+    assert len(entry["seconds"]["hf_msn"]) == 3, "the step of the profile is not among the timed"
+    reached = entry["hf_msn"]["median"] * entry["gflop"] / 1e3
+    assert entry["tflops_a_rank"] == pytest.approx(reached)
+    assert f"{entry['gflop']:.1f} GFLOP an image, {reached:.3f} TFLOP/s a rank, {reached / 0.5:.0%} of 0.5" in printed
+    shares = [operator["share"] for operator in entry["profile"]]
+    assert shares == sorted(shares, reverse=True) and 0.3 < sum(shares) <= 1.0
+    assert {"aten::addmm", "aten::mm"} <= {operator["name"] for operator in entry["profile"]}
+    assert all(f"{operator['share']:.1%}" in printed for operator in entry["profile"])
+
+
+def test_operations_of_an_image(script):
+    import step_costs
+
+    model, batch = tiny_model(mask_ratio=0.0), tiny_batch(batch_size=4)
+    flops = step_costs.flops_an_image(model, batch)
+    half = step_costs.flops_an_image(model, {name: views[:2] for name, views in batch.items()})
+    model.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    assert flops == half == pytest.approx(counter.get_total_flops() / 4, rel=1e-6)
 
 
 def test_steps_that_do_other_work_are_not_compared(script, plain_step):
