@@ -193,7 +193,9 @@ def copy_weights(ours, theirs) -> None:
 
 
 def test_lightly_has_our_loss_from_our_weights(script, shape):
-    pytest.importorskip("lightly")
+    pytest.importorskip(
+        "lightly", reason="the comparison with lightly, which nothing else needs: pip install lightly timm"
+    )
     import peers_lightly
 
     shape = replace(shape, mask_ratio=0.0, focal_views=0)
