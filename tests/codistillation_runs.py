@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from hf_msn.distributed import Codistillation
+from hf_msn.distributed.codistillation import Codistillation
 
 B, C, D = 5, 4, 3  # rows, classes, inputs
 

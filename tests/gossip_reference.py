@@ -4,7 +4,9 @@ import copy
 
 import torch
 
-from hf_msn.distributed import ExponentialTopology, Gossip, SlowMo, Topology
+from hf_msn.distributed.gossip import Gossip
+from hf_msn.distributed.slowmo import SlowMo
+from hf_msn.distributed.topology import ExponentialTopology, Topology
 
 NUM_STEPS = 8
 CHANGING = [(0.2 / (1 + k), 0.1 + 0.02 * k) for k in range(NUM_STEPS)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_msn.recipe_forms import read_mapping, refuse_unknown, typed
+from hf_msn.cli.recipe_forms import read_mapping, refuse_unknown, typed
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hf_msn import CodistillationCallback, SlowMoCallback, parse_recipe
-from hf_msn.recipe_sync import METHODS, SyncArguments
+from hf_msn.cli.recipe_sync import METHODS, SyncArguments
 
 TINY = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 16 "

@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from hf_msn import parse_recipe, read_recipe
-from hf_msn.models import PAWSForPreTraining, SuNCEtForPreTraining
+from hf_msn.cli.recipe import make_recipe
+from hf_msn.cli.recipe_arguments import LabelArguments, read_rows_file
+from hf_msn.models.modeling_paws import PAWSForPreTraining
+from hf_msn.models.modeling_suncet import SuNCEtForPreTraining
 from hf_msn.models.trunks import build_encoder
-from hf_msn.recipe_arguments import LabelArguments, read_rows_file
-from hf_msn.recipes import make_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "scripts" / "recipes").glob("*.yaml"))
 RECIPES = [path for path in RECIPES if not path.stem.startswith("finetune_")]  # those of scripts/finetune.py
@@ -304,7 +305,7 @@ def test_evaluation_while_training_knows_the_labelled_rows_alone(tmp_path, out, 
         evaluated.update(settings, labelled=labelled)
         return lambda model: {}
 
-    monkeypatch.setattr("hf_msn.recipes.LowShotEvaluator", evaluator)
+    monkeypatch.setattr("hf_msn.cli.recipe.LowShotEvaluator", evaluator)
     rows = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     np.save(tmp_path / "rows.npy", rows)
     arguments = ["--output_dir", out, *SMALL_PAWS, "--labelled_rows_file", str(tmp_path / "rows.npy")]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_msn.distributed import (
+from hf_msn.distributed.topology import (
     BipartiteExponentialTopology,
     CompleteTopology,
     ExponentialTopology,

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
-from hf_msn.data import torch_augmentation
-from hf_msn.data.view_parameters import FLIP
+from . import torch_augmentation
+from .view_parameters import FLIP
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def finish_views(
     else:
         scales = _scales(tuple(mean), tuple(std), 1, crops.device)
         if crops.device.type == "cpu" and has_numba():
-            from hf_msn.data import numba_augmentation as augmentation  # importing numba takes half a second
+            from . import numba_augmentation as augmentation
         else:
             augmentation = torch_augmentation
         with torch.autocast(crops.device.type, enabled=False):  # a blur in bf16 would be another one

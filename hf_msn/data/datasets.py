@@ -13,10 +13,10 @@ import datasets
 import torch
 from PIL import Image
 
-from hf_msn.data.decoding import BrokenImageError, decode_reduced_image
-from hf_msn.data.drawn_views import DrawnViews
-from hf_msn.data.labels import class_names
-from hf_msn.data.transforms import gives_crops
+from .decoding import BrokenImageError, decode_reduced_image
+from .drawn_views import DrawnViews
+from .labels import class_names
+from .transforms import gives_crops
 
 logger = logging.getLogger(__name__)
 

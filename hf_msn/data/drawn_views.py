@@ -6,20 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from hf_msn.data import view_parameters
-from hf_msn.data.crops import (
-    WHOLE_PIXELS_FROM,
-    Box,
-    between,
-    crop_box,
-    fine_crops,
-    pixels_of,
-    turned_crops,
-    whole_pixel_crops,
-)
+from . import view_parameters
+from .crops import WHOLE_PIXELS_FROM, Box, between, crop_box, fine_crops, pixels_of, turned_crops, whole_pixel_crops
 
 if TYPE_CHECKING:
-    from hf_msn.data.transforms import MultiViewTransform
+    from .transforms import MultiViewTransform
 
 # one row of random numbers for each view: four for each attempt to crop, then one for each other choice
 _FLIP, _JITTER, _STRENGTHS, _ORDER, _GRAYSCALE, _BLUR, _RADIUS, _ANGLE, _SHIFT = 40, 41, 42, 46, 50, 51, 52, 53, 54

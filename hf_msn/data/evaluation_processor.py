@@ -4,7 +4,7 @@ import numbers
 
 from transformers import BitImageProcessor
 
-from hf_msn.data.crops import INTERPOLATIONS
+from .crops import INTERPOLATIONS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

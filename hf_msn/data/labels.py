@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
-from hf_msn.data.sources import image_file_names
-from hf_msn.data.splits import low_shot_indices, match_list_file
+from .sources import image_file_names
+from .splits import low_shot_indices, match_list_file
 
 _NUM_SHOWN = 5
 

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from hf_msn.data import view_parameters
+from . import view_parameters
 
 _SETTINGS = {
     "nogil": True,

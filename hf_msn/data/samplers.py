@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from hf_msn.data.labels import check_labels
-from hf_msn.distributed import collectives
+from ..distributed import collectives
+from .labels import check_labels
 
 _NUM_SHOWN = 5
 # low_shot_indices draws from (seed, class): a third number keeps the steps' streams apart from those

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_msn.data.columns import image_and_label
-from hf_msn.data.decoding import BrokenImageError, decode_image
-from hf_msn.data.folders import FolderSplit, is_image_file, read_folder
-from hf_msn.privacy import public_name
+from ..privacy import public_name
+from .columns import image_and_label
+from .decoding import BrokenImageError, decode_image
+from .folders import FolderSplit, is_image_file, read_folder
 
 __all__ = ["BrokenImageError", "decode_image", "image_file_names", "load_images"]
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_msn.data.datasets import encoded_images, hash_numbers, seeded, views_of
-from hf_msn.data.decoding import BrokenImageError, decode_reduced_image
-from hf_msn.data.labels import class_names, class_numbers, labelled_rows
-from hf_msn.data.samplers import ClassStratifiedSampler
-from hf_msn.data.transforms import MultiViewTransform, gives_crops
+from .datasets import encoded_images, hash_numbers, seeded, views_of
+from .decoding import BrokenImageError, decode_reduced_image
+from .labels import class_names, class_numbers, labelled_rows
+from .samplers import ClassStratifiedSampler
+from .transforms import MultiViewTransform, gives_crops
 
 logger = logging.getLogger(__name__)
 

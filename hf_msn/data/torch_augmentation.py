@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from hf_msn.data.view_parameters import (
+from .view_parameters import (
     BLUR_REACH,
     BRIGHTNESS,
     CONTRAST,

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor
 
-from hf_msn.data.augmentation import finish_views
-from hf_msn.data.drawn_views import DrawnViews
-from hf_msn.data.evaluation_processor import (
+from .augmentation import finish_views
+from .drawn_views import DrawnViews
+from .evaluation_processor import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     check_interpolation,

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.flat import FlatTensors
+from .comm.mailbox import Message
+from .comm.watched_mailbox import WatchedMailbox
+from .comm.wire import checked_wire_dtype
 from .local_training.training_state import frozen_and_buffers
 from .local_update import LocalUpdate
-from .messages.flat import FlatTensors
-from .messages.mailbox import Message
-from .messages.watched_mailbox import WatchedMailbox
-from .messages.wire import checked_wire_dtype
 from .mixing.meeting import Meeting, average_by_messages, distance_by_messages
 from .mixing.pairwise_averaging import AsynchronousPush, PairwiseAveraging
 from .topology import ExponentialTopology

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.exchange import Exchange, PeerError
 from .falling_weight_decay import ScheduledWeightDecay
 from .local_training import active
 from .local_training.gradient_sync import GradientSync, find_wrapper
@@ -18,7 +19,6 @@ from .local_training.training_state import (
     refuse_unsupported,
     trainable_parameters,
 )
-from .messages.exchange import Exchange, PeerError
 from .replicas.connection import find_peers, open_mail, warn_if_nothing_to_learn
 from .replicas.distances import PredictionDistance
 from .replicas.groups import Replicas

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.flat import FlatTensors
+from .comm.peer_exchange import PeerExchange
+from .comm.wire import checked_wire_dtype
 from .local_training.training_state import trainable_parameters
 from .local_update import LocalUpdate
-from .messages.flat import FlatTensors
-from .messages.peer_exchange import PeerExchange
-from .messages.wire import checked_wire_dtype
 from .mixing.consensus_control import ConsensusControl
 from .mixing.quasi_global_momentum import QuasiGlobalMomentum
 from .topology import ExponentialTopology

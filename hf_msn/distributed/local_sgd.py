@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .comm.flat import FlatTensors
+from .comm.wire import RoundedMean, checked_wire_dtype
 from .local_update import LocalUpdate
-from .messages.flat import FlatTensors
-from .messages.wire import RoundedMean, checked_wire_dtype
 
 
 class LocalSGD(LocalUpdate):

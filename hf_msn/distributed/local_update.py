@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.exchange import Exchange
+from .comm.flat import FlatTensors, split_into_buckets
 from .local_training import active
 from .local_training.gradient_sync import GradientSync, find_wrapper
 from .local_training.training_state import (
@@ -17,8 +19,6 @@ from .local_training.training_state import (
     reset_moments,
     trainable_parameters,
 )
-from .messages.exchange import Exchange
-from .messages.flat import FlatTensors, split_into_buckets
 
 _BUCKET_BYTES = 32 * 2**20  # what an exchange needs in memory beside the model; large enough to use a network fully
 

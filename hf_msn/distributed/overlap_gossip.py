@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.exchange import PeerError
+from .comm.wire import checked_wire_dtype
 from .local_training.training_state import frozen_and_buffers, trainable_parameters
 from .local_update import LocalUpdate
-from .messages.exchange import PeerError
-from .messages.wire import checked_wire_dtype
 from .mixing.consensus import Consensus, as_bytes, from_bytes, weighted_mean
 from .mixing.push_sum_mass import PushSumMass
 from .topology import ExponentialTopology

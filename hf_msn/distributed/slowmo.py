@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.flat import FlatTensors
+from .comm.wire import RoundedMean, checked_wire_dtype
 from .local_update import LocalUpdate
-from .messages.flat import FlatTensors
-from .messages.wire import RoundedMean, checked_wire_dtype
 
 
 class SlowMo(LocalUpdate):

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
-from .. import models  # noqa: F401  registers the hf_msn checkpoints with the Auto classes
 from .weights_hash import CLS_PARAMETER, weights_sha256
 
 # types of checkpoint that hold an encoder to evaluate beside what pretraining needs

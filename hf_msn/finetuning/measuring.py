@@ -7,8 +7,9 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.labels import class_numbers
-from ..evaluation import SoftNearestNeighborProbe, extract_features
-from ..models import SuNCEtForPreTraining
+from ..evaluation.features import extract_features
+from ..evaluation.probes import SoftNearestNeighborProbe
+from ..models.modeling_suncet import SuNCEtForPreTraining
 from .arguments import FinetuningArguments
 
 

@@ -5,8 +5,8 @@ import dataclasses
 
 from transformers import TrainingArguments
 
-from ..recipe_arguments import without_replaced_labels
-from ..recipe_forms import WideHelpFormatter, add_argument, read_mapping, refuse_unknown, typed
+from ..cli.recipe_arguments import without_replaced_labels
+from ..cli.recipe_forms import WideHelpFormatter, add_argument, read_mapping, refuse_unknown, typed
 from .recipes import HEADS, VIEWS, FinetuningRecipe, finetuning_fields, finetuning_homes, make_finetuning_recipe
 
 # The fields of transformers.TrainingArguments that mean something here, beside those of FinetuningArguments.

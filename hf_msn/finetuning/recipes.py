@@ -12,14 +12,14 @@ import timm
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.utils import cached_file
 
+from ..cli.recipe_arguments import WAYS_OF_LABELLING, DataArguments, LabelArguments, check_is_a_folder
+from ..cli.recipe_forms import init_fields
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.transforms import MultiViewTransform
 from ..distributed.collectives import rank
-from ..hub import Publication, publish_checkpoint
+from ..hub.publishing import Publication, publish_checkpoint
 from ..hub.upload.repository import HubRepository
-from ..models import SuNCEtConfig
-from ..recipe_arguments import WAYS_OF_LABELLING, DataArguments, LabelArguments, check_is_a_folder
-from ..recipe_forms import init_fields
+from ..models.configuration_suncet import SuNCEtConfig
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .result import FinetuningResult

@@ -16,8 +16,9 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
-from ..models import SuNCEtConfig, SuNCEtForPreTraining
+from ..models.configuration_suncet import SuNCEtConfig
 from ..models.modeling_semi_supervised import SemiSupervisedModel
+from ..models.modeling_suncet import SuNCEtForPreTraining
 from ..models.trunks import copy_trunk, fields_for, load_trunk
 
 Start = str | Path | PreTrainedConfig | PreTrainedModel

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..callbacks import DatasetEpochCallback
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
-from ..optim import LARS
+from ..optim.lars import LARS
+from ..trainers.callbacks.training import DatasetEpochCallback
 from ..trainers.pretraining_trainer import NonFiniteLossError
 from .arguments import FinetuningArguments
 

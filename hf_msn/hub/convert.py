@@ -12,12 +12,15 @@ from transformers.utils import logging
 
 from ..data.transforms import evaluation_image_processor
 from ..evaluation.weights_hash import file_sha256
-from ..models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
+from ..files import whole_file, whole_folder
+from ..models.configuration_msn import MSNConfig
+from ..models.configuration_paws import PAWSConfig
+from ..models.modeling_msn import MSNForPreTraining
+from ..models.modeling_paws import PAWSForPreTraining
 from .export import export_backbone
 from .original.files import OriginalCheckpoint, read_original
 from .original.models import build_model, configuration_of, original_state
 from .original.networks import resnet_name, vit_name
-from .whole_files import whole_file, whole_folder
 
 logger = logging.get_logger(__name__)
 

@@ -8,12 +8,12 @@ from torch import nn
 from transformers import BaseImageProcessor, ViTMSNModel
 
 from ..evaluation.backbones import unwrapped
+from ..files import check_new_folder, whole_folder
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_pretraining import PretrainingModel
 from ..models.modeling_semi_supervised import SemiSupervisedModel
 from .export_image_processor import image_processor_for
 from .timm_form import check_timm_can_make, save_timm_network
-from .whole_files import check_new_folder, whole_folder
 
 
 def export_backbone(

@@ -12,12 +12,12 @@ from transformers import BaseImageProcessor, ViTMSNForImageClassification
 from ..evaluation.backbones import find_backbone, is_timm_model, weights_sha256
 from ..evaluation.features import Features
 from ..evaluation.probes import LinearProbe, LogisticProbe
+from ..files import check_new_folder, whole_folder
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_semi_supervised import SemiSupervisedModel
 from .export import pretraining_model
 from .export_image_processor import image_processor_for
 from .timm_form import check_timm_can_make, new_network, save_timm_network
-from .whole_files import check_new_folder, whole_folder
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ import math
 import torch
 from transformers.utils import logging
 
-from ..callbacks import UpdateTargetCallback
 from ..data.collators import MultiViewCollator
 from ..distributed.collectives import all_reduce_sum
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.patch_dropping import num_kept_patches
 from ..schedules import linear
+from .callbacks.training import UpdateTargetCallback
 from .msn_arguments import MSNTrainingArguments
 from .pretraining_trainer import PretrainingTrainer
 

@@ -15,17 +15,17 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..callbacks import DatasetEpochCallback, ThroughputProgressCallback
-from ..callbacks.sync_record import record_of
-from ..callbacks.trainer_seams import find_sync_callback
 from ..data.collators import MultiViewCollator
 from ..data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops
 from ..data.transforms import gives_crops
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..hub.run_record import RunRecorder
-from ..optim import LARS
+from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
+from .callbacks.sync_record import record_of
+from .callbacks.trainer_seams import find_sync_callback
+from .callbacks.training import DatasetEpochCallback, ThroughputProgressCallback
 from .checkpointing_trainer import CheckpointingTrainer
 from .checkpoints import CheckpointError, find_last_checkpoint
 from .freed_memory import keep_freed_memory

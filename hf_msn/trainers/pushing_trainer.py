@@ -14,12 +14,12 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..callbacks import LowShotCallback
 from ..hub.cards import save_model_card
 from ..hub.upload.errors import PublishingError, in_plain_words
 from ..hub.upload.private_data import PrivateData
 from ..hub.upload.repository import HubRepository
 from ..hub.upload.staging import PlannedFile, link_or_copy, stage_checkpoint, stage_resumable
+from .callbacks.training import LowShotCallback
 from .checkpoints import find_config_differences
 
 logger = logging.get_logger(__name__)

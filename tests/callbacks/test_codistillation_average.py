@@ -12,7 +12,7 @@ from launch import run_ranks
 from sync_runs import KINDS, Snapshots, image_rows, make_trainer, same, text_rows, weights
 
 from hf_msn import CodistillationCallback, PredictionAverage
-from hf_msn.callbacks.replica_evaluation import names_of_metrics
+from hf_msn.trainers.callbacks.replica_evaluation import names_of_metrics
 
 
 def accuracy_and_rows(prediction):

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_msn import CodistillationCallback, LowShotCallback
-from hf_msn.callbacks.replica_predictions import origin_of
 from hf_msn.distributed.collectives import rank, world_size
 from hf_msn.evaluation.gathering import gather_objects
+from hf_msn.trainers.callbacks.replica_predictions import origin_of
 
 EXCHANGES = {
     "predictions": {"exchange": "predictions", "alpha": 2.0, "temperature": 2.0},

@@ -298,7 +298,7 @@ def test_on_one_rank_local_sgd_does_nothing_and_says_so(tmp_path):
 
 
 def test_slowmo_makes_its_base_from_model_and_optimizer(tmp_path):
-    from hf_msn.distributed import LocalUpdate
+    from hf_msn.distributed.local_update import LocalUpdate
 
     made = []
 

@@ -8,7 +8,8 @@ import torch
 from launch import run_ranks
 from sync_runs import Snapshots, logged, make_trainer, same, weights
 
-from hf_msn import SlowMoCallback, callbacks, distributed
+import hf_msn
+from hf_msn import SlowMoCallback
 
 CASES = {
     "push_sum": ("Gossip", {}),
@@ -22,10 +23,10 @@ def make_run(folder, case, over_slowmo, **arguments):
     name, settings = CASES[case]
     trainer = make_trainer(folder, save_strategy="steps", save_steps=3, **arguments)
     if over_slowmo:
-        base = partial(getattr(distributed, name), **settings)
+        base = partial(getattr(hf_msn, name), **settings)
         trainer.add_callback(SlowMoCallback(trainer, sync_every=4, slow_momentum=0.5, base=base))
     else:
-        trainer.add_callback(getattr(callbacks, f"{name}Callback")(trainer, **settings))
+        trainer.add_callback(getattr(hf_msn, f"{name}Callback")(trainer, **settings))
     return trainer
 
 

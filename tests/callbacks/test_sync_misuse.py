@@ -7,7 +7,7 @@ from sync_runs import make_trainer, same, weights
 from transformers import TrainerCallback
 
 from hf_msn import CodistillationCallback, LocalSGDCallback, SlowMoCallback
-from hf_msn.distributed import LocalSGD
+from hf_msn.distributed.local_sgd import LocalSGD
 
 
 def test_two_sync_callbacks_on_one_trainer_are_refused(tmp_path):

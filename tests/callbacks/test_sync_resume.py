@@ -10,8 +10,7 @@ from launch import run_ranks
 from sync_runs import logged, make_trainer, same, weights
 
 from hf_msn import LocalSGDCallback, SlowMoCallback
-from hf_msn.trainers import CheckpointError
-from hf_msn.trainers.checkpoints import find_fault
+from hf_msn.trainers.checkpoints import CheckpointError, find_fault
 
 
 def slowmo_on_msn(folder, **arguments):

@@ -14,8 +14,8 @@ from hf_msn import (
     evaluation_image_processor,
     load_images,
 )
-from hf_msn.callbacks import ThroughputProgressCallback, UpdateTargetCallback
-from hf_msn.evaluation import SoftNearestNeighborProbe
+from hf_msn.evaluation.probes import SoftNearestNeighborProbe
+from hf_msn.trainers.callbacks.training import ThroughputProgressCallback, UpdateTargetCallback
 
 
 class Views(torch.utils.data.Dataset):

@@ -10,8 +10,9 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from hf_msn.data import MultiViewTransform, augmentation, torch_augmentation
+from hf_msn.data import augmentation, torch_augmentation
 from hf_msn.data.augmentation import finish_views
+from hf_msn.data.transforms import MultiViewTransform
 from hf_msn.data.view_parameters import FACTORS, FLIP, GRAYSCALE, JITTER, NUM_PARAMETERS, ORDER, SIGMA
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)

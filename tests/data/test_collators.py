@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hf_msn.data import MultiViewCollator, MultiViewTransform
+from hf_msn.data.collators import MultiViewCollator
+from hf_msn.data.transforms import MultiViewTransform
 
 
 def test_views_are_stacked_batch_first(picture):

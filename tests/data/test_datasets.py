@@ -6,16 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_msn.data import (
-    BrokenImageError,
-    MultiViewCollator,
-    MultiViewDataset,
-    MultiViewTransform,
-    StreamingMultiViewDataset,
-    as_crops,
-    decode_image,
-    multi_view_dataset,
-)
+from hf_msn.data.collators import MultiViewCollator
+from hf_msn.data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops, multi_view_dataset
+from hf_msn.data.decoding import BrokenImageError, decode_image
+from hf_msn.data.transforms import MultiViewTransform
 
 TRANSFORM = MultiViewTransform(image_size=8, focal_size=4, focal_views=1)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_msn.data import BrokenImageError, MultiViewTransform, decode_image
-from hf_msn.data.decoding import decode_reduced_image
+from hf_msn.data.decoding import BrokenImageError, decode_image, decode_reduced_image
+from hf_msn.data.transforms import MultiViewTransform
 
 
 def _row(image: Image.Image, kind: str, **settings) -> dict:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.data import check_class_names, draw_labelled_rows, labelled_rows, low_shot_indices
+from hf_msn.data.labels import check_class_names, draw_labelled_rows, labelled_rows
+from hf_msn.data.splits import low_shot_indices
 
 NAMES = ["cat", "dog", "fox"]
 

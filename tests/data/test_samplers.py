@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hf_msn.data import ClassStratifiedSampler
+from hf_msn.data.samplers import ClassStratifiedSampler
 
 # classes 3, 7, 20 and 41 with 5, 2, 9 and 3 images, in no order
 LABELS = [20, 3, 41, 20, 7, 3, 20, 20, 41, 3, 20, 3, 20, 7, 20, 3, 41, 20, 20]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_msn.data import decode_image, image_file_names, load_images
+from hf_msn.data.decoding import decode_image
+from hf_msn.data.sources import image_file_names, load_images
 
 
 @pytest.fixture

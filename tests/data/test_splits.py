@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from hf_msn.data import low_shot_indices, match_list_file, read_list_file, report_list_file
+from hf_msn.data.splits import low_shot_indices, match_list_file, read_list_file, report_list_file
 
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 0, 0, 0, 0]
 

@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.data import (
-    BrokenImageError,
-    ClassStratifiedSampler,
-    MultiViewTransform,
-    SupportBatches,
-    SupportCollator,
-    SupportDataset,
-    as_crops,
-    support_loader,
-)
+from hf_msn.data.datasets import as_crops
+from hf_msn.data.decoding import BrokenImageError
+from hf_msn.data.samplers import ClassStratifiedSampler
+from hf_msn.data.support import SupportBatches, SupportCollator, SupportDataset, support_loader
+from hf_msn.data.transforms import MultiViewTransform
 
 TRANSFORM = MultiViewTransform(image_size=8, focal_views=0)
 LABELS = [4, 9, 4, 2, 9, 2, 4, 9, 2, 4, 4, 9]

@@ -8,7 +8,9 @@ from PIL import Image
 from scipy import stats
 from transformers import AutoImageProcessor
 
-from hf_msn.data import MultiViewCollator, MultiViewTransform, evaluation_image_processor
+from hf_msn.data.collators import MultiViewCollator
+from hf_msn.data.evaluation_processor import evaluation_image_processor
+from hf_msn.data.transforms import MultiViewTransform
 
 PLAIN = {
     "horizontal_flip": 0.0,

@@ -11,7 +11,7 @@ from codistillation_runs import B, C, Classifier, D, data, gradient_by_loops, gr
 from launch import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import Codistillation
+from hf_msn.distributed.codistillation import Codistillation
 
 NUM_STEPS = 9
 

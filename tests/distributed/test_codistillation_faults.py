@@ -10,7 +10,7 @@ from codistillation_runs import data, gradient_by_loops, make, take_steps
 from launch import run_ranks
 from lost_ranks import run_ranks_that_are_left
 
-from hf_msn.distributed import PeerError
+from hf_msn.distributed.comm.exchange import PeerError
 
 
 def _see_other_batches(rank):

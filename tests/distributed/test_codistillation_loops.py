@@ -8,7 +8,8 @@ from launch import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_msn.distributed import Codistillation, all_gather_cat
+from hf_msn.distributed.codistillation import Codistillation
+from hf_msn.distributed.collectives import all_gather_cat
 
 
 def language_model(seed, dropout=0.1):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_msn.distributed import Codistillation, LocalSGD
+from hf_msn.distributed.codistillation import Codistillation
+from hf_msn.distributed.local_sgd import LocalSGD
 
 
 def make(**options):

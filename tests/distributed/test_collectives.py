@@ -5,7 +5,14 @@ import torch
 import torch.distributed as dist
 from launch import run_ranks
 
-from hf_msn.distributed import all_gather_cat, all_reduce_mean, all_reduce_sum, is_distributed, rank, world_size
+from hf_msn.distributed.collectives import (
+    all_gather_cat,
+    all_reduce_mean,
+    all_reduce_sum,
+    is_distributed,
+    rank,
+    world_size,
+)
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

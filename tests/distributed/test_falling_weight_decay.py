@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from hf_msn.distributed import Codistillation, FallingWeightDecay
-from hf_msn.distributed.falling_weight_decay import falling_factor
+from hf_msn.distributed.codistillation import Codistillation
+from hf_msn.distributed.falling_weight_decay import FallingWeightDecay, falling_factor
 
 
 def test_weight_decay_falls_by_its_factors_and_is_put_back():

@@ -2,8 +2,7 @@
 
 import torch
 
-from hf_msn.distributed import FlatTensors
-from hf_msn.distributed.messages.flat import split_into_buckets
+from hf_msn.distributed.comm.flat import FlatTensors, split_into_buckets
 
 
 def test_values_of_every_dtype_and_layout_come_back_into_the_same_memory():

@@ -24,12 +24,9 @@ from topologies import Star
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import (
-    ExponentialTopology,
-    Gossip,
-    RingTopology,
-    local_update,
-)
+from hf_msn.distributed import local_update
+from hf_msn.distributed.gossip import Gossip
+from hf_msn.distributed.topology import ExponentialTopology, RingTopology
 
 CASES = {
     "sgp": {},

@@ -18,14 +18,9 @@ from gossip_reference import (
 from launch import run_ranks
 from topologies import Star
 
-from hf_msn.distributed import (
-    ExponentialTopology,
-    Gossip,
-    PeerError,
-    RandomOnePeerTopology,
-    RingTopology,
-    Topology,
-)
+from hf_msn.distributed.comm.exchange import PeerError
+from hf_msn.distributed.gossip import Gossip
+from hf_msn.distributed.topology import ExponentialTopology, RandomOnePeerTopology, RingTopology, Topology
 
 
 def test_one_process_is_told_that_gossip_does_nothing():

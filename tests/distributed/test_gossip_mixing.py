@@ -12,15 +12,10 @@ from gossip_runs import Numbers
 from launch import run_ranks
 from topologies import Star
 
-from hf_msn.distributed import (
-    CompleteTopology,
-    ExponentialTopology,
-    Gossip,
-    RandomOnePeerTopology,
-    RingTopology,
-)
-from hf_msn.distributed.messages.exchange import Exchange
+from hf_msn.distributed.comm.exchange import Exchange
+from hf_msn.distributed.gossip import Gossip
 from hf_msn.distributed.mixing.consensus_control import sampled_distance
+from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, RandomOnePeerTopology, RingTopology
 
 
 def start_unequal(rank, n, *, size=5, dtype=torch.float64, seed=0, **options):

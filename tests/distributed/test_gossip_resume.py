@@ -13,9 +13,7 @@ from states import same
 from topologies import Star
 from torch import nn
 
-from hf_msn.distributed import (
-    Gossip,
-)
+from hf_msn.distributed.gossip import Gossip
 
 RESUMED = [
     {"sync_every": 3},

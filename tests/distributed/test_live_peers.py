@@ -2,9 +2,9 @@
 
 import pytest
 
-from hf_msn.distributed import RingTopology
-from hf_msn.distributed.messages.mailbox import Message
+from hf_msn.distributed.comm.mailbox import Message
 from hf_msn.distributed.mixing.live_peers import MASS, PING, VIEW, LivePeers, SendingPlan
+from hf_msn.distributed.topology import RingTopology
 
 
 class ScriptedMailbox:

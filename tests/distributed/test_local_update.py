@@ -13,7 +13,8 @@ from local_runs import backward, batch, flat, make_model, parameters, sgd
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import LocalSGD, SlowMo
+from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn.distributed.slowmo import SlowMo
 
 
 def gradients(model):

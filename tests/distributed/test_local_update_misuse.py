@@ -14,8 +14,9 @@ from local_runs import backward, make_model, parameters, sgd
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import LocalSGD, PeerError, SlowMo
-from hf_msn.distributed.messages.exchange import Exchange
+from hf_msn.distributed.comm.exchange import Exchange, PeerError
+from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn.distributed.slowmo import SlowMo
 
 
 def test_calls_count_whether_or_not_the_optimizer_stepped():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from launch import run_ranks
 from mailbox_runs import SIZES, collect_until, full, own_threads
 
-from hf_msn.distributed.messages.mailbox import Mailbox
+from hf_msn.distributed.comm.mailbox import Mailbox
 
 
 def _exchange_plain_messages(rank):

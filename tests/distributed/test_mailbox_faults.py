@@ -15,8 +15,8 @@ from lost_ranks import run_ranks_that_are_left
 from mailbox_runs import collect_until, full, own_threads
 
 import hf_msn
-from hf_msn.distributed import PeerError
-from hf_msn.distributed.messages.mailbox import Mailbox
+from hf_msn.distributed.comm.exchange import PeerError
+from hf_msn.distributed.comm.mailbox import Mailbox
 
 
 def all_pids(rank):
@@ -197,7 +197,7 @@ SCRIPT = """
 import sys, types, torch, torch.distributed as dist
 sys.modules['hf_msn'] = package = types.ModuleType('hf_msn')  # without all the rest, which takes long to import
 package.__path__ = [sys.argv[4]]
-from hf_msn.distributed.messages.mailbox import Mailbox
+from hf_msn.distributed.comm.mailbox import Mailbox
 file, rank, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group('gloo', init_method='file://' + file, rank=rank, world_size=2)
 mailbox = Mailbox([torch.zeros(3)]).start()

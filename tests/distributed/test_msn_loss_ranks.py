@@ -7,7 +7,7 @@ from launch import run_ranks
 from tiny import tiny_batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.losses import msn_loss
+from hf_msn.losses.msn import msn_loss
 
 pytestmark = pytest.mark.distributed
 

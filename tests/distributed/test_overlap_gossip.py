@@ -10,7 +10,9 @@ from launch import run_ranks
 from overlap_runs import MOMENTUM, NUM_STEPS, RATE, flat, make_model, reference, take_step
 from topologies import Star
 
-from hf_msn.distributed import CompleteTopology, ExponentialTopology, OverlapGossip, RingTopology, SlowMo
+from hf_msn.distributed.overlap_gossip import OverlapGossip
+from hf_msn.distributed.slowmo import SlowMo
+from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, RingTopology
 
 TOPOLOGIES = {
     "exponential": ExponentialTopology,

@@ -13,7 +13,10 @@ from launch import run_ranks
 from lost_ranks import run_ranks_that_are_left
 from topologies import Star
 
-from hf_msn.distributed import OverlapGossip, PeerError, SlowMo, overlap_gossip
+from hf_msn.distributed import overlap_gossip
+from hf_msn.distributed.comm.exchange import PeerError
+from hf_msn.distributed.overlap_gossip import OverlapGossip
+from hf_msn.distributed.slowmo import SlowMo
 
 
 class Lines(logging.Handler):

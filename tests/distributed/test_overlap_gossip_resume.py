@@ -10,7 +10,9 @@ from overlap_runs import MOMENTUM, NUM_STEPS, RATE, flat, make_model, reference,
 from states import same, saved_and_loaded
 from topologies import Star
 
-from hf_msn.distributed import ExponentialTopology, OverlapGossip, SlowMo
+from hf_msn.distributed.overlap_gossip import OverlapGossip
+from hf_msn.distributed.slowmo import SlowMo
+from hf_msn.distributed.topology import ExponentialTopology
 
 
 def make_run(rank, kind, seed=0):

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from launch import run_ranks
 from states import same, saved_and_loaded
 
-from hf_msn.distributed import LocalSGD, SlowMo, local_update
+from hf_msn.distributed import local_update
+from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn.distributed.slowmo import SlowMo
 
 NUM_STEPS = 8
 # The last step of a period, a step inside of one, and a whole period are without a step size somewhere.

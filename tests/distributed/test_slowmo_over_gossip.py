@@ -18,7 +18,10 @@ from launch import run_ranks
 from states import same
 from topologies import Star
 
-from hf_msn.distributed import AsyncGossip, CompleteTopology, Gossip, SlowMo
+from hf_msn.distributed.async_gossip import AsyncGossip
+from hf_msn.distributed.gossip import Gossip
+from hf_msn.distributed.slowmo import SlowMo
+from hf_msn.distributed.topology import CompleteTopology
 
 SLOW = {"sync_every": 3, "slow_momentum": 0.6}
 PLAIN = {"momentum": 0.0, "quasi_global_momentum": (0.5, 0.8)}

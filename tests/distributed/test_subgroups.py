@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from launch import run_ranks
 
-from hf_msn.distributed.messages.peer_exchange import PeerExchange
+from hf_msn.distributed.comm.peer_exchange import PeerExchange
 from hf_msn.distributed.subgroups import subgroup
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from launch import run_ranks
 
-from hf_msn.losses import nt_xent_loss, paws_loss, suncet_loss
+from hf_msn.losses.contrastive import nt_xent_loss, suncet_loss
+from hf_msn.losses.paws import paws_loss
 
 pytestmark = pytest.mark.distributed
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from topologies import SIZES, STEPS, is_exact_mean
 
-from hf_msn.distributed import (
+from hf_msn.distributed.topology import (
     BipartiteExponentialTopology,
     CompleteTopology,
     ExponentialTopology,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from topologies import MAKERS, SIZES, STEPS, SYMMETRIC, Star, every_maker, is_strongly_connected, normal, product
 
-from hf_msn.distributed import (
+from hf_msn.distributed.topology import (
     BipartiteExponentialTopology,
     CompleteTopology,
     ExponentialTopology,

@@ -8,12 +8,7 @@ import torch
 from PIL import Image
 from topologies import MAKERS, Star
 
-from hf_msn.distributed import (
-    CompleteTopology,
-    ExponentialTopology,
-    RingTopology,
-)
-from hf_msn.distributed.topology import plot
+from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, RingTopology, plot
 from hf_msn.distributed.topology_plot import consensus_distances
 
 

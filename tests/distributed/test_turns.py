@@ -1,8 +1,8 @@
 import threading
 import time
 
-from hf_msn.distributed.messages import turns
-from hf_msn.distributed.messages.turns import Turns
+from hf_msn.distributed.comm import turns
+from hf_msn.distributed.comm.turns import Turns
 
 
 def _start(function, *args):

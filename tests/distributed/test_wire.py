@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from hf_msn import LocalSGD, SlowMo
-from hf_msn.distributed.messages.exchange import Exchange
-from hf_msn.distributed.messages.wire import RoundedMean, checked_wire_dtype
+from hf_msn.distributed.comm.exchange import Exchange
+from hf_msn.distributed.comm.wire import RoundedMean, checked_wire_dtype
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from hf_msn import MSNForPreTraining, load_images
-from hf_msn.data import low_shot_indices
+from hf_msn.data.splits import low_shot_indices
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PICTURES = ("low_shot.png", "training.png", "neighbours.png", "embedding.png")

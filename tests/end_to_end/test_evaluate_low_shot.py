@@ -12,9 +12,15 @@ import torch
 from transformers import ViTMSNConfig, ViTMSNModel
 
 import hf_msn
-from hf_msn.data import evaluation_image_processor, load_images, low_shot_indices
-from hf_msn.evaluation import extract_features, load_vision_model
-from hf_msn.models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
+from hf_msn.data.evaluation_processor import evaluation_image_processor
+from hf_msn.data.sources import load_images
+from hf_msn.data.splits import low_shot_indices
+from hf_msn.evaluation.backbones import load_vision_model
+from hf_msn.evaluation.features import extract_features
+from hf_msn.models.configuration_msn import MSNConfig
+from hf_msn.models.configuration_paws import PAWSConfig
+from hf_msn.models.modeling_msn import MSNForPreTraining
+from hf_msn.models.modeling_paws import PAWSForPreTraining
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_low_shot.py"
 SMALL = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_msn import PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining, evaluation_image_processor, load_images
-from hf_msn.data import decode_image
+from hf_msn.data.decoding import decode_image
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, RECIPE = ROOT / "scripts" / "finetune.py", ROOT / "scripts" / "recipes" / "finetune_digits.yaml"

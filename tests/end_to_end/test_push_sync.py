@@ -13,7 +13,7 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import load, load_file
 
-from hf_msn.evaluation import checkpoint_weights_sha256
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "

@@ -22,23 +22,21 @@ from transformers import (
     ViTMSNModel,
 )
 
-from hf_msn.evaluation import load_vision_model
 from hf_msn.evaluation.backbones import (
     evaluated_module,
     evaluation_mode,
     feature_function,
     find_backbone,
+    load_vision_model,
     resolve_image_processor,
     weights_sha256,
 )
-from hf_msn.models import (
-    MSNConfig,
-    MSNForPreTraining,
-    PAWSConfig,
-    PAWSForPreTraining,
-    SuNCEtConfig,
-    SuNCEtForPreTraining,
-)
+from hf_msn.models.configuration_msn import MSNConfig
+from hf_msn.models.configuration_paws import PAWSConfig
+from hf_msn.models.configuration_suncet import SuNCEtConfig
+from hf_msn.models.modeling_msn import MSNForPreTraining
+from hf_msn.models.modeling_paws import PAWSForPreTraining
+from hf_msn.models.modeling_suncet import SuNCEtForPreTraining
 
 SMALL = {
     "hidden_size": 16,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import ViTMSNModel
 
-from hf_msn.data import BrokenImageError, decode_image, evaluation_image_processor
-from hf_msn.evaluation import extract_features, pixel_features
+from hf_msn.data.decoding import BrokenImageError, decode_image
+from hf_msn.data.evaluation_processor import evaluation_image_processor
 from hf_msn.evaluation import features as features_module
 from hf_msn.evaluation.backbones import weights_sha256
+from hf_msn.evaluation.features import extract_features, pixel_features
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_msn.evaluation import TopKAccuracy, rank_classes
+from hf_msn.evaluation.metrics import TopKAccuracy, rank_classes
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])

@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.evaluation import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe, probes, rank_classes
-from hf_msn.evaluation.probes import centre_and_normalize
-from hf_msn.losses import soft_nearest_neighbor
+from hf_msn.evaluation import probes
+from hf_msn.evaluation.metrics import rank_classes
+from hf_msn.evaluation.probes import (
+    KNNProbe,
+    LinearProbe,
+    LogisticProbe,
+    SoftNearestNeighborProbe,
+    centre_and_normalize,
+)
+from hf_msn.losses.assignments import soft_nearest_neighbor
 
 PROBES = [LogisticProbe, KNNProbe, LinearProbe, SoftNearestNeighborProbe]
 

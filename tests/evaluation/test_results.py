@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_msn.evaluation import LowShotResults, SplitResult, TaskResult
-from hf_msn.evaluation.results import mean_std_ci95
+from hf_msn.evaluation.results import LowShotResults, SplitResult, TaskResult, mean_std_ci95
 
 
 def split(top1, top5=None, seed=0):

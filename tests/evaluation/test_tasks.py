@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_msn.evaluation import LowShotEvaluator
+from hf_msn.evaluation.low_shot import LowShotEvaluator
 
 
 def test_a_given_row_without_a_label_is_named(few):

@@ -18,8 +18,7 @@ from transformers import (
 )
 
 from hf_msn.distributed.batch_norm import synchronize_batch_norm
-from hf_msn.evaluation import checkpoint_weights_sha256
-from hf_msn.evaluation.backbones import evaluated_module, find_backbone, weights_sha256
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256, evaluated_module, find_backbone, weights_sha256
 
 VIT = {"patch_size": 4, "img_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier, finetune_suncet, load_images
-from hf_msn.data import decode_image
+from hf_msn.data.decoding import decode_image
 
 # What a user of plain transformers does: hf_msn must not be needed.
 PLAIN = """

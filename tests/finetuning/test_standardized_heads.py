@@ -7,7 +7,7 @@ from tiny_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_con
 from torch import nn
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier
-from hf_msn.data import decode_image
+from hf_msn.data.decoding import decode_image
 from hf_msn.finetuning.heads import StandardizingLinear, fold_head, standardize_head
 from hf_msn.finetuning.starts import linear_head, load_for_classification
 

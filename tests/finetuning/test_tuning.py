@@ -20,7 +20,7 @@ from tiny_runs import (
 from transformers import TrainerCallback
 
 from hf_msn import BrokenImageError, PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
-from hf_msn.data import decode_image
+from hf_msn.data.decoding import decode_image
 from hf_msn.finetuning.starts import linear_head, load_for_classification, load_for_suncet
 from hf_msn.trainers.pretraining_trainer import NonFiniteLossError
 

@@ -11,7 +11,7 @@ from hf_msn import (
     create_model_card,
     save_model_card,
 )
-from hf_msn.evaluation import checkpoint_weights_sha256
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 
 
 def test_projections_are_held_against_the_whole_model(made, tmp_path):

@@ -26,8 +26,8 @@ from hf_msn import (
     load_images,
     save_model_card,
 )
-from hf_msn.data import decode_image
-from hf_msn.evaluation import checkpoint_weights_sha256
+from hf_msn.data.decoding import decode_image
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 from hf_msn.hub.run_record import write_run
 
 PROCESSOR_64 = MultiViewTransform(image_size=64).evaluation_image_processor()

@@ -24,8 +24,7 @@ from hf_msn import (
     load_images,
     load_vision_model,
 )
-from hf_msn.evaluation import checkpoint_weights_sha256
-from hf_msn.evaluation.backbones import weights_sha256
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256, weights_sha256
 
 LOAD = """
 import torch

@@ -26,9 +26,8 @@ from hf_msn import (
     load_vision_model,
     pixel_features,
 )
-from hf_msn.data import decode_image
-from hf_msn.evaluation import checkpoint_weights_sha256
-from hf_msn.evaluation.backbones import weights_sha256
+from hf_msn.data.decoding import decode_image
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256, weights_sha256
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PROCESSOR = evaluation_image_processor(16, image_mean=(0.4, 0.4, 0.4), crop_fraction=1.0)

@@ -22,8 +22,7 @@ from hf_msn import (
     load_images,
     load_vision_model,
 )
-from hf_msn.evaluation import checkpoint_weights_sha256
-from hf_msn.evaluation.backbones import find_backbone, weights_sha256
+from hf_msn.evaluation.backbones import checkpoint_weights_sha256, find_backbone, weights_sha256
 from hf_msn.finetuning.starts import check_start, load_for_classification
 
 TIMM_VIT = {

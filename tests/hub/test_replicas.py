@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_msn import MSNForPreTraining, PredictionAverage, create_model_card, load_images, publish_checkpoint
-from hf_msn.data import decode_image
+from hf_msn.data.decoding import decode_image
 from hf_msn.hub.run_record import write_run
 
 NAME = "alice/average"

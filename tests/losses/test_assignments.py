@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_msn.losses import sharpen, sinkhorn, soft_nearest_neighbor
-from hf_msn.losses.assignments import log_sinkhorn
+from hf_msn.losses.assignments import log_sinkhorn, sharpen, sinkhorn, soft_nearest_neighbor
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.losses import nt_xent_loss, suncet_loss
+from hf_msn.losses.contrastive import nt_xent_loss, suncet_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
 NUM_CLASSES, DIM = 3, 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.losses import msn_loss
+from hf_msn.losses.msn import msn_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["msn_loss"]
 NUM_IMAGES, NUM_VIEWS, NUM_PROTOTYPES, DIM = 3, 2, 5, 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.losses import paws_loss
+from hf_msn.losses.paws import paws_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["paws_loss"]
 NUM_IMAGES, NUM_CROPS, NUM_SUPPORTS, NUM_CLASSES, DIM = 3, 2, 6, 3, 4

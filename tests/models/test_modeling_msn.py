@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 from transformers import ViTMSNModel
 
-from hf_msn.losses import msn_loss
+from hf_msn.losses.msn import msn_loss
 
 
 def gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -4,7 +4,7 @@ import pytest
 import timm.optim
 import torch
 
-from hf_msn.optim import LARS
+from hf_msn.optim.lars import LARS
 
 RATES = [0.1, 0.4, 0.4, 0.2, 0.0, 0.3]
 

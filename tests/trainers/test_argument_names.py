@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_msn.data import ClassStratifiedSampler
+from hf_msn.data.samplers import ClassStratifiedSampler
 from hf_msn.trainers.argument_names import SUPPORT_FIELDS, in_terms_of
 
 

@@ -11,8 +11,9 @@ from short_runs import RandomViews, losses, make_trainer
 from tiny import tiny_model
 
 from hf_msn import MSNTrainingArguments, MultiViewCollator, MultiViewDataset, MultiViewTransform, load_images
-from hf_msn.trainers import CheckpointError, NonFiniteLossError
+from hf_msn.trainers.checkpoints import CheckpointError
 from hf_msn.trainers.msn_trainer import describe_collapse
+from hf_msn.trainers.pretraining_trainer import NonFiniteLossError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["schedule"]
 

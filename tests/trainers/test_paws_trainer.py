@@ -12,7 +12,7 @@ from short_runs import assert_same_weights
 
 from hf_msn import ClassStratifiedSampler, MultiViewDataset, SupportDataset
 from hf_msn.data.support import SupportCollator
-from hf_msn.optim import LARS
+from hf_msn.optim.lars import LARS
 
 
 def expected_support(step: int, views_per_image: int = 1, **settings) -> dict[str, torch.Tensor]:

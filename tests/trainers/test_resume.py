@@ -10,7 +10,7 @@ import pytest
 from short_runs import RandomViews, StopAt, assert_same_weights, losses, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, load_images, multi_view_dataset
-from hf_msn.trainers import CheckpointError, find_last_checkpoint
+from hf_msn.trainers.checkpoints import CheckpointError, find_last_checkpoint
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -8,7 +8,7 @@ from launch import run_ranks
 from semi_supervised_runs import LABELLED_ROWS, logged, make_run, watch
 from short_runs import StopAt, assert_same_weights
 
-from hf_msn.trainers import CheckpointError
+from hf_msn.trainers.checkpoints import CheckpointError
 
 EVERY_SECOND_STEP = {"save_strategy": "steps", "save_steps": 2}
 

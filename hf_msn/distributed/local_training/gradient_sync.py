@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..messages.exchange import Exchange
-from ..messages.flat import FlatTensors
+from ..comm.exchange import Exchange
+from ..comm.flat import FlatTensors
 from .forward_scope import ForwardScope
 
 # DDP takes one hook for its lifetime, so a second sync object has to find the first one's.

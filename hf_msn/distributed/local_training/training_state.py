@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..messages.exchange import Exchange
-from ..messages.flat import FlatTensors, split_into_buckets
+from ..comm.exchange import Exchange
+from ..comm.flat import FlatTensors, split_into_buckets
 
 _SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP", "DeepSpeedEngine": "DeepSpeed"}
 

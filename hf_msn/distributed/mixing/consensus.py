@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from ..messages.mailbox import Message
+from ..comm.mailbox import Message
 from .live_peers import ARRIVED, CONSENT, CONTRIBUTION, DECISION, PROPOSAL, RESULT, LivePeers
 
 

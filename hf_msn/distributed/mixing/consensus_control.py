@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..messages.exchange import Exchange
+from ..comm.exchange import Exchange
 from ..topology_base import checked_integer
 
 _SAMPLE_SIZE = 4096  # 32 KiB on the wire

@@ -4,8 +4,8 @@ import logging
 import time
 from collections.abc import Callable, Collection
 
-from ..messages.exchange import PeerError
-from ..messages.mailbox import Mailbox, Message
+from ..comm.exchange import PeerError
+from ..comm.mailbox import Mailbox, Message
 from ..topology_base import Topology
 
 logger = logging.getLogger(__name__)

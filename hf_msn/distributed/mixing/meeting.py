@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..messages.exchange import PeerError
-from ..messages.flat import FlatTensors
-from ..messages.mailbox import Message
-from ..messages.watched_mailbox import ANEW, DONE, HERE, PART, WatchedMailbox
+from ..comm.exchange import PeerError
+from ..comm.flat import FlatTensors
+from ..comm.mailbox import Message
+from ..comm.watched_mailbox import ANEW, DONE, HERE, PART, WatchedMailbox
 
 _LOOK_SECONDS = 0.05
 _AWAY_SECONDS = 5.0

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..messages.mailbox import Message
-from ..messages.watched_mailbox import ANSWER, MASS, REQUEST, WatchedMailbox
+from ..comm.mailbox import Message
+from ..comm.watched_mailbox import ANSWER, MASS, REQUEST, WatchedMailbox
 from ..topology_base import Topology
 from ..topology_two_sides import two_sides
 

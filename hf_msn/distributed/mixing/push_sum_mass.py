@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..messages.mailbox import Mailbox, Message
+from ..comm.mailbox import Mailbox, Message
 from ..topology_base import Topology
 from .live_peers import MASS, LivePeers
 from .numerators import Numerators

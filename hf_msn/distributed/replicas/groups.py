@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 
+from ..comm.exchange import Exchange
+from ..comm.flat import FlatTensors, split_into_buckets
 from ..local_training.training_state import compare_ranks
-from ..messages.exchange import Exchange
-from ..messages.flat import FlatTensors, split_into_buckets
 
 _BUCKET_BYTES = 32 * 2**20  # what an exchange needs in memory beside the model
 

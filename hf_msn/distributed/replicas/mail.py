@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 import torch.distributed as dist
 
-from ..messages.exchange import PeerError
-from ..messages.mailbox import Mailbox
+from ..comm.exchange import PeerError
+from ..comm.mailbox import Mailbox
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..messages.exchange import Exchange
+from ..comm.exchange import Exchange
 from ..mixing.consensus import as_bytes, from_bytes
 from .batch_digest import batch_digest
 from .distances import PredictionDistance

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..messages.wire import checked_wire_dtype
+from ..comm.wire import checked_wire_dtype
 from .distances import PredictionDistance
 
 _COPIES_DTYPES = {None: None, "bfloat16": torch.bfloat16}

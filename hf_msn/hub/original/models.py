@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ...models import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining
+from ...models.configuration_msn import MSNConfig
+from ...models.configuration_paws import PAWSConfig
+from ...models.modeling_msn import MSNForPreTraining
+from ...models.modeling_paws import PAWSForPreTraining
 from ...models.patch_dropping import num_kept_patches
 from . import networks
 from .files import OriginalCheckpoint

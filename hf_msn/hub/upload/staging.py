@@ -13,7 +13,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
-from ...models import MSNConfig, PAWSConfig, SuNCEtConfig
+from ...models.configuration_msn import MSNConfig
+from ...models.configuration_paws import PAWSConfig
+from ...models.configuration_suncet import SuNCEtConfig
 from ...privacy import without_private
 from ..cards import save_model_card
 from ..checkpoint_files import IMAGE_PROCESSOR, INDEX, find_replicas, find_weights, model_files, read_json

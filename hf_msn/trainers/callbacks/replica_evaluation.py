@@ -14,9 +14,9 @@ from torch.utils.data import Subset
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..distributed.collectives import world_size
-from ..distributed.replicas.batch_digest import batch_digest
-from ..models.prediction_average import probabilities_of, with_average
+from ...distributed.collectives import world_size
+from ...distributed.replicas.batch_digest import batch_digest
+from ...models.prediction_average import probabilities_of, with_average
 from .replica_data import nothing_gathered, replaced
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .recipe import METHODS, Method, Recipe, find_method, known_fields, make_recipe
 from .recipe_arguments import without_replaced_labels
 from .recipe_forms import WideHelpFormatter, add_argument, init_fields, read_mapping, refuse_unknown, typed
-from .recipes import METHODS, Method, Recipe, find_method, known_fields, make_recipe
 
 # The fields of transformers.TrainingArguments that nearly every run sets; --help_all shows the others too.
 _COMMON_TRAINING_FIELDS = (

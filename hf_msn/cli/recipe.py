@@ -12,34 +12,27 @@ from typing import Any
 
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, set_seed
 
-from .callbacks import LowShotCallback
-from .data import MultiViewTransform, SupportDataset, check_class_names, multi_view_dataset
-from .evaluation import LowShotEvaluator
-from .models import (
-    MSNConfig,
-    MSNForPreTraining,
-    PAWSConfig,
-    PAWSForPreTraining,
-    SuNCEtConfig,
-    SuNCEtForPreTraining,
-)
-from .recipe_arguments import (
-    DataArguments,
-    LabelArguments,
-    LowShotArguments,
-    ModelArguments,
-    check_is_a_folder,
-)
+from ..data.datasets import multi_view_dataset
+from ..data.labels import check_class_names
+from ..data.support import SupportDataset
+from ..data.transforms import MultiViewTransform
+from ..evaluation.low_shot import LowShotEvaluator
+from ..models.configuration_msn import MSNConfig
+from ..models.configuration_paws import PAWSConfig
+from ..models.configuration_suncet import SuNCEtConfig
+from ..models.modeling_msn import MSNForPreTraining
+from ..models.modeling_paws import PAWSForPreTraining
+from ..models.modeling_suncet import SuNCEtForPreTraining
+from ..trainers.callbacks.training import LowShotCallback
+from ..trainers.msn_arguments import MSNTrainingArguments
+from ..trainers.msn_trainer import MSNTrainer
+from ..trainers.paws_arguments import PAWSTrainingArguments
+from ..trainers.paws_trainer import PAWSTrainer
+from ..trainers.suncet_arguments import SuNCEtTrainingArguments
+from ..trainers.suncet_trainer import SuNCEtTrainer
+from .recipe_arguments import DataArguments, LabelArguments, LowShotArguments, ModelArguments, check_is_a_folder
 from .recipe_forms import init_fields
 from .recipe_sync import SyncArguments
-from .trainers import (
-    MSNTrainer,
-    MSNTrainingArguments,
-    PAWSTrainer,
-    PAWSTrainingArguments,
-    SuNCEtTrainer,
-    SuNCEtTrainingArguments,
-)
 
 
 @dataclass(frozen=True)

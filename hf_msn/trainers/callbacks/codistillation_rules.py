@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from ..distributed.collectives import world_size
-from ..distributed.replicas.peer_checkpoints import logits_of
-from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
+from ...distributed.collectives import world_size
+from ...distributed.replicas.peer_checkpoints import logits_of
+from ...models.modeling_msn import MSNForPreTraining
+from ...models.modeling_paws import PAWSForPreTraining
+from ...models.modeling_suncet import SuNCEtForPreTraining
 from .replica_publishing import metric_to_compare
 from .sync import refuse_unsupported
 

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..distributed.replicas.peer_checkpoints import call_model, logits_of
-from ..models import MSNForPreTraining, PAWSForPreTraining, SuNCEtForPreTraining
-from ..models.prediction_average import predicts_next_token
+from ...distributed.replicas.peer_checkpoints import call_model, logits_of
+from ...models.modeling_msn import MSNForPreTraining
+from ...models.modeling_paws import PAWSForPreTraining
+from ...models.modeling_suncet import SuNCEtForPreTraining
+from ...models.prediction_average import predicts_next_token
 
 
 def predictions_for(model: nn.Module) -> Callable[[Any], torch.Tensor]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.prediction_average import PUBLISHED_FILE
+from ...models.prediction_average import PUBLISHED_FILE
 from .replica_evaluation import names_of_metrics
 
 if TYPE_CHECKING:
-    from ..distributed import Codistillation
+    from ...distributed.codistillation import Codistillation
     from .codistillation import CodistillationCallback
 
 

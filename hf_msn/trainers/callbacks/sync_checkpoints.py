@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..distributed import Codistillation, LocalUpdate
+from ...distributed.codistillation import Codistillation
+from ...distributed.local_update import LocalUpdate
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..distributed import FallingWeightDecay, LocalUpdate, Topology
+from ...distributed.falling_weight_decay import FallingWeightDecay
+from ...distributed.local_update import LocalUpdate
+from ...distributed.topology import Topology
 from .codistillation import CodistillationCallback
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .data import draw_labelled_rows, labelled_rows, load_images
-from .evaluation import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
-from .trainers.argument_names import in_terms_of
+from ..data.labels import draw_labelled_rows, labelled_rows
+from ..data.sources import load_images
+from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
+from ..trainers.argument_names import in_terms_of
 
 PROBES = {"logistic": LogisticProbe, "soft_nearest_neighbor": SoftNearestNeighborProbe, "knn": KNNProbe}
 

@@ -8,8 +8,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .. import distributed
-from ..distributed import LocalUpdate
+from ...distributed.async_gossip import AsyncGossip
+from ...distributed.gossip import Gossip
+from ...distributed.local_sgd import LocalSGD
+from ...distributed.local_update import LocalUpdate
+from ...distributed.overlap_gossip import OverlapGossip
+from ...distributed.slowmo import SlowMo
 from .sync_checkpoints import load_rank, restore, save_rank, settings_of
 from .trainer_seams import SyncCallback, find_sync_callback, open_seams, too_many
 
@@ -175,7 +179,7 @@ class LocalSGDCallback(LocalUpdateCallback):
     """[`LocalSGD`] on any Trainer, see [`LocalUpdateCallback`]: `LocalSGDCallback(trainer, sync_every=12)`."""
 
     def __init__(self, trainer: Trainer, **settings: Any):
-        super().__init__(trainer, distributed.LocalSGD, **settings)
+        super().__init__(trainer, LocalSGD, **settings)
 
 
 class SlowMoCallback(LocalUpdateCallback):
@@ -199,7 +203,7 @@ class SlowMoCallback(LocalUpdateCallback):
                 f"{type(base).__name__}. Give `base=Gossip`, or `base=partial(Gossip, push_sum=False)`."
             )
         self.base = base
-        super().__init__(trainer, distributed.SlowMo, **settings)
+        super().__init__(trainer, SlowMo, **settings)
 
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LocalUpdate:
         base = None if self.base is None else self.base(model, optimizer)
@@ -210,21 +214,21 @@ class GossipCallback(LocalUpdateCallback):
     """[`Gossip`] on any Trainer, see [`LocalUpdateCallback`]: `GossipCallback(trainer, push_sum=False)`."""
 
     def __init__(self, trainer: Trainer, **settings: Any):
-        super().__init__(trainer, distributed.Gossip, **settings)
+        super().__init__(trainer, Gossip, **settings)
 
 
 class OverlapGossipCallback(LocalUpdateCallback):
     """[`OverlapGossip`] on any Trainer, see [`LocalUpdateCallback`]: `OverlapGossipCallback(trainer)`."""
 
     def __init__(self, trainer: Trainer, **settings: Any):
-        super().__init__(trainer, distributed.OverlapGossip, **settings)
+        super().__init__(trainer, OverlapGossip, **settings)
 
 
 class AsyncGossipCallback(LocalUpdateCallback):
     """[`AsyncGossip`] on any Trainer, see [`LocalUpdateCallback`]: `AsyncGossipCallback(trainer)`."""
 
     def __init__(self, trainer: Trainer, **settings: Any):
-        super().__init__(trainer, distributed.AsyncGossip, **settings)
+        super().__init__(trainer, AsyncGossip, **settings)
 
 
 def refuse_unsupported(trainer: Trainer) -> None:

@@ -2,7 +2,8 @@
 
 import torch.distributed as dist
 
-from ..distributed import Codistillation, PeerError
+from ...distributed.codistillation import Codistillation
+from ...distributed.comm.exchange import PeerError
 
 _LOOK_SECONDS = 2.0  # that a closed connection may take to be seen
 

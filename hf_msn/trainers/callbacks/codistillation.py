@@ -10,9 +10,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..distributed import Codistillation, FallingWeightDecay
-from ..distributed.collectives import group_scope, rank, world_size
-from ..distributed.subgroups import subgroup
+from ...distributed.codistillation import Codistillation
+from ...distributed.collectives import group_scope, rank, world_size
+from ...distributed.falling_weight_decay import FallingWeightDecay
+from ...distributed.subgroups import subgroup
 from .codistillation_rules import check_averageable, check_codistillation
 from .lost_replicas import name_lost_replica
 from .replica_data import rows_shared_by

@@ -9,15 +9,40 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from . import callbacks, distributed
-from .trainers.argument_names import in_terms_of
+from ..distributed import topology
+from ..distributed.async_gossip import AsyncGossip
+from ..distributed.codistillation import Codistillation
+from ..distributed.gossip import Gossip
+from ..distributed.local_sgd import LocalSGD
+from ..distributed.overlap_gossip import OverlapGossip
+from ..distributed.slowmo import SlowMo
+from ..trainers.argument_names import in_terms_of
+from ..trainers.callbacks import codistillation, sync
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        AsyncGossip,
+        Codistillation,
+        Gossip,
+        LocalSGD,
+        OverlapGossip,
+        SlowMo,
+        sync.AsyncGossipCallback,
+        codistillation.CodistillationCallback,
+        sync.GossipCallback,
+        sync.LocalSGDCallback,
+        sync.OverlapGossipCallback,
+        sync.SlowMoCallback,
+    )
+}
 
 TOPOLOGIES = {
-    "ring": distributed.RingTopology,
-    "complete": distributed.CompleteTopology,
-    "exponential": distributed.ExponentialTopology,
-    "bipartite_exponential": distributed.BipartiteExponentialTopology,
-    "random_one_peer": distributed.RandomOnePeerTopology,
+    "ring": topology.RingTopology,
+    "complete": topology.CompleteTopology,
+    "exponential": topology.ExponentialTopology,
+    "bipartite_exponential": topology.BipartiteExponentialTopology,
+    "random_one_peer": topology.RandomOnePeerTopology,
 }
 
 _ALL = ("sync_start_step", "sync_base_buffers", "sync_timeout_seconds", "sync_wire_dtype")
@@ -256,7 +281,7 @@ class SyncArguments:
             settings = self._settings(known, trainer.args.world_size)
             if self.sync_base is not None:
                 settings["base"] = self._make_base(trainer.args.world_size)
-            trainer.add_callback(getattr(callbacks, f"{title}Callback")(trainer, **settings))
+            trainer.add_callback(_CLASSES[f"{title}Callback"](trainer, **settings))
 
     def _settings(self, fields: tuple[str, ...], world_size: int) -> dict[str, Any]:
         """The arguments of a method that `fields` give."""
@@ -274,14 +299,14 @@ class SyncArguments:
     def _make_base(self, world_size: int):
         (title,) = self._base_title()
         fields = (*_BASES[self.sync_base], "sync_timeout_seconds")  # SlowMo's own precision is for its outer steps
-        return partial(getattr(distributed, title), **self._settings(fields, world_size))
+        return partial(_CLASSES[title], **self._settings(fields, world_size))
 
     def _check_values(self) -> None:
         """Before any data is read; what depends on the number of ranks is checked when the callback is made."""
         fields = [name for name in METHODS[self.sync][1] if name not in _NOT_OF_THE_METHOD]
         parameter = nn.Linear(1, 1)
         with in_terms_of(_fields_by_name()):
-            method = getattr(distributed, METHODS[self.sync][0])
+            method = _CLASSES[METHODS[self.sync][0]]
             method(parameter, torch.optim.SGD(parameter.parameters(), lr=1.0), **self._settings(tuple(fields), 1))
 
 

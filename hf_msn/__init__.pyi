@@ -1,0 +1,132 @@
+from .cli.recipe_parsing import parse_recipe as parse_recipe
+from .cli.recipe_parsing import read_recipe as read_recipe
+from .data.collators import MultiViewCollator as MultiViewCollator
+from .data.datasets import (
+    MultiViewDataset as MultiViewDataset,
+)
+from .data.datasets import (
+    as_crops as as_crops,
+)
+from .data.datasets import (
+    multi_view_dataset as multi_view_dataset,
+)
+from .data.decoding import BrokenImageError as BrokenImageError
+from .data.decoding import decode_image as decode_image
+from .data.evaluation_processor import evaluation_image_processor as evaluation_image_processor
+from .data.labels import draw_labelled_rows as draw_labelled_rows
+from .data.labels import labelled_rows as labelled_rows
+from .data.samplers import ClassStratifiedSampler as ClassStratifiedSampler
+from .data.sources import load_images as load_images
+from .data.support import SupportDataset as SupportDataset
+from .data.support import support_loader as support_loader
+from .data.transforms import MultiViewTransform as MultiViewTransform
+from .distributed.async_gossip import AsyncGossip as AsyncGossip
+from .distributed.codistillation import Codistillation as Codistillation
+from .distributed.comm.exchange import PeerError as PeerError
+from .distributed.falling_weight_decay import FallingWeightDecay as FallingWeightDecay
+from .distributed.gossip import Gossip as Gossip
+from .distributed.local_sgd import LocalSGD as LocalSGD
+from .distributed.overlap_gossip import OverlapGossip as OverlapGossip
+from .distributed.slowmo import SlowMo as SlowMo
+from .distributed.topology import (
+    BipartiteExponentialTopology as BipartiteExponentialTopology,
+)
+from .distributed.topology import (
+    CompleteTopology as CompleteTopology,
+)
+from .distributed.topology import (
+    ExponentialTopology as ExponentialTopology,
+)
+from .distributed.topology import (
+    RandomOnePeerTopology as RandomOnePeerTopology,
+)
+from .distributed.topology import (
+    RingTopology as RingTopology,
+)
+from .distributed.topology import (
+    Topology as Topology,
+)
+from .evaluation.backbones import load_vision_model as load_vision_model
+from .evaluation.features import extract_features as extract_features
+from .evaluation.features import pixel_features as pixel_features
+from .evaluation.low_shot import LowShotEvaluator as LowShotEvaluator
+from .evaluation.probes import (
+    KNNProbe as KNNProbe,
+)
+from .evaluation.probes import (
+    LinearProbe as LinearProbe,
+)
+from .evaluation.probes import (
+    LogisticProbe as LogisticProbe,
+)
+from .evaluation.probes import (
+    SoftNearestNeighborProbe as SoftNearestNeighborProbe,
+)
+from .finetuning.arguments import (
+    ClassifierFinetuningArguments as ClassifierFinetuningArguments,
+)
+from .finetuning.arguments import (
+    SuNCEtFinetuningArguments as SuNCEtFinetuningArguments,
+)
+from .finetuning.parsing import parse_finetuning_recipe as parse_finetuning_recipe
+from .finetuning.result import FinetuningResult as FinetuningResult
+from .finetuning.tuning import finetune_classifier as finetune_classifier
+from .finetuning.tuning import finetune_suncet as finetune_suncet
+from .hub.card.figures import plot_low_shot as plot_low_shot
+from .hub.cards import create_model_card as create_model_card
+from .hub.cards import save_model_card as save_model_card
+from .hub.convert import convert_checkpoint as convert_checkpoint
+from .hub.convert import convert_to_original as convert_to_original
+from .hub.export import export_backbone as export_backbone
+from .hub.export_classifier import export_classifier as export_classifier
+from .hub.publishing import Publication as Publication
+from .hub.publishing import publish_checkpoint as publish_checkpoint
+from .hub.upload.errors import PublishingError as PublishingError
+from .losses.assignments import (
+    sharpen as sharpen,
+)
+from .losses.assignments import (
+    sinkhorn as sinkhorn,
+)
+from .losses.assignments import (
+    soft_nearest_neighbor as soft_nearest_neighbor,
+)
+from .losses.contrastive import nt_xent_loss as nt_xent_loss
+from .losses.contrastive import suncet_loss as suncet_loss
+from .losses.msn import msn_loss as msn_loss
+from .losses.paws import paws_loss as paws_loss
+from .models.configuration_msn import MSNConfig as MSNConfig
+from .models.configuration_paws import PAWSConfig as PAWSConfig
+from .models.configuration_suncet import SuNCEtConfig as SuNCEtConfig
+from .models.modeling_msn import MSNForPreTraining as MSNForPreTraining
+from .models.modeling_paws import PAWSForPreTraining as PAWSForPreTraining
+from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
+from .models.prediction_average import PredictionAverage as PredictionAverage
+from .optim.lars import LARS as LARS
+from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
+from .trainers.callbacks.sync import (
+    AsyncGossipCallback as AsyncGossipCallback,
+)
+from .trainers.callbacks.sync import (
+    GossipCallback as GossipCallback,
+)
+from .trainers.callbacks.sync import (
+    LocalSGDCallback as LocalSGDCallback,
+)
+from .trainers.callbacks.sync import (
+    LocalUpdateCallback as LocalUpdateCallback,
+)
+from .trainers.callbacks.sync import (
+    OverlapGossipCallback as OverlapGossipCallback,
+)
+from .trainers.callbacks.sync import (
+    SlowMoCallback as SlowMoCallback,
+)
+from .trainers.callbacks.trainer_seams import bring_to_consensus as bring_to_consensus
+from .trainers.callbacks.training import LowShotCallback as LowShotCallback
+from .trainers.msn_arguments import MSNTrainingArguments as MSNTrainingArguments
+from .trainers.msn_trainer import MSNTrainer as MSNTrainer
+from .trainers.paws_arguments import PAWSTrainingArguments as PAWSTrainingArguments
+from .trainers.paws_trainer import PAWSTrainer as PAWSTrainer
+from .trainers.suncet_arguments import SuNCEtTrainingArguments as SuNCEtTrainingArguments
+from .trainers.suncet_trainer import SuNCEtTrainer as SuNCEtTrainer

@@ -1,0 +1,1 @@
+"""The `hf-msn` command: one parser, one file per command, recipes."""
