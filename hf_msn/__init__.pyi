@@ -82,19 +82,13 @@ from .hub.export_classifier import export_classifier as export_classifier
 from .hub.publishing import Publication as Publication
 from .hub.publishing import publish_checkpoint as publish_checkpoint
 from .hub.upload.errors import PublishingError as PublishingError
-from .losses.assignments import (
-    sharpen as sharpen,
-)
-from .losses.assignments import (
-    sinkhorn as sinkhorn,
-)
-from .losses.assignments import (
-    soft_nearest_neighbor as soft_nearest_neighbor,
-)
-from .losses.contrastive import nt_xent_loss as nt_xent_loss
-from .losses.contrastive import suncet_loss as suncet_loss
 from .losses.msn import msn_loss as msn_loss
 from .losses.paws import paws_loss as paws_loss
+from .losses.simclr import nt_xent_loss as nt_xent_loss
+from .losses.sinkhorn import sinkhorn as sinkhorn
+from .losses.soft_nearest_neighbor import sharpen as sharpen
+from .losses.soft_nearest_neighbor import soft_nearest_neighbor as soft_nearest_neighbor
+from .losses.suncet import suncet_loss as suncet_loss
 from .models.configuration_msn import MSNConfig as MSNConfig
 from .models.configuration_paws import PAWSConfig as PAWSConfig
 from .models.configuration_suncet import SuNCEtConfig as SuNCEtConfig

@@ -1,1 +1,1 @@
-"""Losses: tensors in, a small named output out. None holds a model or opens a process group."""
+"""Losses: tensors in, a small named output out. A loss never holds a model and never opens a process group."""

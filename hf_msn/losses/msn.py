@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ..distributed.collectives import all_reduce_mean
-from .assignments import check_temperature, log_assignments, log_sinkhorn, without_autocast
+from .assignments import check_temperature, log_assignments, without_autocast
+from .sinkhorn import log_sinkhorn
 
 
 class MSNLossOutput(NamedTuple):

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from ..distributed.collectives import all_gather_cat, all_reduce_mean
-from .assignments import check_temperature, log_soft_nearest_neighbor, without_autocast
+from .assignments import check_temperature, without_autocast
+from .soft_nearest_neighbor import log_soft_nearest_neighbor
 
 # Entries of a target below this count as 0 (appendix of the paper): they are noise of the support.
 TARGET_FLOOR = 1e-4

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForPreTraining
 from transformers.utils import ModelOutput
 
-from ..losses.contrastive import nt_xent_loss, suncet_loss
+from ..losses.simclr import nt_xent_loss
+from ..losses.suncet import suncet_loss
 from .configuration_suncet import SuNCEtConfig
 from .modeling_semi_supervised import SemiSupervisedModel
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from launch import run_ranks
 
-from hf_msn.losses.contrastive import nt_xent_loss, suncet_loss
 from hf_msn.losses.paws import paws_loss
+from hf_msn.losses.simclr import nt_xent_loss
+from hf_msn.losses.suncet import suncet_loss
 
 pytestmark = pytest.mark.distributed
 

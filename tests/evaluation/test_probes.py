@@ -14,7 +14,7 @@ from hf_msn.evaluation.probes import (
     SoftNearestNeighborProbe,
     centre_and_normalize,
 )
-from hf_msn.losses.assignments import soft_nearest_neighbor
+from hf_msn.losses.soft_nearest_neighbor import soft_nearest_neighbor
 
 PROBES = [LogisticProbe, KNNProbe, LinearProbe, SoftNearestNeighborProbe]
 

@@ -275,7 +275,7 @@ def test_autocast_changes_nothing(dtype):
 @pytest.mark.parametrize("name", ["temperature", "sharpen_temperature"])
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
 def test_a_temperature_that_is_not_above_0_is_an_error(name, value):
-    with pytest.raises(ValueError, match=f"^`{name}` divides .* must be > 0, but is {value}"):
+    with pytest.raises(ValueError, match=f"`{name}`.*{value}"):
         msn_loss(*inputs(), **{name: value})
 
 

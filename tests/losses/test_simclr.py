@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_msn.losses.simclr import nt_xent_loss
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
+NUM_CLASSES, DIM = 3, 4
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def golden_array(seed: int, *shape: int) -> torch.Tensor:
+    values = np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
+    return torch.tensor(values, requires_grad=True)
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
+
+
+def loop_nt_xent(projections, temperature):
+    total = 0.0
+    constants = projections.detach()
+    for i, row in enumerate(projections):
+        pair = (i + len(projections) // 2) % len(projections)
+        exponentials = {j: (cosine(row, constants[j]) / temperature).exp() for j in range(len(projections)) if j != i}
+        total = total - (exponentials[pair] / sum(exponentials.values())).log()
+    return total / len(projections)
+
+
+@pytest.mark.parametrize("case", GOLDEN["nt_xent_loss"], ids=lambda case: f"seed {case['seed']}")
+def test_nt_xent_equals_the_golden_numbers(case):
+    projections = golden_array(case["input_seed"], 2 * case["batch"], case["dim"])
+    loss = nt_xent_loss(projections, temperature=case["temperature"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    assert projections.grad.norm().item() == pytest.approx(case["grad"], rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_nt_xent_equals_the_loop(temperature):
+    projections = normal(6, DIM).requires_grad_()
+    loss, expected = nt_xent_loss(projections, temperature=temperature), loop_nt_xent(projections, temperature)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, projections)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nt_xent_needs_two_views_an_image(rows):
+    with pytest.raises(ValueError, match=r"\(2\*B, D\)"):
+        nt_xent_loss(normal(rows, DIM))
