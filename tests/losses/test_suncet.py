@@ -112,7 +112,7 @@ def test_suncet_needs_a_row_of_labels_for_each_image():
 
 
 def test_a_temperature_that_is_not_above_0_is_an_error():
-    with pytest.raises(ValueError, match="temperature.*0"):
+    with pytest.raises(ValueError, match=r"temperature.*0"):
         nt_xent_loss(normal(4, DIM), temperature=0)
-    with pytest.raises(ValueError, match="temperature.*0"):
+    with pytest.raises(ValueError, match=r"temperature.*0"):
         suncet_loss(normal(4, DIM), labels(4), temperature=0)
