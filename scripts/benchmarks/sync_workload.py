@@ -1,7 +1,7 @@
-"""What one rank of benchmark_sync.py runs: a classifier of digits, trained by each method in turn, timed.
+"""One rank of sync.py: train a classifier of digits by each method in turn, and time it.
 
-The time of forward and backward pass is slept away layer by layer, as if on an accelerator: the ranks of one machine
-would otherwise wait for its few cores instead of for the network.
+Forward and backward pass sleep layer by layer, as if an accelerator computed: the ranks of one machine would otherwise
+wait for its few cores instead of for the network.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,30 +27,26 @@ LAYERS = 4
 METHODS = {
     "none": lambda model, optimizer: nullcontext(),
     "ddp": lambda model, optimizer: nullcontext(),
-    "local_sgd": lambda model, optimizer: LocalSGD(model, optimizer, sync_every=12),
-    "slowmo": lambda model, optimizer: SlowMo(model, optimizer, sync_every=12, slow_momentum=0.5),
-    "slowmo_bf16": lambda model, optimizer: SlowMo(
-        model, optimizer, sync_every=12, slow_momentum=0.5, wire_dtype="bfloat16"
-    ),
-    "slowmo_sharded": lambda model, optimizer: SlowMo(
-        model, optimizer, sync_every=12, slow_momentum=0.5, shard_state=True
-    ),
+    "local_sgd": partial(LocalSGD, sync_every=12),
+    "slowmo": partial(SlowMo, sync_every=12),
+    "slowmo_bf16": partial(SlowMo, sync_every=12, wire_dtype="bfloat16"),
+    "slowmo_sharded": partial(SlowMo, sync_every=12, shard_state=True),
     "sgp": Gossip,
-    "sgp_bf16": lambda model, optimizer: Gossip(model, optimizer, wire_dtype="bfloat16"),
-    "dpsgd": lambda model, optimizer: Gossip(model, optimizer, push_sum=False),
+    "sgp_bf16": partial(Gossip, wire_dtype="bfloat16"),
+    "dpsgd": partial(Gossip, push_sum=False),
     "osgp": OverlapGossip,
-    "osgp_bf16": lambda model, optimizer: OverlapGossip(model, optimizer, wire_dtype="bfloat16"),
+    "osgp_bf16": partial(OverlapGossip, wire_dtype="bfloat16"),
     "slowmo_sgp": lambda model, optimizer: SlowMo(model, optimizer, sync_every=48, base=Gossip(model, optimizer)),
     "slowmo_osgp": lambda model, optimizer: SlowMo(
         model, optimizer, sync_every=48, base=OverlapGossip(model, optimizer)
     ),
-    "adpsgd": lambda model, optimizer: AsyncGossip(model, optimizer, method="ad_psgd"),
-    "async_push_sum": lambda model, optimizer: AsyncGossip(model, optimizer, method="push_sum"),
+    "adpsgd": partial(AsyncGossip, method="ad_psgd"),
+    "async_push_sum": partial(AsyncGossip, method="push_sum"),
 }
 
 
 class _Busy(torch.autograd.Function):
-    """Passes its input on after as long as a layer's forward pass takes; the backward pass takes twice as long."""
+    """Sleep for the time of a layer's forward pass, and twice as long in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, seconds):
@@ -64,13 +61,13 @@ class _Busy(torch.autograd.Function):
 
 
 class Classifier(nn.Module):
-    """A perceptron of four layers on the 64 pixels of a digit; `hidden_size` says how much there is to send."""
+    """A perceptron of four layers on the 64 pixels of a digit; `hidden_size` sets the bytes to send."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         sizes = [64, *[hidden_size] * (LAYERS - 1), 10]
         self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(sizes))
-        self.seconds = 0.0  # of computing a step
+        self.seconds = 0.0  # of computing per step
 
     def forward(self, x):
         x.requires_grad_()  # or the first layer would have no backward pass to sleep in
@@ -80,7 +77,7 @@ class Classifier(nn.Module):
 
 
 def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
-    """Trains anew from seed 0; times after `warmup_steps`, bytes and the smoothed loss over time."""
+    """Train from seed 0. Return speed and bytes after `warmup_steps`, and the time to the target loss."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = Classifier(spec["hidden_size"])
@@ -99,7 +96,7 @@ def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
         started = time.perf_counter()
         for step in range(-spec["warmup_steps"], steps):
             if step == 0:
-                sent, waited, own_seconds = _bytes(sync), _waiting(sync), 0.0
+                sent, waited, own_seconds = getattr(sync, "bytes_sent", 0), getattr(sync, "seconds_waiting", 0.0), 0.0
                 started = time.perf_counter()
             rows = torch.randint(len(images), (BATCH_SIZE,), generator=shuffle)
             loss = nn.functional.cross_entropy(wrapped(images[rows]), labels[rows])
@@ -114,7 +111,7 @@ def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
             times.append(time.perf_counter() - started)
             losses.append(smoothed)
         ended = time.perf_counter()
-        sent, waited = _bytes(sync) - sent, _waiting(sync) - waited
+        sent, waited = getattr(sync, "bytes_sent", 0) - sent, getattr(sync, "seconds_waiting", 0.0) - waited
     payload = sum(p.numel() * p.element_size() for p in model.parameters())
     if method == "ddp":
         sent = steps * 2 * payload * (world_size - 1) // world_size  # as a ring sends it
@@ -133,7 +130,7 @@ def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
 
 
 def balanced_seconds(spec: dict) -> float:
-    """Seconds to sleep in a step with which DDP waits for the part `spec["waiting"]` of its step, on this network."""
+    """Return the seconds to sleep per step with which DDP waits for the part `spec["waiting"]` of its step."""
     calm = {**spec, "straggler": 1.0, "warmup_steps": 2}
 
     def step_seconds(method: str, seconds: float) -> float:
@@ -146,14 +143,6 @@ def balanced_seconds(spec: dict) -> float:
         waiting = step_seconds("ddp", seconds) - seconds - awake
         seconds = max(waiting * (1.0 - spec["waiting"]) / spec["waiting"] - awake, 0.0)
     return seconds
-
-
-def _bytes(sync) -> int:
-    return 0 if sync is None else sync.bytes_sent
-
-
-def _waiting(sync) -> float:
-    return 0.0 if sync is None else sync.seconds_waiting
 
 
 def main() -> None:

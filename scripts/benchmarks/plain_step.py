@@ -1,6 +1,6 @@
-"""The training step of MSN in float32, written plainly: what `benchmark_step.py` measures against.
+"""A plainly written training step of MSN in float32: the baseline of step.py.
 
-Eager attention, one mask for the whole batch, log(softmax), loops over parameters: the ways of research code of 2022.
+Eager attention, one mask for the whole batch, log(softmax), loops over parameters, as in research code of 2022.
 """
 
 import math
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images `(B, C, H, W)`, and of a masked view the indices of the patches that all keep -> [CLS] `(B, D)`."""
+    """Map images `(B, C, H, W)` to [CLS] `(B, D)`; `kept` has the indices of the patches that all images keep."""
 
     def __init__(self, config):
         super().__init__()
@@ -99,11 +99,13 @@ class Network(nn.Module):
         return self.head(torch.cat(features)), self.prototypes
 
 
-def plain_msn_loss(anchors, targets, prototypes, temperature, sharpen_temperature, me_max_weight):
+def plain_msn_loss(anchors, targets, prototypes, config):
     prototypes = F.normalize(prototypes)
-    probabilities = torch.softmax(F.normalize(anchors) @ prototypes.T / temperature, dim=1)
+    probabilities = torch.softmax(F.normalize(anchors) @ prototypes.T / config.temperature, dim=1)
     with torch.no_grad():
-        targets = torch.softmax(F.normalize(targets) @ prototypes.T / temperature, dim=1) ** (1 / sharpen_temperature)
+        targets = torch.softmax(F.normalize(targets) @ prototypes.T / config.temperature, dim=1) ** (
+            1 / config.sharpen_temperature
+        )
         targets /= targets.sum(dim=1, keepdim=True)
         targets = targets.repeat(len(anchors) // len(targets), 1)
     cross_entropy = -(targets * torch.log(probabilities)).sum(dim=1).mean()
@@ -112,11 +114,11 @@ def plain_msn_loss(anchors, targets, prototypes, temperature, sharpen_temperatur
         over_ranks = mean.detach().clone()
         dist.all_reduce(over_ranks)
         mean = mean + (over_ranks / dist.get_world_size() - mean.detach())  # DDP takes the mean of the gradients
-    return cross_entropy + me_max_weight * (math.log(len(mean)) + (mean * torch.log(mean)).sum())
+    return cross_entropy + config.me_max_weight * (math.log(len(mean)) + (mean * torch.log(mean)).sum())
 
 
 class PlainStep:
-    """Model, optimizer and one step of training, with the weights of an `MSNForPreTraining` without Sinkhorn."""
+    """Model, optimizer and one training step, with the weights of an `MSNForPreTraining` without Sinkhorn."""
 
     def __init__(self, model):
         device = model.prototypes.device
@@ -134,9 +136,6 @@ class PlainStep:
         self.clipped = [p for name, p in self.online.named_parameters() if name != "prototypes"]
         self.parallel = self.online
         if dist.is_initialized() and dist.get_world_size() > 1:
-            if device.type == "cuda":
-                self.online = nn.SyncBatchNorm.convert_sync_batchnorm(self.online)
-                self.target = nn.SyncBatchNorm.convert_sync_batchnorm(self.target)
             self.parallel = DistributedDataParallel(self.online)
 
     def loss(self, views: dict[str, torch.Tensor], mask_ratio: float) -> torch.Tensor:
@@ -150,9 +149,7 @@ class PlainStep:
         anchors, prototypes = self.parallel(anchors, focals, kept)
         with torch.no_grad():
             targets, _ = self.target(views["pixel_values"])
-        return plain_msn_loss(
-            anchors, targets, prototypes, config.temperature, config.sharpen_temperature, config.me_max_weight
-        )
+        return plain_msn_loss(anchors, targets, prototypes, config)
 
     def step(
         self, views, *, learning_rate: float, weight_decay: float, max_grad_norm: float, momentum: float
@@ -172,7 +169,7 @@ class PlainStep:
 
 
 def _plain_weights(weights: dict[str, torch.Tensor], encoder: str, head: str) -> dict[str, torch.Tensor]:
-    """The weights of one of the two networks under the names of this file, query, key and value joined."""
+    """Return the weights of one network under the names of this file, with query, key and value joined."""
     renamed = {}
     for name, tensor in weights.items():
         if name.startswith(encoder):

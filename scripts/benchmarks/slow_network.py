@@ -8,21 +8,19 @@ _SUBNET = "10.213.7"
 
 
 class SlowNetwork:
-    """`with SlowNetwork(4, "200mbit") as network:` gives n namespaces on one bridge; leaving removes them.
+    """Make n network namespaces on one bridge: `with SlowNetwork(4, "200mbit") as network:`; leaving removes them.
 
     The limit (`tc tbf`) holds in both directions of every link, as on a switch with ports of that speed.
 
     Args:
-        ranks (`int`): Number of namespaces, at most 200.
+        ranks (`int`): Number of namespaces.
         rate (`str`): As tc writes it: "200mbit", "1gbit".
 
     Raises:
-        RuntimeError: Where this cannot work: not Linux, no root, no `ip` and `tc`, or the kernel refuses.
+        RuntimeError: If this is not Linux or not root, `ip` or `tc` is missing, or the kernel refuses.
     """
 
     def __init__(self, ranks: int, rate: str):
-        if not 1 <= ranks <= 200:
-            raise ValueError(f"`ranks` is the number of network namespaces and must be in 1..200, but is {ranks}.")
         self.ranks, self.rate = ranks, rate
         tag = f"{os.getpid() % 100000}"
         self.bridge = f"hm{tag}"
@@ -34,16 +32,15 @@ class SlowNetwork:
         return f"{_SUBNET}.{rank + 1}"
 
     def command(self, rank: int, command: list[str]) -> list[str]:
-        """The command line that runs `command` where `rank` lives."""
+        """Return the command line that runs `command` in the namespace of `rank`."""
         return ["ip", "netns", "exec", self.namespaces[rank], *command]
 
     def __enter__(self) -> "SlowNetwork":
         missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
         if missing or not hasattr(os, "geteuid") or os.geteuid() != 0:
             raise RuntimeError(
-                "A rate-limited network needs root on Linux and the commands ip and tc (package iproute2), but "
-                f"{'there is no ' + ' and no '.join(missing) if missing else 'this is not root'}. "
-                "Leave `--rate` out to measure over the loopback."
+                "`--rate` needs root on Linux and the commands ip and tc (package iproute2), but "
+                f"{' and '.join(missing) + ' are missing' if missing else 'this is not root'}."
             )
         try:
             _run(f"ip link add {self.bridge} type bridge")
@@ -76,7 +73,4 @@ class SlowNetwork:
 def _run(command: str) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"A rate-limited network could not be built: `{command}` says: {done.stderr.strip()}. Leave `--rate` out "
-            "to measure over the loopback."
-        )
+        raise RuntimeError(f"The network could not be built: `{command}` failed: {done.stderr.strip()}.")

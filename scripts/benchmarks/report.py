@@ -1,8 +1,9 @@
-"""What the benchmark scripts share: medians with spread, JSON, and a picture of bars or lines beside it."""
+"""Medians with spread, tables, JSON and pictures: the common part of the benchmark scripts."""
 
 import json
 import platform
-from collections.abc import Iterable
+import time
+from dataclasses import field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -10,14 +11,34 @@ from typing import Any
 import torch
 
 
+def option(help: str, default: Any = None) -> Any:
+    """Return a dataclass field for `HfArgumentParser`. A tuple is the default of a list."""
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def check_known(name: str, values: list[str], known: Any) -> None:
+    """Check that the values of a list argument are known."""
+    if not values or set(values) - set(known):
+        raise ValueError(f"`{name}` must be some of {', '.join(known)}, but is {values}.")
+
+
+def now() -> float:
+    """Return the time in seconds, after the work that the GPU has been given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def summarize(values: list[float]) -> dict[str, float | list[float]]:
-    """Median, quartiles, smallest and largest."""
+    """Return median, quartiles and range."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median(values), "quartiles": [low, high], "range": [min(values), max(values)]}
 
 
 def cell(summary: dict[str, Any] | None) -> str:
-    """Median and quartiles as a table shows them."""
+    """Return "median (quartile - quartile)"."""
     if summary is None:
         return "-"
     low, high = summary["quartiles"]
@@ -25,7 +46,7 @@ def cell(summary: dict[str, Any] | None) -> str:
 
 
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
-    """Rows of cells, which may be summaries, as a table for terminal and README."""
+    """Return a Markdown table. A cell may be a summary, a number or a string."""
     rows = [[cell(entry) if isinstance(entry, dict) or entry is None else str(entry) for entry in row] for row in rows]
     widths = [max(len(line[place]) for line in [columns, *rows]) for place in range(len(columns))]
     lines = [columns, ["-" * width for width in widths], *rows]
@@ -34,17 +55,8 @@ def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     )
 
 
-def check_methods(methods: list[str], known: Iterable[str]) -> None:
-    """Refuses methods that a comparison with DDP does not know, and one without DDP."""
-    unknown = sorted(set(methods) - set(known))
-    if unknown:
-        raise ValueError(f"`methods` are of {', '.join(known)}, but {', '.join(unknown)} is not.")
-    if "ddp" not in methods:
-        raise ValueError("`methods` must have ddp, which the others are compared with.")
-
-
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """Where it was measured."""
+    """Return processor, threads and versions."""
     return {
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads() if threads is None else threads,
@@ -54,7 +66,7 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], output: str | Path | None, figure: Any = None) -> None:
-    """Writes `results` to the JSON file `output`, and a figure of matplotlib beside it as PNG."""
+    """Write `results` to the JSON file `output`, and a matplotlib figure beside it as PNG."""
     if output is None:
         return
     output = Path(output)
@@ -66,15 +78,15 @@ def save(results: dict[str, Any], output: str | Path | None, figure: Any = None)
 
 
 def bars(named: dict[str, dict[str, Any]], label: str, title: str) -> Any:
-    """A figure with a horizontal bar for each name: its median, and the quartiles as a line."""
+    """Return a figure with one horizontal bar per summary: its median, with the quartiles as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.4 * len(named)))
     medians = [summary["median"] for summary in named.values()]
-    spread = [
-        [summary["median"] - summary["quartiles"][0] for summary in named.values()],
-        [summary["quartiles"][1] - summary["median"] for summary in named.values()],
-    ]
+    spread = [[abs(s["median"] - s["quartiles"][side]) for s in named.values()] for side in (0, 1)]
     axes.barh(list(named), medians, xerr=spread, color="tab:blue", ecolor="black", capsize=3)
     axes.invert_yaxis()
     axes.set(xlabel=label, title=title)
