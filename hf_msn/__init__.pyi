@@ -98,6 +98,7 @@ from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
 from .models.prediction_average import PredictionAverage as PredictionAverage
 from .optim.lars import LARS as LARS
 from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
+from .trainers.callbacks.low_shot import LowShotCallback as LowShotCallback
 from .trainers.callbacks.sync import (
     AsyncGossipCallback as AsyncGossipCallback,
 )
@@ -117,7 +118,6 @@ from .trainers.callbacks.sync import (
     SlowMoCallback as SlowMoCallback,
 )
 from .trainers.callbacks.trainer_seams import bring_to_consensus as bring_to_consensus
-from .trainers.callbacks.training import LowShotCallback as LowShotCallback
 from .trainers.msn_arguments import MSNTrainingArguments as MSNTrainingArguments
 from .trainers.msn_trainer import MSNTrainer as MSNTrainer
 from .trainers.paws_arguments import PAWSTrainingArguments as PAWSTrainingArguments

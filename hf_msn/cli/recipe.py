@@ -23,7 +23,7 @@ from ..models.configuration_suncet import SuNCEtConfig
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_paws import PAWSForPreTraining
 from ..models.modeling_suncet import SuNCEtForPreTraining
-from ..trainers.callbacks.training import LowShotCallback
+from ..trainers.callbacks.low_shot import LowShotCallback
 from ..trainers.msn_arguments import MSNTrainingArguments
 from ..trainers.msn_trainer import MSNTrainer
 from ..trainers.paws_arguments import PAWSTrainingArguments

@@ -10,8 +10,8 @@ from transformers.trainer_callback import PrinterCallback
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
 from ..optim.lars import LARS
-from ..trainers.callbacks.training import DatasetEpochCallback
-from ..trainers.pretraining_trainer import NonFiniteLossError
+from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
+from ..trainers.callbacks.non_finite import NonFiniteLossError
 from .arguments import FinetuningArguments
 
 

@@ -18,8 +18,8 @@ from .checkpoints import (
     find_fault,
     find_last_checkpoint,
     list_checkpoints,
-    save_failed,
     saved_world_size,
+    staging_folder,
 )
 from .pushing_trainer import PushingTrainer
 
@@ -82,22 +82,17 @@ class CheckpointingTrainer(PushingTrainer):
         self.check_before_saving()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        staging = run_dir / STAGING_FOLDER
-        self._clear(staging)
-        self._staging = True
         try:
-            super()._save_checkpoint(model, trial)
-            self._correct_best_checkpoint(run_dir, staging, name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
-                os.replace(staging / name, run_dir / name)
-        except Exception as error:
-            raise save_failed(run_dir / name, run_dir, error) from error
+            with staging_folder(self, run_dir, name) as staging:
+                self._staging = True
+                super()._save_checkpoint(model, trial)
+                self._correct_best_checkpoint(run_dir, staging, name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+                    os.replace(staging / name, run_dir / name)
         finally:
             self._staging = False
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
@@ -118,24 +113,11 @@ class CheckpointingTrainer(PushingTrainer):
             self.push_saved(final, "Model save")
 
     def save_whole_model(self, final: Path) -> None:
-        staging = final / STAGING_FOLDER
-        self._clear(staging)
-        try:
+        with staging_folder(self, final) as staging:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 for file in staging.iterdir():
                     os.replace(file, final / file.name)
-        except Exception as error:
-            raise save_failed(final, self.args.output_dir, error) from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-
-    def _clear(self, staging: Path) -> None:
-        """What a killed run left there must not get into what is saved next."""
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
 
     def _correct_best_checkpoint(self, run_dir: Path, staging: Path, name: str) -> None:
         if self.state.best_model_checkpoint == str(staging / name):

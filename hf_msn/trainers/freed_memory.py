@@ -1,4 +1,4 @@
-"""Keeps the C library from giving freed memory back to the system between two steps on a CPU."""
+"""Keep freed memory in the process between two steps on a CPU."""
 
 import ctypes
 import sys
@@ -8,16 +8,15 @@ _LARGEST = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep what is freed for the next request, in all of the process; `False` where there is no glibc.
+    """Make glibc keep freed memory for the next request, in the whole process. Return `False` without glibc.
 
-    By default it gives blocks of some MiB, the size of activations, back to the system when they are freed. Each step
-    then gets them anew, page by page, filled with zeros: that took a tenth to a third of a step where it was measured.
-    The process holds on to its peak, which it needs in each step anyway.
+    By default glibc returns blocks of some MiB, the size of activations, to the system, and each step gets them again
+    page by page, filled with zeros. The process keeps its peak, which each step needs anyway.
     """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except AttributeError:  # another C library
         return False
     return bool(mallopt(_TRIM_THRESHOLD, _LARGEST)) and bool(mallopt(_MMAP_THRESHOLD, _LARGEST))

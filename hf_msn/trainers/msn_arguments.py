@@ -2,41 +2,39 @@
 
 from dataclasses import dataclass, field
 
+from ..checks import check_number
 from .pretraining_arguments import PretrainingArguments
 
 
 @dataclass
 class MSNTrainingArguments(PretrainingArguments):
-    """What changes over the training of an [`MSNForPreTraining`]. What changes its forward pass is in [`MSNConfig`].
+    """Settings of [`MSNTrainer`] that change over training. Those that change the forward pass are in [`MSNConfig`].
 
-    The defaults are those of the paper (arXiv 2204.07141), for 1024 images an update.
+    The defaults are those of the paper (arXiv 2204.07141), for 1024 images per update.
     """
 
     ema_momentum: float = field(
         default=0.996, metadata={"help": "Momentum of the target encoder at the first step, in [0, 1]."}
     )
     final_ema_momentum: float = field(
-        default=1.0, metadata={"help": "Momentum of the target encoder where its straight line ends, in [0, 1]."}
+        default=1.0, metadata={"help": "Momentum of the target encoder at the end of its linear schedule, in [0, 1]."}
     )
     start_sharpen_temperature: float | None = field(
         default=None,
         metadata={"help": "T of the targets at the first step. By default the model's, 0.25 in the paper."},
     )
     final_sharpen_temperature: float | None = field(
-        default=None, metadata={"help": "T of the targets at the last step. By default as at the first."}
+        default=None, metadata={"help": "T of the targets at the last step. By default that of the first."}
     )
     collapse_warning: bool = field(
-        default=True, metadata={"help": "Warn when the assignments collapse, with what is seen and what to turn."}
+        default=True, metadata={"help": "Warn when the assignments collapse, with the symptom and the remedy."}
     )
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("ema_momentum", "final_ema_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"`{name}` must be in [0, 1], but is {getattr(self, name)}. The paper goes from 0.996 to 1."
-                )
+            remedy = "The paper goes from 0.996 to 1."
+            check_number(name, getattr(self, name), minimum=0, maximum=1, remedy=remedy)
         for name in ("start_sharpen_temperature", "final_sharpen_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be > 0, but is {value}. The paper has 0.25.")
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0, remedy="The paper has 0.25.")

@@ -10,7 +10,7 @@ from ..distributed.collectives import all_reduce_sum
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.patch_dropping import num_kept_patches
 from ..schedules import linear
-from .callbacks.training import UpdateTargetCallback
+from .callbacks.update_target import UpdateTargetCallback
 from .msn_arguments import MSNTrainingArguments
 from .pretraining_trainer import PretrainingTrainer
 

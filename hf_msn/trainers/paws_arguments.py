@@ -7,9 +7,9 @@ from .semi_supervised_arguments import SemiSupervisedArguments
 
 @dataclass
 class PAWSTrainingArguments(SemiSupervisedArguments):
-    """What changes over the training of a [`PAWSForPreTraining`]. What changes its forward pass is in [`PAWSConfig`].
+    """Settings of [`PAWSTrainer`] that change over training. Those that change the forward pass are in [`PAWSConfig`].
 
-    The defaults are those that the authors gave for ViTs (AdamW, 1024 images an update). For convnets the paper has
-    LARS: `use_lars=True`, and with it `learning_rate=6.4`, `start_learning_rate=0.3`, `final_learning_rate=0.064`,
-    `weight_decay=1e-6`, `final_weight_decay=None` for 4096 images an update.
+    The defaults are those of the authors for ViTs (AdamW, 1024 images per update). For convnets the paper has LARS:
+    `use_lars=True`, and with it `learning_rate=6.4`, `start_learning_rate=0.3`, `final_learning_rate=0.064`,
+    `weight_decay=1e-6`, `final_weight_decay=None` for 4096 images per update.
     """

@@ -1,12 +1,10 @@
 """What every pretraining method needs of a Trainer: schedules, optimizer, a stop on NaN, a log."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
@@ -23,19 +21,17 @@ from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..hub.run_record import RunRecorder
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
+from .callbacks.dataset_epoch import DatasetEpochCallback
+from .callbacks.non_finite import NonFiniteLossCallback
 from .callbacks.sync_record import record_of
+from .callbacks.throughput import ThroughputCallback, ThroughputProgressCallback
 from .callbacks.trainer_seams import find_sync_callback
-from .callbacks.training import DatasetEpochCallback, ThroughputProgressCallback
 from .checkpointing_trainer import CheckpointingTrainer
-from .checkpoints import CheckpointError, find_last_checkpoint
+from .checkpoints import CheckpointError
 from .freed_memory import keep_freed_memory
 from .pretraining_arguments import PretrainingArguments
 
 logger = logging.get_logger(__name__)
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or a weight became NaN or infinite; the message names the step and the last good checkpoint."""
 
 
 class PretrainingTrainer(CheckpointingTrainer):
@@ -59,14 +55,12 @@ class PretrainingTrainer(CheckpointingTrainer):
         self.can_return_loss = True  # without labels: an eval_dataset of views gives eval_loss
         self._recorded: dict[str, torch.Tensor] = {}
         self._num_recorded = 0
-        self._num_images = 0
-        self._data_wait_seconds = 0.0
-        self._clock_started: float | None = None
         self.run_record = RunRecorder()
-        self._non_finite_step = torch.tensor(-1, device=args.device)
         if isinstance(self.train_dataset, StreamingMultiViewDataset):
             self.train_dataset.repeat = True  # one endless epoch, in which a resumed run finds its place
-        self.add_callback(DatasetEpochCallback(self.train_dataset))
+        self.throughput, self.non_finite = ThroughputCallback(), NonFiniteLossCallback(self)
+        for callback in (DatasetEpochCallback(self.train_dataset), self.throughput, self.non_finite):
+            self.add_callback(callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ThroughputProgressCallback)
@@ -89,10 +83,8 @@ class PretrainingTrainer(CheckpointingTrainer):
         if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
             self._check_output_dir()
         self._forget_earlier_replicas()
-        if self.args.device.type == "cpu":
+        if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
-        self._data_wait_seconds = 0.0
-        self._num_images, self._clock_started = 0, None  # started by the first step, not by the set-up before it
         self.run_record.begin(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -144,17 +136,8 @@ class PretrainingTrainer(CheckpointingTrainer):
         return inputs
 
     def get_batch_samples(self, *args, **kwargs):
-        with self.waiting_for_data():
+        with self.throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Adds the time inside to `data_wait_seconds`."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._data_wait_seconds += time.perf_counter() - began
 
     # Optimizer and schedules
 
@@ -268,15 +251,11 @@ class PretrainingTrainer(CheckpointingTrainer):
         for group in self.optimizer.param_groups:
             if group["scheduled_weight_decay"]:
                 group["weight_decay"] = weight_decay
-        if self._clock_started is None:
-            self._clock_started = time.perf_counter()
+        if self.run_record.sync is None:
             self._note_sync()
-        self._num_images += len(inputs["pixel_values"])
+        self.throughput.images += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
-        first = (self._non_finite_step < 0) & ~torch.isfinite(loss)
-        self._non_finite_step = torch.where(first, self.state.global_step + 1, self._non_finite_step)
-        if loss.device.type == "cpu":  # elsewhere looking each step would wait for the device: it is done at each log
-            self._stop_if_not_finite(all_ranks=False)
+        self.non_finite.observe(loss)
         return loss
 
     # Log
@@ -299,17 +278,12 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._num_recorded:
-            self._stop_if_not_finite()
             names = sorted(self._recorded)
             means = torch.stack([self._recorded[name] for name in names]) / self._num_recorded
             logs.update(zip(names, all_reduce_mean(means).tolist()))
-            images = all_reduce_sum(torch.tensor(float(self._num_images), device=self.args.device)).item()
-            logs["images_per_second"] = images / max(time.perf_counter() - self._clock_started, 1e-9)
-            waited = torch.tensor([self._data_wait_seconds], device=self.args.device)
-            logs["data_wait_seconds"] = all_reduce_mean(waited).item()
+            logs.update(self.throughput.measure(self.args))
             logs.update(self.extra_logs())
             self._recorded, self._num_recorded = {}, 0
-            self._num_images, self._data_wait_seconds, self._clock_started = 0, 0.0, time.perf_counter()
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -318,11 +292,9 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Keeps what happens inside out of the images per second, which are those of training alone."""
-        stopped = time.perf_counter()
-        yield
-        if self._clock_started is not None:
-            self._clock_started += time.perf_counter() - stopped
+        """Leave the time inside out of the images per second, which are those of training alone."""
+        with self.throughput.paused():
+            yield
 
     def _note_sync(self) -> None:
         """Keeps how the ranks train together, which the callback forgets at the end."""
@@ -334,26 +306,4 @@ class PretrainingTrainer(CheckpointingTrainer):
             self.run_record.save(self, output_dir or self.args.output_dir)
 
     def check_before_saving(self) -> None:
-        self._stop_if_not_finite()
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            self._raise_not_finite(f"A weight is NaN or infinite after step {self.state.global_step}.")
-
-    def _stop_if_not_finite(self, all_ranks: bool = True) -> None:
-        step = self._non_finite_step.clone()
-        if all_ranks and dist.is_initialized():
-            dist.all_reduce(step, op=dist.ReduceOp.MAX)
-        if step >= 0:
-            self._raise_not_finite(f"The loss became NaN or infinite at step {int(step)}.")
-
-    def _raise_not_finite(self, what: str) -> None:
-        last = find_last_checkpoint(self.args.output_dir)
-        raise NonFiniteLossError(
-            f"{what} Training stops; "
-            + (f"the last good checkpoint is '{last}'. " if last else "no checkpoint had been saved yet. ")
-            + "Lower `learning_rate`, lengthen the warm-up, or use bf16 instead of fp16."
-            + (
-                " For a large model, raise `mask_ratio` (the authors saw NaN for L/16 at 0.15 and 0.3, not at 0.5)."
-                if hasattr(self.model.config, "mask_ratio")
-                else ""
-            )
-        )
+        self.non_finite.check(weights=True)

@@ -19,7 +19,7 @@ from ..hub.upload.errors import PublishingError, in_plain_words
 from ..hub.upload.private_data import PrivateData
 from ..hub.upload.repository import HubRepository
 from ..hub.upload.staging import PlannedFile, link_or_copy, stage_checkpoint, stage_resumable
-from .callbacks.training import LowShotCallback
+from .callbacks.low_shot import LowShotCallback
 from .checkpoints import find_config_differences
 
 logger = logging.get_logger(__name__)

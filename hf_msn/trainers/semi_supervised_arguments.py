@@ -8,12 +8,12 @@ from .pretraining_arguments import PretrainingArguments
 
 @dataclass
 class SemiSupervisedArguments(PretrainingArguments):
-    """[`PretrainingArguments`] with the support set of each micro-batch, and without what only MSN has.
+    """[`PretrainingArguments`] with the support set of each micro-batch.
 
     The numbers of the support are **global**: they hold for all ranks together, however many there are.
     """
 
-    num_loaders: ClassVar[int] = 2  # that of the support beside the other
+    num_loaders: ClassVar[int] = 2  # images, and supports beside them
 
     global_support_classes: int | None = field(
         default=None,
@@ -29,7 +29,7 @@ class SemiSupervisedArguments(PretrainingArguments):
     )
     support_on_small_class: str = field(
         default="repeat",
-        metadata={"help": "A class with fewer images than asked for: repeat them in other views, or raise an error."},
+        metadata={"help": "A class with fewer images than that: repeat them in other views, or raise an error."},
     )
     warmup_epochs: float = field(
         default=10.0, metadata={"help": "Epochs of warm-up. `warmup_steps`, if not 0, takes its place."}

@@ -120,7 +120,7 @@ class SemiSupervisedTrainer(PretrainingTrainer):
                 pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             )
             self._supports, self._next_support = iter(loader), self._micro_batch
-        with self.waiting_for_data():
+        with self.throughput.waiting():
             while self._next_support <= self._micro_batch:
                 support = next(self._supports)
                 self._next_support += 1

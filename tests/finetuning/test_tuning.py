@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from hf_msn import BrokenImageError, PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
 from hf_msn.data.decoding import decode_image
 from hf_msn.finetuning.starts import linear_head, load_for_classification, load_for_suncet
-from hf_msn.trainers.pretraining_trainer import NonFiniteLossError
+from hf_msn.trainers.callbacks.non_finite import NonFiniteLossError
 
 LINEAR, SUNCET = (finetune_classifier, classifier_arguments), (finetune_suncet, suncet_arguments)
 

@@ -93,8 +93,3 @@ def watch(trainer) -> list[dict[str, torch.Tensor]]:
 
     trainer.compute_loss = watched
     return seen
-
-
-def logged(trainer, name: str = "loss") -> dict[int, float]:
-    """A logged value of each step."""
-    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}

@@ -62,9 +62,9 @@ def make_trainer(
     )
 
 
-def losses(trainer) -> dict[int, float]:
-    """The logged loss of each step."""
-    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+def logged(trainer, name: str = "loss") -> dict[int, float]:
+    """Return a logged value by step."""
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
 
 
 def assert_same_weights(model, expected) -> None:

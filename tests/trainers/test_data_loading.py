@@ -1,12 +1,11 @@
 """What the trainers do between the data set and the model: crops, where views are finished, workers, waiting."""
 
 import os
-import time
 
 import pytest
 import torch
 from semi_supervised_runs import make_run
-from short_runs import assert_same_weights, losses, make_trainer
+from short_runs import assert_same_weights, logged, make_trainer
 
 from hf_msn import (
     MSNTrainingArguments,
@@ -17,7 +16,7 @@ from hf_msn import (
     load_images,
     multi_view_dataset,
 )
-from hf_msn.trainers import loader_defaults
+from hf_msn.trainers import pretraining_arguments
 
 COLORED = {"image_size": 16, "focal_size": 8, "focal_views": 2}
 
@@ -79,7 +78,7 @@ def test_finishing_on_the_device_changes_no_weight(tmp_path, streamed, accumulat
     assert "view_parameters" in _batch(cut) and "view_parameters" not in _batch(whole)
     cut.train()
     whole.train()
-    assert losses(cut) == losses(whole)
+    assert logged(cut) == logged(whole)
     assert_same_weights(cut.model, whole.model)
     assert cut.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
@@ -112,48 +111,30 @@ def test_support_images_are_finished_by_the_trainer_too(tmp_path, method):
     assert set(finished) == {"support_pixel_values", "support_labels"}
 
 
-def test_waiting_for_data_is_logged(tmp_path):
-    class Slow(OtherCollator):
-        def __call__(self, items):
-            time.sleep(0.05)
-            return super().__call__(items)
-
-    trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3, save_strategy="no")
-    trainer.data_collator = Slow()
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "data_wait_seconds" in entry]
-    assert [entry["step"] for entry in logs] == [3, 6]
-    # the loader reads one batch ahead: six to eight batches, each waited for once
-    assert sum(entry["data_wait_seconds"] for entry in logs) >= 0.3
-    assert all(entry["data_wait_seconds"] >= 0.1 for entry in logs)
-
-
-def test_workers_follow_the_cores_of_a_rank(monkeypatch):
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 16), (2, 15), (8, 3), (64, 0)])
+def test_workers_follow_the_cores_of_a_rank_where_an_accelerator_trains(tmp_path, monkeypatch, ranks, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)), raising=False)
-    for ranks, workers in ((1, 16), (2, 15), (4, 7), (8, 3), (32, 0), (64, 0)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert loader_defaults.default_num_workers(True) == workers
-        assert loader_defaults.default_num_workers(True, loaders=2) == workers // 2
-        assert loader_defaults.default_num_workers(False) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(pretraining_arguments, "uses_accelerator", lambda use_cpu: True)
+    made = MSNTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (made.dataloader_num_workers, made.dataloader_persistent_workers) == (workers, workers > 0)
+    # PAWS reads supports beside the images.
+    assert PAWSTrainingArguments(str(tmp_path), use_cpu=True).dataloader_num_workers == workers // 2
 
 
-def test_arguments_have_workers_where_an_accelerator_trains(tmp_path, monkeypatch):
-    plain = MSNTrainingArguments(str(tmp_path), use_cpu=True)
-    assert (plain.dataloader_num_workers, plain.dataloader_persistent_workers, plain.dataloader_pin_memory) == (
-        0,
-        False,
-        False,
-    )
-    given = MSNTrainingArguments(str(tmp_path), use_cpu=True, dataloader_num_workers=3)
-    assert (given.dataloader_num_workers, given.dataloader_persistent_workers) == (3, True)
-    kept = MSNTrainingArguments(
-        str(tmp_path), use_cpu=True, dataloader_num_workers=3, dataloader_persistent_workers=False
-    )
-    assert not kept.dataloader_persistent_workers
+def test_workers_on_a_cpu_are_those_that_are_given(tmp_path):
+    def workers(**given):
+        args = MSNTrainingArguments(str(tmp_path), use_cpu=True, **given)
+        return args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory
+
+    assert workers() == (0, False, False)
+    assert workers(dataloader_num_workers=3) == (3, True, False)
+    assert workers(dataloader_num_workers=3, dataloader_persistent_workers=False) == (3, False, False)
+
+
+def test_an_accelerator_is_used_unless_the_cpu_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert loader_defaults.uses_accelerator(False) and not loader_defaults.uses_accelerator(True)
-    assert loader_defaults.default_num_workers(True, PAWSTrainingArguments.num_loaders) == 3
+    uses_accelerator = pretraining_arguments.uses_accelerator
+    assert uses_accelerator(False) and not uses_accelerator(True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert not loader_defaults.uses_accelerator(False)
+    assert not uses_accelerator(False)

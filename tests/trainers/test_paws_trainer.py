@@ -7,8 +7,8 @@ import math
 import datasets
 import pytest
 import torch
-from semi_supervised_runs import LABELLED_ROWS, SMALL_VIT, load_images, logged, make_run, support, transform, watch
-from short_runs import assert_same_weights
+from semi_supervised_runs import LABELLED_ROWS, SMALL_VIT, load_images, make_run, support, transform, watch
+from short_runs import assert_same_weights, logged
 
 from hf_msn import ClassStratifiedSampler, MultiViewDataset, SupportDataset
 from hf_msn.data.support import SupportCollator

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from launch import run_ranks
-from semi_supervised_runs import LABELLED_ROWS, logged, make_run, watch
-from short_runs import StopAt, assert_same_weights
+from semi_supervised_runs import LABELLED_ROWS, make_run, watch
+from short_runs import StopAt, assert_same_weights, logged
 
 from hf_msn.trainers.checkpoints import CheckpointError
 

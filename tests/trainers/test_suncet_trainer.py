@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semi_supervised_runs import load_images, logged, make_run, transform, watch
-from short_runs import assert_same_weights
+from semi_supervised_runs import load_images, make_run, transform, watch
+from short_runs import assert_same_weights, logged
 
 from hf_msn import MultiViewDataset, SupportDataset, multi_view_dataset
 
@@ -63,8 +63,8 @@ def test_evaluation_gives_a_loss(tmp_path):
     "settings, message",
     [
         ({"global_support_images_per_class": 1}, "1 image of each in 1 view. Raise `global_support_images_per_class`"),
-        ({"supervised_epochs": -1.0}, "`supervised_epochs` must be >= 0, but is -1.0. 0 is SimCLR"),
-        ({"supervised_epochs": float("nan")}, "`supervised_epochs` must be >= 0, but is nan"),
+        ({"supervised_epochs": -1.0}, "`supervised_epochs` .* -1.0"),
+        ({"supervised_epochs": float("nan")}, "`supervised_epochs` .* nan"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, settings, message):
