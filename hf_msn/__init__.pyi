@@ -98,26 +98,29 @@ from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
 from .models.prediction_average import PredictionAverage as PredictionAverage
 from .optim.lars import LARS as LARS
 from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
-from .trainers.callbacks.low_shot import LowShotCallback as LowShotCallback
-from .trainers.callbacks.sync import (
+from .trainers.callbacks.local_update import (
     AsyncGossipCallback as AsyncGossipCallback,
 )
-from .trainers.callbacks.sync import (
+from .trainers.callbacks.local_update import (
     GossipCallback as GossipCallback,
 )
-from .trainers.callbacks.sync import (
+from .trainers.callbacks.local_update import (
     LocalSGDCallback as LocalSGDCallback,
 )
-from .trainers.callbacks.sync import (
+from .trainers.callbacks.local_update import (
     LocalUpdateCallback as LocalUpdateCallback,
 )
-from .trainers.callbacks.sync import (
+from .trainers.callbacks.local_update import (
     OverlapGossipCallback as OverlapGossipCallback,
 )
-from .trainers.callbacks.sync import (
+from .trainers.callbacks.local_update import (
     SlowMoCallback as SlowMoCallback,
 )
-from .trainers.callbacks.trainer_seams import bring_to_consensus as bring_to_consensus
+from .trainers.callbacks.local_update import (
+    bring_to_consensus as bring_to_consensus,
+)
+from .trainers.callbacks.low_shot import LowShotCallback as LowShotCallback
+from .trainers.local_update_mixin import LocalUpdateTrainerMixin as LocalUpdateTrainerMixin
 from .trainers.msn_arguments import MSNTrainingArguments as MSNTrainingArguments
 from .trainers.msn_trainer import MSNTrainer as MSNTrainer
 from .trainers.paws_arguments import PAWSTrainingArguments as PAWSTrainingArguments

@@ -17,7 +17,7 @@ from ..distributed.local_sgd import LocalSGD
 from ..distributed.overlap_gossip import OverlapGossip
 from ..distributed.slowmo import SlowMo
 from ..trainers.argument_names import in_terms_of
-from ..trainers.callbacks import codistillation, sync
+from ..trainers.callbacks import codistillation, local_update
 
 _CLASSES = {
     cls.__name__: cls
@@ -28,12 +28,12 @@ _CLASSES = {
         LocalSGD,
         OverlapGossip,
         SlowMo,
-        sync.AsyncGossipCallback,
+        local_update.AsyncGossipCallback,
         codistillation.CodistillationCallback,
-        sync.GossipCallback,
-        sync.LocalSGDCallback,
-        sync.OverlapGossipCallback,
-        sync.SlowMoCallback,
+        local_update.GossipCallback,
+        local_update.LocalSGDCallback,
+        local_update.OverlapGossipCallback,
+        local_update.SlowMoCallback,
     )
 }
 

@@ -39,11 +39,6 @@ class CheckpointingTrainer(PushingTrainer):
         """Around what must not count as training time."""
         yield
 
-    def images_per_update(self) -> int:
-        """Images that one optimizer step sees, over all ranks and micro-batches."""
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
     def check_before_saving(self) -> None:
         """Raises where what would be saved is not worth going on from."""
 

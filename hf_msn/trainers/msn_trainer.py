@@ -42,7 +42,8 @@ class MSNTrainer(PretrainingTrainer):
         self._warned_of_collapse = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, sharpen_temperature=self.sharpen_temperature_now())
+        inputs = {**inputs, "sharpen_temperature": self.sharpen_temperature_now()}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if self.model.training:
             target = outputs.target_probabilities
             self._prototypes_used[target.argmax(dim=-1)] = True
@@ -53,7 +54,7 @@ class MSNTrainer(PretrainingTrainer):
                 entropy=outputs.entropy,
                 mean_max_target_probability=target.amax(dim=-1).mean(),
             )
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def ema_momentum_now(self) -> float:
         """Momentum of the target encoder for the next update: a straight line over the stretched horizon."""

@@ -23,9 +23,7 @@ from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
 from .callbacks.dataset_epoch import DatasetEpochCallback
 from .callbacks.non_finite import NonFiniteLossCallback
-from .callbacks.sync_record import record_of
 from .callbacks.throughput import ThroughputCallback, ThroughputProgressCallback
-from .callbacks.trainer_seams import find_sync_callback
 from .checkpointing_trainer import CheckpointingTrainer
 from .checkpoints import CheckpointError
 from .freed_memory import keep_freed_memory
@@ -298,7 +296,8 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     def _note_sync(self) -> None:
         """Keeps how the ranks train together, which the callback forgets at the end."""
-        self.run_record.sync = record_of(find_sync_callback(self))
+        callback = self.per_rank_callback
+        self.run_record.sync = None if callback is None else callback.record()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -21,6 +21,7 @@ from ..hub.upload.repository import HubRepository
 from ..hub.upload.staging import PlannedFile, link_or_copy, stage_checkpoint, stage_resumable
 from .callbacks.low_shot import LowShotCallback
 from .checkpoints import find_config_differences
+from .local_update_mixin import LocalUpdateTrainerMixin
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +29,7 @@ PUSHING_FOLDER = ".pushing"
 LAST_CHECKPOINT = "last-checkpoint"
 
 
-class PushingTrainer(Trainer):
+class PushingTrainer(LocalUpdateTrainerMixin, Trainer):
     """With `push_to_hub`, puts the pretraining model on the Hub as [`publish_checkpoint`] does: the listed files only.
 
     `hub_strategy`: `"end"` pushes when the model is saved at the end; `"every_save"` (the default) each checkpoint's

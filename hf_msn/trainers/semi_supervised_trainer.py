@@ -86,10 +86,6 @@ class SemiSupervisedTrainer(PretrainingTrainer):
                 start_step=start_step,
             )
 
-    def support_ranks(self) -> tuple[int, int]:
-        """This rank's place among those that share a support, and their number."""
-        return self.args.process_index, self.args.world_size
-
     def train(self, *args, **kwargs):
         """As [`PretrainingTrainer.train`]; says in one line what the support is."""
         if self.is_world_process_zero():
@@ -135,10 +131,10 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         if not model.training and "support_pixel_values" not in inputs and self.needs_support():
             # a loss on other images, by one fixed support
             inputs = {**inputs, **self._support_for_evaluation()}
-        outputs = model(**inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training:
             self.record(**self.values_to_log(outputs))
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def values_to_log(self, outputs) -> dict[str, torch.Tensor]:
         """Scalars of a forward pass whose means are logged: the parts of the loss, to which methods add."""

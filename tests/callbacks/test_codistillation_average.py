@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from sync_runs import KINDS, Snapshots, image_rows, make_trainer, same, text_rows, weights
+from sync_runs import KINDS, Snapshots, image_rows, same, text_rows, weights
+from sync_runs import make_local_trainer as make_trainer
 
 from hf_msn import CodistillationCallback, PredictionAverage
 from hf_msn.trainers.callbacks.replica_evaluation import names_of_metrics

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, make_trainer, same, watch_batches, weights
+from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, same, watch_batches, weights
+from sync_runs import make_local_trainer as make_trainer
 from test_sync_callbacks import item_losses
 from tiny import tiny_model
 from torch import nn

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from lost_ranks import run_ranks_that_are_left
-from sync_runs import make_trainer
+from sync_runs import make_local_trainer as make_trainer
 from transformers import TrainerCallback
 
 from hf_msn import CodistillationCallback, PeerError

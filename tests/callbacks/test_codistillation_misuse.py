@@ -5,7 +5,8 @@ import semi_supervised_runs
 import short_runs
 import torch.distributed as dist
 from launch import run_ranks
-from sync_runs import image_model, image_rows, make_trainer, same, weights
+from sync_runs import image_model, image_rows, same, weights
+from sync_runs import make_local_trainer as make_trainer
 from torch import nn
 from transformers import TrainerCallback
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from sync_runs import Snapshots, image_model, image_rows, logged, make_trainer, same, watch_batches
+from sync_runs import Snapshots, image_model, image_rows, logged, same, watch_batches
+from sync_runs import make_local_trainer as make_trainer
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import Dataset
 

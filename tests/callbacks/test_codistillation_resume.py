@@ -6,7 +6,8 @@ import pytest
 import short_runs
 import torch
 from launch import run_ranks
-from sync_runs import logged, make_trainer, same, weights
+from sync_runs import logged, same, weights
+from sync_runs import make_local_trainer as make_trainer
 from test_sync_resume import equal
 from transformers import TrainerCallback
 

@@ -1,5 +1,6 @@
 """Codistillation on any Trainer: a callback that adds the replicas' distance to the loss."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import logging
 
 from ...distributed.codistillation import Codistillation
@@ -15,24 +16,27 @@ from ...distributed.collectives import group_scope, rank, world_size
 from ...distributed.falling_weight_decay import FallingWeightDecay
 from ...distributed.subgroups import subgroup
 from .codistillation_rules import check_averageable, check_codistillation
+from .local_update import PerRankCallback, set_arguments
 from .lost_replicas import name_lost_replica
 from .replica_data import rows_shared_by
 from .replica_evaluation import ReplicaEvaluation
 from .replica_predictions import forward_for, initialize_anew, mask_for, origin_of, predictions_for
 from .replica_publishing import check_metric, publish
-from .sync import set_arguments
-from .sync_checkpoints import load_rank, restore, save_rank, settings_of
-from .trainer_seams import SyncCallback, find_sync_callback, open_replica_seams, open_seams, too_many
+from .sync_record import readable
 
 logger = logging.get_logger(__name__)
 
 
-class CodistillationCallback(SyncCallback, TrainerCallback):
-    """Trains by [`Codistillation`] on any `transformers.Trainer`: the ranks are replicas that teach one another.
+class CodistillationCallback(PerRankCallback):
+    """Trains by [`Codistillation`] on a Trainer with [`LocalUpdateTrainerMixin`]: replicas teach one another.
 
     Example:
 
     ```python
+    class CodistillationTrainer(LocalUpdateTrainerMixin, Trainer):
+        pass
+
+    trainer = CodistillationTrainer(...)
     trainer.add_callback(CodistillationCallback(trainer, exchange="checkpoints", exchange_every=2500))
     trainer.train()
     ```
@@ -65,7 +69,7 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
     `sync_seconds_waiting`.
 
     Args:
-        trainer (`Trainer`): The trainer that the callback is added to.
+        trainer (`Trainer`): The trainer that the callback is added to, with [`LocalUpdateTrainerMixin`].
         exchange (`str`, *optional*, defaults to `"predictions"`): `"predictions"` or `"checkpoints"`.
         same_batch (`bool`, *optional*): Give all replicas the same batches; by default with predictions only. With
             predictions `False` means that you do it.
@@ -90,6 +94,8 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         TypeError: If the trainer shards the model.
     """
 
+    saves_model_of_each_rank = True
+
     def __init__(
         self,
         trainer: Trainer,
@@ -105,17 +111,24 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         mask: Callable[[Any], torch.Tensor] | None = None,
         **settings: Any,
     ):
-        self.trainer, self.settings = trainer, {"exchange": exchange, **settings}
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"`trainer` must be the Trainer that the callback is added to, but is a {type(trainer).__name__}. "
+                "Build that first: `trainer.add_callback(CodistillationCallback(trainer))`."
+            )
+        super().__init__(trainer)
+        if not hasattr(type(trainer), "per_rank_callback"):
+            raise TypeError(
+                "`trainer` must have the LocalUpdateTrainerMixin, through which the callback adds to the loss, but "
+                f"{type(trainer).__name__} has not. Define `class MyTrainer(LocalUpdateTrainerMixin, "
+                f"{type(trainer).__name__})`."
+            )
+        self.settings = {"exchange": exchange, **settings}
         self.same_batch = exchange == "predictions" if same_batch is None else same_batch
         self.inner_size, self.initialization, self.reinitialize = inner_size, initialization, reinitialize
         self.falling_weight_decay, self.publish = falling_weight_decay, publish
         self.log_parameter_distance, self.mask = log_parameter_distance, mask
-        self.sync: Codistillation | None = None
-        self.checkpoint: str | None = None
         self._initialized = False
-        present = find_sync_callback(trainer)
-        if present is not None:
-            raise too_many(present, self)
         check_codistillation(self)
         if self.settings.get("predictions") is None:
             self.settings["predictions"] = predictions_for(trainer.model)
@@ -123,8 +136,6 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
             self.settings["forward"] = forward_for(trainer.model)
         Codistillation(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0), **self._core_settings(1))
         set_arguments(trainer)
-        open_seams(trainer)
-        open_replica_seams(trainer)
         self._clear()
 
     # The ranks
@@ -168,28 +179,47 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         self._evaluation_loaders: dict[str, Any] = {}
         self._is_output_checked = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if find_sync_callback(self.trainer) is not self:
-            raise ValueError(
-                "A CodistillationCallback must be added to the trainer that it was built with, but is on another one. "
-                "Build it with this one: `trainer.add_callback(CodistillationCallback(trainer))`."
-            )
+    def begin(self) -> None:
         self._clear()
         check_metric(self)
+
+    def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Codistillation:
         group, inner_group = self._groups()
-        settings = {**self._core_settings(max(state.max_steps, 1)), "group": group, "inner_group": inner_group}
-        sync = Codistillation(self.trainer.model_wrapped, self.trainer.optimizer, **settings)
-        saved = None if self.checkpoint is None else load_rank(self.trainer, sync, self.checkpoint)
-        if saved is not None:
-            restore(self.trainer, sync, saved)
-        else:
-            sync.steps = state.global_step
-            if self.checkpoint is None and not self._initialized:
-                self._initialize()
+        settings = self._core_settings(max(self.trainer.state.max_steps, 1))
+        return Codistillation(model, optimizer, **{**settings, "group": group, "inner_group": inner_group})
+
+    def settings_of(self, sync: Codistillation) -> dict[str, str]:
+        distance = {name: repr(value) for name, value in vars(sync.distance).items()}
+        return {"method": "Codistillation", **sync.settings.described(), **distance}
+
+    def record(self) -> dict[str, Any] | None:
+        if self.sync is None:
+            return None
+        sync, of_one_exchange = (
+            self.sync,
+            {"checkpoints": ("exchange_every", "transfer_steps"), "predictions": ("check_every",)},
+        )
+        others = next(names for exchange, names in of_one_exchange.items() if exchange != sync.settings.exchange)
+        own = {name: value for name, value in dataclasses.asdict(sync.settings).items() if name not in others}
+        schedule = self.settings.get("weight_decay_schedule")
+        if self.falling_weight_decay or isinstance(schedule, FallingWeightDecay):
+            schedule = "falling"
+        values = {
+            "replicas": self.num_replicas,
+            "ranks_per_replica": self._inner_place()[0],
+            "same_batch": self.same_batch,
+            "initialization": self.initialization,
+            "publish": self.publish,
+            **own,
+            **vars(sync.distance),
+            "weight_decay_schedule": schedule,
+        }
+        return {"method": "Codistillation", **readable(values)}
+
+    def initialize(self) -> None:
+        if not self._initialized:
+            self._initialize()
         self._initialized = True
-        if state.is_world_process_zero:
-            print(self.describe(sync), flush=True)
-        self.sync = sync.start()
 
     def _initialize(self) -> None:
         """Gives each replica but the first parameters of its own, the same on all of its ranks."""
@@ -214,7 +244,7 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
     def describe(self, sync: Codistillation) -> str:
         """What is done, in one line."""
         size, replicas = self._inner_place()[0], self.num_replicas
-        shown = {name: value for name, value in settings_of(sync).items() if value != "None"}
+        shown = {name: value for name, value in self.settings_of(sync).items() if value != "None"}
         method = shown.pop("method")
         if not callable(sync.settings.alpha):
             shown["alpha"] = repr(sync.settings.alpha)
@@ -227,20 +257,6 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         )
         of = f"{replicas} replica{'s' if replicas > 1 else ''} of {size} rank{'s' if size > 1 else ''}"
         return f"{method} of {of}: {', '.join(f'{name}={value}' for name, value in shown.items())}. {data}"
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.sync is None:
-            raise RuntimeError(
-                "CodistillationCallback must be on its trainer when the training begins, but was added after. Add it "
-                "before `trainer.train()`."
-            )
-        self.sync.step()
-
-    def bring_to_consensus(self) -> None:
-        """Nothing: replicas are evaluated and saved as they are."""
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.finish()
 
     def finish(self, error: BaseException | None = None) -> None:
         """Publishes a replica and stops, if it still runs; `error` is what ended the training early."""
@@ -309,21 +325,21 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         told = getattr(self.trainer, "loss_is_scaled_for_ga", None)
         return told if told is not None else self.trainer.model_accepts_loss_kwargs and items is not None
 
-    def make_train_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    def get_train_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """The loader of the training, over the ranks that share its rows."""
         if not self.same_batch or self.num_replicas == 1:
             return original(*args, **kwargs)
         with rows_shared_by(self.trainer, *self._inner_place(), {}):
             return original(*args, **kwargs)
 
-    def make_evaluation_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """A loader of all rows while the ranks hold different models."""
         if self.sync is None or self.num_replicas == 1:
             return original(*args, **kwargs)
         with rows_shared_by(self.trainer, 1, 0, self._evaluation_loaders):
             return original(*args, **kwargs)
 
-    def evaluate(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Each replica's own evaluation."""
         if self.sync is None:
             return original(*args, **kwargs)
@@ -365,8 +381,3 @@ class CodistillationCallback(SyncCallback, TrainerCallback):
         if self.log_parameter_distance:
             logs["codistillation_parameter_distance"] = self.sync.parameter_distance()
         return logs
-
-    def save(self, folder: str) -> None:
-        """Adds this rank's file to a checkpoint."""
-        if self.sync is not None:
-            save_rank(self.trainer, self.sync, folder)

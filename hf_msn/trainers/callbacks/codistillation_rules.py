@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ...distributed.collectives import world_size
 from ...distributed.replicas.peer_checkpoints import logits_of
@@ -13,7 +13,6 @@ from ...models.modeling_msn import MSNForPreTraining
 from ...models.modeling_paws import PAWSForPreTraining
 from ...models.modeling_suncet import SuNCEtForPreTraining
 from .replica_publishing import metric_to_compare
-from .sync import refuse_unsupported
 
 if TYPE_CHECKING:
     from .codistillation import CodistillationCallback
@@ -26,13 +25,7 @@ def check_codistillation(callback: CodistillationCallback) -> None:
         ValueError, TypeError: See [`CodistillationCallback`].
     """
     trainer = callback.trainer
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"`trainer` must be the Trainer that the callback is added to, but is a {type(trainer).__name__}. Build "
-            "that first: `trainer.add_callback(CodistillationCallback(trainer))`."
-        )
     args = trainer.args
-    refuse_unsupported(trainer)
     _check_types(callback)
     for name, value, choices in (
         ("initialization", callback.initialization, ("own", "same")),

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from transformers import Trainer, TrainerCallback
 
 from ...checks import check_integer
-from .trainer_seams import bring_to_consensus, evaluation_scope
+from .local_update import bring_to_consensus, evaluation_scope
 
 
 class LowShotCallback(TrainerCallback):

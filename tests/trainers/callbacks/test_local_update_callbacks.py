@@ -1,4 +1,4 @@
-"""Sync callbacks on real trainers and ranks, against loops over the papers' equations in float64."""
+"""Callbacks for local training on real trainers and ranks, against float64 loops over the equations."""
 
 import pytest
 import semi_supervised_runs
@@ -6,10 +6,11 @@ import short_runs
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from sync_runs import KINDS, Snapshots, logged, make_trainer, same, watch_batches, weights
+from sync_runs import KINDS, Snapshots, logged, make_local_trainer, make_trainer, same, watch_batches, weights
 from transformers import TrainerCallback
 
 from hf_msn import LocalSGDCallback, LowShotCallback, SlowMoCallback
+from hf_msn.distributed.local_update import LocalUpdate
 
 METHODS = {
     "local": (LocalSGDCallback, {"sync_every": 3}),
@@ -17,8 +18,8 @@ METHODS = {
 }
 CASES = {
     "image": ("image", {"max_grad_norm": 0.5, "learning_rate": 0.02}),
-    # transformers takes the loss of a text in float32, of whose noise Adam would make whole steps.
-    # Without clipping: it would hide by how many tokens the loss of a rank is divided.
+    # SGD, because transformers computes the loss of a text in float32, and Adam turns its noise into whole steps.
+    # No clipping, which would hide the number of tokens by which the loss of a rank is divided.
     "text": ("text", {"max_grad_norm": 0.0, "learning_rate": 0.5, "gradient_accumulation_steps": 2, "optim": "sgd"}),
 }
 TOLERANCES = {"image": {"rtol": 1e-9, "atol": 1e-11}, "text": {"rtol": 1e-5, "atol": 1e-7}}
@@ -37,7 +38,7 @@ def _train_all(rank, folder):
 
 
 def item_losses(model, batch) -> torch.Tensor:
-    """The cross-entropy of each label that counts."""
+    """Return the cross-entropy of each label that is not -100."""
     if "pixel_values" in batch:
         return F.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"], reduction="none")
     logits, labels = model(batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
@@ -45,7 +46,7 @@ def item_losses(model, batch) -> torch.Tensor:
 
 
 def by_hand(case: str, method: str, batches: list[list[dict]]) -> dict[str, torch.Tensor]:
-    """Each rank for itself; the mean before the evaluation at 4; outer steps at 3, 6 and at the end."""
+    """Return the final state: local steps, a mean before the evaluation at 4, outer steps at 3, 6 and the end."""
     kind, arguments = CASES[case]
     _, settings = METHODS[method]
     accumulated, num_steps, rate = arguments.get("gradient_accumulation_steps", 1), 8, arguments["learning_rate"]
@@ -91,8 +92,9 @@ def by_hand(case: str, method: str, batches: list[list[dict]]) -> dict[str, torc
     return models[0].state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_on_a_trainer_each_rank_trains_alone_and_meets_the_others_as_the_equations_say(tmp_path):
+def test_local_training_on_a_trainer_follows_the_equations(tmp_path):
     results = run_ranks(_train_all, 2, str(tmp_path))
     for key in results[0]:
         batches = [result[key][0] for result in results]
@@ -102,9 +104,7 @@ def test_on_a_trainer_each_rank_trains_alone_and_meets_the_others_as_the_equatio
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, **TOLERANCES[key[0]])
         rates = results[0][key][2]
-        assert rates[8] == pytest.approx(
-            CASES[key[0]][1]["learning_rate"] / 8
-        )  # the last update; the schedule then stands at 0
+        assert rates[8] == pytest.approx(CASES[key[0]][1]["learning_rate"] / 8)
 
 
 class SaveLate(TrainerCallback):
@@ -156,10 +156,11 @@ def _consensus(rank, folder):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_are_equal_whenever_the_model_is_evaluated_or_saved_and_come_there_once(tmp_path):
+def test_ranks_are_equal_at_evaluations_and_checkpoints_after_one_consensus_per_update(tmp_path):
     results = run_ranks(_consensus, 2, str(tmp_path))
-    # 32 rows on 2 ranks, 4 a batch: 4 updates an epoch. The end stops once more, after an outer step of its own.
+    # 32 rows, 2 ranks, 4 rows per batch: 4 updates per epoch. The last consensus follows the outer step of `stop`.
     for strategy, synced in (("steps", [3, 4, 5, 6, 8, 8]), ("epoch", [4, 5, 8, 8])):
         first, second = (result[strategy] for result in results)
         assert first[2] == second[2] == synced, strategy
@@ -172,9 +173,9 @@ def test_ranks_are_equal_whenever_the_model_is_evaluated_or_saved_and_come_there
                 assert same(own, other), (strategy, event, step)
         assert len(first[1]) == 2 and all(same(*pair) for pair in zip(first[1], second[1]))
         assert first[3] and second[3] and same(first[4], second[4])
-        if strategy == "steps":  # at the end of an epoch the evaluation of the callback stands for the Trainer's
+        if strategy == "steps":
             (best,) = [own for event, step, own in first[0] if (event, step) == ("save", first[5])]
-            assert same(first[4], best)  # no outer step has changed it since
+            assert same(first[4], best)  # stopped before the best model was loaded
 
 
 class TargetIsOnline(TrainerCallback):
@@ -232,6 +233,7 @@ def _other_trainers(rank, folder):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_any_trainer_trains_locally_and_ends_in_consensus(tmp_path):
     first, second = run_ranks(_other_trainers, 2, str(tmp_path))
@@ -262,44 +264,59 @@ def test_communication_is_logged_with_the_loss(tmp_path):
     num_numbers = sum(p.numel() for p in KINDS["image"][0]().parameters())
     for logs in run_ranks(_log, 2, str(tmp_path), num_numbers):
         sent, waited, distance = logs[False]
-        mean = 8 * num_numbers / 1e6  # a mean over two ranks sends as many bytes as there are, once
+        mean = 8 * num_numbers / 1e6  # on two ranks a mean sends each byte once
         wanted = dict.fromkeys(range(1, 9), 0.0)
-        # A log holds what was sent since the one before: the first comes after the start, the fifth after the
-        # evaluation at 4, which measures the distance and takes the mean.
-        for step in (3, 6):
-            wanted[step] = mean
-        wanted[5] = 2 * mean
-        assert {step: round(value - wanted[step], 3) for step, value in list(sent.items())[1:]} == dict.fromkeys(
-            range(2, 9), 0.0
-        )
+        wanted[3] = wanted[6] = mean  # the first log also has what `start` sent
+        wanted[4] = wanted[8] = 2 * mean  # the consensus distance and the mean before an evaluation
+        assert [round(sent[step] - wanted[step], 3) for step in range(2, 9)] == [0.0] * 7
         assert all(value >= 0 for value in waited.values()) and waited[3] > 0
-        assert sorted(distance) == [4, 8] and min(distance.values()) > 0  # with the evaluation
+        assert sorted(distance) == [4, 8] and min(distance.values()) > 0
         _, _, distance = logs[True]
         assert sorted(distance) == list(range(1, 9))
         assert [step for step, value in distance.items() if value < 1e-12] == [3, 6]
 
 
-def test_one_line_says_what_is_done(tmp_path, capsys):
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(SlowMoCallback(trainer, sync_every=12, slow_momentum=0.6))
-    trainer.train()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SlowMo on 1 rank")]
-    assert len(lines) == 1 and "sync_every=12" in lines[0] and "slow_momentum=0.6" in lines[0]
-
-
-def test_on_one_rank_local_sgd_does_nothing_and_says_so(tmp_path):
+def test_on_one_rank_local_sgd_changes_nothing(tmp_path):
     plain = make_trainer(tmp_path)
     plain.train()
     trainer = make_trainer(tmp_path)
     trainer.add_callback(LocalSGDCallback(trainer, sync_every=3))
-    with pytest.warns(UserWarning, match="one rank only: it trains as without it"):
+    with pytest.warns(UserWarning, match="one rank only"):
         trainer.train()
     assert same(weights(trainer.model), weights(plain.model))
 
 
-def test_slowmo_makes_its_base_from_model_and_optimizer(tmp_path):
-    from hf_msn.distributed.local_update import LocalUpdate
+class EvaluateDirectly(TrainerCallback):
+    """Calls methods of the trainer in the middle of a period, which no event announces."""
 
+    def __init__(self, trainer):
+        self.trainer, self.models = trainer, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in (2, 4):
+            self.trainer.evaluate() if state.global_step == 2 else self.trainer.predict(self.trainer.eval_dataset)
+            self.models.append(weights(model))
+
+
+def _evaluate_directly(rank, folder):
+    found = []
+    for make in (make_local_trainer, make_trainer):
+        trainer = make(folder)
+        trainer.add_callback(SlowMoCallback(trainer, sync_every=5))
+        trainer.add_callback(watch := EvaluateDirectly(trainer))
+        trainer.train()
+        found.append(watch.models)
+    return found
+
+
+@pytest.mark.distributed
+def test_with_the_mixin_a_direct_evaluation_is_at_consensus(tmp_path):
+    (with_mixin, plain), (with_mixin_there, plain_there) = run_ranks(_evaluate_directly, 2, str(tmp_path))
+    assert all(map(same, with_mixin, with_mixin_there))
+    assert not any(map(same, plain, plain_there))
+
+
+def test_slowmo_makes_its_base_from_model_and_optimizer(tmp_path):
     made = []
 
     class Base(LocalUpdate):

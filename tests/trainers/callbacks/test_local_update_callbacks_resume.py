@@ -1,4 +1,4 @@
-"""Checkpoints of ranks that train locally: bit for bit inside a period, and what a broken or foreign one says."""
+"""Resuming ranks that train locally: bit for bit inside a period; broken and foreign checkpoints are refused."""
 
 import shutil
 from pathlib import Path
@@ -14,14 +14,14 @@ from hf_msn.trainers.checkpoints import CheckpointError, find_fault
 
 
 def slowmo_on_msn(folder, **arguments):
-    """AdamW, accumulation; a checkpoint every 3 updates, an outer step every 4."""
+    """Return a trainer with a checkpoint every 3 updates and an outer step every 4."""
     trainer = short_runs.make_trainer(folder, dataset=short_runs.RandomViews(40), save_steps=3, **arguments)
     trainer.add_callback(SlowMoCallback(trainer, sync_every=4, slow_momentum=0.6))
     return trainer
 
 
 def local_sgd_on_images(folder, **arguments):
-    """As above with a plain Trainer, which starts with averaged gradients."""
+    """Return a plain Trainer, whose first step has averaged gradients."""
     trainer = make_trainer(folder, save_strategy="steps", save_steps=3, **arguments)
     trainer.add_callback(LocalSGDCallback(trainer, sync_every=4, sync_start_step=1))
     return trainer
@@ -36,7 +36,7 @@ def _resume(rank, folder):
         whole = make(f"{folder}/{name}_whole", gradient_accumulation_steps=2 if name == "slowmo" else 1)
         whole.train()
         torch.distributed.barrier()
-        if rank == 0:  # what a run leaves that was killed after its sixth update
+        if rank == 0:  # as a run leaves it that was killed after update 6
             shutil.copytree(f"{folder}/{name}_whole/checkpoint-6", f"{folder}/{name}_parts/checkpoint-6")
         torch.distributed.barrier()
         parts = make(f"{folder}/{name}_parts", gradient_accumulation_steps=2 if name == "slowmo" else 1)
@@ -68,9 +68,10 @@ def equal(first, second) -> bool:
     return first == second
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_run_goes_on_bit_for_bit_inside_a_period(tmp_path, num_ranks):
+def test_a_run_resumes_bit_for_bit_inside_a_period(tmp_path, num_ranks):
     results = run_ranks(_resume, num_ranks, str(tmp_path), timeout=120.0)
     for name in RUNS:
         moments = []
@@ -80,15 +81,15 @@ def test_a_run_goes_on_bit_for_bit_inside_a_period(tmp_path, num_ranks):
             assert result["losses"][0] == result["losses"][1] and len(result["losses"][0]) == 8, (name, rank)
             assert equal(*result["own"]), (name, rank)
             moments.append(result["own"][0]["optimizer"])
-        # rank 0's are in optimizer.pt; those of the others are their own
+        # optimizer.pt holds rank 0's
         assert moments[0] is None and (num_ranks == 2 or not equal(moments[1], moments[2])), name
 
 
 def _broken(rank, folder):
-    """What each rank says of a checkpoint of two ranks that was spoilt in several ways."""
+    """Return the error of each way to spoil a checkpoint of two ranks."""
     local_sgd_on_images(f"{folder}/run", max_steps=3).train()
     torch.distributed.barrier()
-    checkpoint, said = Path(folder, "run", "checkpoint-3"), {}
+    checkpoint, errors = Path(folder, "run", "checkpoint-3"), {}
 
     def try_it(name, make, spoil):
         copy = Path(folder, name, "checkpoint-3")
@@ -98,9 +99,9 @@ def _broken(rank, folder):
         torch.distributed.barrier()
         try:
             make(f"{folder}/{name}").train(resume_from_checkpoint=str(copy))
-            said[name] = None
+            errors[name] = None
         except ValueError as error:
-            said[name] = str(error)
+            errors[name] = str(error)
         torch.distributed.barrier()
 
     def with_callback(callback, **settings):
@@ -122,17 +123,18 @@ def _broken(rank, folder):
     try_it("other_method", with_callback(SlowMoCallback, sync_every=4, sync_start_step=1), lambda copy: None)
     try_it("other_setting", with_callback(LocalSGDCallback, sync_every=5, sync_start_step=1), lambda copy: None)
     try_it("none", unchanged, lambda copy: [file.unlink() for file in copy.glob("sync_state_*.pt")])
-    return said
+    return errors
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_a_checkpoint_that_a_rank_cannot_go_on_from_is_refused_by_all_ranks(tmp_path):
-    for said in run_ranks(_broken, 2, str(tmp_path)):
-        assert said["same"] is None and said["none"] is None
-        assert "'sync_state_1.pt', which holds the local training of rank 1, is missing" in said["missing"]
-        assert "'sync_state_1.pt', which holds the local training of rank 1, is damaged" in said["half"]
-        assert "method LocalSGD there, SlowMo here" in said["other_method"]
-        assert "sync_every 4 there, 5 here" in said["other_setting"] and "Give the same" in said["other_setting"]
+def test_a_checkpoint_that_a_rank_cannot_resume_is_refused_by_all_ranks(tmp_path):
+    for errors in run_ranks(_broken, 2, str(tmp_path)):
+        assert errors["same"] is None and errors["none"] is None
+        assert "'sync_state_1.pt'" in errors["missing"] and "is missing" in errors["missing"]
+        assert "'sync_state_1.pt'" in errors["half"] and "is damaged" in errors["half"]
+        assert "method LocalSGD there, SlowMo here" in errors["other_method"]
+        assert "sync_every 4 there, 5 here" in errors["other_setting"]
 
 
 def _train(rank, make, folder, max_steps):
@@ -140,16 +142,15 @@ def _train(rank, make, folder, max_steps):
 
 
 @pytest.mark.distributed
-def test_another_number_of_ranks_starts_from_consensus_and_says_so(tmp_path, caplog):
+def test_another_number_of_ranks_starts_from_consensus_with_a_warning(tmp_path, caplog):
     run_ranks(_train, 2, "slowmo", str(tmp_path / "run"), 6)
     trainer = slowmo_on_msn(tmp_path / "run")
     trainer.train(resume_from_checkpoint=True)
-    lines = [line for line in caplog.messages if "starts anew from the consensus" in line]
-    assert len(lines) == 1 and "saved by 2 ranks and goes on with 1: SlowMo" in lines[0]
+    assert "saved by 2 ranks and goes on with 1: all ranks start from the model" in caplog.text
     assert trainer.state.global_step == 8
 
 
-def test_a_checkpoint_without_local_steps_is_a_start(tmp_path, caplog):
+def test_local_steps_can_start_from_a_checkpoint_without_them(tmp_path, caplog):
     make_trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=6).train()
     trainer = make_trainer(tmp_path, max_steps=8)
     callback = SlowMoCallback(trainer, sync_every=4, sync_start_step=5)
@@ -162,8 +163,17 @@ def test_a_checkpoint_without_local_steps_is_a_start(tmp_path, caplog):
 
     callback.on_optimizer_step = watched
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "was saved without local steps: SlowMo starts from its model" in caplog.text
+    assert "has no 'sync_state_*.pt'" in caplog.text
     assert seen == [(4, 0), (5, 0), (6, 1), (7, 2), (8, 3)]  # `sync_start_step` counts the updates of the whole run
+
+
+def test_a_plain_trainer_finds_the_checkpoint_in_another_folder_if_it_is_named(tmp_path):
+    local_sgd_on_images(tmp_path / "first", max_steps=3).train()
+    local_sgd_on_images(tmp_path / "other", max_steps=3, seed=1).train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-3")
+    with pytest.raises(ValueError, match="other/checkpoint-3"):
+        local_sgd_on_images(tmp_path / "other").train(resume_from_checkpoint=checkpoint)
+    local_sgd_on_images(tmp_path / "third", resume_from_checkpoint=checkpoint).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_broken_file_of_a_rank_makes_a_checkpoint_broken(tmp_path, caplog):

@@ -1,4 +1,6 @@
-"""Short runs of plain Trainers on tiny models, in float64, and what to watch in them."""
+"""Short runs of plain Trainers on tiny models in float64, and callbacks that observe them."""
+
+from functools import partial
 
 import torch
 from transformers import (
@@ -11,6 +13,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_msn import LocalUpdateTrainerMixin
+
 
 def image_rows(count: int = 32) -> list[dict]:
     generator = torch.Generator().manual_seed(1)
@@ -20,13 +24,13 @@ def image_rows(count: int = 32) -> list[dict]:
 
 
 def text_rows(count: int = 32) -> list[dict]:
-    """Sequences of 6 tokens, of which between 1 and 5 count."""
+    """Return sequences of 6 tokens, of which 1 to 5 have a label."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for row in range(count):
         tokens = torch.randint(0, 11, (6,), generator=generator)
         place = torch.arange(6)
-        counts = (place > 0) & (place < row % 5 + 2)  # none predicts the first; not all versions leave it out
+        counts = (place > 0) & (place < row % 5 + 2)  # nothing predicts the first token
         rows.append({"input_ids": tokens, "labels": torch.where(counts, tokens, -100)})
     return rows
 
@@ -59,8 +63,14 @@ def text_model() -> GPT2LMHeadModel:
 KINDS = {"image": (image_model, image_rows), "text": (text_model, text_rows)}
 
 
-def make_trainer(folder, kind: str = "image", model=None, callbacks=None, **arguments) -> Trainer:
-    """AdamW, 4 rows a batch on each rank, 8 updates, learning rate to 0 in a straight line."""
+class LocalTrainer(LocalUpdateTrainerMixin, Trainer):
+    pass
+
+
+def make_trainer(
+    folder, kind: str = "image", model=None, callbacks=None, trainer_class=Trainer, **arguments
+) -> Trainer:
+    """Return a trainer with AdamW: 8 updates of 4 rows per rank, a learning rate that falls linearly to 0."""
     make_model, make_rows = KINDS[kind]
     arguments = {
         "max_steps": 8,
@@ -75,7 +85,7 @@ def make_trainer(folder, kind: str = "image", model=None, callbacks=None, **argu
         **arguments,
     }
     rows = make_rows()
-    return Trainer(
+    return trainer_class(
         model or make_model(),
         TrainingArguments(str(folder), **arguments),
         train_dataset=rows,
@@ -84,12 +94,15 @@ def make_trainer(folder, kind: str = "image", model=None, callbacks=None, **argu
     )
 
 
+make_local_trainer = partial(make_trainer, trainer_class=LocalTrainer)
+
+
 def weights(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 class Snapshots(TrainerCallback):
-    """The weights at events, as (event, step, weights)."""
+    """Collects (event, step, weights)."""
 
     def __init__(self):
         self.taken = []
@@ -111,7 +124,7 @@ class Snapshots(TrainerCallback):
 
 
 def watch_batches(trainer) -> list[dict]:
-    """The inputs of every micro-batch, as they come."""
+    """Return the list to which the trainer adds the inputs of every micro-batch."""
     seen, training_step = [], trainer.training_step
 
     def watched(model, inputs, *args, **kwargs):
@@ -123,7 +136,7 @@ def watch_batches(trainer) -> list[dict]:
 
 
 def same(first: dict, second: dict) -> bool:
-    """Bitwise."""
+    """Return whether two state dicts are bitwise equal."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -1,0 +1,169 @@
+"""`sync_state_<rank>.pt`: the state that each rank adds to a checkpoint, because the Trainer saves rank 0 only."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ...files import whole_file
+
+logger = logging.get_logger(__name__)
+
+
+def sync_state_file(folder: str | Path, rank: int) -> Path:
+    return Path(folder, f"sync_state_{rank}.pt")
+
+
+def save_rank_state(
+    trainer: Trainer, sync: Any, settings: dict[str, str], folder: str | Path, with_model: bool
+) -> None:
+    """Write the state of this rank.
+
+    Args:
+        sync: The sync object; it has `state_dict()`.
+        settings (`dict[str, str]`): A resumed run must have the same.
+        with_model (`bool`): Save the model of ranks > 0, which differs from the one that the Trainer saves.
+    """
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    rank = trainer.args.process_index
+    state = {
+        "world_size": trainer.args.world_size,
+        "global_step": trainer.state.global_step,
+        "settings": settings,
+        "sync": sync.state_dict(),
+        "model": trainer.model.state_dict() if rank > 0 and with_model else None,
+        "optimizer": trainer.optimizer.state_dict() if rank > 0 else None,  # optimizer.pt is rank 0's
+        "lr_scheduler": trainer.lr_scheduler.state_dict(),  # a scaler may have skipped steps on this rank only
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    with whole_file(sync_state_file(folder, rank), overwrite=True) as path:
+        torch.save(state, path)
+
+
+def load_rank_state(trainer: Trainer, settings: dict[str, str], checkpoint: str | Path) -> dict[str, Any] | None:
+    """Read the state of this rank. Every rank must call it.
+
+    Returns:
+        `dict` or `None`: `None` on all ranks, with a warning, if the checkpoint has no such states or those of
+        another number of ranks.
+
+    Raises:
+        ValueError: On all ranks, if the state of a rank is missing or damaged, or was saved with other settings.
+    """
+    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    state, report = _read(checkpoint, rank)
+    reports = _gather(report, world_size)
+    saved = {entry["world_size"] for entry in reports} - {None}
+    remedy = "or delete its 'sync_state_*.pt' to start from the model that it holds"
+    if not any(entry["found"] for entry in reports):
+        _warn(trainer, f"'{checkpoint}' has no 'sync_state_*.pt': the ranks start from its model.")
+        return None
+    if saved and saved != {world_size}:
+        _warn(
+            trainer,
+            f"'{checkpoint}' was saved by {max(saved)} ranks and goes on with {world_size}: all ranks start from the "
+            "model that it holds, with the optimizer state of rank 0.",
+        )
+        return None
+    for place, entry in enumerate(reports):
+        if entry["damage"]:
+            raise ValueError(
+                f"Cannot resume from '{checkpoint}': '{sync_state_file('', place)}', the state of rank {place}, "
+                f"{entry['damage']}. Choose another checkpoint, {remedy}."
+            )
+    for entry in reports:
+        there = entry["settings"]
+        differing = [
+            f"{name} {there.get(name, 'not there')} there, {settings.get(name, 'not there')} here"
+            for name in {**there, **settings}
+            if there.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"'{checkpoint}' must be resumed with the method and settings that it was saved with, but has "
+                f"{', '.join(differing)}. Set the same, {remedy}."
+            )
+    return state
+
+
+def restore_rank_state(trainer: Trainer, sync: Any, state: dict[str, Any]) -> None:
+    """Load the state of this rank into its sync object, optimizer, schedule, gradient scaler and model."""
+    if state["model"] is not None:
+        trainer.model.load_state_dict(state["model"])
+    if state["optimizer"] is not None:
+        trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if state["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    sync.load_state_dict(state["sync"])
+
+
+def load_renamed_weights(trainer: Trainer, checkpoint: str | Path) -> None:
+    """Load the weights that `transformers.Trainer` skips because the checkpoint has them under other names.
+
+    `save_pretrained` writes the names of earlier versions for some models, ViT among them, and only `from_pretrained`
+    maps them.
+    """
+    model = trainer.model
+    if (
+        isinstance(model, PreTrainedModel)
+        and type(trainer)._load_from_checkpoint is Trainer._load_from_checkpoint
+        and not {name for name, _ in _saved_weights(checkpoint)} <= set(model.state_dict())
+    ):
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+
+
+def has_weights_of(checkpoint: str | Path, model: torch.nn.Module) -> bool:
+    """Return whether the weights of `model` are those of a checkpoint, as far as their names are the same."""
+    own = model.state_dict()
+    return all(
+        torch.equal(read(name).to(own[name].dtype), own[name].cpu())
+        for name, read in _saved_weights(checkpoint)
+        if name in own
+    )
+
+
+def _saved_weights(checkpoint: str | Path) -> Iterator[tuple[str, Callable[[str], torch.Tensor]]]:
+    """Yield each name of a weight, and the function that reads it."""
+    for file in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (not a dict)
+                yield name, weights.get_tensor
+
+
+def _read(checkpoint: str | Path, rank: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return the state of a rank, and a report of it for the other ranks."""
+    own, others = sync_state_file(checkpoint, rank), sorted(Path(checkpoint).glob("sync_state_*.pt"))
+    report: dict[str, Any] = {"found": bool(others), "world_size": None, "settings": {}, "damage": "is missing"}
+    if own.is_file():
+        try:
+            state = torch.load(own, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has many ways to fail on half a file
+            return None, {**report, "damage": f"is damaged ({str(error).splitlines()[0]})"}
+        return state, {**report, "world_size": state["world_size"], "settings": state["settings"], "damage": None}
+    if others:
+        try:
+            report["world_size"] = torch.load(others[0], map_location="cpu", mmap=True, weights_only=True)[
+                "world_size"
+            ]
+        except Exception:  # reported by the rank that it belongs to
+            return None, report
+    return None, report
+
+
+def _gather(report: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    if world_size == 1:
+        return [report]
+    reports: list = [None] * world_size
+    dist.all_gather_object(reports, report)
+    return reports
+
+
+def _warn(trainer: Trainer, line: str) -> None:
+    if trainer.is_world_process_zero():
+        logger.warning(line)
