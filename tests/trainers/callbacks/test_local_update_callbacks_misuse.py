@@ -69,13 +69,13 @@ def test_a_callback_of_another_trainer_or_added_too_late_is_refused(tmp_path, ca
                 trainer.add_callback(callback(trainer))
 
     trainer.add_callback(AddLate())
-    with pytest.raises(RuntimeError, match="before `trainer.train"):
+    with pytest.raises(RuntimeError, match="before"):
         trainer.train()
 
 
 def _on_two_ranks(rank, folder):
     paws = semi_supervised_runs.make_run(f"{folder}/paws", global_support_classes=2)
-    with pytest.raises(ValueError, match="`support_shard`.*'classes'"):
+    with pytest.raises(ValueError, match=r"`support_shard`.*'classes'"):
         SlowMoCallback(paws)
     default, asked = make_trainer(folder), make_trainer(folder, ddp_find_unused_parameters=True)
     LocalSGDCallback(default)
