@@ -1,5 +1,6 @@
-from .cli.recipe_parsing import parse_recipe as parse_recipe
-from .cli.recipe_parsing import read_recipe as read_recipe
+from .cli.finetune import parse_finetuning_recipe as parse_finetuning_recipe
+from .cli.pretrain import parse_recipe as parse_recipe
+from .cli.pretrain import read_recipe as read_recipe
 from .data.collators import MultiViewCollator as MultiViewCollator
 from .data.datasets import (
     MultiViewDataset as MultiViewDataset,
@@ -68,7 +69,6 @@ from .finetuning.arguments import (
 from .finetuning.arguments import (
     SuNCEtFinetuningArguments as SuNCEtFinetuningArguments,
 )
-from .finetuning.parsing import parse_finetuning_recipe as parse_finetuning_recipe
 from .finetuning.result import FinetuningResult as FinetuningResult
 from .finetuning.tuning import finetune_classifier as finetune_classifier
 from .finetuning.tuning import finetune_suncet as finetune_suncet

@@ -1,4 +1,4 @@
-"""Batches of labelled images, each a function of seed and epoch, shared out over the ranks."""
+"""Batches of labelled images: functions of seed and epoch, distributed over the ranks."""
 
 import math
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ _STREAM = 3
 
 
 class LabelledBatches(torch.utils.data.Sampler[list[SupportKey]]):
-    """Every labelled image once an epoch, in batches whose sizes differ by one at most: keys of a [`SupportDataset`].
+    """Keys of a [`SupportDataset`]: every labelled image once per epoch, in batches whose sizes differ by at most one.
 
-    The order is a function of (`seed`, epoch) alone, and the ranks together see the batch that one would see alone. A
-    batch that they cannot share out evenly is filled up from its own beginning.
+    The order depends on (`seed`, epoch) alone, and the batches of all ranks together are those of one rank. A batch
+    that cannot be distributed evenly is filled up from its own first images.
 
     Args:
         num_images (`int`): Labelled images.
@@ -48,14 +48,14 @@ class LabelledBatches(torch.utils.data.Sampler[list[SupportKey]]):
 
 
 class EpochSupports(SupportBatches):
-    """The supports of an epoch, where those of the epoch before ended."""
+    """Supports that continue from epoch to epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.start_step = epoch * len(self.sampler)
 
 
 class ClassifierCollator:
-    """Stacks labelled images into the batch of a classification model: `pixel_values`, and `labels`, its outputs.
+    """Stack labelled images into the batch of a classification model: `pixel_values (B, C, H, W)`, `labels (B,)`.
 
     Args:
         classes (`numpy.ndarray`): The class numbers, ascending, (C,): output j is class `classes[j]`.
@@ -73,13 +73,13 @@ class ClassifierCollator:
 def classifier_loader(
     support: SupportDataset, classes: np.ndarray, args: ClassifierFinetuningArguments
 ) -> torch.utils.data.DataLoader:
-    """The loader of this rank's batches, one view of each labelled image; `batch_sampler.set_epoch` moves it on."""
+    """Return the loader of this rank's batches, one view of each image; `batch_sampler.set_epoch` sets the epoch."""
     micro_batch = args.global_batch_size // args.gradient_accumulation_steps
     return _loader(support, LabelledBatches(len(support), micro_batch, args.seed), ClassifierCollator(classes), args)
 
 
 def suncet_loader(support: SupportDataset, args: SuNCEtFinetuningArguments) -> torch.utils.data.DataLoader:
-    """The loader of this rank's part of the supports; an epoch draws at least as many images as are labelled."""
+    """Return the loader of this rank's part of the supports; an epoch draws at least the number of labelled images."""
     num_classes = args.global_support_classes or len(np.unique(support.labels))
     with in_terms_of(SUPPORT_FIELDS):
         sampler = ClassStratifiedSampler(
@@ -100,6 +100,6 @@ def _loader(support, batches, collator, args) -> torch.utils.data.DataLoader:
         num_workers=args.dataloader_num_workers,
         collate_fn=collator,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        # a loader takes its workers' seed from torch's generator, and would move what the run draws next
+        # without one, a loader draws its workers' seed from torch's global generator, and changes the draws after it
         generator=torch.Generator().manual_seed(args.seed),
     )

@@ -1,8 +1,7 @@
-"""What fine-tuning found: the model of the best epoch, how it was chosen, and both in files."""
+"""The result of fine-tuning: the model of the best epoch, and how it was chosen."""
 
-import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from ..distributed.collectives import is_distributed, rank
 from ..evaluation.backbones import evaluated_module, weights_sha256
 from ..evaluation.labels import check_every_class_is_learnt, common_class_names
 from ..evaluation.weights_hash import file_sha256
+from ..files import write_json
 from ..hub.run_record import describe_data, describe_hardware, write_run
-from ..trainers.checkpoints import STAGING_FOLDER
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import FinetuningArguments
 
@@ -32,20 +31,20 @@ class FinetuningResult:
     """A fine-tuned model, and how its epoch was chosen.
 
     Attributes:
-        model (`PreTrainedModel`): With the weights of the best epoch, in evaluation mode; or trained anew on all
-            labelled images, with `refit`.
+        model (`PreTrainedModel`): The model of the best epoch, in evaluation mode; with `refit`, trained again on all
+            labelled images.
         head (`str`): "linear" or "suncet".
-        best_epoch (`int`): Epochs that its weights were trained for.
-        accuracy_by_epoch (`dict[int, dict[str, float]]`): On the held-out images in percent, by epochs done. A
-            classifier has "top1"; SuNCEt has "projection", which decides, and "backbone".
-        trained_rows, held_out_rows (`numpy.ndarray`): The rows that the model was trained on, and those that chose
-            the epoch. They overlap with `refit` alone.
+        best_epoch (`int`): The epochs of its training.
+        accuracy_by_epoch (`dict[int, dict[str, float]]`): On the held-out images in percent, by the number of
+            finished epochs. A classifier has "top1"; SuNCEt has "projection", which decides, and "backbone".
+        trained_rows, held_out_rows (`numpy.ndarray`): The training rows, and the rows that chose the epoch. They
+            overlap only with `refit`.
         classes (`numpy.ndarray`): Class numbers, ascending: output j of a classifier is class `classes[j]`.
         class_names (`list[str]`, *optional*): Names by class number.
-        image_processor (`BaseImageProcessor`): Of the evaluation.
+        image_processor (`BaseImageProcessor`): The image processor of the evaluation.
         test_accuracy (`dict[str, float]`, *optional*): Result of [`~FinetuningResult.test`].
-        test_data (`dict[str, Any]`, *optional*): Name, split and fingerprint of the images that it was measured on.
-        run (`dict[str, Any]`): What else is known of the training, for `run.json`: start, wall time, recipe.
+        test_data (`dict[str, Any]`, *optional*): Name, split and fingerprint of the test images.
+        run (`dict[str, Any]`): Further entries of `run.json`: start, wall time, recipe.
     """
 
     model: PreTrainedModel
@@ -68,20 +67,20 @@ class FinetuningResult:
 
     @property
     def validation_accuracy(self) -> float | None:
-        """Accuracy of the best epoch on the held-out labelled images, in percent; `None` if none were held out.
+        """Accuracy of the best epoch on the held-out labelled images, in percent; `None` without such images.
 
-        It chose the epoch, so it is no measure of new images; less so after a pretraining that had these labels too.
+        It chose the epoch, so it is an optimistic measure, more so after a pretraining with the same labels.
         """
         accuracies = self.accuracy_by_epoch.get(self.best_epoch)
         return None if accuracies is None else next(iter(accuracies.values()))
 
     def test(self, dataset: datasets.Dataset) -> dict[str, float]:
-        """Measures the model on other labelled images, once all is chosen; on several ranks all must call it.
+        """Measure the model on other labelled images. Every rank must call it.
 
-        SuNCEt classifies by all labelled images, the held-out ones too.
+        SuNCEt classifies by all labelled images, including the held-out ones.
 
         Raises:
-            ValueError: An image without label, other class names, or a class that training does not have.
+            ValueError: If an image has no label, or the data has other class names or a class that training lacks.
         """
         common_class_names(self.labelled, dataset)
         labels = class_numbers(dataset)
@@ -91,7 +90,7 @@ class FinetuningResult:
         return self.test_accuracy
 
     def to_dict(self) -> dict[str, Any]:
-        """What `finetune.json` holds."""
+        """Return the content of `finetune.json`."""
         return {
             "format": RESULT_FORMAT,
             "weights_sha256": weights_sha256(evaluated_module(self.model)[0]),
@@ -116,10 +115,10 @@ class FinetuningResult:
         }
 
     def save(self, output_dir: str | os.PathLike) -> None:
-        """Writes the model, its image processor, `labelled_images.json` and, last, `finetune.json`.
+        """Write the model, its image processor, `labelled_images.json`, `run.json` and, last, `finetune.json`.
 
-        Everything is written beside and then renamed: a file is whole or not there, and a folder with `finetune.json`
-        is complete. On several ranks all must call it; the first one writes.
+        Files are written to a temporary folder and then moved: each is whole or missing, and a folder with
+        `finetune.json` is complete. Every rank must call it; rank 0 writes.
         """
         if rank() == 0:
             self._write(Path(output_dir))
@@ -127,7 +126,7 @@ class FinetuningResult:
             dist.barrier()
 
     def describe(self) -> str:
-        """The outcome in a line or two."""
+        """Return a summary of one or two lines."""
         if self.validation_accuracy is None:
             lines = [f"Epoch {self.best_epoch}, the last, on {len(self.trained_rows)} labelled images, none held out."]
         else:
@@ -154,22 +153,18 @@ class FinetuningResult:
         }
 
     def _write(self, folder: Path) -> None:
-        staging = folder / STAGING_FOLDER
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed run
-        staging.mkdir(parents=True)
-        try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as staging:
+            staging = Path(staging)
             self.model.save_pretrained(staging)
             self.image_processor.save_pretrained(staging)
             rows = np.union1d(self.trained_rows, self.held_out_rows)
             labelled = {"rows": rows.tolist(), "labels": self.labels.tolist(), "class_names": self.class_names}
-            (staging / LABELLED_IMAGES_FILE).write_text(json.dumps(labelled) + "\n", encoding="utf-8")
+            write_json(staging / LABELLED_IMAGES_FILE, labelled)
             write_run(staging, self._describe_run())
-            # the hash of the encoder is the same for any head on it, that of the files is not
+            # the hash of the encoder is the same for every head on it, that of the files is not
             files = {file.name: file_sha256(file) for file in sorted(staging.glob("*.safetensors"))}
-            result = staging / RESULT_FILE
-            result.write_text(json.dumps({**self.to_dict(), "files": files}, indent=2) + "\n", encoding="utf-8")
-            (folder / RESULT_FILE).unlink(missing_ok=True)  # it would speak of another model
+            write_json(staging / RESULT_FILE, {**self.to_dict(), "files": files})
+            (folder / RESULT_FILE).unlink(missing_ok=True)  # it describes another model
             for file in sorted(staging.iterdir(), key=lambda file: file.name == RESULT_FILE):
                 os.replace(file, folder / file.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)

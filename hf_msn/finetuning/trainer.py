@@ -16,13 +16,13 @@ from .arguments import FinetuningArguments
 
 
 class FinetuningTrainer(Trainer):
-    """Trains on the batches of a loader that is shared out over the ranks already; `model(**batch).loss` is the loss.
+    """Train on the batches of a loader that distributes them over the ranks; the loss is `model(**batch).loss`.
 
     Args:
         model (`PreTrainedModel`): Encoder and head.
         args ([`FinetuningArguments`]): What changes over training.
-        loader (`torch.utils.data.DataLoader`): Of [`classifier_loader`] or [`suncet_loader`].
-        encoder (`nn.Module`): The part of `model` that `freeze_encoder` leaves as it is.
+        loader (`torch.utils.data.DataLoader`): From [`classifier_loader`] or [`suncet_loader`].
+        head (`Callable[[PreTrainedModel], nn.Module]`): Return the part of a model that trains with `freeze_encoder`.
     """
 
     args: FinetuningArguments
@@ -32,14 +32,15 @@ class FinetuningTrainer(Trainer):
         model: PreTrainedModel,
         args: FinetuningArguments,
         loader: torch.utils.data.DataLoader,
-        encoder: Callable[[PreTrainedModel], nn.Module],
+        head: Callable[[PreTrainedModel], nn.Module],
     ):
         if args.world_size > 1:
-            # else the running means of the ranks would differ, and with them what the ranks measure
+            # else the running means of the ranks would differ, and with them their accuracies
             model = synchronize_batch_norm(model, args.device)
-        self.frozen = encoder(model) if args.freeze_encoder else None
-        if self.frozen is not None:
-            self.frozen.requires_grad_(False)
+        self._head = head(model) if args.freeze_encoder else None
+        if self._head is not None:
+            model.requires_grad_(False)
+            self._head.requires_grad_(True)
         super().__init__(model=model, args=args, train_dataset=loader.dataset)
         self._loader = loader
         self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
@@ -49,13 +50,13 @@ class FinetuningTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing: what is pushed is the result, not the Trainer's model of the last epoch."""
+        """Do nothing: the result is pushed, not the model of the last epoch."""
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return self._loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with weight decay: all but biases and norms (any 1-D tensor)."""
+        """Return the names of the parameters with weight decay: all but biases and norms (any 1-D tensor)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -66,7 +67,7 @@ class FinetuningTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: FinetuningArguments, model: nn.Module | None = None):
-        """LARS where `use_lars` asks for it, SGD with Nesterov momentum for "sgd", else what `optim` names."""
+        """Return LARS with `use_lars`, SGD with Nesterov momentum for "sgd", else the optimizer that `optim` names."""
         if args.use_lars:
             settings = {"momentum": args.momentum, "trust_coeff": args.lars_trust_coefficient}
             return LARS, {"lr": args.learning_rate, **settings}
@@ -76,14 +77,15 @@ class FinetuningTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.frozen is not None:
-            self.frozen.eval()  # the running means of batch normalisation stay too, and nothing is dropped
+        if self._head is not None:  # running means of batch normalisation stay too, and nothing is dropped
+            self.model.eval()
+            self._head.train()
         outputs = model(**inputs)
         self.all_finite &= torch.isfinite(outputs.loss.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def check_finite(self) -> None:
-        """Raises where a loss was NaN or infinite on any rank; every rank must call it."""
+        """Raise if a loss was NaN or infinite on any rank. Every rank must call it."""
         if all_reduce_sum((~self.all_finite).float()) > 0:
             raise NonFiniteLossError(
                 f"The loss became NaN or infinite by step {self.state.global_step}. Fine-tuning stops. Lower "
@@ -92,15 +94,15 @@ class FinetuningTrainer(Trainer):
 
 
 class BestEpochCallback(TrainerCallback):
-    """Measures the accuracy every few epochs and after the last, and keeps the weights of the first best epoch.
+    """Measure the accuracy every few epochs and after the last, and keep the weights of the first best epoch.
 
     Args:
-        trainer ([`FinetuningTrainer`]): Whose model is measured.
-        measure (`Callable`, *optional*): Gives the accuracies of a model in percent; the first of them decides.
-            Without it the last epoch counts as the best.
+        trainer ([`FinetuningTrainer`]): The trainer whose model is measured.
+        measure (`Callable`, *optional*): Return the accuracies of a model in percent; the first one decides. Without
+            it the last epoch counts as the best.
 
     Attributes:
-        by_epoch (`dict[int, dict[str, float]]`): What was measured, by epochs done.
+        by_epoch (`dict[int, dict[str, float]]`): The accuracies by the number of finished epochs.
         best_epoch (`int`, *optional*): The first epoch of the highest accuracy.
         best_weights (`dict[str, torch.Tensor]`, *optional*): Its state dict, on the CPU.
     """

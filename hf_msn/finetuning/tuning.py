@@ -1,9 +1,8 @@
-"""Fine-tuning on labelled images alone: the best epoch is chosen by some of the labels, never by a test set."""
+"""Fine-tuning on labelled images alone: some of the labels choose the best epoch, never a test set."""
 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from ..data.transforms import MultiViewTransform
 from ..hub.run_record import changed_arguments
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .batches import classifier_loader, suncet_loader
-from .heads import fold_head, standardize_head
-from .held_out import held_out_rows
-from .measuring import classifier_accuracy, suncet_accuracy
+from .evaluation import classifier_accuracy, suncet_accuracy
+from .models import Start, linear_head, load_for_classification, load_for_suncet
 from .result import FinetuningResult
-from .starts import Start, load_for_classification, load_for_suncet
+from .standardization import Standardization, standardize_head
 from .trainer import BestEpochCallback, FinetuningTrainer
+from .validation_split import validation_split
 
 
 def finetune_classifier(
@@ -38,53 +37,34 @@ def finetune_classifier(
     callbacks: Sequence[TrainerCallback] = (),
     **config_fields: Any,
 ) -> FinetuningResult:
-    """Trains a linear classifier on an encoder, and the encoder with it, by cross-entropy on labelled images.
+    """Train a linear classifier on an encoder, and the encoder with it, by cross-entropy on labelled images.
 
-    Of each class some labelled images are held out; the epoch with the highest accuracy on them is kept, the first of
+    Some labelled images of each class are held out; the epoch with the highest accuracy on them is kept, the first of
     equals. No label of another row is read.
 
     Args:
         start (`str`, `Path`, `PreTrainedModel` or `PreTrainedConfig`): A folder or Hub id of MSN, PAWS, SuNCEt or a
-            plain ViTMSN; "timm:ARCHITECTURE", with timm's released weights; such a model itself, which is left as it
-            is; or a configuration such as [`SuNCEtConfig`], to start from scratch.
-        dataset (`datasets.Dataset`): With the columns `image` and `label`, as [`load_images`] gives it.
+            plain ViTMSN; "timm:ARCHITECTURE", with timm's released weights; such a model itself, which does not
+            change; or a configuration such as [`SuNCEtConfig`], to start from scratch.
+        dataset (`datasets.Dataset`): With the columns `image` and `label`, from [`load_images`].
         rows (`Sequence[int]`, `Sequence[bool]` or `numpy.ndarray`): The labelled rows: their numbers, or a mask.
-        views ([`MultiViewTransform`]): Its global view is what an image is trained in, another in each epoch.
-        args ([`ClassifierFinetuningArguments`]): What changes over training.
+        views ([`MultiViewTransform`]): Its global view is the training view of an image, another one in each epoch.
+        args ([`ClassifierFinetuningArguments`]): The training arguments.
         image_processor (`BaseImageProcessor`, *optional*): Of the evaluation, saved with the model. By default
             `views.evaluation_image_processor()`.
         on_broken_image (`str`, *optional*, defaults to `"skip"`): "skip" or "raise", as in [`SupportDataset`].
-        callbacks (`Sequence[TrainerCallback]`, *optional*): Of the Trainer.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Callbacks of the Trainer.
         **config_fields: Fields of [`SuNCEtConfig`] that differ from those of `start`, such as `image_size`.
 
     Returns:
         [`FinetuningResult`]: Its `model` is a `ViTMSNForImageClassification` or `TimmWrapperForImageClassification`.
 
     Raises:
-        ValueError: No labelled row, a label that is no class number, fewer than 2 classes, a class that can give no
-            image to hold out, or a start that does not fit.
+        ValueError: If there is no labelled row, a label is no class number, there are fewer than 2 classes, a class
+            has no image to hold out, or `start` does not fit.
     """
-    labels = _Labelled(dataset, rows, args)
-
-    def build() -> PreTrainedModel:
-        return load_for_classification(
-            start, labels.classes, labels.class_names, args.seed, args.zero_init_head, **_fields(views, config_fields)
-        )
-
-    def measure(model, supports, on, on_rows):
-        return classifier_accuracy(model, labels.classes, on, on_rows, processor, args, on_broken_image)
-
-    def trainer_on(model, train_rows, args) -> FinetuningTrainer:
-        support = SupportDataset(dataset, train_rows, views, seed=args.seed, on_broken_image=on_broken_image)
-        if args.standardize_features or (args.standardize_features is None and args.freeze_encoder):
-            standardize_head(model, dataset, train_rows, processor, args, on_broken_image)
-        return FinetuningTrainer(model, args, classifier_loader(support, labels.classes, args), _encoder)
-
-    processor = image_processor or views.evaluation_image_processor()
-    result = _tune("linear", labels, build, trainer_on, measure, processor, args, callbacks)
-    result.run["start"] = _name_of(start)
-    fold_head(result.model)
-    return result
+    run = _Classifier(start, dataset, rows, views, args, image_processor, on_broken_image, config_fields)
+    return run.tune(callbacks)
 
 
 def finetune_suncet(
@@ -99,142 +79,158 @@ def finetune_suncet(
     callbacks: Sequence[TrainerCallback] = (),
     **config_fields: Any,
 ) -> FinetuningResult:
-    """Trains encoder and projection head by the SuNCEt loss (arXiv 2006.10803) on labelled images.
+    """Train encoder and projection head by the SuNCEt loss (arXiv 2006.10803) on labelled images.
 
-    Arguments, rules and errors are those of [`finetune_classifier`]. Images are classified by
-    [`SoftNearestNeighborProbe`] in the space of the projections, by those that are trained on; the accuracy there
-    chooses the epoch. A projection head of PAWS or SuNCEt is carried over; `temperature` is 0.1 and nothing is
-    smoothed unless `config_fields` say otherwise.
+    Arguments, rules and errors are those of [`finetune_classifier`]. [`SoftNearestNeighborProbe`] classifies images in
+    the space of the projections, by the training images; its accuracy chooses the epoch. A projection head of PAWS or
+    SuNCEt is kept; `temperature` is 0.1 and `label_smoothing` 0 unless `config_fields` have others.
 
     Returns:
         [`FinetuningResult`]: Its `model` is a [`SuNCEtForPreTraining`].
     """
-    labels = _Labelled(dataset, rows, args)
-
-    def build() -> PreTrainedModel:
-        return load_for_suncet(start, args.seed, **_fields(views, config_fields))
-
-    def measure(model, supports, on, on_rows):
-        return suncet_accuracy(model, dataset, supports, on, on_rows, processor, args, on_broken_image)
-
-    def trainer_on(model, train_rows, args) -> FinetuningTrainer:
-        support = SupportDataset(
-            dataset,
-            train_rows,
-            views,
-            views_per_image=args.support_views_per_image,
-            seed=args.seed,
-            on_broken_image=on_broken_image,
-        )
-        return FinetuningTrainer(model, args, suncet_loader(support, args), _encoder)
-
-    processor = image_processor or views.evaluation_image_processor()
-    result = _tune("suncet", labels, build, trainer_on, measure, processor, args, callbacks)
-    result.run["start"] = _name_of(start)
-    return result
+    run = _SuNCEt(start, dataset, rows, views, args, image_processor, on_broken_image, config_fields)
+    return run.tune(callbacks)
 
 
-@dataclass(init=False)
-class _Labelled:
-    """The labelled rows, their classes, and which of them are held out."""
+class _Tuning:
+    """One run: train, keep the best epoch, and train again on all labels with `refit`. A subclass is a head.
 
-    rows: np.ndarray
-    labels: np.ndarray
-    classes: np.ndarray
-    class_names: list[str] | None
-    train_rows: np.ndarray
-    held_out: np.ndarray
+    A subclass has `head` (its name), `build_model()`, `make_trainer(model, rows, args)` and `measure(model,
+    support_rows, dataset, rows)`, which returns accuracies in percent.
+    """
 
-    def __init__(self, dataset: datasets.Dataset, rows, args: FinetuningArguments):
-        self.dataset = dataset
+    head: str
+
+    def __init__(self, start, dataset, rows, views, args, image_processor, on_broken_image, config_fields):
+        self.start, self.dataset, self.views, self.args = start, dataset, views, args
+        self.image_processor = image_processor or views.evaluation_image_processor()
+        self.on_broken_image = on_broken_image
+        self.config_fields = {"image_size": views.image_size, **config_fields}
         self.rows = labelled_rows(dataset, mask=rows)
         self.labels, self.class_names = class_numbers(dataset, self.rows), class_names(dataset)
         self.classes = np.unique(self.labels)
         if len(self.classes) < 2:
             raise ValueError(
-                f"Fine-tuning tells classes apart and needs at least 2, but all {len(self.rows)} labelled images are "
-                f"of class {self.classes[0]}. Label images of another class."
+                f"Fine-tuning needs at least 2 classes, but all {len(self.rows)} labelled images are of class "
+                f"{self.classes[0]}. Label images of another class."
             )
-        self.train_rows, self.held_out = held_out_rows(
+        self.train_rows, self.held_out = validation_split(
             self.rows, self.labels, args.validation_fraction, args.seed, self.class_names
         )
 
+    def tune(self, callbacks: Sequence[TrainerCallback]) -> FinetuningResult:
+        args, started = self.args, time.monotonic()
 
-def _tune(
-    head: str,
-    labels: _Labelled,
-    build: Callable[[], PreTrainedModel],
-    trainer_on: Callable[[PreTrainedModel, np.ndarray, FinetuningArguments], FinetuningTrainer],
-    measure: Callable[..., dict[str, float]],
-    image_processor: BaseImageProcessor,
-    args: FinetuningArguments,
-    callbacks: Sequence[TrainerCallback],
-) -> FinetuningResult:
-    def train(rows: np.ndarray, args, measure_held_out=None) -> tuple[PreTrainedModel, BestEpochCallback]:
-        trainer = trainer_on(build(), rows, args)
-        best = BestEpochCallback(trainer, measure_held_out)
+        def on_held_out(model: PreTrainedModel) -> dict[str, float]:
+            return self.measure(model, self.train_rows, self.dataset, self.held_out)
+
+        model, best = self._train(self.train_rows, args, callbacks, on_held_out if len(self.held_out) else None)
+        if args.refit:
+            shorter = copy.copy(args)
+            shorter.num_train_epochs = best.best_epoch
+            model, _ = self._train(self.rows, shorter, callbacks)
+        elif best.best_weights is not None:
+            model.load_state_dict(best.best_weights)
+        self.finish(model)
+        run = {"arguments": changed_arguments(args), "wall_time_seconds": time.monotonic() - started}
+        named = isinstance(self.start, (str, Path))
+        run["start"] = str(self.start) if named else getattr(self.start, "name_or_path", None) or None
+        return FinetuningResult(
+            model=model.eval(),
+            head=self.head,
+            best_epoch=best.best_epoch,
+            accuracy_by_epoch=best.by_epoch,
+            trained_rows=self.rows if args.refit else self.train_rows,
+            held_out_rows=self.held_out,
+            labelled=self.dataset,
+            labels=self.labels,
+            classes=self.classes,
+            class_names=self.class_names,
+            image_processor=self.image_processor,
+            args=args,
+            measure=lambda dataset: self.measure(model, self.rows, dataset, None),
+            run=run,
+        )
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Bring the trained model to the form in which it is saved."""
+
+    def _train(
+        self,
+        rows: np.ndarray,
+        args: FinetuningArguments,
+        callbacks: Sequence[TrainerCallback],
+        measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    ) -> tuple[PreTrainedModel, BestEpochCallback]:
+        trainer = self.make_trainer(self.build_model(), rows, args)
+        best = BestEpochCallback(trainer, measure)
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best
 
-    def on_held_out(model: PreTrainedModel) -> dict[str, float]:
-        return measure(model, labels.train_rows, labels.dataset, labels.held_out)
-
-    started = time.monotonic()
-    model, best = train(labels.train_rows, args, on_held_out if len(labels.held_out) else None)
-    supports = labels.rows if args.refit else labels.train_rows
-    if args.refit:
-        shorter = copy.copy(args)
-        shorter.num_train_epochs = best.best_epoch
-        model, _ = train(labels.rows, shorter)
-    elif best.best_weights is not None:
-        model.load_state_dict(best.best_weights)
-    return FinetuningResult(
-        model=model.eval(),
-        head=head,
-        best_epoch=best.best_epoch,
-        accuracy_by_epoch=best.by_epoch,
-        trained_rows=supports,
-        held_out_rows=labels.held_out,
-        labelled=labels.dataset,
-        labels=labels.labels,
-        classes=labels.classes,
-        class_names=labels.class_names,
-        image_processor=image_processor,
-        args=args,
-        measure=lambda on: measure(model, labels.rows, on, None),
-        run={"arguments": changed_arguments(args), "wall_time_seconds": time.monotonic() - started},
-    )
+    def _support(self, rows: np.ndarray, views_per_image: int = 1) -> SupportDataset:
+        return SupportDataset(
+            self.dataset,
+            rows,
+            self.views,
+            views_per_image=views_per_image,
+            seed=self.args.seed,
+            on_broken_image=self.on_broken_image,
+        )
 
 
-def _name_of(start: Start) -> str | None:
-    """The checkpoint that fine-tuning started from, if it has a name."""
-    return str(start) if isinstance(start, (str, Path)) else getattr(start, "name_or_path", None) or None
+class _Classifier(_Tuning):
+    head = "linear"
+    standardization: Standardization | None = None
+
+    def build_model(self) -> PreTrainedModel:
+        args = self.args
+        return load_for_classification(
+            self.start, self.classes, self.class_names, args.seed, args.zero_init_head, **self.config_fields
+        )
+
+    def make_trainer(self, model: PreTrainedModel, rows: np.ndarray, args: FinetuningArguments) -> FinetuningTrainer:
+        if args.standardize_features or (args.standardize_features is None and args.freeze_encoder):
+            self.standardization = standardize_head(
+                model, self.dataset, rows, self.image_processor, args, self.on_broken_image
+            )
+        return FinetuningTrainer(
+            model, args, classifier_loader(self._support(rows), self.classes, args), head=linear_head
+        )
+
+    def measure(self, model, support_rows, dataset, rows) -> dict[str, float]:
+        return classifier_accuracy(
+            model, self.classes, dataset, rows, self.image_processor, self.args, self.on_broken_image
+        )
+
+    def finish(self, model: PreTrainedModel) -> None:
+        if self.standardization is not None:
+            self.standardization.fold(model)
 
 
-def _fields(views: MultiViewTransform, config_fields: dict[str, Any]) -> dict[str, Any]:
-    return {"image_size": views.image_size, **config_fields}
+class _SuNCEt(_Tuning):
+    head = "suncet"
+
+    def build_model(self) -> PreTrainedModel:
+        return load_for_suncet(self.start, self.args.seed, **self.config_fields)
+
+    def make_trainer(self, model: PreTrainedModel, rows: np.ndarray, args: FinetuningArguments) -> FinetuningTrainer:
+        loader = suncet_loader(self._support(rows, args.support_views_per_image), args)
+        return FinetuningTrainer(model, args, loader, head=_projection_head)
+
+    def measure(self, model, support_rows, dataset, rows) -> dict[str, float]:
+        return suncet_accuracy(
+            model,
+            self.dataset,
+            support_rows,
+            dataset,
+            rows,
+            self.image_processor,
+            self.args,
+            self.on_broken_image,
+        )
 
 
-def _encoder(model: PreTrainedModel) -> nn.Module:
-    """What a frozen encoder is: everything but the head."""
-    for name in ("vit", "encoder"):
-        if hasattr(model, name):
-            return getattr(model, name)
-    return _AllButHead(model.timm_model)
-
-
-class _AllButHead:
-    """A network of timm without its classifier, which has no module of its own."""
-
-    def __init__(self, network: nn.Module):
-        self.network, self.head = network, network.get_classifier()
-
-    def requires_grad_(self, requires_grad: bool) -> None:
-        self.network.requires_grad_(requires_grad)
-        self.head.requires_grad_(True)
-
-    def eval(self) -> None:
-        self.network.eval()
-        self.head.train()
+def _projection_head(model: PreTrainedModel) -> nn.Module:
+    return model.projection_head

@@ -45,11 +45,11 @@ def test_there_and_back_and_the_plain_export(run, tmp_path):
 
 
 def test_arguments_of_the_other_way_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="`--method` does not go with --to_original"):
+    with pytest.raises(ValueError, match="`method` must not be given"):
         run("--to_original", "--input", tmp_path, "--output", tmp_path / "a", "--method", "msn")
-    with pytest.raises(ValueError, match="`--target_only` goes only with --to_original"):
+    with pytest.raises(ValueError, match="`target_only` must be given only"):
         run("--input", tmp_path, "--output", tmp_path / "a", "--target_only", "true")
-    with pytest.raises(ValueError, match="`--to_original` needs `--output`"):
+    with pytest.raises(ValueError, match="`output` is missing"):
         run("--to_original", "--input", tmp_path)
     with pytest.raises(ValueError, match="There is nothing to write"):
         run("--input", tmp_path / "a")

@@ -1,4 +1,4 @@
-"""scripts/pretrain.py as a user starts it: through `accelerate launch`, on one and two ranks."""
+"""scripts/pretrain.py through `accelerate launch`, on one and two ranks."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_two_ranks_resume_bit_exactly_with_accumulation(tmp_path):
     settings = [*DIGITS, *"--max_steps 4 --save_steps 2 --gradient_accumulation_steps 2".split()]
     pretrain(tmp_path / "whole", *settings, ranks=2)
     assert (tmp_path / "whole" / "checkpoint-2" / "rng_state_1.pth").is_file()  # there were two
-    # What a run leaves that was killed after its second step.
+    # the files of a run that was killed after its second step
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
     pretrain(tmp_path / "parts", *settings, "--resume_from_checkpoint", "true", ranks=2)
 
@@ -97,7 +97,7 @@ def test_a_folder_of_colour_images_with_a_broken_one(tmp_path):
 
 def test_wrong_use_fails_before_any_training(tmp_path):
     for arguments, message in (
-        (["--mask_rati", "0.1"], "Did you mean `mask_ratio`"),
+        (["--mask_rati", "0.1"], "'mask_ratio'"),
         (["--dataset", str(tmp_path / "absent")], "absent"),
         ([*DIGITS, "--per_device_train_batch_size", "2000"], "has 1437 images, but one batch takes 2000"),
         ([*DIGITS, "--focal_size", "5"], "`focal_size` of the views is 5"),

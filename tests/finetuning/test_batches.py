@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from tiny_runs import VIEWS, classifier_arguments, digits, suncet_arguments
+from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments
 
 from hf_msn import SupportDataset
 from hf_msn.distributed import collectives

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
 from safetensors.torch import load_file
-from tiny_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier, finetune_suncet, load_images
 from hf_msn.data.decoding import decode_image

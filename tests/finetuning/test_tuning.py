@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import run_ranks
-from tiny_runs import (
+from finetuning_runs import (
     PROCESSOR,
     VIEWS,
     classifier_arguments,
@@ -17,11 +16,12 @@ from tiny_runs import (
     suncet_config,
     with_labels,
 )
+from launch import run_ranks
 from transformers import TrainerCallback
 
 from hf_msn import BrokenImageError, PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
 from hf_msn.data.decoding import decode_image
-from hf_msn.finetuning.starts import linear_head, load_for_classification, load_for_suncet
+from hf_msn.finetuning.models import linear_head, load_for_classification, load_for_suncet
 from hf_msn.trainers.callbacks.non_finite import NonFiniteLossError
 
 LINEAR, SUNCET = (finetune_classifier, classifier_arguments), (finetune_suncet, suncet_arguments)

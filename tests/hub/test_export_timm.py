@@ -23,7 +23,7 @@ from hf_msn import (
     load_vision_model,
 )
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256, find_backbone, weights_sha256
-from hf_msn.finetuning.starts import check_start, load_for_classification
+from hf_msn.finetuning.models import check_start, load_for_classification
 
 TIMM_VIT = {
     "timm_model": "vit_tiny_patch16_224",

@@ -1,0 +1,206 @@
+"""The fields of a recipe that no other object of the package has: data, labels, initial weights, evaluation."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+
+from ..data.labels import draw_labelled_rows, labelled_rows
+from ..data.sources import load_images
+from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
+from ..trainers.argument_names import in_terms_of
+
+PROBES = {"logistic": LogisticProbe, "soft_nearest_neighbor": SoftNearestNeighborProbe, "knn": KNNProbe}
+LABEL_SOURCES = (
+    "labelled_list_file",
+    "labelled_rows_file",
+    "labelled_dataset",
+    "labelled_images_per_class",
+    "labelled_fraction",
+)
+
+
+@dataclass
+class DataArguments:
+    """The source of the training images; see [`load_images`]."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={
+            "help": "digits (bundled), a folder of images, a save_to_disk folder, parquet or tar shards, or a Hub id."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by default."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the labels; found by default. Training reads labelled rows only."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read while training instead of downloading first."})
+    on_broken_image: Literal["skip", "raise"] = field(
+        default="skip", metadata={"help": "skip: log it, count it, take the next image. raise: stop."}
+    )
+
+    def load(self, split: str | None = None, dataset: str | None = None):
+        """Load the images of a split.
+
+        Args:
+            split (`str`, *optional*): The split; by default `train_split`.
+            dataset (`str`, *optional*): Another data set with the same columns; by default `dataset`.
+        """
+        return load_images(
+            dataset or self.dataset,
+            split=split or self.train_split,
+            config=self.dataset_config if dataset is None else None,
+            revision=self.dataset_revision if dataset is None else None,
+            streaming=self.streaming and split is None,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
+
+
+@dataclass
+class ModelArguments:
+    """The initial weights and the attention of the model."""
+
+    from_backbone: str | None = field(
+        default=None, metadata={"help": "Encoder to start from, such as facebook/vit-msn-small; random by default."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa (default), eager, or another one of transformers."}
+    )
+
+
+@dataclass
+class LabelArguments:
+    """The labelled images, from exactly one of `LABEL_SOURCES`. Training reads no label of another image."""
+
+    labelled_list_file: str | None = field(
+        default=None, metadata={"help": "File with the names of the labelled images, one per line: 1percent.txt."}
+    )
+    labelled_rows_file: str | None = field(
+        default=None,
+        metadata={"help": "A .npy or .txt file: row numbers of the labelled images, or 0 or 1 for every row."},
+    )
+    labelled_dataset: str | None = field(
+        default=None,
+        metadata={"help": "A second data set whose images are all labelled; `dataset` is used without labels."},
+    )
+    labelled_split: str | None = field(default=None, metadata={"help": "Split of the labelled data set; train."})
+    labelled_images_per_class: int | None = field(
+        default=None, metadata={"help": "For experiments: draw this many images per class. Reads all labels once."}
+    )
+    labelled_fraction: float | None = field(
+        default=None,
+        metadata={"help": "For experiments: draw this share of each class, such as 0.01. Reads all labels once."},
+    )
+    labelled_seed: int = field(default=0, metadata={"help": "Seed of the draw of labelled images."})
+    support_views_per_image: int = field(
+        default=1, metadata={"help": "Views of each labelled image in a support set."}
+    )
+
+    def __post_init__(self):
+        given = [name for name in LABEL_SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"The labelled images must have exactly one source, but {', '.join(given) or 'none'} "
+                f"{'is' if len(given) < 2 else 'are'} given. Give one of {', '.join(LABEL_SOURCES)}."
+            )
+        if self.labelled_split is not None and self.labelled_dataset is None:
+            raise ValueError("`labelled_split` belongs to `labelled_dataset`, which is not given. Give both.")
+
+    def load(self, data: DataArguments, dataset) -> tuple[datasets.Dataset, np.ndarray]:
+        """Return the data set that holds the labelled images, and their rows in it.
+
+        Args:
+            data ([`DataArguments`]): The source of `dataset`; a second data set has the same columns.
+            dataset (`datasets.Dataset` or `datasets.IterableDataset`): The images to train on.
+        """
+        if self.labelled_dataset is not None:
+            labelled = load_images(
+                self.labelled_dataset,
+                split=self.labelled_split or "train",
+                image_column=data.image_column,
+                label_column=data.label_column,
+            )
+            return labelled, np.arange(len(labelled))
+        if data.streaming:
+            raise ValueError(
+                "A stream has no row numbers, by which labelled images are found. Give a `labelled_dataset`, or load "
+                "the data without `streaming`."
+            )
+        if self.labelled_list_file is not None:
+            return dataset, labelled_rows(dataset, list_file=self.labelled_list_file)
+        if self.labelled_rows_file is not None:
+            with in_terms_of({"mask": "labelled_rows_file"}):
+                return dataset, labelled_rows(dataset, mask=read_rows_file(self.labelled_rows_file, len(dataset)))
+        size = {"images_per_class": self.labelled_images_per_class, "fraction": self.labelled_fraction}
+        with in_terms_of({name: f"labelled_{name}" for name in ("images_per_class", "fraction", "seed")}):
+            return dataset, draw_labelled_rows(dataset, **size, seed=self.labelled_seed)
+
+
+def read_rows_file(path: str | Path, num_rows: int) -> np.ndarray:
+    """Read row numbers, or a mask with one entry for each of `num_rows` rows, from a .npy or a text file.
+
+    Raises:
+        ValueError: If the file does not exist, or holds something else.
+    """
+    path = Path(path)
+    try:
+        values = (
+            np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
+        )
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"`labelled_rows_file` must hold row numbers, or 0 or 1 for every row, but '{path}' cannot be read: "
+            f"{error}"
+        ) from error
+    is_mask = values.shape == (num_rows,) and num_rows > 2 and set(values.tolist()) <= {0, 1}
+    return values.astype(bool) if is_mask else values
+
+
+def replace_label_source(in_file: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of a recipe file without its label source, if the command line gives one."""
+    if not set(LABEL_SOURCES) & set(given):
+        return in_file
+    return {name: value for name, value in in_file.items() if name not in (*LABEL_SOURCES, "labelled_split")}
+
+
+@dataclass
+class LowShotArguments:
+    """The low-shot evaluation during training; see [`LowShotEvaluator`]."""
+
+    low_shot_every_epochs: int = field(default=0, metadata={"help": "Epochs between evaluations; 0: none."})
+    low_shot_train_split: str | None = field(
+        default=None, metadata={"help": "Split that the labelled images are drawn from; by default that of training."}
+    )
+    low_shot_test_split: str = field(default="validation", metadata={"help": "Split that accuracy is measured on."})
+    low_shot_test_dataset: str | None = field(
+        default=None, metadata={"help": "Data set of that split; by default the one to train on."}
+    )
+    low_shot_images_per_class: tuple[int, ...] = field(
+        default=(1, 2, 5),
+        metadata={
+            "help": "Labelled images per class, one evaluation for each number. Methods that train with labels are "
+            "evaluated with those alone."
+        },
+    )
+    low_shot_probe: Literal[tuple(PROBES)] = field(
+        default="logistic", metadata={"help": "Classifier on the features."}
+    )
+    low_shot_features: Literal["backbone", "projection"] = field(
+        default="backbone",
+        metadata={"help": "backbone: the published features. projection: the space of the loss."},
+    )
+    crop_fraction: float = field(
+        default=224 / 256,
+        metadata={"help": "Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."},
+    )
+
+    def make_probe(self) -> Probe:
+        """Return the probe that `low_shot_probe` names."""
+        return PROBES[self.low_shot_probe]()

@@ -1,0 +1,107 @@
+"""`hf-msn evaluate`: low-shot evaluation of any vision model."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+
+from ..data.evaluation_processor import evaluation_image_processor
+from ..data.sources import load_images
+from ..evaluation.backbones import load_vision_model
+from ..evaluation.features import extract_features
+from ..evaluation.logistic_probe import LogisticProbe
+from ..evaluation.low_shot import LowShotEvaluator
+from ..evaluation.probes import KNNProbe, LinearProbe, SoftNearestNeighborProbe
+from ..files import whole_file
+from .parser import Option, Parser, arguments_for, options_of
+
+# Fields that are not called as the parameter; None: no field.
+_MODEL = {"name": "model"}
+_DATA = {
+    **{"source": "dataset", "config": "dataset_config", "revision": "dataset_revision"},
+    **{"split": None, "streaming": None, "data_files": None, "token": None},
+}
+_EVALUATOR = {"device": None, "name": None}
+# The probes, and the parameters of theirs that are fields.
+PROBES = {
+    "logistic": (LogisticProbe, {"l2": "l2"}),
+    "soft_nearest_neighbor": (SoftNearestNeighborProbe, {"temperature": "temperature"}),
+    "knn": (KNNProbe, {"k": "neighbors"}),
+    "linear": (LinearProbe, {}),
+}
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command."""
+    groups = {
+        "model": options_of(load_vision_model, names=_MODEL),
+        "data": [
+            *options_of(load_images, names=_DATA),
+            Option("train_split", str, "train", "Split that the labelled images are drawn from."),
+            Option("test_split", str, "test", "Split that accuracy is measured on."),
+            Option("image_size", int | None, None, "Resize and crop as the paper does, to this size."),
+        ],
+        "evaluation": options_of(LowShotEvaluator, extract_features, names=_EVALUATOR),
+        "probe": [Option("probe", Literal[tuple(PROBES)], "logistic", "Classifier on the features.")],
+        "computation and output": [
+            Option("bf16", bool, False, "Compute the features under bfloat16 autocast."),
+            Option("output", str | None, None, "Write everything, down to each split, to this JSON file."),
+        ],
+    }
+    for title, (probe, names) in PROBES.items():
+        for option in options_of(probe, names={**dict.fromkeys(_parameters(probe)), **names}):
+            groups["probe"].append(replace(option, help=f"With --probe {title}: {option.help}"))
+    defaults = {"dataset": {"default": "digits"}, "images_per_class": {"default": None}}
+    return Parser(
+        {title: [replace(o, **defaults.get(o.name, {})) for o in options] for title, options in groups.items()},
+        prog="hf-msn evaluate",
+        usage="hf-msn evaluate [--num_processes N] --model MODEL [--FIELD VALUE ...]",
+        description="Measure the accuracy of a frozen model with a few labelled images per class. Without another "
+        "task it is measured with 1, 2 and 5 images per class.",
+    )
+
+
+def _parameters(probe: type) -> list[str]:
+    return [option.name for option in options_of(probe)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `hf-msn evaluate`."""
+    parser = make_parser()
+    values = parser.read(arguments)
+    parser.check_given(values)
+    # processes on CPUs find each other only with cpu=True
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    output = values.get("output") if state.is_main_process else None
+    # opened first: a file that cannot be written is an error before minutes of work
+    with whole_file(output, "output", overwrite=True) if output else nullcontext() as path:
+        model = load_vision_model(**arguments_for(load_vision_model, values, _MODEL))
+        evaluator = make_evaluator(values, state.device)
+        evaluator(model)
+        if path is not None:
+            evaluator.results.save(path)
+    state.print(evaluator.results.table())
+    if state.num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def make_evaluator(values: dict[str, Any], device: torch.device) -> LowShotEvaluator:
+    """Return the evaluator that the values of the command line describe."""
+    values = {"dataset": "digits", **values}
+    if not {"fractions", "list_files"} & set(values):
+        values.setdefault("images_per_class", (1, 2, 5))
+    data = arguments_for(load_images, values, _DATA)
+    size = values.get("image_size")
+    probe, names = PROBES[values.get("probe", "logistic")]
+    settings = {"device": device} if probe is LinearProbe else {}
+    return LowShotEvaluator(
+        load_images(split=values.get("train_split", "train"), **data),
+        load_images(split=values.get("test_split", "test"), **data),
+        **{"images_per_class": (), **arguments_for(LowShotEvaluator, values, _EVALUATOR)},
+        image_processor=None if size is None else evaluation_image_processor(size),
+        probe=probe(**arguments_for(probe, {n: values[n] for n in names.values() if n in values}, names), **settings),
+        device=device,
+        dtype=torch.bfloat16 if values.get("bf16") else None,
+    )

@@ -1,0 +1,349 @@
+"""`hf-msn finetune`: the recipe of fine-tuning, from the model and its labels to the saved result."""
+
+import inspect
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import timm
+from accelerate import PartialState
+from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArguments
+from transformers.utils import cached_file
+
+from ..checks import check_choice
+from ..data.labels import class_names, class_numbers, labelled_rows
+from ..data.transforms import MultiViewTransform
+from ..distributed.collectives import rank
+from ..files import read_json
+from ..finetuning.arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
+from ..finetuning.models import check_start
+from ..finetuning.result import FinetuningResult
+from ..finetuning.tuning import finetune_classifier, finetune_suncet
+from ..hub.publishing import Publication, publish_checkpoint
+from ..hub.upload.repository import HubRepository
+from ..models.configuration_suncet import SuNCEtConfig
+from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
+from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, replace_label_source
+from .parser import Option, Parser, build, check_output_dir, options_of, own_values
+from .recipe_files import read_config
+
+HEADS = {
+    "linear": (ClassifierFinetuningArguments, finetune_classifier),
+    "suncet": (SuNCEtFinetuningArguments, finetune_suncet),
+}
+# A random crop and a flip, where pretraining has strong colour changes too.
+VIEWS = {"global_scale": (0.08, 1.0), "focal_views": 0, "color_jitter": 0.0, "grayscale": 0.0, "blur_probability": 0.0}
+# The fields of transformers.TrainingArguments that fine-tuning has, beside those of FinetuningArguments.
+_TRAINER_FIELDS = {
+    *("output_dir", "warmup_steps", "gradient_accumulation_steps", "bf16", "fp16", "use_cpu", "seed"),
+    *("dataloader_num_workers", "disable_tqdm", "report_to", "run_name"),
+    *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),
+}
+_FIXED = {"save_strategy", "remove_unused_columns", "average_tokens_across_devices", "ddp_find_unused_parameters"}
+
+
+@dataclass
+class StartArguments:
+    """The model to fine-tune, its labels, and the images that it is tested on."""
+
+    head: str = field(
+        default="linear",
+        metadata={"help": "linear: a classifier that plain transformers loads. suncet: encoder and projection head."},
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of MSN, PAWS, SuNCEt or a plain ViTMSN, or timm:ARCHITECTURE. Without it: from "
+            "scratch, with the fields of the model below."
+        },
+    )
+    labelled_from_checkpoint: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Use the labelled images of the checkpoint's training. The default if it has a "
+            "labelled_images.json and no other source is given."
+        },
+    )
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to measure the chosen model on, once, at the end. By default none."}
+    )
+    crop_fraction: float = field(
+        default=224 / 256,
+        metadata={"help": "Centre crop over resized shortest edge, of an evaluation not saved with the model."},
+    )
+
+
+@dataclass
+class FinetuningRecipe:
+    """All settings of a fine-tuning run, each in the object that uses it. `given` holds the fields as they were given.
+
+    Example:
+
+    ```python
+    >>> recipe = parse_finetuning_recipe(["--config", "recipe.yaml", "--output_dir", "runs/tuned"])
+    >>> result = recipe.finetune()
+    >>> result.save(recipe.output_dir)
+    ```
+    """
+
+    start: StartArguments
+    data: DataArguments
+    label_fields: dict[str, Any]
+    views: MultiViewTransform
+    config_fields: dict[str, Any]
+    training: FinetuningArguments
+    image_processor: BaseImageProcessor
+    given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> str:
+        return self.training.output_dir
+
+    def finetune(self) -> FinetuningResult:
+        """Read the labelled images, and no other label, and train. First check that the result can be pushed."""
+        if self.training.push_to_hub:
+            self._open_repository()
+        labelled, rows = self.load_labelled()
+        if self.start.test_split is not None:
+            self.data.load(self.start.test_split)  # a missing split is an error before training; no row is read
+        start, fields = self.start.model, self.config_fields
+        if start is None:
+            start, fields = SuNCEtConfig(**self.config_fields), {}
+        result = HEADS[self.start.head][1](
+            start,
+            labelled,
+            rows,
+            self.views,
+            self.training,
+            image_processor=self.image_processor,
+            on_broken_image=self.data.on_broken_image,
+            **fields,
+        )
+        result.run.pop("arguments")  # the recipe has them
+        result.run["recipe"] = self.given
+        return result
+
+    def test(self, result: FinetuningResult) -> None:
+        """Measure `result` on the test split, if there is one."""
+        if self.start.test_split is not None:
+            result.test(self.data.load(self.start.test_split))
+
+    def push(self, result: FinetuningResult) -> Publication | None:
+        """Publish the saved result from rank 0, if `push_to_hub` is set.
+
+        Raises:
+            PublishingError: If the Hub or the network fails. The saved files are unchanged.
+        """
+        if not self.training.push_to_hub or rank() > 0:
+            return None
+        return publish_checkpoint(
+            self.output_dir,
+            self._open_repository().repo_id,
+            private=self.training.hub_private_repo,
+            revision=self.training.hub_revision,
+            token=self.training.hub_token,
+            without_results=result.test_accuracy is None,
+        )
+
+    def _open_repository(self) -> HubRepository:
+        args = self.training
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        repository = HubRepository(name, args.hub_revision, args.hub_private_repo, args.hub_token)
+        repository.check_token()
+        return repository
+
+    def load_labelled(self) -> tuple[datasets.Dataset, np.ndarray]:
+        """Return the data set that holds the labelled images, and their rows in it."""
+        if self.data.streaming:
+            raise ValueError(
+                "`streaming` must be false for fine-tuning, but is true: labelled images are found by row number."
+            )
+        given = [name for name in LABEL_SOURCES if self.label_fields.get(name) is not None]
+        wanted = self.start.labelled_from_checkpoint
+        if wanted and given:
+            raise ValueError(
+                f"The labelled images must have one source, but both `labelled_from_checkpoint` and "
+                f"{', '.join(given)} are given. Leave out one."
+            )
+        saved = None if given or wanted is False else find_labelled_images(self.start.model)
+        if saved is not None:
+            dataset = self.data.load()
+            return dataset, _rows_of_checkpoint(dataset, saved, self.start.model)
+        if wanted:
+            raise ValueError(
+                f"`labelled_from_checkpoint` needs a `{LABELLED_IMAGES_FILE}` beside the model, as PAWS and SuNCEt "
+                f"save it, but '{self.start.model}' has none. Give one of {', '.join(LABEL_SOURCES)}."
+            )
+        labels = LabelArguments(**self.label_fields)
+        return labels.load(self.data, None if labels.labelled_dataset is not None else self.data.load())
+
+
+def parse_finetuning_recipe(arguments: list[str] | None = None) -> FinetuningRecipe:
+    """Read `--config RECIPE` and the fields on the command line, which override those of the file.
+
+    Args:
+        arguments (`list[str]`, *optional*): By default those of this process.
+
+    Raises:
+        ValueError: For an unknown field, with the nearest known one; for a value of the wrong type; for an
+            `output_dir` that is not empty where no overwrite is asked for.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config, in_file, head = read_config(arguments, "head", "linear")
+    parser = make_parser(head)
+    given = parser.read(arguments)
+    in_file = replace_label_source(parser.read_values(in_file, f"'{config}'"), given)
+    given.pop("config", None)
+    return make_finetuning_recipe({**in_file, **given})
+
+
+def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
+    """Pass each value to the object that it belongs to, and check as much as possible before any data is read.
+
+    Views and evaluation take size and normalisation from the image processor that is saved with the model, unless the
+    values have others.
+    """
+    check_output_dir(
+        values.get("output_dir"),
+        bool(values.get("overwrite_output_dir")),
+        "Choose another, or replace its model by `--overwrite_output_dir`. Fine-tuning is short and is not resumed.",
+    )
+    start = build(StartArguments, values)
+    training = build(HEADS[check_choice("head", start.head, HEADS)][0], values)
+    if start.model is not None:
+        check_start(start.model)
+    saved = _saved_image_processor(start.model)
+    views = build(MultiViewTransform, values, **{**VIEWS, **_input_of(start.model, saved)})
+    config_fields = {**own_values(SuNCEtConfig, values), "image_size": views.image_size}
+    if start.model is None:
+        SuNCEtConfig(**config_fields)  # names a wrong field before any data is read
+    fits = saved is not None and all(getattr(views, name) == value for name, value in _settings(saved).items())
+    label_fields = own_values(LabelArguments, values)
+    label_fields.pop("support_views_per_image", None)  # a field of SuNCEt's training here
+    return FinetuningRecipe(
+        start=start,
+        data=build(DataArguments, values),
+        label_fields=label_fields,
+        views=views,
+        config_fields=config_fields,
+        training=training,
+        image_processor=saved if fits else views.evaluation_image_processor(start.crop_fraction),
+        given=values,
+    )
+
+
+def make_parser(head: str) -> Parser:
+    """Return the parser of a head."""
+
+    def owner(name: str) -> str | None:
+        others = [other for other in HEADS if other != head and name in Parser(_groups(other)).options]
+        return f"It belongs to `--head {others[0]}`, but the head is {head}." if others else None
+
+    return Parser(
+        _groups(head),
+        owner=owner,
+        prog="hf-msn finetune",
+        usage="hf-msn finetune [--num_processes N] --config RECIPE --output_dir FOLDER [--FIELD VALUE ...]",
+        description=f"Fine-tune on labelled images: head {head}. For the other head: --head NAME --help. The best "
+        "epoch is chosen on held-out labels and saved at the end. A run is short and is not resumed.",
+        epilog="Fields on the command line override those of the recipe.",
+    )
+
+
+def _groups(head: str) -> dict[str, list[Option]]:
+    """Return the options of a head by the title of their group in the help."""
+    arguments = HEADS[check_choice("head", head, HEADS)][0]
+    ours = arguments.__mro__[: arguments.__mro__.index(TrainingArguments)]
+    own = {name for cls in ours for name in inspect.get_annotations(cls)}
+    return {
+        "recipe": [Option("config", str | None, None, "Path of a YAML file, or name of a recipe of the package.")],
+        "model and test": options_of(StartArguments),
+        "data": options_of(DataArguments),
+        "labelled images": [o for o in options_of(LabelArguments) if o.name != "support_views_per_image"],
+        "views": [replace(o, default=VIEWS.get(o.name, o.default)) for o in options_of(MultiViewTransform)],
+        "training": [
+            o for o in options_of(arguments) if o.name in _TRAINER_FIELDS or (o.name in own and o.name not in _FIXED)
+        ],
+        "encoder (from scratch, or where it differs from the checkpoint's)": options_of(SuNCEtConfig),
+    }
+
+
+def find_labelled_images(model: str | None) -> dict[str, Any] | None:
+    """Return the `labelled_images.json` beside a checkpoint, in a folder or on the Hub; `None` if there is none."""
+    if model is None or model.startswith("timm:"):
+        return None
+    path = cached_file(
+        model,
+        LABELLED_IMAGES_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else read_json(path)
+
+
+def _rows_of_checkpoint(dataset: datasets.Dataset, saved: dict[str, Any], model: str) -> np.ndarray:
+    names = class_names(dataset)
+    fault = (
+        "has fewer rows"
+        if max(saved["rows"]) >= len(dataset)
+        else "has other class names"
+        if names is not None and saved["class_names"] is not None and names != saved["class_names"]
+        else None
+    )
+    if fault is None:
+        rows = labelled_rows(dataset, mask=saved["rows"])
+        if np.array_equal(class_numbers(dataset, rows), saved["labels"]):
+            return rows
+        fault = "has other labels in these rows"
+    raise ValueError(
+        f"'{model}' was trained with {len(saved['rows'])} labelled rows of another data set: `dataset` {fault}. "
+        "Give the data set of its training (its `labelled_dataset`, if there was one), or one of "
+        f"{', '.join(LABEL_SOURCES)}."
+    )
+
+
+def _saved_image_processor(model: str | None) -> BaseImageProcessor | None:
+    if model is None or model.startswith("timm:"):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError):
+        return None
+
+
+def _input_of(model: str | None, saved: BaseImageProcessor | None) -> dict[str, Any]:
+    """Return size and normalisation of the images that a model was trained with, as far as they are known."""
+    if model is not None and model.startswith("timm:"):
+        released = timm.get_pretrained_cfg(model.removeprefix("timm:")).to_dict()
+        data = timm.data.resolve_data_config(pretrained_cfg=released)
+        known = {"image_size": data["input_size"][-1], "image_mean": data["mean"], "image_std": data["std"]}
+        return {**known, "interpolation": data["interpolation"]}
+    return {} if saved is None else _settings(saved)
+
+
+def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
+    known = {}
+    crop = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
+    crop = crop if isinstance(crop, dict) else vars(crop)
+    if crop.get("height"):
+        known["image_size"] = int(crop["height"])
+    for name in ("image_mean", "image_std"):
+        if getattr(processor, name, None) is not None:
+            known[name] = tuple(getattr(processor, name))
+    return known
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `hf-msn finetune`."""
+    recipe = parse_finetuning_recipe(arguments)
+    result = recipe.finetune()
+    result.save(recipe.output_dir)
+    if recipe.start.test_split is not None:
+        recipe.test(result)
+        result.save(recipe.output_dir)
+    PartialState().print(result.describe())
+    recipe.push(result)
+    PartialState().destroy_process_group()

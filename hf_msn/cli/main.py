@@ -1,0 +1,74 @@
+"""The `hf-msn` command. Answers `--help` from a file, as importing torch takes seconds."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from ..checks import check_choice
+from .recipe_files import read_config
+
+HELP = Path(__file__).parent / "help"
+# The field of a command that decides which other fields there are, and its default.
+VARIANTS = {"pretrain": ("method", "msn"), "finetune": ("head", "linear")}
+COMMANDS = {
+    "pretrain": "Pretrain an image encoder: MSN without labels, PAWS and SimCLR + SuNCEt with a few.",
+    "finetune": "Fine-tune on labelled images: a linear classifier, or encoder and projection head by SuNCEt.",
+    "evaluate": "Measure the accuracy of a frozen model with a few labelled images per class.",
+    "publish": "Publish a checkpoint on the Hugging Face Hub, with a card of measured numbers.",
+    "convert": "Convert the papers' checkpoints of MSN and PAWS, and back.",
+    "card": "Write the model card of a checkpoint.",
+}
+# The commands that run on several processes.
+_DISTRIBUTED = ("pretrain", "finetune", "evaluate")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `hf-msn COMMAND ...`.
+
+    Args:
+        arguments (`list[str]`, *optional*): By default those of this process.
+    """
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print("usage: hf-msn COMMAND [--FIELD VALUE ...]\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:<10}{text}")
+        print("\n`hf-msn COMMAND --help` lists the fields of a command.")
+        return
+    check_choice("command", command, COMMANDS)
+    if {"-h", "--help"} & set(rest):
+        print(help_file(command, rest).read_text(encoding="utf-8"))
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    if command in _DISTRIBUTED:
+        parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    launch, rest = parser.parse_known_args(rest)
+    if getattr(launch, "num_processes", 1) > 1:
+        launch_processes(launch.num_processes, [command, *rest])
+    else:
+        importlib.import_module(f".{command}", __package__).main(rest)
+
+
+def help_file(command: str, arguments: list[str]) -> Path:
+    """Return the file with the help of a command, for the method or head that the arguments name."""
+    if command not in VARIANTS:
+        return HELP / f"{command}.txt"
+    field, default = VARIANTS[command]
+    _, _, variant = read_config(arguments, field, default)
+    known = {path.stem.removeprefix(f"{command}_"): path for path in sorted(HELP.glob(f"{command}_*.txt"))}
+    return known[check_choice(field, variant, known)]
+
+
+def launch_processes(num_processes: int, arguments: list[str]) -> None:
+    """Run this command on several processes of this machine, by `accelerate launch`."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    # without --multi_gpu accelerate starts a single process on a CPU; port 0 is a free one
+    options = ["--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module"]
+    launch_command(launch_command_parser().parse_args([*options, __name__, *arguments]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""One parser for every command, made from dataclasses and from signatures.
+
+It is transformers' `HfArgumentParser`, which users of the `run_*.py` scripts know and which costs no dependency, with
+what recipes need in addition: values from a YAML file, `none`, tuples and JSON objects, signatures beside dataclasses,
+and errors that name the nearest field. (jsonargparse would nest the fields of each class; recipes are flat.)
+"""
+
+import argparse
+import collections.abc
+import dataclasses
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, PreTrainedConfig
+from transformers.hf_argparser import string_to_bool
+
+from ..checks import did_you_mean
+
+
+def _json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+# In the order in which they are tried, with the name in an error and in the help.
+_READERS: dict[type, tuple[Callable[[str], Any], str, str]] = {
+    bool: (string_to_bool, "true or false", "true|false"),
+    int: (int, "a whole number", "INT"),
+    float: (float, "a number", "NUMBER"),
+    dict: (_json_object, "a JSON object such as '{\"depth\": 2}'", "JSON"),
+    str: (str, "text", "TEXT"),
+}
+_SEQUENCES = (list, tuple, collections.abc.Sequence)
+
+
+@dataclass
+class Option:
+    """One flag of a command, and field of a recipe.
+
+    Args:
+        name (`str`): Its name, without dashes.
+        annotation (`Any`): The type: a union of scalars, literals, sequences of them and `None`.
+        default (`Any`, *optional*): The default, for the help. Without one the option must be given.
+        help (`str`, *optional*): The help text.
+    """
+
+    name: str
+    annotation: Any
+    default: Any = dataclasses.MISSING
+    help: str = ""
+
+    def __post_init__(self):
+        members = _members(self.annotation)
+        sequences = [member for member in members if (typing.get_origin(member) or member) in _SEQUENCES]
+        literals = [member for member in members if typing.get_origin(member) is typing.Literal]
+        values = [value for literal in literals for value in typing.get_args(literal)]
+        self.choices = [value for value in values if isinstance(value, str)]
+        self.sequence = None if not sequences else tuple if typing.get_origin(sequences[0]) is tuple else list
+        self.is_scalar = bool(self.choices) or any(member in _READERS for member in members)
+        # `--report_to none`: where a list of texts is allowed, "none" is a name
+        self.is_optional = types.NoneType in members and not (sequences and str in members)
+        entries = [member for sequence in sequences for part in typing.get_args(sequence) for member in _members(part)]
+        others = [type(value) for value in values if value not in self.choices]
+        self.kinds = [kind for kind in _READERS if kind in (*members, *entries, *others)]
+        if sequences and not self.kinds and not entries:
+            self.kinds = [str]
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether a command line can hold a value of this type."""
+        return bool(self.kinds or self.choices)
+
+    def read(self, text: str) -> Any:
+        """Return one value of the command line as the type of the option."""
+        if self.is_optional and text.lower() in ("none", "null"):
+            return None
+        if text in self.choices:
+            return text
+        for kind, (reader, _, _) in _READERS.items():
+            if kind in self.kinds:
+                try:
+                    return reader(text)
+                except (ValueError, argparse.ArgumentTypeError):
+                    continue
+        names = [_READERS[kind][1] for kind in _READERS if kind in self.kinds]
+        rule = " or ".join(names) if names else f"one of {', '.join(self.choices)}"
+        raise argparse.ArgumentTypeError(f"must be {rule}, but is {text!r}. {did_you_mean(text, self.choices)}")
+
+    def collect(self, value: Any) -> Any:
+        """Return what argparse made of all values as the type of the option."""
+        if not isinstance(value, list):
+            return value
+        if len(value) == 1 and (self.is_scalar or value == [None]):
+            return value[0]
+        return self.sequence(value)
+
+    def as_field(self, is_hidden: bool) -> tuple[str, Any, dataclasses.Field]:
+        """Return the entry of `dataclasses.make_dataclass` from which `HfArgumentParser` makes the flag."""
+        metavar = "|".join(self.choices) or ("NUMBER" if float in self.kinds else _READERS[self.kinds[0]][2])
+        settings: dict[str, Any] = {"metavar": metavar, "help": argparse.SUPPRESS if is_hidden else self._help()}
+        if self.sequence is not None:
+            settings["nargs"] = "+"
+        elif self.kinds == [bool]:
+            settings |= {"nargs": "?", "const": "true"}
+        return self.name, self.read, dataclasses.field(default=argparse.SUPPRESS, metadata=settings)
+
+    def _help(self) -> str:
+        shown = "" if self.default in (dataclasses.MISSING, None, ()) else f" [{_shown(self.default)}]"
+        return f"{self.help}{shown}".replace("%%", "%").replace("%", "%%").strip()
+
+
+class Parser(HfArgumentParser):
+    """Parser of one command.
+
+    Args:
+        groups (`Mapping[str, Iterable[Option]]`): The options by the title of their group. The first of a name counts.
+        hidden (`Iterable[str]`, *optional*): Options that the help does not show.
+        owner (`Callable[[str], str | None]`, *optional*): Return a sentence that says where an unknown name belongs.
+        kwargs: Of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Iterable[Option]],
+        hidden: Iterable[str] = (),
+        owner: Callable[[str], str | None] = lambda name: None,
+        **kwargs: Any,
+    ):
+        self.options: dict[str, Option] = {}
+        self.owner = owner
+        made = []
+        for title, options in groups.items():
+            fresh = [option for option in options if option.name not in self.options]
+            self.options |= {option.name: option for option in fresh}
+            entries = [option.as_field(option.name in hidden) for option in fresh]
+            made.append(dataclasses.make_dataclass("Group", entries, namespace={"_argument_group_name": title}))
+        super().__init__(made, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
+        """Return the options that a command line gives, by name.
+
+        Raises:
+            ValueError: For an unknown option, with the nearest known one, and for a value of another type.
+        """
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown and not unknown[0].startswith("--"):
+            raise ValueError(
+                f"{unknown[0]!r} stands where a flag is expected. A field takes one value, unless the help shows more."
+            )
+        self.check_known([token.lstrip("-").split("=")[0].replace("-", "_") for token in unknown], "the command line")
+        return {name: self.options[name].collect(value) for name, value in vars(namespace).items()}
+
+    def read_values(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the fields of a recipe file as [`read`] returns options. `where` names the file.
+
+        Raises:
+            ValueError: As for [`read`].
+        """
+        self.check_known(map(str, values), where)
+        arguments = []
+        for name, value in values.items():
+            if isinstance(value, (list, tuple)):
+                arguments += [f"--{name}", *map(_as_text, value)]
+            else:
+                arguments.append(f"--{name}={_as_text(value)}")
+        return self.read(arguments)
+
+    def check_known(self, names: Iterable[str], where: str) -> None:
+        for name in names:
+            if name not in self.options:
+                hint = self.owner(name) or did_you_mean(name, self.options) or "`--help` lists the fields."
+                raise ValueError(f"There is no field `{name}`, in {where}. {hint}")
+
+    def check_given(self, values: Mapping[str, Any]) -> None:
+        """Check that every option without a default is among `values`."""
+        for option in self.options.values():
+            if option.default is dataclasses.MISSING and values.get(option.name) is None:
+                raise ValueError(f"`{option.name}` is missing: {option.help} Give --{option.name}.")
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(re.sub(r"^argument --(\w+)[^:]*:", r"`\1`", message).strip())
+
+
+def options_of(
+    source: type | Callable, *documented: Any, names: Mapping[str, str | None] | None = None
+) -> list[Option]:
+    """Return an option for each field of a dataclass, or for each parameter of a class or function.
+
+    Args:
+        source (`type` or `Callable`): A dataclass, or a class or function whose parameters have annotations, with
+            those that `**kwargs` passes to a base class. Parameters that a command line cannot hold are left out.
+        documented: Further objects whose docstrings describe the parameters. The help of an option is the `help` of
+            the field, else its entry under `Args:`.
+        names (`Mapping[str, str]`, *optional*): Names of options that differ from those of the parameters. A parameter
+            whose name is `None` becomes no option.
+    """
+    names = names or {}
+    helps = documentation(source, *documented)
+    if dataclasses.is_dataclass(source):
+        is_config = issubclass(source, PreTrainedConfig)
+        inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)} if is_config else ()
+        found = [
+            Option(f.name, f.type, f.default, f.metadata.get("help") or helps.get(f.name, ""))
+            for f in dataclasses.fields(source)
+            if f.init and not f.name.startswith("_") and f.name not in inherited
+        ]
+    else:
+        found = []
+        for name, parameter in parameters_of(source).items():
+            default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+            found.append(Option(names.get(name) or name, parameter.annotation, default, helps.get(name, "")))
+        left_out = {name for name, new in names.items() if new is None}
+        found = [option for option in found if option.name not in left_out]
+    return [option for option in found if option.is_readable]
+
+
+def parameters_of(source: type | Callable) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function, or of a class and of the bases that it passes its `**kwargs` to."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for function in [cls.__init__ for cls in source.__mro__[:-1]] if isinstance(source, type) else [source]:
+        signature = inspect.signature(function, eval_str=True).parameters
+        for parameter in signature.values():
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                parameters.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+            break
+    parameters.pop("self", None)
+    return parameters
+
+
+def arguments_for(
+    source: type | Callable, values: Mapping[str, Any], names: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return the values that are arguments of `source`, by parameter. `names` are those of [`options_of`]."""
+    fields = {parameter: names.get(parameter, parameter) for parameter in parameters_of(source)}
+    return {parameter: values[name] for parameter, name in fields.items() if name in values}
+
+
+def documentation(*sources: Any) -> dict[str, str]:
+    """Return the entries under `Args:` in the docstrings of objects and of their bases. The first entry counts."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for documented in source.__mro__ if isinstance(source, type) else [source]:
+            section = re.search(r"^Args:\n((?: .*\n?|\n)*)", inspect.cleandoc(documented.__doc__ or ""), re.MULTILINE)
+            for entry in re.split(r"^    (?=\S)", section[1] if section else "", flags=re.MULTILINE):
+                match = re.match(r"([\w, ]+?)(?: \(.*?\))?:\s+(.+)", entry, re.DOTALL)
+                if match is None or re.match(r"(See \[|As for\s)", match[2]):
+                    continue
+                text = re.sub(r"\[(`.+?`)\]|\[(.+?)\]\(\S+?\)", r"\1\2", " ".join(match[2].split())).replace("`", "")
+                for name in match[1].split(", "):
+                    found.setdefault(name, text)
+    return found
+
+
+def build(cls: type, values: Mapping[str, Any], **defaults: Any) -> Any:
+    """Return an object of a dataclass from the values that are fields of it."""
+    return cls(**{**defaults, **own_values(cls, values)})
+
+
+def own_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are fields of a dataclass."""
+    names = {option.name for option in options_of(cls)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def check_output_dir(output_dir: str | None, is_reused: bool, remedy: str) -> None:
+    """Check that `output_dir` is a folder, and that it is new or empty unless `is_reused`.
+
+    Raises:
+        ValueError: If it is not. `remedy` says how to use a folder that is not empty.
+    """
+    if output_dir is None:
+        raise ValueError("`output_dir` is missing: the folder of the trained model. Give --output_dir.")
+    for path in (Path(output_dir), *Path(output_dir).parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"`output_dir` '{output_dir}' must be a folder, but '{path}' is a file. Give another.")
+    folder = Path(output_dir)
+    if not is_reused and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"`output_dir` '{output_dir}' is not empty. {remedy}")
+
+
+def _members(annotation: Any) -> list:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    is_path = (
+        inspect.isclass(annotation) and typing.get_origin(annotation) is None and issubclass(annotation, os.PathLike)
+    )
+    return [str if is_path else annotation]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, (tuple, list)):
+        return " ".join(map(_shown, default))
+    return f"{default:.4g}" if isinstance(default, float) else _as_text(default)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wide, and without the spelling of each flag with dashes."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        arguments = "" if action.nargs == 0 else self._format_args(action, action.metavar)
+        return f"{max(action.option_strings, key=len)} {arguments}".strip()

@@ -1,0 +1,184 @@
+"""Training with little communication, in a recipe: the methods, and their fields, made from their signatures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..distributed import topology
+from ..distributed.async_gossip import AsyncGossip
+from ..distributed.codistillation import Codistillation
+from ..distributed.gossip import Gossip
+from ..distributed.local_sgd import LocalSGD
+from ..distributed.overlap_gossip import OverlapGossip
+from ..distributed.slowmo import SlowMo
+from ..trainers.argument_names import in_terms_of
+from ..trainers.callbacks.codistillation import CodistillationCallback
+from ..trainers.callbacks.local_update import (
+    AsyncGossipCallback,
+    GossipCallback,
+    LocalSGDCallback,
+    OverlapGossipCallback,
+    SlowMoCallback,
+)
+from .parser import Option, documentation, options_of, parameters_of
+
+TOPOLOGIES = {
+    "ring": topology.RingTopology,
+    "complete": topology.CompleteTopology,
+    "exponential": topology.ExponentialTopology,
+    "bipartite_exponential": topology.BipartiteExponentialTopology,
+    "random_one_peer": topology.RandomOnePeerTopology,
+}
+# The methods that SlowMo runs over.
+BASES = ("gossip", "overlap_gossip")
+# Fields that are not called as the parameter; None: no field.
+_NAMES = {
+    "timeout_seconds": "sync_timeout_seconds",
+    "wire_dtype": "sync_wire_dtype",
+    "base_buffers": "sync_base_buffers",
+    "log_consensus_distance": None,
+    "log_parameter_distance": None,
+    "on_lost_replica": None,
+}
+
+
+@dataclass(frozen=True)
+class SyncMethod:
+    """A method of training with little communication.
+
+    Args:
+        core (`type`): The class for any training loop.
+        callback (`type`): The callback for any Trainer.
+        names (`dict[str, str | None]`, *optional*): Fields that are not called as the parameter; `None`: no field.
+        prefix (`str`, *optional*): Prefix of the other fields.
+    """
+
+    core: type
+    callback: type
+    names: dict[str, str | None] = field(default_factory=dict)
+    prefix: str = ""
+
+    def fields(self) -> dict[str, Option]:
+        """Return the fields of a recipe that the method has, by the names of the parameters."""
+        names, found = {**_NAMES, **self.names}, {}
+        for option in (*options_of(self.core), *options_of(self.callback, self.core)):
+            name = names.get(option.name, f"{self.prefix}{option.name}")
+            if name is not None:
+                found.setdefault(option.name, replace(option, name=name))
+        helps, parameters = documentation(self.core), parameters_of(self.core)
+        if "topology" in parameters:
+            annotation = Literal[tuple(TOPOLOGIES)]
+            found["topology"] = Option("sync_topology", annotation, None, helps.get("topology", ""))
+            text = "Peers that a rank sends to at a step, with sync_topology exponential."
+            found["peers_per_step"] = Option("sync_peers_per_step", int, None, text)
+        if "base" in parameters:
+            found["base"] = Option("sync_base", Literal[BASES], None, helps.get("base", ""))
+        return found
+
+
+SYNC_METHODS = {
+    "local_sgd": SyncMethod(LocalSGD, LocalSGDCallback),
+    "slowmo": SyncMethod(SlowMo, SlowMoCallback, {"average": "slow_average", "shard_state": "slow_shard_state"}),
+    "gossip": SyncMethod(Gossip, GossipCallback),
+    # a step always ends a period
+    "overlap_gossip": SyncMethod(OverlapGossip, OverlapGossipCallback, {"sync_every": None}),
+    "async_gossip": SyncMethod(
+        AsyncGossip,
+        AsyncGossipCallback,
+        {
+            "method": "async_method",
+            "rate_correction": "async_rate_correction",
+            "seed": "async_seed",
+            "base_buffers": None,
+        },
+    ),
+    "codistillation": SyncMethod(Codistillation, CodistillationCallback, prefix="codistillation_"),
+}
+
+
+def sync_options() -> list[Option]:
+    """Return `sync` and the fields of all methods. A field of several methods is described as by the first."""
+    text = f"{', '.join(SYNC_METHODS)}; none: gradients are averaged at every step."
+    found = {"sync": Option("sync", Literal[tuple(SYNC_METHODS)] | None, None, text)}
+    for method in SYNC_METHODS.values():
+        for option in method.fields().values():
+            found.setdefault(option.name, replace(option, annotation=option.annotation | None))
+    return list(found.values())
+
+
+class SyncArguments:
+    """Training with little communication. A field left out has the default of its method.
+
+    Args:
+        sync (`str`, *optional*): The method. By default gradients are averaged at every step.
+        fields: The fields of [`sync_options`].
+
+    Raises:
+        ValueError: If the method does not have a field, or refuses its value.
+    """
+
+    def __init__(self, sync: str | None = None, **fields: Any):
+        fields = {name: value for name, value in fields.items() if value is not None}
+        self.method = None if sync is None else SYNC_METHODS[sync]
+        self.base = SYNC_METHODS[fields["sync_base"]] if "sync_base" in fields else None
+        own = {} if self.method is None else self.method.fields()
+        # SlowMo's own period, precision and moments are those of its outer steps
+        under = {} if self.base is None else {p: o for p, o in self.base.fields().items() if p not in own}
+        under |= {} if self.base is None else {"timeout_seconds": own.get("timeout_seconds")}
+        self._names = {parameter: option.name for parameter, option in {**under, **own}.items()}
+        for name in fields:
+            if name not in self._names.values():
+                raise _unknown(name, sync, self._names.values())
+        if "sync_peers_per_step" in fields and fields.get("sync_topology") != "exponential":
+            raise ValueError(
+                "`sync_peers_per_step` belongs to `sync_topology` exponential, but `sync_topology` is "
+                f"{fields.get('sync_topology')}. Give both."
+            )
+        self.settings = {p: fields[o.name] for p, o in own.items() if o.name in fields}
+        self.base_settings = {p: fields[o.name] for p, o in under.items() if o.name in fields}
+        if self.method is not None:
+            self._check_values()
+
+    def add_callback(self, trainer: Trainer) -> None:
+        """Add the callback of the method to a trainer, if there is a method."""
+        if self.method is None:
+            return
+        world_size = trainer.args.world_size
+        with in_terms_of(self._names):
+            settings = _with_topology(self.settings, world_size)
+            if self.base is not None:
+                settings["base"] = partial(self.base.core, **_with_topology(self.base_settings, world_size))
+            trainer.add_callback(self.method.callback(trainer, **settings))
+
+    def _check_values(self) -> None:
+        """Check the values before any data is read, except those that depend on the number of ranks."""
+        later = ("topology", "peers_per_step", "base")
+        parameter = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(parameter.parameters(), lr=1.0)
+        for method, settings in ((self.method, self.settings), (self.base, self.base_settings)):
+            if method is not None:
+                known = parameters_of(method.core)
+                settings = {name: v for name, v in settings.items() if name in known and name not in later}
+                with in_terms_of(self._names):
+                    method.core(parameter, optimizer, **settings)
+
+
+def _with_topology(settings: dict[str, Any], world_size: int) -> dict[str, Any]:
+    settings = dict(settings)
+    peers = {"peers_per_step": settings.pop("peers_per_step")} if "peers_per_step" in settings else {}
+    if "topology" in settings:
+        settings["topology"] = TOPOLOGIES[settings["topology"]](world_size, **peers)
+    return settings
+
+
+def _unknown(name: str, sync: str | None, known: Iterable[str]) -> ValueError:
+    owners = [title for title, method in SYNC_METHODS.items() if name in [o.name for o in method.fields().values()]]
+    rule = f"`{name}` belongs to `sync` {', '.join(owners)}"
+    if sync is None:
+        return ValueError(f"{rule}, but `sync` is not given. Give `sync`, or leave `{name}` out.")
+    return ValueError(f"{rule}, but `sync` is {sync}. Leave it out; {sync} takes {', '.join(sorted(set(known)))}.")

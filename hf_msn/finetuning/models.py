@@ -1,0 +1,176 @@
+"""Models to fine-tune: an encoder from anywhere, under a linear head or a projection head."""
+
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+)
+
+from ..models.configuration_semi_supervised import SemiSupervisedConfig
+from ..models.configuration_suncet import SuNCEtConfig
+from ..models.modeling_semi_supervised import SemiSupervisedModel
+from ..models.modeling_suncet import SuNCEtForPreTraining
+from ..models.trunks import copy_trunk, fields_for, load_trunk
+
+Start = str | Path | PreTrainedConfig | PreTrainedModel
+_LOSS_FIELDS = {"temperature": 0.1, "label_smoothing": 0.0}  # belong to pretraining, not to the weights
+
+
+def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTraining:
+    """Load the encoder of `start` under a projection head, which is kept if PAWS or SuNCEt trained one.
+
+    Args:
+        start (`str`, `Path`, `PreTrainedConfig` or `PreTrainedModel`): A folder or Hub id of MSN, PAWS, SuNCEt or a
+            plain ViTMSN; "timm:ARCHITECTURE", with timm's released weights; such a model itself; or a configuration,
+            to start from scratch.
+        seed (`int`): Seed of fresh weights.
+        **config_fields: Fields of [`SuNCEtConfig`] that differ from those of `start`.
+
+    Raises:
+        ValueError: If the checkpoint is of another kind, or a field does not fit its weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(start, PreTrainedConfig):
+            fields = fields_for(SuNCEtConfig, _own_fields(start), start.model_type)
+            return SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
+        source, encoder, fields, name = _source(start)
+        fields = {**fields_for(SuNCEtConfig, fields, name), **_LOSS_FIELDS}
+        model = SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
+    copy_trunk(encoder, model.encoder, model.config, fields, name)
+    if isinstance(source, SemiSupervisedModel):
+        _copy_projection_head(source, model)
+    return model
+
+
+def load_for_classification(
+    start: Start,
+    classes: np.ndarray,
+    class_names: list[str] | None,
+    seed: int,
+    zero_init_head: bool = True,
+    **config_fields,
+) -> ViTMSNForImageClassification | TimmWrapperForImageClassification:
+    """Load the encoder of `start` under a linear head, as a model of plain transformers.
+
+    Args:
+        start: As for [`load_for_suncet`].
+        classes (`numpy.ndarray`): The class numbers, ascending, (C,): output j is class `classes[j]`.
+        class_names (`list[str]`, *optional*): Names by class number.
+        seed (`int`): Seed of fresh weights.
+        zero_init_head (`bool`, *optional*, defaults to `True`): Start the linear head at 0.
+        **config_fields: Fields of [`SuNCEtConfig`] that differ from those of `start`.
+
+    Raises:
+        ValueError: As for [`load_for_suncet`], or if plain transformers has no such network.
+    """
+    source = load_for_suncet(start, seed, **config_fields)
+    names = [str(number) if class_names is None else class_names[number] for number in classes.tolist()]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: column for column, name in enumerate(names)}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source.config.timm_model is None:
+            config = source.config.to_vit_msn_config()
+            config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+            model = ViTMSNForImageClassification(config)
+            model.vit.load_state_dict(source.encoder.state_dict())
+        else:
+            model = _timm_classifier(source, labels)
+    if zero_init_head:
+        head = linear_head(model)
+        nn.init.zeros_(head.weight)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    return model
+
+
+def check_start(name: str) -> None:
+    """Raise a `ValueError` if there is no such model, or it is of another kind. Read no weights."""
+    if name.startswith("timm:"):
+        if not timm.is_model(name.removeprefix("timm:")):
+            raise ValueError(f"'{name}' must name an architecture of timm. `timm.list_models()` lists them.")
+        return
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The model to fine-tune must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but "
+            f"'{name}' cannot be loaded: {error}"
+        ) from error
+    if not isinstance(config, (ViTMSNConfig, TimmWrapperConfig)):  # the configurations of hf_msn are ViTMSNConfigs
+        raise ValueError(
+            f"The model to fine-tune must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
+            f"'{name}' is of type '{config.model_type}'."
+        )
+
+
+def linear_head(model: PreTrainedModel) -> nn.Linear:
+    """Return the last layer of a model of [`load_for_classification`]."""
+    timm_model = getattr(model, "timm_model", None)
+    return model.classifier if timm_model is None else timm_model.get_classifier()
+
+
+def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperForImageClassification:
+    name = source.config.timm_model
+    if source.config.small_image_stem:
+        raise ValueError(
+            f"A classifier must be a network that plain transformers can build, but '{name}' has `small_image_stem`. "
+            "Fine-tune it with `head` suncet, or start from a network with timm's own stem."
+        )
+    config = TimmWrapperConfig(architecture=name, model_args=source.config.timm_options or None, **labels)
+    model = TimmWrapperForImageClassification(config)
+    fault = model.timm_model.load_state_dict(source.encoder.state_dict(), strict=False)
+    head = linear_head(model)
+    of_head = {name for name, value in model.timm_model.state_dict(keep_vars=True).items() if _is_in(value, head)}
+    if not isinstance(head, nn.Linear) or fault.unexpected_keys or set(fault.missing_keys) != of_head:
+        raise ValueError(
+            f"A classifier must have one linear layer on its features, but '{name}' has another head. Fine-tune it "
+            "with `head` suncet, or start from another network."
+        )
+    return model
+
+
+def _is_in(value: torch.Tensor, head) -> bool:
+    return isinstance(head, nn.Module) and any(value is parameter for parameter in head.parameters())
+
+
+def _source(start: str | Path | PreTrainedModel) -> tuple[PreTrainedModel | None, nn.Module, dict, str]:
+    """Return the model that `start` names, if it has heads; its encoder; its fields; and its name."""
+    if isinstance(start, PreTrainedModel):
+        encoder = getattr(start, "evaluation_encoder", start if start.config.model_type == "vit_msn" else None)
+        if encoder is None:
+            raise ValueError(
+                f"The model to fine-tune is a {type(start).__name__}, but must be a pretraining model of hf_msn or a "
+                "ViTMSNModel."
+            )
+        return start, getattr(encoder, "vit", encoder), _own_fields(start.config), type(start).__name__
+    name = str(start)
+    if not name.startswith("timm:"):
+        config = AutoConfig.from_pretrained(name)
+        if isinstance(config, SemiSupervisedConfig):
+            model = AutoModelForPreTraining.from_pretrained(name)
+            return model, model.evaluation_encoder, _own_fields(config), name
+    encoder, fields = load_trunk(name)
+    return None, encoder, fields, name
+
+
+def _own_fields(config: PreTrainedConfig) -> dict:
+    left_out = ("model_type", "architectures", "transformers_version", "dtype", "id2label", "label2id")
+    return {key: value for key, value in config.to_dict().items() if key not in left_out}
+
+
+def _copy_projection_head(source: SemiSupervisedModel, model: SuNCEtForPreTraining) -> None:
+    weights, wanted = source.projection_head.state_dict(), model.projection_head.state_dict()
+    if {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in wanted.items()}:
+        model.projection_head.load_state_dict(weights)

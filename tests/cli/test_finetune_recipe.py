@@ -1,0 +1,188 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from finetuning_runs import ENCODER, PROCESSOR, VIEWS, digits, paws_config
+from transformers import ResNetConfig
+
+from hf_msn import (
+    ClassifierFinetuningArguments,
+    PAWSForPreTraining,
+    SuNCEtFinetuningArguments,
+    SupportDataset,
+    parse_finetuning_recipe,
+)
+from hf_msn.cli.recipe_files import RECIPES
+
+NAMES = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def paws_folder(tmp_path_factory):
+    """A checkpoint of PAWS as its trainer leaves it."""
+    folder = tmp_path_factory.mktemp("paws")
+    torch.manual_seed(0)
+    PAWSForPreTraining(paws_config()).save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    dataset, rows = digits()
+    support = SupportDataset(dataset, rows, VIEWS)
+    (folder / "labelled_images.json").write_text(
+        json.dumps(
+            {"rows": support.rows.tolist(), "labels": support.labels.tolist(), "class_names": support.class_names}
+        )
+    )
+    return folder
+
+
+def parse(output_dir, *arguments):
+    return parse_finetuning_recipe(["--output_dir", str(output_dir), "--use_cpu", "true", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_read(name, tmp_path):
+    recipe = parse(tmp_path, "--config", name, "--bf16", "false")
+    assert recipe.training.final_learning_rate < recipe.training.learning_rate
+    assert recipe.training.optim == "sgd" and recipe.training.weight_decay == 0 and recipe.training.refit
+
+
+def test_the_papers_settings(tmp_path):
+    for percent in (1, 10):
+        name = f"finetune_paws_rn50_imagenet_{percent}percent"
+        training = parse(tmp_path, "--config", name, "--bf16", "false").training
+        assert isinstance(training, ClassifierFinetuningArguments)
+        assert (training.num_train_epochs, training.learning_rate, training.momentum) == (50, 0.02, 0.9)
+        assert training.zero_init_head and not training.freeze_encoder and training.final_learning_rate == 0
+    suncet = parse(tmp_path, "--config", "finetune_suncet_cifar10")
+    training = suncet.training
+    assert isinstance(training, SuNCEtFinetuningArguments) and training.use_lars
+    assert (training.global_support_classes, training.global_support_images_per_class) == (10, 64)
+    assert (training.support_views_per_image, training.num_train_epochs) == (2, 30)
+    assert (training.learning_rate, training.final_learning_rate, training.warmup_steps) == (0.1, 0.01, 0)
+    assert (suncet.config_fields["temperature"], suncet.config_fields["label_smoothing"]) == (0.1, 0.0)
+
+
+def test_the_command_line_overrides_the_file_and_values_have_their_types(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "head: linear\nlearning_rate: 1e-3\nglobal_scale: [0.5, 1]\nimage_size: 8\nmodel: null\npatch_size: 2\n"
+    )
+    recipe = parse(
+        tmp_path / "run", "--config", tmp_path / "r.yaml", "--learning_rate", "5e-2", "--global_scale", 0.2, 1.0,
+        "--timm_options", '{"drop_path_rate": 0.1}', "--timm_model", "test_resnet", "--refit",
+    )  # fmt: skip
+    assert recipe.training.learning_rate == 0.05 and recipe.views.global_scale == (0.2, 1.0) and recipe.training.refit
+    assert recipe.config_fields["timm_options"] == {"drop_path_rate": 0.1} and recipe.config_fields["patch_size"] == 2
+    assert recipe.start.model is None and recipe.config_fields["image_size"] == 8
+
+
+def test_a_label_source_replaces_that_of_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("labelled_images_per_class: 3\nlabelled_seed: 4\n")
+    recipe = parse(tmp_path / "run", "--config", tmp_path / "r.yaml", "--labelled_fraction", "0.1")
+    assert recipe.label_fields == {"labelled_fraction": 0.1, "labelled_seed": 4}
+
+
+def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
+    views = parse(tmp_path).views
+    assert (views.color_jitter, views.grayscale, views.blur_probability, views.focal_views) == (0, 0, 0, 0)
+    assert views.global_scale == (0.08, 1.0) and views.horizontal_flip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "`learning_rat`.*'learning_rate'"),
+        (["--support_views_per_image", "2"], "`support_views_per_image`.*`--head suncet`"),
+        (["--head", "cosine"], "`head` .*'cosine'"),
+        (["--learning_rate", "fast"], "`learning_rate` .*'fast'"),
+        (["--validation_fraction", "1.0"], "`validation_fraction` .*1.0"),
+        (
+            ["--gradient_accumulation_steps", "0"],
+            "`gradient_accumulation_steps` .*0",
+        ),
+        (["--seed", "-1"], "`seed` .*-1"),
+        (["--head", "suncet", "--global_support_classes", "1"], "`global_support_classes` .*1"),
+        (["--resume_from_checkpoint", "x"], "`resume_from_checkpoint`"),
+        (["--model", "/no/such"], "'/no/such'"),
+        (["--model", "timm:nonsense"], "'timm:nonsense'"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),
+    ],
+)
+def test_wrong_use_is_named(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, *arguments)
+
+
+def test_output_dir_must_be_given_and_be_empty(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`output_dir` .*--overwrite_output_dir"):
+        parse(tmp_path)
+    assert parse(tmp_path, "--overwrite_output_dir").output_dir == str(tmp_path)
+    with pytest.raises(ValueError, match=r"`output_dir` .*is a file"):
+        parse(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"`output_dir` is missing"):
+        parse_finetuning_recipe([])
+
+
+def test_a_missing_test_split_is_an_error_before_training(paws_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_msn.finetuning.tuning.FinetuningTrainer", None)
+    recipe = parse(tmp_path, "--model", paws_folder, "--labelled_images_per_class", 2, "--test_split", "tset")
+    with pytest.raises(ValueError, match=r"'tset'"):
+        recipe.finetune()
+
+
+def test_a_checkpoint_of_another_kind_is_named_before_any_data_is_read(tmp_path):
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match=r"'resnet'"):
+        parse(tmp_path / "run", "--model", tmp_path / "resnet", "--dataset", "/no/such")
+
+
+def test_a_released_network_of_timm_gets_the_images_that_it_was_trained_on(tmp_path):
+    views = parse(tmp_path, "--model", "timm:vit_base_patch16_224.augreg_in21k").views
+    assert (views.image_size, views.image_mean, views.image_std) == (224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert views.interpolation == "bicubic"
+    smaller = parse(tmp_path, "--model", "timm:test_resnet", "--image_size", 32)
+    assert smaller.views.image_size == 32 and smaller.image_processor.crop_size["height"] == 32
+
+
+def test_labelled_images_and_evaluation_come_with_the_checkpoint(paws_folder, tmp_path):
+    recipe = parse(tmp_path, "--model", paws_folder)
+    dataset, rows = recipe.load_labelled()
+    assert rows.tolist() == digits()[1].tolist() and len(dataset) == len(digits()[0])
+    assert recipe.image_processor.to_dict() == PROCESSOR.to_dict()
+    assert recipe.views.image_size == 8 and recipe.views.image_mean == (0.5, 0.5, 0.5)
+    assert recipe.config_fields == {"image_size": 8}
+
+    other = parse(tmp_path, "--model", paws_folder, "--image_size", 16, "--crop_fraction", 1.0)
+    assert other.views.image_mean == (0.5, 0.5, 0.5) and other.image_processor.crop_size["height"] == 16
+
+
+def test_another_label_source_replaces_that_of_the_checkpoint_or_conflicts(paws_folder, tmp_path):
+    by_number = ["--model", paws_folder, "--labelled_images_per_class", 2]
+    assert len(parse(tmp_path, *by_number).load_labelled()[1]) == 20
+    with pytest.raises(ValueError, match=r"both `labelled_from_checkpoint` and labelled_images_per_class are given"):
+        parse(tmp_path, *by_number, "--labelled_from_checkpoint").load_labelled()
+    with pytest.raises(ValueError, match=r"none is given"):
+        parse(tmp_path, "--model", paws_folder, "--labelled_from_checkpoint", "false").load_labelled()
+    with pytest.raises(ValueError, match=r"needs a `labelled_images\.json`"):
+        parse(tmp_path, "--labelled_from_checkpoint").load_labelled()
+
+
+def test_labels_of_a_checkpoint_are_compared_with_the_data(paws_folder, tmp_path, monkeypatch):
+    recipe = parse(tmp_path, "--model", paws_folder)
+    dataset = digits()[0]
+    for other, fault in (
+        (dataset.select(range(100)), "has fewer rows"),
+        (dataset.select(np.roll(np.arange(len(dataset)), 1)), "has other labels in these rows"),
+    ):
+        monkeypatch.setattr(recipe.data, "load", lambda other=other: other)
+        with pytest.raises(ValueError, match=f"50 labelled rows of another data set: `dataset` {fault}"):
+            recipe.load_labelled()
+
+
+def test_a_start_from_scratch_takes_the_fields_of_the_encoder(tmp_path):
+    fields = [text for name, value in ENCODER.items() for text in (f"--{name}", value)]
+    settings = ["--num_train_epochs", 1, "--labelled_images_per_class", 2, "--disable_tqdm", "true"]
+    result = parse(tmp_path, *fields, *settings).finetune()
+    assert result.model.config.hidden_size == 32 and result.model.config.image_size == 8
+    assert len(result.trained_rows) == len(result.held_out_rows) == 10

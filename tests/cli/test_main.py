@@ -1,0 +1,85 @@
+"""The `hf-msn` command: help, unknown names, processes, and the scripts that are entries to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from hf_msn.cli import main as main_module
+from hf_msn.cli.help import help_texts
+from hf_msn.cli.main import HELP, main
+
+ROOT = Path(__file__).parents[2]
+ENTRIES = ("pretrain", "finetune", "evaluate_low_shot", "publish", "convert_checkpoint", "make_model_card")
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    for arguments in ([], ["pretrain", "--method", "paws", "--help"], ["publish", "--help"]):
+        code = f"from hf_msn.cli.main import main; main({arguments}); import sys; print(sorted(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "'torch'" not in done.stdout and "'transformers'" not in done.stdout
+        assert "hf-msn" in done.stdout
+
+
+@pytest.mark.parametrize("script", ENTRIES)
+def test_each_entry_script_answers_help(script):
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "usage: hf-msn" in done.stdout and "--" in done.stdout.split("options:")[1]
+
+
+def test_the_help_files_are_those_of_the_parsers():
+    """After a change of a field or docstring: python -m hf_msn.cli.help"""
+    texts = help_texts()
+    assert {path.name for path in HELP.glob("*.txt")} == set(texts)
+    if (HELP / "transformers_version").read_text().strip() != transformers.__version__:
+        pytest.skip("the fields and texts of TrainingArguments differ between versions of transformers")
+    for name, text in texts.items():
+        assert (HELP / name).read_text().split() == text.split(), name
+
+
+def test_the_help_is_that_of_the_method(capsys, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("method: suncet\n")
+    shown = {}
+    for arguments in (["--help"], ["--method", "paws", "-h"], ["--config", str(tmp_path / "recipe.yaml"), "--help"]):
+        main(["pretrain", *arguments])
+        shown[arguments[0]] = capsys.readouterr().out
+    assert "--mask_ratio" in shown["--help"] and "--supervised_epochs" not in shown["--help"]
+    assert "--prediction_head" in shown["--method"] and "--mask_ratio" not in shown["--method"]
+    assert "--supervised_epochs" in shown["--config"]
+    with pytest.raises(ValueError, match=r"`method` .*'pawz'.*'paws'"):
+        main(["pretrain", "--method", "pawz", "--help"])
+
+
+def test_an_unknown_command_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'pretrian'.*'pretrain'"):
+        main(["pretrian", "--config", "digits"])
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "nearest"),
+    [
+        ("pretrain", "learning_rat", "learning_rate"),
+        ("finetune", "learning_rat", "learning_rate"),
+        ("evaluate", "prob", "probe"),
+        ("publish", "result", "results"),
+        ("convert", "outputs", "output"),
+        ("card", "result", "results"),
+    ],
+)
+def test_an_unknown_field_of_each_command_names_the_nearest(command, name, nearest):
+    with pytest.raises(ValueError, match=f"`{name}`.*'{nearest}'"):
+        main([command, f"--{name}", "1"])
+
+
+def test_several_processes_start_through_accelerate(monkeypatch):
+    calls = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    main(["pretrain", "--num_processes", "3", "--config", "digits", "--use_cpu", "true"])
+    (args,) = calls
+    assert (args.num_processes, args.multi_gpu, args.module) == (3, True, True)
+    assert args.training_script == main_module.__name__ == "hf_msn.cli.main"
+    assert args.training_script_args == ["pretrain", "--config", "digits", "--use_cpu", "true"]

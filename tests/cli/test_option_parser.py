@@ -1,0 +1,165 @@
+"""Options made from annotations and docstrings, and the values of a command line and of YAML as their types."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from hf_msn.cli.parser import Option, Parser, arguments_for, options_of
+from hf_msn.cli.recipe_files import RECIPES, find_recipe, read_yaml
+
+
+def read(annotation, *texts):
+    """The value of `--field`, with these texts on the command line."""
+    return Parser({"all": [Option("field", annotation)]}).read(["--field", *texts])["field"]
+
+
+def read_yaml_value(annotation, value):
+    return Parser({"all": [Option("field", annotation)]}).read_values({"field": value}, "the file")["field"]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "texts", "expected"),
+    [
+        (int | None, ["3"], 3),
+        (int | None, ["none"], None),
+        (str | None, ["null"], None),
+        (None | str | list[str], ["none"], "none"),  # `--report_to none`
+        (None | str | list[str], ["a", "b"], ["a", "b"]),
+        (float, ["1e-3"], 0.001),
+        (float | int, ["1"], 1),
+        (tuple[float, float], ["0.2", "0.9"], (0.2, 0.9)),
+        (tuple[int, ...], ["1"], (1,)),
+        (int | list[int] | tuple[int, int], ["8"], 8),
+        (Sequence[str | Path], ["a.json"], ["a.json"]),
+        (Sequence, ["a", "b"], ["a", "b"]),
+        (float | Callable[[int], float], ["0.5"], 0.5),
+        (bool, ["yes"], True),
+        (bool | None, [], True),
+        (dict | None, ['{"depth": 2}'], {"depth": 2}),
+        (Literal["a", "b"] | None, ["b"], "b"),
+        (Literal["a", "b"] | None, ["none"], None),
+        (str, ["12"], "12"),
+        (str, ["-1"], "-1"),
+    ],
+    ids=str,
+)
+def test_a_value_has_the_type_of_its_annotation(annotation, texts, expected):
+    found = read(annotation, *texts)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "expected"),
+    [
+        (float, "1e-3", 0.001),  # YAML reads 1e-3 as text
+        (float, 5, 5.0),
+        (float | None, None, None),
+        (tuple[float, float], [0, 1.5], (0.0, 1.5)),
+        (bool, False, False),
+        (dict | None, {"depth": [2], "rate": 0.1}, {"depth": [2], "rate": 0.1}),
+        (str, "--strange", "--strange"),
+    ],
+    ids=str,
+)
+def test_a_value_of_yaml_has_the_type_of_its_annotation(annotation, value, expected):
+    found = read_yaml_value(annotation, value)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "texts", "offending"),
+    [
+        (int, ["1.5"], "'1.5'"),
+        (float, ["much"], "'much'"),
+        (bool, ["maybe"], "'maybe'"),
+        (int, ["1", "2"], "'2'"),
+        (int, ["none"], "'none'"),
+        (tuple[int, ...], ["1", "x"], "'x'"),
+        (dict | None, ["depth=2"], "'depth=2'"),
+        (dict | None, ["[2]"], r"'\[2\]'"),
+        (Literal["linear", "suncet"], ["sunset"], "'sunset'.*'suncet'"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named(annotation, texts, offending):
+    with pytest.raises(ValueError, match=offending):
+        read(annotation, *texts)
+
+
+def test_an_unknown_name_has_its_owner_or_the_nearest_field_as_remedy():
+    def owner(name):
+        return "It belongs elsewhere." if name == "width" else None
+
+    parser = Parser({"all": [Option("sizes", int)]}, owner=owner)
+    for name, remedy in (("size", "'sizes'"), ("width", "belongs elsewhere"), ("x", "--help")):
+        with pytest.raises(ValueError, match=f"`{name}`, in the command line.*{remedy}"):
+            parser.read([f"--{name}", "1"])
+        with pytest.raises(ValueError, match=f"`{name}`, in file.yaml.*{remedy}"):
+            parser.read_values({name: 1}, "file.yaml")
+    assert parser.read(["--sizes=3"]) == {"sizes": 3}
+
+
+class Base:
+    """Args:
+    seed (`int`, *optional*, defaults to 0): Seed of
+        the [draw](https://example.org).
+    """
+
+    def __init__(self, seed: int = 0, group: Callable | None = None):
+        pass
+
+
+class Derived(Base):
+    """Args:
+    model (`Callable[[int], int]`): Nothing for a command line.
+    name (`str`): The name, see [`Base`].
+    first, second (`float`): Two numbers.
+    """
+
+    def __init__(self, model: Callable, name: str, first: float = 0.5, second: float | None = None, **kwargs):
+        super().__init__(**kwargs)
+
+
+def test_a_signature_becomes_options_with_the_help_of_the_docstrings():
+    found = {option.name: option for option in options_of(Derived, names={"name": "title", "second": None})}
+    assert list(found) == ["title", "first", "seed"]
+    assert found["title"].help == "The name, see Base." and found["first"].help == "Two numbers."
+    assert found["seed"].help == "Seed of the draw." and (found["seed"].default, found["first"].default) == (0, 0.5)
+    parser = Parser({"all": found.values()})
+    with pytest.raises(ValueError, match=r"`title` is missing"):
+        parser.check_given({})
+    values = {"title": "x", "first": 0.1, "other": 1}
+    assert arguments_for(Derived, values, {"name": "title"}) == {"name": "x", "first": 0.1}
+
+
+@dataclass
+class Fields:
+    size: int = field(default=3, metadata={"help": "Side, 50 % of it."})
+    rates: tuple[float, float] = (0.1, 1.0)
+    _hidden: int = 0
+
+
+def test_help_shows_the_text_and_the_default_of_a_field():
+    text = " ".join(Parser({"fields": options_of(Fields)}).format_help().split())
+    assert "--size INT Side, 50 % of it. [3]" in text and "[0.1 1]" in text and "hidden" not in text
+    assert "size" not in Parser({"fields": options_of(Fields)}, hidden=["size"]).format_help()
+
+
+def test_a_recipe_is_found_by_its_path_and_by_its_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("a: 1\n")
+    assert read_yaml(find_recipe(tmp_path / "mine.yaml")) == {"a": 1}
+    assert find_recipe("digits") == RECIPES / "digits.yaml"
+    with pytest.raises(ValueError, match=r"msn_vits16_imagent.*'msn_vits16_imagenet'"):
+        find_recipe("msn_vits16_imagent")
+    with pytest.raises(ValueError, match=r"absent.yaml"):
+        find_recipe(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n"])
+def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"r\.yaml"):
+        read_yaml(tmp_path / "r.yaml")

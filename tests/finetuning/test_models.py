@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from finetuning_runs import paws_config, suncet_config
+from tiny import tiny_model
+from transformers import (
+    ResNetConfig,
+    ResNetModel,
+    TimmWrapperForImageClassification,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
+)
+
+from hf_msn import PAWSForPreTraining, SuNCEtConfig
+from hf_msn.finetuning.models import linear_head, load_for_classification, load_for_suncet
+
+CLASSES, NAMES = np.array([1, 4, 5]), ["a", "b", "c", "d", "e", "f"]
+
+
+def paws_model(**fields) -> PAWSForPreTraining:
+    torch.manual_seed(0)
+    return PAWSForPreTraining(paws_config(**fields)).eval()
+
+
+def plain_model() -> ViTMSNModel:
+    torch.manual_seed(0)
+    return ViTMSNModel(suncet_config().to_vit_msn_config()).eval()
+
+
+@pytest.mark.parametrize("make", [paws_model, plain_model, lambda: tiny_model().eval()], ids=["paws", "plain", "msn"])
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_a_vit_classifier_reads_the_normalised_cls_of_the_evaluated_encoder(make, from_folder, tmp_path):
+    source = make()
+    if from_folder:
+        source.save_pretrained(tmp_path)
+    model = load_for_classification(
+        tmp_path if from_folder else source, CLASSES, NAMES, 0, zero_init_head=False
+    ).eval()
+    assert type(model) is ViTMSNForImageClassification and model.config.model_type == "vit_msn"
+    assert model.config.id2label == {0: "b", 1: "e", 2: "f"} and model.config.label2id == {"b": 0, "e": 1, "f": 2}
+    side = source.config.image_size
+    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = getattr(source, "evaluation_encoder", source)(pixels).last_hidden_state[:, 0].double()
+        logits = model(pixels).logits
+    head = model.classifier
+    expected = features @ head.weight.double().T + head.bias.double()
+    assert expected.abs().max() > 0.01 and torch.allclose(logits.double(), expected, atol=1e-5)
+
+
+def test_a_timm_classifier_reads_the_pooled_features(tmp_path):
+    source = paws_model(timm_model="test_resnet", timm_options={"drop_path_rate": 0.1})
+    source.save_pretrained(tmp_path)
+    model = load_for_classification(tmp_path, CLASSES, NAMES, 0, zero_init_head=False).eval()
+    assert type(model) is TimmWrapperForImageClassification and model.config.id2label == {0: "b", 1: "e", 2: "f"}
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features, logits = source.encoder(pixels).double(), model(pixels).logits
+    head = linear_head(model)
+    expected = features @ head.weight.double().T + head.bias.double()
+    assert expected.abs().max() > 0.01 and torch.allclose(logits.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"timm_model": "test_vit"}])
+def test_a_zero_head_gives_every_class_the_same_probability(fields):
+    model = load_for_classification(suncet_config(**{**fields, "image_size": 160}), CLASSES, None, 0).eval()
+    with torch.no_grad():
+        probabilities = model(torch.randn(4, 3, 160, 160)).logits.softmax(dim=1)
+    assert torch.equal(probabilities, torch.full((4, 3), 1 / 3))
+    assert model.config.id2label == {0: "1", 1: "4", 2: "5"}
+
+
+def test_a_small_stem_is_refused_with_the_other_head_as_remedy():
+    with pytest.raises(ValueError, match=r"'resnet18' with `small_image_stem` .* `head` suncet"):
+        load_for_classification(suncet_config(timm_model="resnet18", small_image_stem=True), CLASSES, NAMES, 0)
+
+
+def test_a_network_of_timm_with_two_heads_is_refused():
+    with pytest.raises(ValueError, match="'deit_tiny_distilled_patch16_224' has no single linear layer"):
+        load_for_classification(SuNCEtConfig(timm_model="deit_tiny_distilled_patch16_224"), CLASSES, NAMES, 0)
+
+
+def test_released_weights_of_timm(monkeypatch):
+    torch.manual_seed(0)
+    released = timm.create_model("test_resnet", num_classes=0)
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **kw: released if pretrained else create(name, **kw)
+    )
+    model = load_for_classification("timm:test_resnet", CLASSES, NAMES, 0)
+    loaded = model.timm_model.state_dict()
+    assert all(loaded[name].equal(value) for name, value in released.state_dict().items())
+
+
+def test_the_projection_head_of_paws_is_carried_over_and_its_smoothing_is_not(tmp_path):
+    source = paws_model(label_smoothing=0.1, temperature=0.2)
+    source.save_pretrained(tmp_path)
+    for start in (source, tmp_path):
+        model = load_for_suncet(start, 0)
+        head = model.projection_head.state_dict()
+        assert all(head[name].equal(value) for name, value in source.projection_head.state_dict().items())
+        assert (model.config.label_smoothing, model.config.temperature) == (0.0, 0.1)
+        assert load_for_suncet(start, 0, label_smoothing=0.05).config.label_smoothing == 0.05
+    fresh = load_for_suncet(source, 0, projection_dim=8)
+    assert fresh.projection_head.fc3.out_features == 8
+    assert all(fresh.encoder.state_dict()[name].equal(value) for name, value in source.encoder.state_dict().items())
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = load_for_suncet(suncet_config(), 1)
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(6)
+    same, other = load_for_suncet(suncet_config(), 1), load_for_suncet(suncet_config(), 2)
+    name = "projection_head.fc1.weight"
+    assert first.state_dict()[name].equal(same.state_dict()[name])
+    assert not first.state_dict()[name].equal(other.state_dict()[name])
+
+
+def test_another_kind_of_checkpoint_is_refused(tmp_path):
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    resnet.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 'resnet', but the trunk must be"):
+        load_for_suncet(tmp_path, 0)
+    with pytest.raises(ValueError, match="is a ResNetModel, but must be a pretraining model"):
+        load_for_suncet(resnet, 0)

@@ -1,0 +1,74 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_config
+from torch import nn
+
+from hf_msn import SuNCEtForPreTraining, finetune_classifier
+from hf_msn.data.decoding import decode_image
+from hf_msn.finetuning.models import linear_head, load_for_classification
+from hf_msn.finetuning.standardization import standardize_head
+
+
+def pixels_of(dataset, rows) -> torch.Tensor:
+    images = [decode_image(dataset[int(row)]["image"]) for row in rows]
+    return PROCESSOR(images, return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("config", [suncet_config(), suncet_config(timm_model="test_resnet")], ids=["vit", "convnet"])
+def test_the_head_sees_features_of_mean_0_and_spread_1_and_folds_into_a_plain_one(config, tmp_path):
+    dataset, rows = digits()
+    model = load_for_classification(config, np.arange(10), None, 0, zero_init_head=False, image_size=8).eval()
+    names = list(model.state_dict())
+    pixels = pixels_of(dataset, rows)
+    seen = []
+    handle = linear_head(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
+    with torch.no_grad():
+        model(pixels)
+    handle.remove()
+    features, head = seen[0], linear_head(model)
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+
+    standardization = standardize_head(model, dataset, rows, PROCESSOR, classifier_arguments(tmp_path))
+    assert list(model.state_dict()) == names
+    mean = features.mean(dim=0)
+    scale = torch.stack([(row - mean).square().mean() for row in features]).mean().sqrt()
+    expected = (features - mean) / scale @ weight.T + bias
+    with torch.no_grad():
+        assert torch.allclose(model(pixels).logits.double(), expected, atol=1e-4)
+        standardization.fold(model)
+        assert type(head) is nn.Linear and list(model.state_dict()) == names
+        assert torch.allclose(model(pixels).logits.double(), expected, atol=1e-3)
+
+
+def test_a_frozen_encoder_with_a_large_common_mean_is_learnt_from(tmp_path):
+    """As pretrained ViTs have it: without standardising, the mean drowns what tells digits apart."""
+    torch.manual_seed(0)
+    start = SuNCEtForPreTraining(suncet_config())
+    with torch.no_grad():
+        start.encoder.layernorm.weight.mul_(0.1)
+        start.encoder.layernorm.bias.add_(1.0)
+    dataset, rows = digits(8)
+    before = copy.deepcopy(start.encoder.state_dict())
+    scores = {}
+    for standardize in (None, False):
+        args = classifier_arguments(
+            tmp_path,
+            freeze_encoder=True,
+            standardize_features=standardize,
+            num_train_epochs=10,
+            validation_fraction=0.5,
+        )
+        result = finetune_classifier(start, dataset, rows, VIEWS, args, image_processor=PROCESSOR)
+        after = result.model.vit.state_dict()
+        assert all(after[name].equal(value) for name, value in before.items())
+        assert type(result.model.classifier) is nn.Linear
+        # what was measured before the head was folded holds for the plain one
+        with torch.no_grad():
+            predicted = result.model(pixels_of(dataset, result.held_out_rows)).logits.argmax(dim=1)
+        labels = torch.tensor([dataset[int(row)]["label"] for row in result.held_out_rows])
+        scores[standardize] = 100 * (predicted == labels).float().mean().item()
+        assert scores[standardize] == pytest.approx(result.validation_accuracy)
+    assert scores[None] > scores[False] + 10
