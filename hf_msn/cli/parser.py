@@ -41,6 +41,7 @@ _READERS: dict[type, tuple[Callable[[str], Any], str, str]] = {
     str: (str, "text", "TEXT"),
 }
 _SEQUENCES = (list, tuple, collections.abc.Sequence)
+REQUIRED = inspect.Parameter.empty
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Option:
 
     name: str
     annotation: Any
-    default: Any = dataclasses.MISSING
+    default: Any = REQUIRED
     help: str = ""
 
     def __post_init__(self):
@@ -115,7 +116,7 @@ class Option:
         return self.name, self.read, dataclasses.field(default=argparse.SUPPRESS, metadata=settings)
 
     def _help(self) -> str:
-        shown = "" if self.default in (dataclasses.MISSING, None, ()) else f" [{_shown(self.default)}]"
+        shown = "" if self.default in (REQUIRED, None, ()) else f" [{_shown(self.default)}]"
         return f"{self.help}{shown}".replace("%%", "%").replace("%", "%%").strip()
 
 
@@ -184,7 +185,7 @@ class Parser(HfArgumentParser):
     def check_given(self, values: Mapping[str, Any]) -> None:
         """Check that every option without a default is among `values`."""
         for option in self.options.values():
-            if option.default is dataclasses.MISSING and values.get(option.name) is None:
+            if option.default is REQUIRED and values.get(option.name) is None:
                 raise ValueError(f"`{option.name}` is missing: {option.help} Give --{option.name}.")
 
     def error(self, message: str) -> typing.NoReturn:
@@ -210,15 +211,14 @@ def options_of(
         is_config = issubclass(source, PreTrainedConfig)
         inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)} if is_config else ()
         found = [
-            Option(f.name, f.type, f.default, f.metadata.get("help") or helps.get(f.name, ""))
+            Option(f.name, f.type, _default(f), f.metadata.get("help") or helps.get(f.name, ""))
             for f in dataclasses.fields(source)
             if f.init and not f.name.startswith("_") and f.name not in inherited
         ]
     else:
         found = []
         for name, parameter in parameters_of(source).items():
-            default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
-            found.append(Option(names.get(name) or name, parameter.annotation, default, helps.get(name, "")))
+            found.append(Option(names.get(name) or name, parameter.annotation, parameter.default, helps.get(name, "")))
         left_out = {name for name, new in names.items() if new is None}
         found = [option for option in found if option.name not in left_out]
     return [option for option in found if option.is_readable]
@@ -296,6 +296,12 @@ def _members(annotation: Any) -> list:
         inspect.isclass(annotation) and typing.get_origin(annotation) is None and issubclass(annotation, os.PathLike)
     )
     return [str if is_path else annotation]
+
+
+def _default(f: dataclasses.Field) -> Any:
+    if f.default_factory is not dataclasses.MISSING:
+        return None  # such as a list, which the help does not show
+    return REQUIRED if f.default is dataclasses.MISSING else f.default
 
 
 def _as_text(value: Any) -> str:

@@ -103,9 +103,11 @@ def test_an_unknown_name_has_its_owner_or_the_nearest_field_as_remedy():
 
 
 class Base:
-    """Args:
-    seed (`int`, *optional*, defaults to 0): Seed of
-        the [draw](https://example.org).
+    """A base class.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0): Seed of
+            the [draw](https://example.org).
     """
 
     def __init__(self, seed: int = 0, group: Callable | None = None):
@@ -113,10 +115,12 @@ class Base:
 
 
 class Derived(Base):
-    """Args:
-    model (`Callable[[int], int]`): Nothing for a command line.
-    name (`str`): The name, see [`Base`].
-    first, second (`float`): Two numbers.
+    """A derived class.
+
+    Args:
+        model (`Callable[[int], int]`): Nothing for a command line.
+        name (`str`): The name, see [`Base`].
+        first, second (`float`): Two numbers.
     """
 
     def __init__(self, model: Callable, name: str, first: float = 0.5, second: float | None = None, **kwargs):

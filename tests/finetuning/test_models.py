@@ -72,12 +72,12 @@ def test_a_zero_head_gives_every_class_the_same_probability(fields):
 
 
 def test_a_small_stem_is_refused_with_the_other_head_as_remedy():
-    with pytest.raises(ValueError, match=r"'resnet18' with `small_image_stem` .* `head` suncet"):
+    with pytest.raises(ValueError, match=r"'resnet18' has `small_image_stem`.*`head` suncet"):
         load_for_classification(suncet_config(timm_model="resnet18", small_image_stem=True), CLASSES, NAMES, 0)
 
 
 def test_a_network_of_timm_with_two_heads_is_refused():
-    with pytest.raises(ValueError, match="'deit_tiny_distilled_patch16_224' has no single linear layer"):
+    with pytest.raises(ValueError, match="'deit_tiny_distilled_patch16_224'"):
         load_for_classification(SuNCEtConfig(timm_model="deit_tiny_distilled_patch16_224"), CLASSES, NAMES, 0)
 
 

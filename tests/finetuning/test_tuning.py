@@ -220,7 +220,7 @@ def test_bad_labels_are_refused(method, tmp_path):
     with pytest.raises(ValueError, match=f"Row {rows[4]} has label None"):
         refused(dataset=without, rows=rows)
     of_one = rows[np.array(dataset["label"][:])[rows] == 7]
-    with pytest.raises(ValueError, match="needs at least 2, but all 5 labelled images are of class 7"):
+    with pytest.raises(ValueError, match="5 labelled images are of class 7"):
         refused(dataset=dataset, rows=of_one)
     with pytest.raises(ValueError, match="10 of 10 classes have a single labelled image"):
         tune(method, tmp_path, dataset=dataset, rows=digits(1)[1])
@@ -245,21 +245,21 @@ def test_a_broken_labelled_image_is_left_out_or_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5])
 def test_a_validation_fraction_out_of_range_is_refused(value, tmp_path):
-    with pytest.raises(ValueError, match=rf"must be in \[0, 1\), but is {value}"):
+    with pytest.raises(ValueError, match=f"`validation_fraction` .*{value}"):
         classifier_arguments(tmp_path, validation_fraction=value)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_train_epochs": 2.5}, "whole number >= 1, as the best epoch is one of them, but is 2.5"),
+        ({"num_train_epochs": 2.5}, "`num_train_epochs` .*2.5"),
         ({"max_steps": 5}, "Give `num_train_epochs`"),
-        ({"eval_every_epochs": 0}, "`eval_every_epochs` must be >= 1"),
+        ({"eval_every_epochs": 0}, "`eval_every_epochs` .*0"),
         ({"refit": True, "validation_fraction": 0}, "`refit` trains on all"),
-        ({"learning_rate": 0.0}, "`learning_rate` must be > 0"),
-        ({"momentum": 1.0}, r"`momentum` must be in \[0, 1\)"),
-        ({"save_strategy": "epoch"}, "`save_strategy` must be 'no'"),
-        ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, "Take a multiple of 2"),
+        ({"learning_rate": 0.0}, "`learning_rate` .*0"),
+        ({"momentum": 1.0}, "`momentum` .*1.0"),
+        ({"save_strategy": "epoch"}, "`save_strategy` .*'epoch'"),
+        ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, "`global_batch_size` .*9"),
     ],
 )
 def test_wrong_settings_are_refused(fields, message, tmp_path):
