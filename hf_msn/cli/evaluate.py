@@ -23,7 +23,7 @@ _DATA = {
     **{"source": "dataset", "config": "dataset_config", "revision": "dataset_revision"},
     **{"split": None, "streaming": None, "data_files": None, "token": None},
 }
-_EVALUATOR = {"device": None, "name": None}
+_EVALUATOR = {"device": None, "name": None, "probe": None}
 # The probes, and the parameters of theirs that are fields.
 PROBES = {
     "logistic": (LogisticProbe, {"l2": "l2"}),

@@ -87,7 +87,7 @@ class FinetuningArguments(TrainingArguments):
             )
         if self.save_strategy != "no":
             raise ValueError(
-                f"`save_strategy` must be 'no', but is '{self.save_strategy}': the best epoch is saved at the end."
+                f"`save_strategy` must be 'no', but is {self.save_strategy}: the best epoch is saved at the end."
             )
 
 

@@ -258,7 +258,7 @@ def test_a_validation_fraction_out_of_range_is_refused(value, tmp_path):
         ({"refit": True, "validation_fraction": 0}, "`refit` trains on all"),
         ({"learning_rate": 0.0}, "`learning_rate` .*0"),
         ({"momentum": 1.0}, "`momentum` .*1.0"),
-        ({"save_strategy": "epoch"}, "`save_strategy` .*'epoch'"),
+        ({"save_strategy": "epoch"}, "`save_strategy` .*EPOCH"),
         ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, "`global_batch_size` .*9"),
     ],
 )
