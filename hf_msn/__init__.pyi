@@ -13,7 +13,6 @@ from .data.datasets import (
 )
 from .data.decoding import BrokenImageError as BrokenImageError
 from .data.decoding import decode_image as decode_image
-from .data.evaluation_processor import evaluation_image_processor as evaluation_image_processor
 from .data.labels import draw_labelled_rows as draw_labelled_rows
 from .data.labels import labelled_rows as labelled_rows
 from .data.samplers import ClassStratifiedSampler as ClassStratifiedSampler
@@ -21,6 +20,7 @@ from .data.sources import load_images as load_images
 from .data.support import SupportDataset as SupportDataset
 from .data.support import support_loader as support_loader
 from .data.transforms import MultiViewTransform as MultiViewTransform
+from .data.transforms import evaluation_image_processor as evaluation_image_processor
 from .distributed.async_gossip import AsyncGossip as AsyncGossip
 from .distributed.codistillation import Codistillation as Codistillation
 from .distributed.comm.exchange import PeerError as PeerError

@@ -1,1 +1,1 @@
-"""Images from anywhere, and the views that a network learns from."""
+"""Load images, draw their views, and select the labelled ones."""

@@ -1,10 +1,10 @@
-"""From the views of single images to a batch."""
+"""Stack the views of single images into a batch."""
 
 import torch
 
 
 class MultiViewCollator:
-    """Stacks the views of B images into the batch the model takes.
+    """Stack the views of B images into the batch that the model takes.
 
     Example:
 
@@ -19,29 +19,20 @@ class MultiViewCollator:
         """
         Args:
             items (`list[dict[str, torch.Tensor]]`):
-                What [`~hf_msn.data.MultiViewTransform`] gives for each image.
+                The views of each image, from [`~hf_msn.data.transforms.MultiViewTransform`].
 
         Returns:
             `dict[str, torch.Tensor]`: `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with
-            focal views, `focal_pixel_values` (B, F, C, h, w). Of crops, (B, ..., H, W, 3) in uint8, and
-            `view_parameters` (B, 1 + V + F, 12): [`~hf_msn.data.MultiViewTransform.finish`] makes views of them.
+            focal views, `focal_pixel_values` (B, F, C, h, w). For crops, (B, ..., H, W, 3) in uint8, and
+            `view_parameters` (B, 1 + V + F, 12).
 
         Raises:
-            ValueError: no items, or items with different names or shapes.
+            ValueError: If the items have different names.
         """
-        if not items:
-            raise ValueError("A batch needs at least one image, but the list of items is empty.")
-        names = set(items[0])
-        for position, item in enumerate(items):
-            if set(item) != names:
+        for item in items:
+            if item.keys() != items[0].keys():
                 raise ValueError(
-                    f"Item {position} of the batch holds {sorted(item)}, but item 0 holds {sorted(names)}; "
-                    "all images of a batch need the same views: use one transform."
+                    f"All images of a batch must have the same views, but one has {sorted(item)} and another "
+                    f"{sorted(items[0])}. Use one transform."
                 )
-            for name, views in item.items():
-                if views.shape != items[0][name].shape:
-                    raise ValueError(
-                        f"`{name}` of item {position} has shape {tuple(views.shape)}, but that of item 0 has "
-                        f"{tuple(items[0][name].shape)}; all images of a batch need the same views: use one transform."
-                    )
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}

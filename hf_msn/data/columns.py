@@ -1,4 +1,4 @@
-"""Which column holds the images, which one the labels."""
+"""Find the columns of the images and the labels."""
 
 import datasets
 
@@ -12,43 +12,43 @@ def image_and_label(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Brings a data set to the columns `image` and, where it is labelled, `label`.
+    """Return a dataset with the columns `image` and, if it is labelled, `label`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Any data set with an image column.
+            Any dataset with an image column.
         source (`str`):
-            Where it comes from, for the errors.
+            Its origin, for the errors.
         image_column (`str`, *optional*):
             Column of the images; by default the only one.
         label_column (`str`, *optional*):
             Column of the labels, `"outer.inner"` for a nested one; by default guessed.
 
     Returns:
-        The data set with `image` (`datasets.Image(decode=False)`) and, where it is labelled, `label` (`ClassLabel` or
-        `int64`).
+        `datasets.Dataset` or `datasets.IterableDataset`: with `image` (`datasets.Image(decode=False)`) and, if it is
+        labelled, `label` (`ClassLabel` or `int64`).
 
     Raises:
-        ValueError: a column that is not there, or columns that cannot be told apart (they are listed).
+        ValueError: If a column does not exist or cannot be used, or the choice is ambiguous. The columns are listed.
     """
     features = dataset.features
     if features is None:
         dataset = dataset._resolve_features()
         features = dataset.features
     image_column = _image_column(features, image_column, source)
-    asked_for = label_column is not None
+    required = label_column is not None
     label_column = _label_column(features, image_column, label_column, source)
     feature = None if label_column is None else _feature(features, label_column)
     if label_column is not None and not _is_label(feature):
-        if asked_for:
+        if required:
             raise ValueError(
-                f"Column '{label_column}' of '{source}' is of type {feature} and cannot be read as a label; "
-                "labels are class labels, integers or strings."
+                f"`label_column` must hold class labels, integers or strings, but '{label_column}' of '{source}' "
+                f"holds {feature}. Name another column."
             )
         label_column = None
 
     if features[image_column] != datasets.Image(decode=False):
-        # first of all: whatever comes after would decode the images of a stream, and stop at a broken one
+        # first of all: any later operation would decode the images of a stream, and stop at a broken one
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if label_column is None:
         dataset = dataset.select_columns(image_column)
@@ -61,33 +61,27 @@ def image_and_label(
 
 def _image_column(features: datasets.Features, column: str | None, source: str) -> str:
     if column is not None:
-        if column not in features:
-            raise ValueError(f"'{source}' has no column '{column}' for `image_column`; it has {_names(features)}.")
-        if not _can_be_image(features[column]):
+        if column not in features or not _can_be_image(features[column]):
             raise ValueError(
-                f"Column '{column}' of '{source}' holds no images but {features[column]}; it has {_names(features)}."
+                f"`image_column` must hold images, but '{source}' has no such column '{column}'. "
+                f"It has {_names(features)}."
             )
         return column
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name, feature in features.items() if _is_encoded_image(feature)]
-    if len(found) == 1:
-        return found[0]
-    if "image" in found:
-        return "image"
-    problem = f"has several image columns ({', '.join(found)})" if found else "has no image column"
-    raise ValueError(f"'{source}' {problem}; name one with `image_column`. Its columns are {_names(features)}.")
+    if len(found) == 1 or "image" in found:
+        return "image" if "image" in found else found[0]
+    problem = f"several image columns ({', '.join(found)})" if found else "no image column"
+    raise ValueError(f"'{source}' has {problem}. Name one with `image_column`: it has {_names(features)}.")
 
 
 def _label_column(features: datasets.Features, image_column: str, column: str | None, source: str) -> str | None:
     if column is not None:
         if _feature(features, column) is None or column == image_column:
-            others = {name: feature for name, feature in features.items() if name != image_column}
-            if not others:
-                raise ValueError(
-                    f"Labels were asked for (`label_column` '{column}'), but '{source}' is unlabelled: its only "
-                    f"column is '{image_column}'. Put the images into class folders, or leave `label_column` out."
-                )
-            raise ValueError(f"'{source}' has no column '{column}' for `label_column`; it has {_names(features)}.")
+            raise ValueError(
+                f"`label_column` must name a column of labels, but '{source}' has no such column '{column}'. It has "
+                f"{_names(features)}. Class folders and `metadata.csv` label a folder of images."
+            )
         return column
     if "label" in features:
         return "label"
@@ -97,8 +91,8 @@ def _label_column(features: datasets.Features, image_column: str, column: str | 
         found = [f"json.{name}" for name in ("label", *_LABEL_NAMES) if name in features["json"]]
     if len(found) > 1:
         raise ValueError(
-            f"'{source}' has several columns that may be the label ({', '.join(found)}); name one with "
-            f"`label_column`. Its columns are {_names(features)}."
+            f"'{source}' has several columns that may be the label ({', '.join(found)}). Name one with "
+            f"`label_column`: it has {_names(features)}."
         )
     return found[0] if found else None
 
@@ -133,8 +127,8 @@ def _number_labels(dataset, label_column: str | None, feature, source: str):
     if feature.dtype in ("string", "large_string"):
         if isinstance(dataset, datasets.IterableDataset):
             raise ValueError(
-                f"Column '{label_column}' of '{source}' holds class names, which cannot be numbered while streaming, "
-                "as not all are known yet; load it without `streaming`, or give a column of integers."
+                f"Labels of a stream must be integers, but '{label_column}' of '{source}' holds class names, which "
+                "are not all known in advance. Load it without `streaming`, or name a column of integers."
             )
         return dataset.class_encode_column("label")
     return dataset if feature.dtype == "int64" else dataset.cast_column("label", datasets.Value("int64"))

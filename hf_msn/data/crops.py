@@ -1,4 +1,4 @@
-"""The boxes of the views and their pixels: the first half of a transform, which a loader's worker does."""
+"""Crops of views: draw the boxes, cut them out of the image, resize them to squares of uint8."""
 
 import math
 
@@ -11,8 +11,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CROP_ATTEMPTS = 10
-# Images whose shorter side is at least this long are cropped at whole pixels, as torchvision crops. Of smaller ones, a
-# pixel would be too much.
+# Images with a shorter side of at least this are cropped at whole pixels, as in torchvision. In smaller ones rounding
+# to a pixel would matter.
 WHOLE_PIXELS_FROM = 64
 
 
@@ -23,7 +23,7 @@ def crop_box(
     random: list[float],
     whole_pixels: bool,
 ) -> Box:
-    """Draws a box of random area and aspect ratio: torchvision's `RandomResizedCrop`, from given random numbers.
+    """Return a box of random area and aspect ratio: torchvision's `RandomResizedCrop`, from given random numbers.
 
     Args:
         size (`tuple[int, int]`):
@@ -31,9 +31,9 @@ def crop_box(
         scale, aspect_ratio (`tuple[float, float]`):
             Smallest and largest share of the area, and width / height.
         random (`list[float]`):
-            Numbers in [0, 1), four for each of ten attempts.
+            Numbers in [0, 1), four per attempt, ten attempts.
         whole_pixels (`bool`):
-            Round the sides, and draw the place among whole pixels.
+            Round the sides and the position to whole pixels.
     """
     image_width, image_height = size
     log_ratio = (math.log(aspect_ratio[0]), math.log(aspect_ratio[1]))
@@ -51,7 +51,7 @@ def crop_box(
             left = random[attempt + 2] * (image_width - width)
             top = random[attempt + 3] * (image_height - height)
             return left, top, min(left + width, image_width), min(top + height, image_height)
-    # no crop fits a very long image: the middle, as near to the allowed ratios as can be
+    # no crop fits a very long image: take its middle, at the nearest allowed ratio
     ratio = min(max(image_width / image_height, aspect_ratio[0]), aspect_ratio[1])
     width, height = min(image_width, image_height * ratio), min(image_height, image_width / ratio)
     if whole_pixels:
@@ -63,25 +63,20 @@ def crop_box(
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB image: (1, 3, H, W), uint8, channels last."""
+    """Return the pixels of an RGB image: (1, 3, H, W), uint8, channels last."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
 
 
 def whole_pixel_crops(pixels: torch.Tensor, boxes: list[Box], size: int, interpolation: str) -> torch.Tensor:
-    """Cuts boxes of whole pixels, resizes with antialiasing: torchvision's `resized_crop` on uint8, to the bit.
+    """Cut boxes of whole pixels and resize with antialiasing: torchvision's `resized_crop` on uint8, to the bit.
 
-    Channels last is how Pillow lays pixels out, and the layout for which torch's kernel is five times as fast as
-    Pillow's.
+    Channels last is Pillow's layout, and the one for which torch's kernel is five times as fast as Pillow's.
 
     Args:
-        pixels (`torch.Tensor` of shape (1, 3, H, W), uint8):
-            Of [`pixels_of`].
-        boxes (`list[tuple[int, int, int, int]]`):
-            Left, top, right, bottom.
-        size (`int`):
-            Side of the views.
-        interpolation (`str`):
-            `"bilinear"` or `"bicubic"`.
+        pixels (`torch.Tensor` of shape (1, 3, H, W), uint8): From [`pixels_of`].
+        boxes (`list[tuple[int, int, int, int]]`): Left, top, right, bottom.
+        size (`int`): Side of the views.
+        interpolation (`str`): `"bilinear"` or `"bicubic"`.
 
     Returns:
         `torch.Tensor` of shape (len(boxes), size, size, 3), uint8.
@@ -97,12 +92,12 @@ def whole_pixel_crops(pixels: torch.Tensor, boxes: list[Box], size: int, interpo
 
 
 def fine_crops(image: Image.Image, boxes: list[Box], size: int, interpolation: str) -> torch.Tensor:
-    """Cuts boxes that may begin and end within pixels, by Pillow; shapes as of [`whole_pixel_crops`]."""
+    """Cut boxes that may begin and end within pixels, with Pillow. Shapes as in [`whole_pixel_crops`]."""
     resampling = INTERPOLATIONS[interpolation]
-    return _stacked([image.resize((size, size), resampling, box=box) for box in boxes], size)
+    return _stack([image.resize((size, size), resampling, box=box) for box in boxes], size)
 
 
-def turned_crops(
+def rotated_crops(
     image: Image.Image,
     boxes: list[Box],
     size: int,
@@ -110,12 +105,17 @@ def turned_crops(
     angles: list[float],
     shifts: list[tuple[float, float]],
 ) -> torch.Tensor:
-    """Cuts boxes that are turned by `angles` (radians) and moved by `shifts` (shares of their sides)."""
+    """Cut boxes that are rotated by `angles` (radians) and moved by `shifts` (shares of their sides)."""
     resampling = INTERPOLATIONS[interpolation]
-    return _stacked([turned_crop(image, *of_one, size, resampling) for of_one in zip(boxes, angles, shifts)], size)
+    return _stack([_rotated_crop(image, *row, size, resampling) for row in zip(boxes, angles, shifts)], size)
 
 
-def turned_crop(
+def between(bounds: tuple[float, float], share: float) -> float:
+    """Return the number at a share of the way from the first bound to the second."""
+    return bounds[0] + (bounds[1] - bounds[0]) * share
+
+
+def _rotated_crop(
     image: Image.Image,
     box: Box,
     angle: float,
@@ -123,11 +123,10 @@ def turned_crop(
     size: int,
     resampling: Image.Resampling,
 ) -> Image.Image:
-    """One crop of [`turned_crops`]."""
     left, top, right, bottom = box
     center_x = (left + right) / 2 - shift[0] * (right - left)
     center_y = (top + bottom) / 2 - shift[1] * (bottom - top)
-    # an affine transform samples without smoothing: larger crops are turned at full resolution, then made small
+    # an affine transform does not antialias: rotate larger crops at full resolution, then resize
     reduces = max(right - left, bottom - top) > size
     out = (max(1, round(right - left)), max(1, round(bottom - top))) if reduces else (size, size)
     step_x, step_y = (right - left) / out[0], (bottom - top) / out[1]
@@ -135,24 +134,13 @@ def turned_crop(
     # Pillow asks for the map from result to source: center + rotation @ (step * (out - out_center))
     a, b = cos * step_x, -sin * step_y
     d, e = sin * step_x, cos * step_y
-    coefficients = (
-        a,
-        b,
-        center_x - (a * out[0] + b * out[1]) / 2,
-        d,
-        e,
-        center_y - (d * out[0] + e * out[1]) / 2,
-    )
-    view = image.transform(out, Image.Transform.AFFINE, coefficients, resampling, fillcolor=0)
+    c = center_x - (a * out[0] + b * out[1]) / 2
+    f = center_y - (d * out[0] + e * out[1]) / 2
+    view = image.transform(out, Image.Transform.AFFINE, (a, b, c, d, e, f), resampling, fillcolor=0)
     return view.resize((size, size), resampling) if reduces else view
 
 
-def between(bounds: tuple[float, float], share: float) -> float:
-    """The number that lies at a share of the way from the first bound to the second."""
-    return bounds[0] + (bounds[1] - bounds[0]) * share
-
-
-def _stacked(views: list[Image.Image], size: int) -> torch.Tensor:
+def _stack(views: list[Image.Image], size: int) -> torch.Tensor:
     if not views:
         return torch.empty(0, size, size, 3, dtype=torch.uint8)
     return torch.from_numpy(np.stack([np.asarray(view) for view in views]))

@@ -1,10 +1,9 @@
-"""Data sets of views: what a DataLoader reads in pretraining."""
+"""Datasets of views, which a DataLoader reads in pretraining."""
 
 import contextlib
 import copy
 import functools
 import itertools
-import logging
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import datasets
 import torch
 from PIL import Image
+from transformers.utils import logging
 
+from ..checks import check_choice, check_integer
 from .decoding import BrokenImageError, decode_reduced_image
-from .drawn_views import DrawnViews
 from .labels import class_names
-from .transforms import gives_crops
+from .transforms import DrawnViews, gives_crops
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _MOST_BROKEN_IN_SUCCESSION = 1000
 _MOST_WORKERS = 1024
@@ -33,20 +33,19 @@ def multi_view_dataset(
     on_broken_image: str = "skip",
     shuffle_buffer: int = 1000,
 ) -> "MultiViewDataset | StreamingMultiViewDataset":
-    """Makes the data set of views: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a streamed source.
+    """Return a dataset of views: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a stream.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Result of [`~hf_msn.data.load_images`].
+            Result of [`~hf_msn.load_images`].
         transform (`Callable`):
-            Makes the views of one image, such as [`~hf_msn.data.MultiViewTransform`].
+            Makes the views of one image, such as [`~hf_msn.MultiViewTransform`].
         seed (`int`, *optional*, defaults to 0):
             Seed of the views.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
             `"skip"` or `"raise"`.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Images among which a streamed source is shuffled; 0 keeps the source's order. Others are shuffled by their
-            sampler.
+            Images among which a stream is shuffled; 0 keeps its order. Other data is shuffled by the sampler.
     """
     if isinstance(dataset, datasets.IterableDataset):
         return StreamingMultiViewDataset(
@@ -55,27 +54,102 @@ def multi_view_dataset(
     return MultiViewDataset(dataset, transform, seed=seed, on_broken_image=on_broken_image)
 
 
-class MultiViewDataset(torch.utils.data.Dataset):
-    """The views of each image of a data set; labels are not read.
+class EncodedImages:
+    """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views.
+
+    Args:
+        num_counts (`int`): Length of the shared tensor in which broken images are counted.
+    """
+
+    def __init__(self, dataset, transform, seed: int, on_broken_image: str, num_counts: int):
+        check_choice("on_broken_image", on_broken_image, ("skip", "raise"))
+        check_integer("seed", seed, 0)
+        columns = list(dataset.features or ())
+        if "image" not in columns:
+            raise ValueError(f"The dataset must have a column 'image', but has {columns}. Load it with `load_images`.")
+        self.class_names = class_names(dataset)  # from the features: no label is read
+        if getattr(dataset.features["image"], "decode", False):
+            # decoded by `datasets`, a broken image would end the run without naming its row
+            dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self._dataset = dataset.with_format(None).select_columns("image")
+        self.info, self.split = self._dataset.info, self._dataset.split
+        self.transform = transform
+        self.seed = seed
+        self.on_broken_image = on_broken_image
+        self.gives_crops = False
+        # shared memory: the main process sees what the workers found broken
+        self._broken = torch.zeros(num_counts, dtype=torch.int64).share_memory_()
+
+    @property
+    def num_broken(self) -> int:
+        """Number of images found broken so far, by all workers of this process; of a stream, in the current pass."""
+        return int(self._broken.sum())
+
+    def _views(self, decode: Callable, seed: int) -> dict[str, torch.Tensor]:
+        """Return the views of one image. The draws decide how large `decode(reduction)` decodes it."""
+        if not gives_crops(self.transform):
+            image, _ = decode()
+            with seeded(seed):
+                return self._views_of_other_transform(image)
+        with seeded(seed):
+            drawn = self._draw()
+        crops = drawn.crops(*decode(drawn.reduction))
+        return crops if self.gives_crops else self.transform.finish(crops)
+
+    def _draw(self) -> DrawnViews:
+        return self.transform.draw()
+
+    def _views_of_other_transform(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        return self.transform(image)
+
+    def _decode(self, position: int, value: Any, reduction, row: int) -> tuple | BrokenImageError:
+        """Decode an image, or return its error, which is counted and logged the first time."""
+        try:
+            return decode_reduced_image(value, reduction, row=row)
+        except BrokenImageError as error:
+            if self.on_broken_image == "raise":
+                raise
+            if not self._broken[position]:
+                self._broken[position] = 1
+                logger.warning("Skipped: %s", error)
+            return error
+
+
+class _EpochViews(EncodedImages):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the views (of a stream, the order too) of an epoch, also in running workers. Trainer calls it."""
+        self._epoch.fill_(epoch)
+
+
+class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
+    """The views of each image of a dataset. Labels are not read.
 
     The views of row i in epoch e depend on (`seed`, e, i) alone: the three are hashed into the seed of torch's
-    generator, whose state is put back after the row. The number of workers, the order, the rank and a resumed run
+    generator, whose state is restored after the row. The number of workers, the order, the rank and a resumed run
     cannot change them. An unreadable image is replaced by the next readable row, so that batches keep their size.
 
     Args:
         dataset (`datasets.Dataset`):
-            Data set with a column `image`, as [`~hf_msn.data.load_images`] gives it.
+            Dataset with a column `image`, from [`~hf_msn.load_images`].
         transform (`Callable`):
             Makes the views of one image from torch's global generator.
         seed (`int`, *optional*, defaults to 0):
             Seed of the views.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` warns once for each broken row, counts it and takes the next readable one; `"raise"` stops.
+            `"skip"` warns once per broken row, counts it and takes the next readable one; `"raise"` stops.
 
     Raises:
-        ValueError: no rows, no column `image`, another `on_broken_image`.
-        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` none of the rows (or of 1000
-            in succession) can be read.
+        ValueError: If there are no rows or no column `image`, or `on_broken_image` is unknown.
+        BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if none of the rows (or
+            of 1000 in succession) is readable.
     """
 
     def __init__(
@@ -86,85 +160,48 @@ class MultiViewDataset(torch.utils.data.Dataset):
         seed: int = 0,
         on_broken_image: str = "skip",
     ):
-        self._dataset = encoded_images(dataset, seed, on_broken_image)
-        self.info, self.split = self._dataset.info, self._dataset.split
+        super().__init__(dataset, transform, seed, on_broken_image, num_counts=len(dataset))
         if len(dataset) == 0:
-            raise ValueError("The data set has no images, but at least one is needed; check the source and the split.")
-        self.class_names = class_names(dataset)  # what the labels would mean, without a look at one
-        self.transform = transform
-        self.seed = seed
-        self.on_broken_image = on_broken_image
-        self.gives_crops = False
-        # shared memory: workers that outlive an epoch see its number, and the main process what they found broken
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._is_broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+            raise ValueError("The dataset must have at least one image, but has none. Check the source and the split.")
 
     def __len__(self) -> int:
         return len(self._dataset)
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Moves on to the views of an epoch, in running workers too; Trainer and Accelerate call it."""
-        self._epoch.fill_(epoch)
-
-    @property
-    def num_broken(self) -> int:
-        """Number of rows found broken so far, by all workers of this process."""
-        return int(self._is_broken.sum())
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
-        """Reads a batch of rows, which is what a DataLoader calls: one access to the table instead of one for each."""
-        indices = [self._row(index) for index in indices]
+        """Read a batch of rows, as a DataLoader does: one access to the table instead of one per row."""
+        indices = [range(len(self))[index] for index in indices]
         values = self._dataset[indices]["image"]
-        return [self._views(row, value) for row, value in zip(indices, values)]
+        return [
+            self._views(functools.partial(self._readable, row, value), hash_numbers(self.seed, self.epoch, row))
+            for row, value in zip(indices, values)
+        ]
 
-    def _row(self, index: int) -> int:
-        index = int(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"Row {index} is not there; the data set has {len(self)} rows.")
-        return index % len(self)
-
-    def _views(self, row: int, value) -> dict[str, torch.Tensor]:
-        def readable(reduction=None):
-            return self._readable_image(row, value, reduction)
-
-        return views_of(self.transform, readable, hash_numbers(self.seed, self.epoch, row), self.gives_crops)
-
-    def _readable_image(self, row: int, value, reduction) -> tuple[Image.Image, tuple[int, int]]:
+    def _readable(self, row: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
         limit = min(len(self), _MOST_BROKEN_IN_SUCCESSION)
         for step in range(limit):
             candidate = (row + step) % len(self)
-            try:
-                encoded = value if step == 0 else self._dataset[candidate]["image"]
-                return decode_reduced_image(encoded, reduction, row=candidate)
-            except BrokenImageError as error:
-                if self.on_broken_image == "raise":
-                    raise
-                last = error
-                if not self._is_broken[candidate]:
-                    self._is_broken[candidate] = True
-                    logger.warning("Skipped: %s", error)
-        which = "no image of the data set" if limit == len(self) else f"none of {limit} rows in succession"
-        raise BrokenImageError(f"{which} can be read; this one: {last.reason}", row=last.row, path=last.path) from last
+            encoded = value if step == 0 else self._dataset[candidate]["image"]
+            image = self._decode(candidate, encoded, reduction, candidate)
+            if not isinstance(image, BrokenImageError):
+                return image
+        which = "no image of the dataset" if limit == len(self) else f"none of {limit} rows in succession"
+        raise BrokenImageError(f"{which} is readable; the last: {image.reason}", row=image.row, path=image.path)
 
 
-class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
-    """The views of each image of a stream; labels are not read.
+class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
+    """The views of each image of a stream. Labels are not read.
 
     The views of an image depend on (`seed`, epoch, the image's path and bytes) alone, so that neither the workers nor
-    the order can change them. `datasets` shares the shards out over the workers of a DataLoader; with fewer shards
+    the order can change them. `datasets` distributes the shards over the workers of a DataLoader; with fewer shards
     than workers some stay idle. The order is that of `datasets`' shuffle buffer, a function of (`seed`, epoch, number
     of workers). Broken images are dropped.
 
     Args:
         dataset (`datasets.IterableDataset`):
-            Stream with a column `image`, as `load_images(..., streaming=True)` gives it.
+            Stream with a column `image`, from `load_images(..., streaming=True)`.
         transform (`Callable`):
             Makes the views of one image from torch's global generator.
         seed (`int`, *optional*, defaults to 0):
@@ -173,17 +210,17 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             `"skip"` warns, counts and drops; `"raise"` stops. The row in the message counts within the worker's part
             of the stream.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Images held in memory by each worker to shuffle among; 0 keeps the source's order.
+            Images that each worker holds in memory to shuffle among; 0 keeps the source's order.
 
     Attributes:
         repeat (`bool`, defaults to `False`):
-            Go through the stream again and again, each pass as the next epoch. The pretraining trainers turn it on:
-            batches are then all whole, and a resumed run finds its place by counting batches.
+            Repeat the stream without end, each pass as the next epoch. The pretraining trainers turn it on: all
+            batches are then whole, and a resumed run finds its position by counting batches.
 
     Raises:
-        ValueError: no images, no column `image`, another `on_broken_image`, a negative buffer.
-        BrokenImageError: while reading: a broken image under `"raise"`, or under `"skip"` 1000 in succession, or all
-            of a worker's part.
+        ValueError: If there are no images or no column `image`, `on_broken_image` is unknown, or the buffer negative.
+        BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if 1000 in succession,
+            or all of a worker's part, are broken.
     """
 
     def __init__(
@@ -195,41 +232,18 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         on_broken_image: str = "skip",
         shuffle_buffer: int = 1000,
     ):
-        self._dataset = encoded_images(dataset, seed, on_broken_image)
-        self.info, self.split = self._dataset.info, self._dataset.split
-        if shuffle_buffer < 0:
-            raise ValueError(f"`shuffle_buffer` is a number of images and must be >= 0, but is {shuffle_buffer}.")
-        self.shuffle_buffer = shuffle_buffer
+        # one count per worker, as several cannot safely add to one number
+        super().__init__(dataset, transform, seed, on_broken_image, num_counts=_MOST_WORKERS)
+        self.shuffle_buffer = check_integer("shuffle_buffer", shuffle_buffer, 0, meaning="counts images")
         self.repeat = False
-        self.class_names = class_names(dataset)  # what the labels would mean, without a look at one
-        self.transform = transform
-        self.seed = seed
-        self.on_broken_image = on_broken_image
-        self.gives_crops = False
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        # one place for each worker, as adding to a shared number from several is not safe
-        self._broken = torch.zeros(_MOST_WORKERS, dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Moves on to the views and the order of an epoch, in running workers too; Trainer and Accelerate call it."""
-        self._epoch.fill_(epoch)
-
-    @property
-    def num_broken(self) -> int:
-        """Number of images found broken since the last pass began, by all workers of this process."""
-        return int(self._broken.sum())
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for epoch in itertools.count(self.epoch):
-            some = False
+            is_empty = True
             for views in self._pass(epoch):
-                some = True
+                is_empty = False
                 yield views
-            if not (self.repeat and some):  # a worker without a shard would go round for ever
+            if is_empty or not self.repeat:  # a worker without a shard would repeat without end
                 return
 
     def _pass(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -238,18 +252,14 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
         self._broken[place] = 0
         dataset = self._dataset
         if self.shuffle_buffer > 0:
-            # not `datasets`' own epoch, which all workers share: they do not come to the next pass at the same time
+            # not `datasets`' own epoch, which all workers share: they do not reach the next pass at the same time
             dataset = dataset.shuffle(seed=hash_numbers(self.seed, epoch) >> 32, buffer_size=self.shuffle_buffer)
         row, in_succession, last = -1, 0, None
         for row, value in enumerate(dataset):
-            seed = hash_numbers(self.seed, epoch, _fingerprint(value["image"]))
+            value = value["image"]
+            decode = functools.partial(decode_reduced_image, value, row=row)
             try:
-                views = views_of(
-                    self.transform,
-                    functools.partial(decode_reduced_image, value["image"], row=row),
-                    seed,
-                    self.gives_crops,
-                )
+                views = self._views(decode, hash_numbers(self.seed, epoch, _fingerprint(value)))
             except BrokenImageError as error:
                 if self.on_broken_image == "raise":
                     raise
@@ -262,90 +272,41 @@ class StreamingMultiViewDataset(torch.utils.data.IterableDataset):
             in_succession = 0
             yield views
         if row < 0 and worker is None:
-            raise ValueError("The stream has no images, but at least one is needed; check the source and the split.")
+            raise ValueError("The stream must have at least one image, but has none. Check the source and the split.")
         if in_succession > 0 and in_succession in (row + 1, _MOST_BROKEN_IN_SUCCESSION):
             raise BrokenImageError(
-                f"none of {in_succession} images in succession can be read; this one: {last.reason}",
+                f"none of {in_succession} images in succession is readable; the last: {last.reason}",
                 row=last.row,
                 path=last.path,
             ) from last
 
 
 def as_crops(dataset: Any) -> Any:
-    """The same data set of views, but its items are uint8 crops and parameters, to be finished by its transform.
+    """Return the same dataset with uint8 crops and parameters as items, to be finished by its transform.
 
-    The two share epoch and count of broken images. A quarter of the bytes goes through the workers' memory, and colour
-    and blur are left to the device of the batch: `dataset.transform.finish(batch)`.
+    The two share epoch and count of broken images. A quarter of the bytes passes through the workers' memory, and
+    colour and blur are left to the device of the batch: `dataset.transform.finish(batch)`.
 
     Args:
-        dataset ([`MultiViewDataset`], [`StreamingMultiViewDataset`] or [`SupportDataset`]):
-            With a [`~hf_msn.data.MultiViewTransform`] for its transform.
+        dataset ([`MultiViewDataset`], [`StreamingMultiViewDataset`] or [`~hf_msn.SupportDataset`]):
+            With a [`~hf_msn.MultiViewTransform`] as its transform.
 
     Raises:
-        ValueError: another transform, or a subclass that makes the views itself.
+        ValueError: If the transform is another one, or a subclass that makes the views itself.
     """
     if not gives_crops(dataset.transform):
         raise ValueError(
-            f"Only the views of a `MultiViewTransform` can be cut in one place and finished in another, but the "
-            f"transform is {type(dataset.transform).__name__}. Take the data set as it is."
+            "The transform of crops must be a `MultiViewTransform` that does not override how views are drawn, but is "
+            f"{type(dataset.transform).__name__}. Use the dataset as it is."
         )
     cut = copy.copy(dataset)
     cut.gives_crops = True
     return cut
 
 
-def views_of(
-    transform: Callable[[Image.Image], dict[str, torch.Tensor]],
-    decode: Callable[..., tuple[Image.Image, tuple[int, int]]],
-    seed: int,
-    as_crops: bool,
-    draw: Callable[[], DrawnViews] | None = None,
-) -> dict[str, torch.Tensor]:
-    """The views of one image. What a [`~hf_msn.data.MultiViewTransform`] draws says how large the image is decoded.
-
-    Args:
-        transform (`Callable`):
-            Makes the views of one image.
-        decode (`Callable`):
-            Reads the image, and takes the function that says how it may be reduced.
-        seed (`int`):
-            Seed of the views.
-        as_crops (`bool`):
-            Leave the views unfinished.
-        draw (`Callable[[], DrawnViews]`, *optional*):
-            Draws them, if not as `transform.draw` does.
-    """
-    if not gives_crops(transform):
-        image, _ = decode()
-        with seeded(seed):
-            return transform(image)
-    with seeded(seed):
-        drawn = (draw or transform.draw)()
-    crops = drawn.crops(*decode(drawn.reduction))
-    return crops if as_crops else transform.finish(crops)
-
-
-def encoded_images(dataset, seed: int, on_broken_image: str):
-    """Checks the settings of a data set of views, and leaves of its columns only the undecoded images."""
-    if on_broken_image not in ("skip", "raise"):
-        raise ValueError(f"`on_broken_image` is 'skip' or 'raise', but is {on_broken_image!r}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must be >= 0, but is {seed}.")
-    columns = list(dataset.features or ())
-    if "image" not in columns:
-        raise ValueError(
-            f"The data set has no column 'image'; it has {', '.join(columns) or 'none that are known'}. "
-            "Load it with `load_images`."
-        )
-    if isinstance(dataset.features["image"], datasets.Image) and dataset.features["image"].decode:
-        # decoded by `datasets`, a broken image would end the run without its row
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    return dataset.with_format(None).select_columns("image")
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch's generator for the views of one image, and puts its state back after them."""
+    """Seed torch's generator for the views of one image, and restore its state after them."""
     # torch.manual_seed would seed the accelerators too; a view needs the CPU's generator alone
     generator = torch.default_generator
     state = generator.get_state()
@@ -357,7 +318,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def hash_numbers(*numbers: int) -> int:
-    """Mixes whole numbers into 64 bits by SplitMix64's finaliser, so that neighbouring rows get unrelated seeds."""
+    """Mix integers into 64 bits with SplitMix64's finaliser, so that neighbouring rows get unrelated seeds."""
     state = 0
     for number in numbers:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK

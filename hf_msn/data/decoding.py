@@ -1,9 +1,10 @@
-"""One image of any kind to RGB, by one stated rule."""
+"""Decode an image of any kind to 8-bit RGB."""
 
 import io
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 _WIDE_GRAY_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _HIGHEST_FLOAT = 2.0
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # of EXIF; those that swap width and height
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 
 
 class BrokenImageError(ValueError):
-    """An image that cannot be read, with the place to look at.
+    """An image that cannot be read.
 
-    A DataLoader hands an error of a worker on as text alone; the row, the path and the reason are found in that text
-    again.
+    A DataLoader passes an error of a worker on as text alone; row, path and reason are parsed from that text again.
 
     Args:
         reason (`str`):
             Why the image cannot be read, in a few words.
         row (`int`, *optional*):
-            Row of the data set.
+            Row of the dataset.
         path (`str`, *optional*):
-            File of the image, or the name it has in its shard.
+            File of the image, or its name in its shard.
     """
 
     _FORM = re.compile(r"The image in row (None|\d+) \(path (None|'.*?')\) cannot be read: (.*)", re.DOTALL)
@@ -46,21 +46,17 @@ class BrokenImageError(ValueError):
         super().__init__(f"The image in row {row} (path {quoted}) cannot be read: {self.reason}")
 
     def __reduce__(self):
-        return (_rebuild_broken_image_error, (self.reason, self.row, self.path))
-
-
-def _rebuild_broken_image_error(reason: str, row: int | None, path: str | None) -> BrokenImageError:
-    return BrokenImageError(reason, row=row, path=path)
+        return partial(BrokenImageError, row=self.row, path=self.path), (self.reason,)
 
 
 def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
-    """Decodes an image of any kind to 8-bit RGB.
+    """Decode an image of any kind to 8-bit RGB.
 
     The rule, by Pillow's mode or the array's type:
 
-    | what the image is | how it becomes RGB |
+    | image | conversion to RGB |
     |---|---|
-    | RGB | as it is (16-bit RGB files: the high byte, which Pillow takes on opening) |
+    | RGB | unchanged (16-bit RGB files: the high byte, which Pillow takes on opening) |
     | gray (`L`, `1`) | the gray value in all three channels |
     | 16-bit gray (`I;16`, `I;16B`, `uint16` arrays) | value / 257, rounded, in all three channels |
     | 32-bit gray (`I`) | read as 16-bit gray: clipped to 0..65535, then value / 257 |
@@ -69,20 +65,20 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
     | transparency of any kind (`RGBA`, `LA`, `PA`, a transparent colour) | composited over white |
     | `CMYK`, `YCbCr`, `LAB`, `HSV` | Pillow's `convert("RGB")` |
     | several frames | the first one |
-    | EXIF orientation | applied, as `datasets.Image` does |
+    | EXIF orientation | applied, as in `datasets.Image` |
 
     Args:
         value (`dict`, `PIL.Image.Image`, `str`, `os.PathLike` or `numpy.ndarray`):
-            A `{"bytes", "path"}` row of `datasets.Image(decode=False)` (the bytes win), an image, a file, or an array
-            of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in `uint8`, `uint16`, `bool` or float.
+            A `{"bytes", "path"}` row of `datasets.Image(decode=False)` (the bytes take precedence), an image, a file,
+            or an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in `uint8`, `uint16`, `bool` or float.
         row (`int`, *optional*):
-            Row of the data set, for the error.
+            Row of the dataset, for the error.
 
     Returns:
         `PIL.Image.Image`: the image in mode RGB, its pixels loaded.
 
     Raises:
-        BrokenImageError: the file is absent, empty, truncated, no image, too large (Pillow's decompression bomb
+        BrokenImageError: If the file is absent, empty, truncated, not an image, too large (Pillow's decompression bomb
             limit), or of a type that the rule does not cover.
     """
     return decode_reduced_image(value, row=row)[0]
@@ -91,21 +87,21 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
 def decode_reduced_image(
     value: Any, reduction: Callable[[tuple[int, int]], int] | None = None, *, row: int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """As [`decode_image`], but a JPEG file is decoded no larger than its reader needs it, which is much faster.
+    """Decode an image as [`decode_image`] does, but a JPEG file no larger than needed, which is much faster.
 
     Args:
         value, row:
-            As of [`decode_image`]. An image that is open already is not reduced.
+            As in [`decode_image`]. An image that is already open is not reduced.
         reduction (`Callable[[tuple[int, int]], int]`, *optional*):
-            Says for an image's width and height, as it is shown, by how much its sides may be divided: 1, 2, 4 or 8.
-            It is asked only where the file can be decoded so.
+            Returns for the image's displayed width and height the number by which its sides may be divided: 1, 2, 4 or
+            8. It is called only for files that can be decoded so.
 
     Returns:
-        `tuple[PIL.Image.Image, tuple[int, int]]`: the image in mode RGB, its pixels loaded, and the width and height
-        that it has unreduced.
+        `tuple[PIL.Image.Image, tuple[int, int]]`: the image in mode RGB, its pixels loaded, and its unreduced width
+        and height.
 
     Raises:
-        BrokenImageError: as of [`decode_image`].
+        BrokenImageError: As in [`decode_image`].
     """
     path = _path_of(value)
     try:
@@ -113,12 +109,12 @@ def decode_reduced_image(
         if reduction is None or image is value or image.format != "JPEG":
             image = _to_rgb(image)
             return image, image.size
-        turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
-        full_size = image.size[::-1] if turned else image.size
+        sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        full_size = image.size[::-1] if sideways else image.size
         if (times := reduction(full_size)) > 1:
             image.draft(None, (max(1, image.width // times), max(1, image.height // times)))
         return _to_rgb(image), full_size
-    except Exception as error:  # Pillow's format readers raise nearly every built-in error on broken bytes
+    except Exception as error:  # Pillow raises nearly every built-in error on broken bytes
         raise BrokenImageError(_reason(error), row=row, path=path) from error
 
 
@@ -139,7 +135,7 @@ def _open(value: Any) -> Image.Image:
         value = {"bytes": None, "path": value}
     if not isinstance(value, dict):
         raise TypeError(
-            f"an image is a dict of bytes and path, a PIL image, a file or an array, not {type(value).__name__}"
+            f"an image must be a dict of bytes and path, a PIL image, a file or an array, not {type(value).__name__}"
         )
     data, path = value.get("bytes"), value.get("path")
     if data is None and path is None:
@@ -155,9 +151,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(
-            f"an array of shape {array.shape} is no image; (H, W), (H, W, 1), (H, W, 3) and (H, W, 4) are"
-        )
+        raise ValueError(f"an array must have shape (H, W) or (H, W, 1, 3 or 4), but has {array.shape}")
     if array.dtype == np.uint16:
         array = _narrow(array)
     elif array.dtype.kind == "f":
@@ -165,9 +159,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype != np.uint8:
-        raise ValueError(
-            f"an array of type {array.dtype} has no known range; uint8, uint16, bool and float (0..1) have"
-        )
+        raise ValueError(f"an array must be of uint8, uint16, bool or float (0..1), but is of {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -175,7 +167,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if 0 in image.size:
         raise ValueError(f"its size is {image.width} x {image.height}")
-    # small images come by the tens of thousands a second: nothing is looked up that a plain one cannot have
+    # tens of thousands of small images per second: a plain one skips all further look-ups
     if not image.info and image.mode in ("RGB", "L"):
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.getexif().get(_ORIENTATION, 1) != 1:

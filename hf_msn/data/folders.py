@@ -1,4 +1,4 @@
-"""What a folder of images means: which of its folders are splits, which are classes."""
+"""Infer from the names in a folder of images which folders are splits and which are classes."""
 
 import os
 from collections.abc import Collection
@@ -17,11 +17,11 @@ class FolderSplit:
 
     Args:
         folders (`list[str]`):
-            Every folder that directly holds images or metadata of this split, sorted.
+            All folders that directly hold images or metadata of this split, sorted.
         class_names (`list[str]`):
             Names of the classes over all labelled splits, sorted; empty where this split has no labels.
         has_metadata (`bool`):
-            Whether a `metadata.csv`, `.jsonl` or `.parquet` goes with the images.
+            Whether there is a `metadata.csv`, `.jsonl` or `.parquet` with the images.
     """
 
     folders: list[str] = field(default_factory=list)
@@ -30,16 +30,16 @@ class FolderSplit:
 
 
 def is_image_file(path: str | os.PathLike) -> bool:
-    """Whether the extension, in any letter case, is one that `datasets`' image folders read."""
+    """Return whether `datasets`' image folders read files with this extension, in any letter case."""
     return os.path.splitext(path)[1].lower() in _EXTENSIONS
 
 
 def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str, FolderSplit], list[str]]:
-    """Reads from the names in a folder which splits and classes of images it holds, and which shards.
+    """Return the splits of images and the shards in a folder.
 
-    The folders directly under `root` are splits if all of those with images are called like splits (`train`, `val`,
-    `test` and the other names that `datasets` knows), or at least two are: a class may be called `train` as well.
-    Otherwise all is one split, `train`.
+    The folders directly under `root` are splits if all of those with images are named like splits (`train`, `val`,
+    `test` and the other names that `datasets` knows), or at least two are: a class may be named `train` as well.
+    Otherwise there is one split, `train`.
 
     Args:
         root (`str`):
@@ -48,8 +48,8 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
             Extensions of shards, in lower case, such as `".tar"`.
 
     Returns:
-        `tuple[dict[str, FolderSplit], list[str]]`: the splits of images by name (`val` is found as `val` and as
-        `validation`), empty where there is no image; and the shards.
+        `tuple[dict[str, FolderSplit], list[str]]`: the splits of images by name (`val` as `val` and as `validation`),
+        empty if there is no image; and the shards.
     """
     folders = _walk(root, shard_extensions)
     shards = [shard for folder in folders for shard in folder.shards]
@@ -94,7 +94,7 @@ class _Folder:
 
 def _walk(root: str, shard_extensions: Collection[str]) -> list[_Folder]:
     found, seen = [], set()
-    # links are followed, as data sets are often linked into place; `seen` ends a link that leads back up
+    # links are followed, as datasets are often linked into place; `seen` stops at a link that leads back up
     for path, names, files in os.walk(root, followlinks=True):
         real = os.path.realpath(path)
         if real in seen:

@@ -1,7 +1,7 @@
-"""Colour, blur and normalisation of views on a CPU: each view goes through all of it while it is in the core's cache.
+"""Flip, colour jitter, grayscale, blur and normalisation of views on a CPU, compiled by numba.
 
-Compiled by numba. The functions hold to what numba takes: loops over slices that begin at 0, which become vector
-instructions, and float32 throughout. Their slow twin is `torch_augmentation`; the tests hold the two equal.
+Each view goes through all of it while it is in the core's cache. The code is float32 throughout and loops over slices
+that begin at 0, which become vector instructions. Its slow twin is `augmentation.finish_views_with_torch`.
 """
 
 import math
@@ -15,7 +15,19 @@ import numba
 import numpy as np
 import torch
 
-from . import view_parameters
+from .view_parameters import (
+    BLUR_REACH,
+    BRIGHTNESS,
+    CONTRAST,
+    FACTORS,
+    FLIP,
+    GRAY_WEIGHTS,
+    GRAYSCALE,
+    JITTER,
+    ORDER,
+    SATURATION,
+    SIGMA,
+)
 
 _SETTINGS = {
     "nogil": True,
@@ -25,20 +37,8 @@ _SETTINGS = {
 }
 _inner = numba.njit(inline="never", **_SETTINGS)
 
-# numba compiles them in as constants, and its cache looks at this file alone: touch it when one of them changes
-_FLIP, _JITTER, _FACTORS, _ORDER = (
-    view_parameters.FLIP,
-    view_parameters.JITTER,
-    view_parameters.FACTORS,
-    view_parameters.ORDER,
-)
-_GRAYSCALE, _SIGMA, _BLUR_REACH = view_parameters.GRAYSCALE, view_parameters.SIGMA, view_parameters.BLUR_REACH
-_BRIGHTNESS, _CONTRAST, _SATURATION = (
-    view_parameters.BRIGHTNESS,
-    view_parameters.CONTRAST,
-    view_parameters.SATURATION,
-)
-_RED, _GREEN, _BLUE = (np.float32(weight) for weight in view_parameters.GRAY_WEIGHTS)
+# numba compiles these in as constants, and its cache looks at this file alone: touch it when one of them changes
+_RED, _GREEN, _BLUE = (np.float32(weight) for weight in GRAY_WEIGHTS)
 _ZERO, _ONE, _FOUR, _SIX = np.float32(0), np.float32(1), np.float32(4), np.float32(6)
 _BYTE, _SIXTH = np.float32(1 / 255), np.float32(1 / 6)
 _BLOCK = 256  # pixels whose gray values are summed in float32, before their sums are in float64
@@ -47,18 +47,9 @@ _BLOCK = 256  # pixels whose gray values are summed in float32, before their sum
 def finish_views(
     crops: torch.Tensor, parameters: torch.Tensor, multiplier: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Flip, colour jitter, gray, blur and normalisation of N views, on as many threads as torch has.
+    """Finish N views on as many threads as torch has.
 
-    Args:
-        crops (`torch.Tensor` of shape (N, H, W, 3), uint8):
-            On the CPU.
-        parameters (`torch.Tensor` of shape (N, 12), float32):
-            The columns are those of `view_parameters`.
-        multiplier, offset (`torch.Tensor` of shape (3,), float32):
-            The result is `value * multiplier - offset` for values in 0..1.
-
-    Returns:
-        `torch.Tensor` of shape (N, 3, H, W), float32.
+    Arguments and result are those of [`~hf_msn.data.augmentation.finish_views_with_torch`], on the CPU.
     """
     num_views, height, width, _ = crops.shape
     finished = torch.empty(num_views, 3, height, width)
@@ -68,7 +59,7 @@ def finish_views(
     if threads < 2:
         finish(*arrays, 0, num_views)
         return finished
-    # several pieces a thread, as views with blur take longer than others
+    # several pieces per thread, as views with blur take longer than others
     pieces = min(num_views, 4 * threads)
     bounds = [piece * num_views // pieces for piece in range(pieces + 1)]
     pool = _threads(os.getpid(), threads)
@@ -79,19 +70,19 @@ def finish_views(
 
 @cache
 def _threads(process: int, number: int) -> ThreadPoolExecutor:
-    # one for each process: threads do not come along into the workers of a loader
+    # one pool per process: threads do not survive the fork into a loader's worker
     return ThreadPoolExecutor(number, thread_name_prefix="views")
 
 
 @cache
 def compiled() -> Callable[..., None]:
-    """The compiled loop over the views. It takes seconds where numba finds no earlier result on disk."""
+    """Compile the loop over the views. It takes seconds unless numba finds an earlier result on disk."""
     array = numba.types.Array
     tables = [array(numba.float32, dimensions, "C") for dimensions in (2, 1, 1, 4)]
     signature = numba.void(array(numba.uint8, 4, "C"), *tables, numba.int64, numba.int64)
     try:
         return numba.njit(signature, cache=True, **_SETTINGS)(_finish)
-    except RuntimeError as error:  # neither the package's folder nor the user's can be written to
+    except RuntimeError as error:  # neither the package's folder nor the user's is writable
         if "cannot cache" not in str(error):
             raise
         return numba.njit(signature, **_SETTINGS)(_finish)
@@ -104,23 +95,23 @@ def _finish(crops, parameters, multiplier, offset, finished, start, stop):
     line = np.empty(3 * width, np.float32)
     for number in range(start, stop):
         parameter = parameters[number]
-        _load(crops[number], parameter[_FLIP] > 0, view)
-        if parameter[_JITTER] > 0:
+        _load(crops[number], parameter[FLIP] > 0, view)
+        if parameter[JITTER] > 0:
             for place in range(4):
-                operator = int(parameter[_ORDER + place])
-                factor = parameter[_FACTORS + operator]
-                if operator == _BRIGHTNESS:
+                operator = int(parameter[ORDER + place])
+                factor = parameter[FACTORS + operator]
+                if operator == BRIGHTNESS:
                     _brightness(view, factor)
-                elif operator == _CONTRAST:
+                elif operator == CONTRAST:
                     _contrast(view, factor)
-                elif operator == _SATURATION:
+                elif operator == SATURATION:
                     _saturation(view, factor)
                 else:
                     _hue(view, factor)
-        if parameter[_GRAYSCALE] > 0:
+        if parameter[GRAYSCALE] > 0:
             _gray(view)
-        if parameter[_SIGMA] > 0:
-            _blur(view, parameter[_SIGMA], rows, line)
+        if parameter[SIGMA] > 0:
+            _blur(view, parameter[SIGMA], rows, line)
         _store(view, multiplier, offset, finished[number].reshape(3, height * width))
 
 
@@ -184,9 +175,9 @@ def _saturation(view, factor):
 
 @_inner
 def _hue(view, factor):
-    # a channel is value - chroma * clip(min(k, 4 - k), 0, 1), k = its place on the circle of six colours + the hue
+    # channel = value - chroma * clip(min(k, 4 - k), 0, 1), with k its place on the circle of six colours + the hue
     red, green, blue = view[0], view[1], view[2]
-    turn = factor * _SIX
+    shift = factor * _SIX
     for i in range(red.size):
         r, g, b = red[i], green[i], blue[i]
         value = max(r, max(g, b))
@@ -198,7 +189,7 @@ def _hue(view, factor):
             hue = (b - r) * share + np.float32(2)
         else:
             hue = (r - g) * share + _FOUR
-        hue += turn
+        hue += shift
         k = hue + np.float32(5)
         k -= _SIX * np.floor(k * _SIXTH)
         red[i] = value - chroma * max(_ZERO, min(_ONE, min(k, _FOUR - k)))
@@ -223,7 +214,7 @@ def _gray(view):
 @_inner
 def _blur(view, sigma, rows, line):
     height, width = rows.shape
-    radius = min(math.ceil(_BLUR_REACH * sigma), min(height, width) - 1)  # what is reflected must be there
+    radius = min(math.ceil(BLUR_REACH * sigma), min(height, width) - 1)  # reflection needs that many pixels
     weights = np.empty(radius + 1, np.float32)
     total = 0.0
     for k in range(radius + 1):

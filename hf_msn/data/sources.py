@@ -1,4 +1,4 @@
-"""One door to images: bundled, a folder, saved data sets, shards, the Hub."""
+"""Load images from any source: bundled, a folder, saved datasets, shards, the Hub."""
 
 import glob
 import io
@@ -11,12 +11,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ..privacy import public_name
 from .columns import image_and_label
-from .decoding import BrokenImageError, decode_image
 from .folders import FolderSplit, is_image_file, read_folder
-
-__all__ = ["BrokenImageError", "decode_image", "image_file_names", "load_images"]
 
 _SHARD_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _NUM_TEST_DIGITS = 360
@@ -35,9 +31,9 @@ def load_images(
     data_files: str | list[str] | dict | None = None,
     token: str | bool | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Loads the images of one split from anywhere.
+    """Load the images of one split from any source.
 
-    What `source` may be, looked at in this order:
+    `source` is tried in this order:
 
     | source | read as |
     |---|---|
@@ -47,56 +43,55 @@ def load_images(
     | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by file names |
     | anything else | a Hub id for `datasets.load_dataset` |
 
-    A folder of images is labelled if, in the split that is asked for, every image lies in a class folder at the same
-    depth (one class is enough). The class names are those of all labelled splits together, so that a class that one
-    split lacks moves no number. With a `metadata.csv` or `.jsonl`, the labels are its columns.
+    A folder of images is labelled if, in the requested split, every image lies in a class folder at the same depth
+    (one class is enough). The class names are those of all labelled splits together, so that a class missing in one
+    split shifts no number. With a `metadata.csv` or `.jsonl`, the labels are its columns.
 
     Args:
         source (`str` or `os.PathLike`):
-            Where the images are, see above.
+            The source, see above.
         split (`str`, *optional*, defaults to `"train"`):
-            The split, also a part of it (`"train[:10%]"`) except where the data is streamed. What knows no splits is
+            The split, or a part of it (`"train[:10%]"`) unless the data is streamed. Sources without splits have one,
             `"train"`.
         config (`str`, *optional*):
-            Configuration of a Hub data set that has several.
+            Configuration of a Hub dataset that has several.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         streaming (`bool`, *optional*, defaults to `False`):
-            Reads while iterating and keeps nothing on disk.
+            Read while iterating, and keep nothing on disk.
         image_column (`str`, *optional*):
-            Column of the images. By default the only image column there is.
+            Column of the images. By default the only image column.
         label_column (`str`, *optional*):
             Column of the labels; `"json.label"` reaches into a nested column. By default `label`, else the only column
             of class labels, else one named `labels`, `fine_label`, `cls`, `class` or `target`; without any the result
             has no labels.
         data_files (`str`, `list[str]` or `dict`, *optional*):
-            Files of a Hub data set or of a folder, as for `datasets.load_dataset`.
+            Files of a Hub dataset or of a folder, as for `datasets.load_dataset`.
         token (`str` or `bool`, *optional*):
             Hub token for gated data such as `ILSVRC/imagenet-1k`.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: the columns `image` (`datasets.Image(decode=False)`:
-        `{"bytes", "path"}`, for [`decode_image`]) and, where the data is labelled, `label` (`ClassLabel` where the
-        names are known, else `int64`). `info.dataset_name` is the Hub id, or of anything local the last name alone.
+        `{"bytes", "path"}`, for [`~hf_msn.decode_image`]) and, if the data is labelled, `label` (`ClassLabel` if the
+        names are known, else `int64`). `info.dataset_name` is the Hub id, or the last component of a local path.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a folder without images.
-        ConnectionError: a Hub id, and the Hub cannot be reached.
-        ValueError: no such split or column, columns that cannot be told apart, labels asked of unlabelled data, no
-            rows.
+        FileNotFoundError: If a path does not exist, or a folder has no images.
+        ConnectionError: If the source is a Hub id and the Hub cannot be reached.
+        ValueError: If the split or a column does not exist, a column is ambiguous, or there are no rows.
     """
     source = os.path.expanduser(os.fspath(source))
     if not source:
         raise ValueError(
-            "`source` is empty; give a folder, shards, a Hub id such as 'ILSVRC/imagenet-1k', or 'digits'."
+            "`source` is empty. Give a folder, shards, a Hub id such as 'ILSVRC/imagenet-1k' or 'digits'."
         )
     name = source
     if source == "digits":
         dataset = _select_split(_digits(), split, source)
     elif os.path.exists(source) or glob.glob(source, recursive=True):
-        dataset, name = _load_local(source, split, config, streaming, data_files), public_name(source)
+        dataset, name = _load_local(source, split, config, streaming, data_files), _local_name(source)
     else:
-        _refuse_missing_path(source)
+        _check_hub_id(source)
         dataset = _load_from_hub(source, split, config, revision, streaming, data_files, token)
     if streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
@@ -104,20 +99,17 @@ def load_images(
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise _no_images(split, source)
     dataset.info.dataset_name = name
-    if dataset.split is None:  # of what is not read by load_dataset
+    if dataset.split is None:  # not read by load_dataset
         dataset._split = datasets.NamedSplit(split)
     return dataset
 
 
 def image_file_names(dataset: datasets.Dataset) -> list[str | None]:
-    """Reads the file name of every row without reading the images.
+    """Return the file name of every row, or `None`, without reading the images.
 
     Args:
         dataset (`datasets.Dataset`):
             Result of [`load_images`], not streamed.
-
-    Returns:
-        `list[str | None]`: path of each row as the source gives it, None where it gives none.
     """
     # flatten() splits the undecoded image into its two Arrow columns, so that the bytes stay on disk
     return dataset.select_columns("image").flatten()["image.path"][:]
@@ -164,41 +156,32 @@ def _load_local(source: str, split: str, config: str | None, streaming: bool, da
         layout, shards = read_folder(source, _SHARD_BUILDERS)
         if layout and shards:
             raise ValueError(
-                f"'{source}' holds both images and shards (such as '{shards[0]}'); give the folder of the images, or "
-                "the shards as a glob."
+                f"`source` must hold images or shards, but '{source}' holds both (such as '{shards[0]}'). Give the "
+                "folder of the images, or the shards as a glob."
             )
         if layout:
             return _load_image_folder(layout, split, streaming, source)
         if not shards:
             raise FileNotFoundError(
-                f"'{source}' holds no images: no image file, no .parquet or .tar shard, no saved data set. "
-                "Check the path."
+                f"`source` must hold images, but '{source}' has no image file, no .parquet or .tar shard, and is no "
+                "saved dataset. Check the path."
             )
         builder = _shard_builder(source, {Path(shard).suffix.lower() for shard in shards})
         return _load(builder, split, streaming, source, data_dir=source)
     files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     suffixes = {Path(path).suffix.lower() for path in files}
-    if suffixes & set(_SHARD_BUILDERS):
-        builder = _shard_builder(source, suffixes)
-        return _load(builder, split, streaming, source, data_files={"train": files})
     if all(is_image_file(path) for path in files):
-        return _load(
-            "imagefolder",
-            split,
-            streaming,
-            source,
-            data_files={"train": [glob.escape(path) for path in files]},
-            drop_labels=True,
-        )
-    raise ValueError(
-        f"'{source}' is neither images nor .parquet or .tar shards ({', '.join(sorted(suffixes)) or 'no extension'}); "
-        "give a folder of images, or shards of one kind."
-    )
+        patterns = [glob.escape(path) for path in files]
+        return _load("imagefolder", split, streaming, source, data_files={"train": patterns}, drop_labels=True)
+    return _load(_shard_builder(source, suffixes), split, streaming, source, data_files={"train": files})
 
 
 def _shard_builder(source: str, suffixes: set[str]) -> str:
-    if len(suffixes) > 1:
-        raise ValueError(f"'{source}' mixes files of {', '.join(sorted(suffixes))}; give shards of one kind.")
+    if len(suffixes) > 1 or not suffixes <= set(_SHARD_BUILDERS):
+        raise ValueError(
+            f"`source` must be images, or shards of one kind, .parquet or .tar, but '{source}' is "
+            f"{', '.join(sorted(suffixes)) or 'without extension'}. Give a folder or a glob of one kind."
+        )
     return _SHARD_BUILDERS[next(iter(suffixes))]
 
 
@@ -238,8 +221,9 @@ def _load_from_hub(source, split, config, revision, streaming, data_files, token
     except (ConnectionError, FileNotFoundError) as error:
         kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
         raise kind(
-            f"'{source}' is no folder or file here, and as a Hub id it cannot be loaded: {error}. Check the spelling "
-            "and the network (HF_HUB_OFFLINE must not be set), log in for gated data, or give a local folder."
+            f"`source` must be a local path or a Hub id, but '{source}' does not exist here and cannot be loaded from "
+            f"the Hub: {error}. Check the spelling and the network (HF_HUB_OFFLINE must not be set), or log in for "
+            "gated data."
         ) from error
 
 
@@ -249,7 +233,7 @@ def _load(builder: str, split: str, streaming: bool, source: str, **settings) ->
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise _no_images(split, source) from error
-        # the two messages of datasets for a split that is not there, eager and streamed
+        # the two messages of datasets for an unknown split, eager and streamed
         if not re.match(r"Unknown split|Bad split", str(error)):
             raise
         names = re.findall(r"'([^']+)'", str(error).rsplit("[", 1)[-1])
@@ -268,16 +252,21 @@ def _select_split(splits: dict[str, datasets.Dataset], split: str, source: str) 
 
 def _unknown_split(split: str, source: str, names) -> ValueError:
     return ValueError(
-        f"'{source}' has no split '{split}'; it has {', '.join(repr(str(name)) for name in names) or 'none'}. "
-        "Name one of these, or put the images to test on into a folder or split of their own."
+        f"`split` must be one of {', '.join(repr(str(name)) for name in names) or 'none'} of '{source}', but is "
+        f"'{split}'. Put test images into a folder or split of their own."
     )
 
 
 def _no_images(split: str, source: str) -> ValueError:
-    return ValueError(f"Split '{split}' of '{source}' holds no images; give another split or source.")
+    return ValueError(f"`split` must hold images, but '{split}' of '{source}' has none. Give another split or source.")
 
 
-def _refuse_missing_path(source: str) -> None:
+def _local_name(source: str) -> str:
+    path = os.path.abspath(source)
+    return "(local)" if path == os.path.expanduser("~") else os.path.basename(path)
+
+
+def _check_hub_id(source: str) -> None:
     looks_local = (
         os.path.isabs(source)
         or source.startswith(".")
@@ -287,4 +276,4 @@ def _refuse_missing_path(source: str) -> None:
         or is_image_file(source)
     )
     if looks_local:
-        raise FileNotFoundError(f"'{source}' does not exist (looked from {os.getcwd()}). Check the path.")
+        raise FileNotFoundError(f"`source` must exist, but '{source}' does not (in {os.getcwd()}). Check the path.")

@@ -1,7 +1,6 @@
-"""The views of an image: target, anchors, focal views."""
+"""Transforms from an image to pixels: the random views of pretraining, and the fixed one of evaluation."""
 
 import math
-import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,40 +8,51 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor
 
+from ..checks import check_choice, check_integer, check_number
+from . import view_parameters
 from .augmentation import finish_views
-from .drawn_views import DrawnViews
-from .evaluation_processor import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    check_interpolation,
-    check_size,
-    evaluation_image_processor,
+from .crops import (
+    INTERPOLATIONS,
+    WHOLE_PIXELS_FROM,
+    Box,
+    between,
+    crop_box,
+    fine_crops,
+    pixels_of,
+    rotated_crops,
+    whole_pixel_crops,
 )
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# one row of random numbers per view: four per attempt to crop, then one per other choice
+_FLIP, _JITTER, _STRENGTHS, _ORDER, _GRAYSCALE, _BLUR, _RADIUS, _ANGLE, _SHIFT = 40, 41, 42, 46, 50, 51, 52, 53, 54
+_NUM_RANDOM = 56
+
+_REDUCTIONS = (8, 4, 2)  # by which a JPEG decoder can divide the sides
 
 
 @dataclass
 class MultiViewTransform:
-    """Makes the views of one image, each drawn by itself: the target view, the anchor views, the focal views.
+    """Draw the views of one image: the target view, the anchor views, the focal views.
 
-    A view is, in this order: a crop of random area and aspect ratio resized to a square (with the optional rotation
-    and shift), a flip, colour jitter (brightness, contrast, saturation, hue in random order), gray, blur,
-    normalisation. The defaults are the paper's. Cropping and resizing are done on uint8, at whole pixels as
-    torchvision does it; crops of images whose shorter side is below 64 pixels, and turned ones, are not rounded to
-    whole pixels, which matters for images of 8. Everything after that is done on float values, by torchvision's
-    operators for float tensors and a true Gaussian, whose kernel ends at 4 standard deviations, with reflected
-    borders.
+    Each view is drawn independently: a crop of random area and aspect ratio resized to a square (with optional
+    rotation and shift), a flip, colour jitter (brightness, contrast, saturation, hue in random order), grayscale,
+    blur, normalisation. The defaults are the paper's. Crops are cut and resized in uint8, at whole pixels as in
+    torchvision; crops of images with a shorter side below 64 pixels, and rotated ones, are not rounded to whole
+    pixels. Everything after that is computed in float32: torchvision's operators for float tensors, and a Gaussian
+    whose kernel ends at 4 standard deviations, with reflected borders.
 
-    The two halves can be had apart: [`~MultiViewTransform.crops`] gives uint8 crops and a row of parameters for each
-    view, a quarter of the bytes; [`~MultiViewTransform.finish`] makes the views of a whole batch on its device. The
-    pretraining trainers do that; calling the transform does both.
+    The two halves are available separately: [`~MultiViewTransform.crops`] returns uint8 crops and one row of
+    parameters per view, a quarter of the bytes; [`~MultiViewTransform.finish`] makes the views of a whole batch on its
+    device. The pretraining trainers do that; calling the transform does both.
 
-    All randomness comes from torch's global generator, and each view takes the same amount of it whatever the
-    settings, so that one setting does not change what the others draw.
-
-    The class is a dataclass whose fields carry their help text, so that an argument parser can be made from it.
+    All randomness comes from torch's global generator, and each view consumes the same amount of it whatever the
+    settings, so that one setting does not change the draws of the others.
 
     Raises:
-        ValueError: a value outside its range, at construction.
+        ValueError: If a value is outside its range.
 
     Example:
 
@@ -55,8 +65,8 @@ class MultiViewTransform:
 
     image_size: int = field(default=224, metadata={"help": "Side of the target and anchor views, in pixels."})
     focal_size: int = field(default=96, metadata={"help": "Side of the focal views, in pixels."})
-    anchor_views: int = field(default=1, metadata={"help": "Anchor views of an image: large, with patches dropped."})
-    focal_views: int = field(default=10, metadata={"help": "Focal views of an image: small, nothing dropped."})
+    anchor_views: int = field(default=1, metadata={"help": "Anchor views per image: large, with patches dropped."})
+    focal_views: int = field(default=10, metadata={"help": "Focal views per image: small, no patches dropped."})
     global_scale: tuple[float, float] = field(
         default=(0.3, 1.0), metadata={"help": "Smallest and largest share of the area in a target or anchor view."}
     )
@@ -74,20 +84,18 @@ class MultiViewTransform:
         },
     )
     color_jitter_probability: float = field(default=0.8, metadata={"help": "Probability of colour jitter."})
-    grayscale: float = field(default=0.2, metadata={"help": "Probability of turning gray."})
+    grayscale: float = field(default=0.2, metadata={"help": "Probability of conversion to grayscale."})
     blur_probability: float = field(default=0.5, metadata={"help": "Probability of Gaussian blur."})
     blur_radius: tuple[float, float] = field(
         default=(0.1, 2.0),
         metadata={"help": "Smallest and largest radius (standard deviation) of the blur, in pixels."},
     )
     rotation: float = field(
-        default=0.0, metadata={"help": "Largest rotation either way, in degrees. What comes into view is black (0)."}
+        default=0.0, metadata={"help": "Largest rotation either way, in degrees. The corners are filled with black."}
     )
     translation: float = field(
         default=0.0,
-        metadata={
-            "help": "Largest shift either way, as a share of the view's side. What comes into view is black (0)."
-        },
+        metadata={"help": "Largest shift either way, as a share of the view's side. The rest is filled with black."},
     )
     interpolation: str = field(default="bilinear", metadata={"help": "How crops are resized: bilinear or bicubic."})
     image_mean: tuple[float, float, float] = field(
@@ -98,43 +106,43 @@ class MultiViewTransform:
     )
 
     def __post_init__(self):
-        check_size("image_size", self.image_size)
-        for name in ("anchor_views", "focal_views"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is a number of views and must be >= 0, but is {getattr(self, name)}.")
+        check_integer("image_size", self.image_size, meaning="is a side in pixels")
+        check_integer("anchor_views", self.anchor_views, 0, meaning="counts views")
+        check_integer("focal_views", self.focal_views, 0, meaning="counts views")
         if self.anchor_views + self.focal_views < 1:
             raise ValueError(
-                "`anchor_views` and `focal_views` are both 0, so nothing would learn from the target; "
-                "at least one of them must be >= 1. The paper uses 1 and 10."
+                "`anchor_views` and `focal_views` are both 0, but at least one of them must be >= 1, or nothing "
+                "learns from the target. The paper uses 1 and 10."
             )
         if self.focal_views > 0:
-            check_size("focal_size", self.focal_size)
+            check_integer("focal_size", self.focal_size, meaning="is a side in pixels")
         for name in ("global_scale", "focal_scale"):
-            _check_range(self, name, 0, 1, "a share of the image's area in (0, 1]")
-        _check_range(self, "aspect_ratio", 0, math.inf, "width / height above 0")
-        _check_range(self, "blur_radius", 0, math.inf, "a radius in pixels above 0")
+            self._check_pair(name, "bounds the share of the image's area", maximum=1)
+        self._check_pair("aspect_ratio", "bounds width / height")
+        self._check_pair("blur_radius", "bounds a radius in pixels")
         for name in ("horizontal_flip", "color_jitter_probability", "grayscale", "blur_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is a probability and must be in [0, 1], but is {getattr(self, name)}.")
-        if not 0 <= self.color_jitter <= 1.25:
-            raise ValueError(
-                f"`color_jitter` is the strength s and must be in [0, 1.25] (0.8 s <= 1), but is {self.color_jitter}. "
-                "The paper uses 0.5; 0 turns it off."
-            )
-        if not 0 <= self.rotation <= 180:
-            raise ValueError(f"`rotation` is an angle in degrees and must be in [0, 180], but is {self.rotation}.")
-        if not 0 <= self.translation < 1:
-            raise ValueError(f"`translation` is a share of the side and must be in [0, 1), but is {self.translation}.")
-        check_interpolation(self.interpolation)
+            check_number(name, getattr(self, name), minimum=0, maximum=1, meaning="is a probability")
+        check_number("color_jitter", self.color_jitter, minimum=0, maximum=1.25, remedy="The paper uses 0.5.")
+        check_number("rotation", self.rotation, minimum=0, maximum=180, meaning="is an angle in degrees")
+        check_number("translation", self.translation, minimum=0, below=1, meaning="is a share of the view's side")
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         for name in ("image_mean", "image_std"):
             value = tuple(float(entry) for entry in getattr(self, name))
             if len(value) != 3 or (name == "image_std" and min(value) <= 0):
-                raise ValueError(f"`{name}` is one number for each of 3 channels (std above 0), but is {value}.")
+                raise ValueError(f"`{name}` must hold one number per channel, 3 (std > 0), but is {value}.")
             setattr(self, name, value)
+
+    def _check_pair(self, name: str, meaning: str, maximum: float | None = None) -> None:
+        pair = getattr(self, name)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"`{name}` must be a pair (smallest, largest), but is {pair!r}.")
+        smallest = check_number(name, pair[0], above=0, maximum=maximum, meaning=meaning)
+        largest = check_number(name, pair[1], minimum=smallest, maximum=maximum, meaning=meaning)
+        setattr(self, name, (smallest, largest))
 
     @classmethod
     def for_small_grayscale(cls, image_size: int = 8, **settings) -> "MultiViewTransform":
-        """The recipe for small gray images such as digits: crops, small turns and shifts; no flip, colour or blur.
+        """Return the recipe for small gray images such as digits: crops, small rotations and shifts, no colour.
 
         Args:
             image_size (`int`, *optional*, defaults to 8):
@@ -160,7 +168,7 @@ class MultiViewTransform:
         return cls(image_size=image_size, **{**recipe, **settings})
 
     def evaluation_image_processor(self, crop_fraction: float = 224 / 256) -> BitImageProcessor:
-        """Makes the evaluation's processor at this size and normalisation; see [`evaluation_image_processor`]."""
+        """Return [`evaluation_image_processor`] with this size, normalisation and interpolation."""
         return evaluation_image_processor(
             self.image_size,
             image_mean=self.image_mean,
@@ -170,128 +178,271 @@ class MultiViewTransform:
         )
 
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Draws the views of one image.
+        """Draw the views of one image.
 
         Args:
             image (`PIL.Image.Image`):
-                The image, in mode RGB ([`~hf_msn.data.decode_image`] gives that).
+                The image, such as [`~hf_msn.data.decoding.decode_image`] returns.
 
         Returns:
             `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
-            `anchor_pixel_values` (V, 3, H, H); `focal_pixel_values` (F, 3, h, h), absent if there are none.
+            `anchor_pixel_values` (V, 3, H, H); `focal_pixel_values` (F, 3, h, h), absent without focal views.
         """
         return self.finish(self.crops(image))
 
     def global_views(self, image: Image.Image, num_views: int) -> torch.Tensor:
-        """Draws any number of views of one image, each as the target view is drawn: what PAWS' support images get.
+        """Draw views of one image in the way of the target view, such as those of PAWS' support images.
 
         Args:
             image (`PIL.Image.Image`):
-                The image, in mode RGB.
+                The image.
             num_views (`int`):
                 Number of views V, >= 1.
 
         Returns:
             `torch.Tensor` of shape (V, 3, H, H), float32, normalised.
-
-        Raises:
-            ValueError: `num_views` is no whole number >= 1.
         """
         return self.finish(self.draw_support(num_views).crops(_rgb(image)))["support_pixel_values"]
 
     def crops(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Draws the views of one image and cuts them, but does not finish them.
+        """Draw and cut the views of one image, without finishing them.
 
         Args:
             image (`PIL.Image.Image`):
-                The image, in mode RGB.
+                The image.
 
         Returns:
-            `dict[str, torch.Tensor]`: uint8 crops, channels last as images are decoded: `pixel_values` (H, H, 3);
-            `anchor_pixel_values` (V, H, H, 3); `focal_pixel_values` (F, h, h, 3), absent if there are none; and
-            `view_parameters` (1 + V + F, 12), float32, what [`~MultiViewTransform.finish`] does to each.
+            `dict[str, torch.Tensor]`: uint8 crops, channels last: `pixel_values` (H, H, 3); `anchor_pixel_values`
+            (V, H, H, 3); `focal_pixel_values` (F, h, h, 3), absent without focal views; and `view_parameters`
+            (1 + V + F, 12), float32, for [`~MultiViewTransform.finish`].
         """
         return self.draw().crops(_rgb(image))
 
     def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Finishes views: flip, colour jitter, gray, blur, normalisation, on the batch's device.
+        """Finish the views of a batch on its device: flip, colour jitter, grayscale, blur, normalisation.
 
         Args:
             batch (`dict[str, torch.Tensor]`):
-                What [`~MultiViewTransform.crops`] gives, of one image or stacked, and `support_pixel_values` with
-                `support_view_parameters`. Other entries, and finished views, stay as they are.
+                Crops and `view_parameters` from [`~MultiViewTransform.crops`], of one image or stacked, and
+                `support_pixel_values` with `support_view_parameters`. Other entries, and finished views, stay.
 
         Returns:
-            `dict[str, torch.Tensor]`: the same with finished views (..., 3, H, W), float32, and no parameters.
+            `dict[str, torch.Tensor]`: the same with finished views (..., 3, H, W), float32, and without parameters.
         """
-        finished = dict(batch)
-        parameters = finished.pop("view_parameters", None)
-        if parameters is not None:
-            num_anchors = batch["anchor_pixel_values"].shape[-4]
-            finished["pixel_values"] = self._finished(batch["pixel_values"], parameters[..., 0, :])
-            for name, rows in (
-                ("anchor_pixel_values", parameters[..., 1 : 1 + num_anchors, :]),
-                ("focal_pixel_values", parameters[..., 1 + num_anchors :, :]),
-            ):
-                if name in batch:
-                    finished[name] = self._finished(batch[name], rows)
-        parameters = finished.pop("support_view_parameters", None)
-        if parameters is not None:
-            finished["support_pixel_values"] = self._finished(batch["support_pixel_values"], parameters)
-        return finished
 
-    def draw(self) -> DrawnViews:
-        """Draws all that is random about the views of one image, which may be read afterwards."""
+        def finished(crops: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return finish_views(crops, rows, self.image_mean, self.image_std, colored=self.is_colored)
+
+        batch = dict(batch)
+        if (rows := batch.pop("view_parameters", None)) is not None:
+            num_anchors = batch["anchor_pixel_values"].shape[-4]
+            batch["pixel_values"] = finished(batch["pixel_values"], rows[..., 0, :])
+            anchors, focal = rows[..., 1 : 1 + num_anchors, :], rows[..., 1 + num_anchors :, :]
+            batch["anchor_pixel_values"] = finished(batch["anchor_pixel_values"], anchors)
+            if "focal_pixel_values" in batch:
+                batch["focal_pixel_values"] = finished(batch["focal_pixel_values"], focal)
+        if (rows := batch.pop("support_view_parameters", None)) is not None:
+            batch["support_pixel_values"] = finished(batch["support_pixel_values"], rows)
+        return batch
+
+    def draw(self) -> "DrawnViews":
+        """Draw all that is random about the views of one image. The image may be decoded afterwards."""
         groups = [("pixel_values", 1, False), ("anchor_pixel_values", self.anchor_views, False)]
         if self.focal_views > 0:
             groups.append(("focal_pixel_values", self.focal_views, True))
         return DrawnViews(self, groups)
 
-    def draw_support(self, num_views: int) -> DrawnViews:
-        """As [`~MultiViewTransform.draw`], for any number of views that are each drawn as the target view is."""
-        if not _is_whole(num_views) or num_views < 1:
-            raise ValueError(f"`num_views` is a number of views and must be a whole number >= 1, but is {num_views}.")
+    def draw_support(self, num_views: int) -> "DrawnViews":
+        """Draw `num_views` views in the way of the target view, as [`~MultiViewTransform.draw`] does."""
+        check_integer("num_views", num_views, meaning="counts views")
         return DrawnViews(self, [("support_pixel_values", num_views, False)], "support_view_parameters")
 
     @property
     def is_colored(self) -> bool:
-        """Whether any view can get jitter, gray or blur."""
+        """Whether any view can get jitter, grayscale or blur."""
         jitters = self.color_jitter > 0 and self.color_jitter_probability > 0
         return jitters or self.grayscale > 0 or self.blur_probability > 0
 
     def finishes_as(self, other: Any) -> bool:
-        """Whether [`~MultiViewTransform.finish`] of the two transforms does the same to the same crops."""
+        """Return whether [`~MultiViewTransform.finish`] of both transforms does the same to the same crops."""
         return isinstance(other, MultiViewTransform) and (
             (self.image_mean, self.image_std, self.is_colored, type(self).finish)
             == (other.image_mean, other.image_std, other.is_colored, type(other).finish)
         )
 
-    def _finished(self, crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-        return finish_views(crops, parameters, self.image_mean, self.image_std, colored=self.is_colored)
+
+class DrawnViews:
+    """Views that are drawn but not cut. [`MultiViewTransform.draw`] returns them.
+
+    Args:
+        transform ([`MultiViewTransform`]):
+            The ranges to draw from. The numbers come from torch's global generator.
+        groups (`list[tuple[str, int, bool]]`):
+            Name of the crops, number of views, and whether they are focal views.
+        parameters_name (`str`, *optional*, defaults to `"view_parameters"`):
+            Name of the rows of parameters.
+    """
+
+    def __init__(
+        self,
+        transform: MultiViewTransform,
+        groups: list[tuple[str, int, bool]],
+        parameters_name: str = "view_parameters",
+    ):
+        self._transform = transform
+        self._groups = groups
+        self._parameters_name = parameters_name
+        num_views = sum(number for _, number, _ in groups)
+        self._random = torch.rand(num_views, _NUM_RANDOM, dtype=torch.float64).tolist()
+        self._boxes: dict[tuple[int, int], list[Box]] = {}
+        self._rotates = transform.rotation > 0 or transform.translation > 0
+
+    def boxes(self, size: tuple[int, int]) -> list[Box]:
+        """Return the box of each view, in pixels, in an image of this width and height."""
+        if size not in self._boxes:
+            transform, rows = self._transform, iter(self._random)
+            scales = {False: transform.global_scale, True: transform.focal_scale}
+            whole_pixels = self._cuts_whole_pixels(size)
+            self._boxes[size] = [
+                crop_box(size, scales[is_focal], transform.aspect_ratio, next(rows), whole_pixels)
+                for _, number, is_focal in self._groups
+                for _ in range(number)
+            ]
+        return self._boxes[size]
+
+    def reduction(self, size: tuple[int, int]) -> int:
+        """Return the number by which the sides of the image may be divided when it is decoded: 1, 2, 4 or 8.
+
+        Every crop then still has at least as many pixels as its view along both sides, so that nothing is enlarged.
+        Small images and rotated crops are never reduced.
+        """
+        if not self._cuts_whole_pixels(size):
+            return 1
+        boxes = iter(self.boxes(size))
+        spare = math.inf
+        for _, number, is_focal in self._groups:
+            side = self._side(is_focal)
+            for _ in range(number):
+                left, top, right, bottom = next(boxes)
+                spare = min(spare, (right - left) / side, (bottom - top) / side)
+        return next((reduction for reduction in _REDUCTIONS if reduction <= spare), 1)
+
+    def crops(self, image: Image.Image, full_size: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
+        """Cut the views out of the image.
+
+        Args:
+            image (`PIL.Image.Image`):
+                In mode RGB.
+            full_size (`tuple[int, int]`, *optional*):
+                Width and height of the image before it was reduced in decoding.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and
+            the parameters of all views, (views, 12), float32.
+        """
+        transform = self._transform
+        full_size = full_size or image.size
+        boxes = self.boxes(full_size)
+        if reduced := full_size != image.size:
+            across, down = image.width / full_size[0], image.height / full_size[1]
+            boxes = [(box[0] * across, box[1] * down, box[2] * across, box[3] * down) for box in boxes]
+        cuts_whole_pixels = not reduced and self._cuts_whole_pixels(full_size)
+        source = pixels_of(image) if cuts_whole_pixels else image
+        cut, begin = {}, 0
+        for name, number, is_focal in self._groups:
+            rows, own_boxes = self._random[begin : begin + number], boxes[begin : begin + number]
+            arguments = (source, own_boxes, self._side(is_focal), transform.interpolation)
+            if self._rotates:
+                cut[name] = rotated_crops(*arguments, *self._angles_and_shifts(rows))
+            elif cuts_whole_pixels:
+                cut[name] = whole_pixel_crops(*arguments)
+            else:
+                cut[name] = fine_crops(*arguments)
+            begin += number
+        if "pixel_values" in cut:
+            cut["pixel_values"] = cut["pixel_values"][0]
+        cut[self._parameters_name] = torch.tensor([self._parameters(row) for row in self._random])
+        return cut
+
+    def _cuts_whole_pixels(self, size: tuple[int, int]) -> bool:
+        return not self._rotates and min(size) >= WHOLE_PIXELS_FROM
+
+    def _side(self, is_focal: bool) -> int:
+        return self._transform.focal_size if is_focal else self._transform.image_size
+
+    def _angles_and_shifts(self, rows: list[list[float]]) -> tuple[list[float], list[tuple[float, float]]]:
+        largest, farthest = self._transform.rotation, self._transform.translation
+        angles = [math.radians(between((-largest, largest), row[_ANGLE])) for row in rows]
+        shifts = [tuple(between((-farthest, farthest), row[_SHIFT + axis]) for axis in (0, 1)) for row in rows]
+        return angles, shifts
+
+    def _parameters(self, random: list[float]) -> list[float]:
+        transform = self._transform
+        strength, hue = 0.8 * transform.color_jitter, 0.2 * transform.color_jitter
+        order = random[_ORDER : _ORDER + 4]
+        row = [0.0] * view_parameters.NUM_PARAMETERS
+        row[view_parameters.FLIP] = float(random[_FLIP] < transform.horizontal_flip)
+        row[view_parameters.JITTER] = float(
+            transform.color_jitter > 0 and random[_JITTER] < transform.color_jitter_probability
+        )
+        bounds = [(1 - strength, 1 + strength)] * 3 + [(-hue, hue)]
+        for operator in range(4):
+            row[view_parameters.FACTORS + operator] = between(bounds[operator], random[_STRENGTHS + operator])
+        row[view_parameters.ORDER : view_parameters.ORDER + 4] = sorted(range(4), key=order.__getitem__)
+        row[view_parameters.GRAYSCALE] = float(random[_GRAYSCALE] < transform.grayscale)
+        if random[_BLUR] < transform.blur_probability:
+            row[view_parameters.SIGMA] = between(transform.blur_radius, random[_RADIUS])
+        return row
 
 
 def gives_crops(transform: Any) -> bool:
-    """Whether a transform's views can be cut in one place and finished in another: not if a subclass changes them."""
+    """Return whether views can be cut in one place and finished in another: not if a subclass changes them."""
     return isinstance(transform, MultiViewTransform) and all(
         getattr(type(transform), name) is getattr(MultiViewTransform, name)
         for name in ("__call__", "global_views", "crops", "draw", "draw_support")
     )
 
 
+def evaluation_image_processor(
+    image_size: int = 224,
+    *,
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN,
+    image_std: tuple[float, float, float] = IMAGENET_STD,
+    crop_fraction: float = 224 / 256,
+    interpolation: str = "bilinear",
+) -> BitImageProcessor:
+    """Return the image processor of the paper's evaluation: resize, centre crop, normalisation.
+
+    The shortest edge becomes `image_size / crop_fraction` pixels, of which the middle `image_size` are kept. The
+    processor saves and loads with plain `transformers` (`preprocessor_config.json`, `AutoImageProcessor`).
+
+    Args:
+        image_size (`int`, *optional*, defaults to 224):
+            Side of the square the encoder sees, in pixels.
+        image_mean, image_std (`tuple[float, float, float]`, *optional*, default to ImageNet's):
+            Normalisation of values in 0..1; the same as in pretraining.
+        crop_fraction (`float`, *optional*, defaults to 224 / 256):
+            The crop's side over the resized shortest edge. 1.0 keeps all of a square image.
+        interpolation (`str`, *optional*, defaults to `"bilinear"`):
+            `"bilinear"` or `"bicubic"`.
+
+    Returns:
+        `transformers.BitImageProcessor`: returns `pixel_values` (B, 3, image_size, image_size).
+
+    Raises:
+        ValueError: If `image_size` is below 1, `crop_fraction` outside (0, 1], or `interpolation` unknown.
+    """
+    check_integer("image_size", image_size, meaning="is a side in pixels")
+    check_number("crop_fraction", crop_fraction, above=0, maximum=1, remedy="The paper uses 224 / 256.")
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
+    return BitImageProcessor(
+        size={"shortest_edge": round(image_size / crop_fraction)},
+        crop_size={"height": image_size, "width": image_size},
+        resample=INTERPOLATIONS[interpolation],
+        image_mean=list(image_mean),
+        image_std=list(image_std),
+    )
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_range(transform: MultiViewTransform, name: str, low: float, high: float, meaning: str) -> None:
-    value = getattr(transform, name)
-    try:
-        smallest, largest = (float(entry) for entry in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` is a pair (smallest, largest), but is {value!r}.") from None
-    if not low < smallest <= largest <= high or math.isinf(largest):
-        raise ValueError(f"`{name}` is {meaning}, smallest first, but is {value}.")
-    setattr(transform, name, (smallest, largest))

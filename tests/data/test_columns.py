@@ -21,28 +21,28 @@ INTEGER = datasets.Value("int32")
 TEXT = datasets.Value("string")
 
 
-def test_only_image_column_is_taken_whatever_its_name(table):
+def test_single_image_column_is_used_whatever_its_name(table):
     dataset = image_and_label(table(("img",), caption=(TEXT, ["a", "b"])), "x")
     assert dataset.features == datasets.Features(image=datasets.Image(decode=False))
 
 
-def test_column_called_image_is_taken_among_several(table, encoded):
+def test_column_named_image_is_preferred(table):
     assert image_and_label(table(("mask", "image")), "x").column_names == ["image"]
 
 
 def test_several_image_columns_need_a_name(table):
-    with pytest.raises(ValueError, match=r"several image columns \(left, right\).*'left', 'right'"):
+    with pytest.raises(ValueError, match="left, right"):
         image_and_label(table(("left", "right")), "x")
     assert image_and_label(table(("left", "right")), "x", image_column="right").column_names == ["image"]
 
 
 def test_table_without_images_is_refused():
     table = datasets.Dataset.from_dict({"text": ["a"], "score": [1]})
-    with pytest.raises(ValueError, match=r"'x' has no image column.*'text', 'score'"):
+    with pytest.raises(ValueError, match="'text', 'score'"):
         image_and_label(table, "x")
 
 
-def test_only_class_label_column_is_the_label(table):
+def test_single_class_label_column_is_the_label(table):
     dataset = image_and_label(table(breed=(CLASSES, [1, 0]), age=(INTEGER, [3, 4])), "x")
     assert dataset.features["label"] == CLASSES
     assert dataset["label"][:] == [1, 0]
@@ -60,9 +60,9 @@ def test_label_column_wins_over_other_class_labels(table):
     assert dataset["label"][:] == [4, 2]
 
 
-def test_labels_that_cannot_be_told_apart_are_listed(table):
+def test_ambiguous_label_columns_are_listed(table):
     both = table(fine_label=(CLASSES, [1, 0]), coarse_label=(CLASSES, [0, 0]))
-    with pytest.raises(ValueError, match=r"may be the label \(fine_label, coarse_label\).*'coarse_label'"):
+    with pytest.raises(ValueError, match="fine_label, coarse_label"):
         image_and_label(both, "x")
     assert image_and_label(both, "x", label_column="coarse_label")["label"][:] == [0, 0]
 
@@ -72,12 +72,12 @@ def test_text_labels_are_numbered_in_alphabetical_order_but_not_while_streaming(
     dataset = image_and_label(named, "x")
     assert dataset.features["label"].names == ["cat", "dog"]
     assert dataset["label"][:] == [1, 0]
-    with pytest.raises(ValueError, match="cannot be numbered while streaming"):
+    with pytest.raises(ValueError, match="'label'"):
         image_and_label(named.to_iterable_dataset(), "x")
 
 
-def test_column_that_is_no_label_is_left_out_or_refused(table):
+def test_column_of_floats_is_ignored_or_refused(table):
     scores = table(label=(datasets.Value("float32"), [0.5, 0.25]))
     assert image_and_label(scores, "x").column_names == ["image"]
-    with pytest.raises(ValueError, match="Column 'label' of 'x' is of type"):
+    with pytest.raises(ValueError, match="'label' of 'x'"):
         image_and_label(scores, "x", label_column="label")

@@ -9,14 +9,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 from torchvision.transforms.v2 import functional as F
 
-from hf_msn.data.crops import crop_box, fine_crops, pixels_of, turned_crop, whole_pixel_crops
+from hf_msn.data.crops import crop_box, fine_crops, pixels_of, rotated_crops, whole_pixel_crops
 
 RATIO = (3 / 4, 4 / 3)
 BILINEAR = Image.Resampling.BILINEAR
 
 
 def _ramp(width: int, height: int) -> Image.Image:
-    """Red tells the column, green the row, so that a crop can be read off its pixels."""
+    """An image whose red is the column and whose green is the row."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, :, 0] = np.arange(width)
     pixels[:, :, 1] = np.arange(height)[:, None]
@@ -28,7 +28,7 @@ def _random_rows(number: int) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.3)])
-def test_fine_boxes_have_the_stated_areas_and_ratios_and_lie_inside(scale):
+def test_fine_boxes_have_the_given_areas_and_ratios(scale):
     areas, ratios = [], []
     for random in _random_rows(3000):
         left, top, right, bottom = crop_box((100, 80), scale, RATIO, random, whole_pixels=False)
@@ -38,7 +38,7 @@ def test_fine_boxes_have_the_stated_areas_and_ratios_and_lie_inside(scale):
     assert scale[0] - 1e-9 <= min(areas) and max(areas) <= scale[1] + 1e-9
     assert min(ratios) >= 0.75 - 1e-9 and max(ratios) <= 4 / 3 + 1e-9
     if scale[1] < 0.5:
-        # small crops always fit, so that nothing is redrawn: area uniform, ratio log-uniform
+        # small crops always fit: area uniform, ratio log-uniform
         assert np.mean(areas) == pytest.approx(sum(scale) / 2, abs=0.005)
         assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.02)
         assert np.std(np.log(ratios)) == pytest.approx(2 * math.log(4 / 3) / math.sqrt(12), rel=0.05)
@@ -46,7 +46,7 @@ def test_fine_boxes_have_the_stated_areas_and_ratios_and_lie_inside(scale):
 
 @pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.3)])
 @pytest.mark.parametrize("size", [(500, 375), (120, 300)])
-def test_whole_pixel_boxes_are_distributed_as_torchvisions(scale, size):
+def test_whole_pixel_boxes_have_the_distribution_of_torchvision(scale, size):
     ours = np.array([crop_box(size, scale, RATIO, random, whole_pixels=True) for random in _random_rows(4000)])
     torch.manual_seed(1)
     image = torch.empty(3, size[1], size[0])
@@ -64,7 +64,7 @@ def test_whole_pixel_boxes_are_distributed_as_torchvisions(scale, size):
     assert ours.min() >= 0 and ours[:, 2].max() <= size[0] and ours[:, 3].max() <= size[1]
 
 
-def test_very_long_image_gives_its_middle():
+def test_very_long_image_is_cropped_in_the_middle():
     never = [0.5] * 40
     box = crop_box((1000, 10), (1.0, 1.0), RATIO, never, whole_pixels=False)
     assert box == pytest.approx((500 - 20 / 3, 0, 500 + 20 / 3, 10))
@@ -75,7 +75,7 @@ def test_very_long_image_gives_its_middle():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_whole_pixel_crops_are_torchvisions_to_the_bit(picture, interpolation):
+def test_whole_pixel_crops_equal_torchvision_to_the_bit(picture, interpolation):
     image = picture(4, (130, 97))
     boxes = [(0, 0, 130, 97), (13, 5, 77, 69), (20, 30, 41, 47), (1, 2, 9, 12), (50, 0, 114, 97)]
     ours = whole_pixel_crops(pixels_of(image), boxes, 64, interpolation)
@@ -90,7 +90,7 @@ def test_whole_pixel_crops_are_torchvisions_to_the_bit(picture, interpolation):
     assert (ours[:1].int() - pillows.int()).abs().max() <= 1  # the same filter, rounded in another way
 
 
-def test_fine_crops_are_pillows(picture):
+def test_fine_crops_equal_pillow(picture):
     image, box = picture(1, (20, 15)), (1.25, 2.5, 13.75, 11.0)
     crop = fine_crops(image, [box], 8, "bilinear")[0]
     np.testing.assert_array_equal(crop, np.asarray(image.resize((8, 8), BILINEAR, box=box)))
@@ -98,14 +98,15 @@ def test_fine_crops_are_pillows(picture):
 
 
 @pytest.mark.parametrize("image_size", [8, 20])
-def test_quarter_turn_is_exact_at_either_resolution(image_size):
+def test_rotation_by_90_degrees_is_exact(image_size):
     image = _ramp(20, 20)
-    turned = turned_crop(image, (0.0, 0.0, 20.0, 20.0), math.radians(90), (0.0, 0.0), image_size, BILINEAR)
+    box, angle = (0.0, 0.0, 20.0, 20.0), math.radians(90)
+    (rotated,) = rotated_crops(image, [box], image_size, "bilinear", [angle], [(0.0, 0.0)])
     resized = np.asarray(image.resize((image_size, image_size), BILINEAR)).astype(int)
-    np.testing.assert_allclose(np.asarray(turned).astype(int), np.rot90(resized), atol=1)
+    np.testing.assert_allclose(rotated.numpy().astype(int), np.rot90(resized), atol=1)
 
 
 def test_translation_moves_by_the_share_of_the_side():
-    moved = np.asarray(turned_crop(_ramp(20, 20), (0.0, 0.0, 20.0, 20.0), 0.0, (0.2, 0.0), 20, BILINEAR))
+    (moved,) = rotated_crops(_ramp(20, 20), [(0.0, 0.0, 20.0, 20.0)], 20, "bilinear", [0.0], [(0.2, 0.0)]).numpy()
     np.testing.assert_array_equal(moved[:, 4:, 0], np.asarray(_ramp(20, 20))[:, :-4, 0])
     assert (moved[:, :4] == 0).all()

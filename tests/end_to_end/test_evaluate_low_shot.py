@@ -11,9 +11,9 @@ import timm
 import torch
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from hf_msn.data.evaluation_processor import evaluation_image_processor
 from hf_msn.data.sources import load_images
 from hf_msn.data.splits import low_shot_indices
+from hf_msn.data.transforms import evaluation_image_processor
 from hf_msn.evaluation.backbones import load_vision_model
 from hf_msn.evaluation.features import extract_features
 from hf_msn.models.configuration_msn import MSNConfig

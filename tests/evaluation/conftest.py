@@ -5,9 +5,9 @@ import timm
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, ViTMSNConfig, ViTMSNModel
 
-from hf_msn.data.evaluation_processor import evaluation_image_processor
 from hf_msn.data.sources import load_images
 from hf_msn.data.splits import low_shot_indices
+from hf_msn.data.transforms import evaluation_image_processor
 
 
 @pytest.fixture(autouse=True)

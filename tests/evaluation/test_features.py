@@ -8,7 +8,7 @@ import torch
 from transformers import ViTMSNModel
 
 from hf_msn.data.decoding import BrokenImageError, decode_image
-from hf_msn.data.evaluation_processor import evaluation_image_processor
+from hf_msn.data.transforms import evaluation_image_processor
 from hf_msn.evaluation import features as features_module
 from hf_msn.evaluation.backbones import weights_sha256
 from hf_msn.evaluation.features import extract_features, pixel_features

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from hf_msn.data.evaluation_processor import evaluation_image_processor
 from hf_msn.data.sources import load_images
+from hf_msn.data.transforms import evaluation_image_processor
 from hf_msn.evaluation.features import extract_features
 from hf_msn.evaluation.gathering import gather_objects, gather_rows, run_on_every_rank
 from hf_msn.evaluation.low_shot import LowShotEvaluator

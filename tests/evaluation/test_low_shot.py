@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.data.evaluation_processor import evaluation_image_processor
 from hf_msn.data.splits import low_shot_indices
+from hf_msn.data.transforms import evaluation_image_processor
 from hf_msn.evaluation.features import Features, extract_features, pixel_features
 from hf_msn.evaluation.low_shot import LowShotEvaluator
 from hf_msn.evaluation.probes import KNNProbe, LogisticProbe, SoftNearestNeighborProbe

@@ -56,8 +56,8 @@ def test_the_support_is_said_in_one_line(tmp_path, capsys):
     make_run(tmp_path, max_steps=1, global_support_images_per_class=3, views_per_image=2).train()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Support")]
     assert line == (
-        "Support of each step: 3 classes x 3 images x 2 views = 18 images. Labelled images: 8 of 3 classes, 2 to 3 a "
-        "class. 1 class has fewer than 3: their images repeat within a step, each time in other views."
+        "Support of each step: 3 classes x 3 images x 2 views = 18 images. Labelled images: 8 of 3 classes, 2 to 3 "
+        "per class. Classes with fewer than 3: 1; their images repeat, with different views."
     )
 
 
