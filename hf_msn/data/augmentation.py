@@ -37,14 +37,11 @@ def finish_views(
     """Turn crops into views: the second half of a [`~hf_msn.data.transforms.MultiViewTransform`].
 
     Args:
-        crops (`torch.Tensor` of shape (..., H, W, 3), uint8):
-            The crops.
+        crops (`torch.Tensor` of shape (..., H, W, 3), uint8): The crops.
         parameters (`torch.Tensor` of shape (..., 12), float32):
             One row per view, with the columns of `view_parameters`.
-        mean, std (`Sequence[float]`):
-            Normalisation per channel, for values in 0..1.
-        colored (`bool`, *optional*, defaults to `True`):
-            `False` promises that no view has jitter, grayscale or blur.
+        mean, std (`Sequence[float]`): Normalisation per channel, for values in 0..1.
+        colored (`bool`, *optional*, defaults to `True`): `False` promises that no view has jitter, grayscale or blur.
 
     Returns:
         `torch.Tensor` of shape (..., 3, H, W), float32, on the device of the crops.
@@ -73,8 +70,7 @@ def finish_views_with_torch(
     """Finish N views with torch's operators. Each operator sees only the views that it changes.
 
     Args:
-        crops (`torch.Tensor` of shape (N, H, W, 3), uint8):
-            The crops, on any device.
+        crops (`torch.Tensor` of shape (N, H, W, 3), uint8): The crops, on any device.
         parameters (`torch.Tensor` of shape (N, 12), float32):
             One row per view. It is copied to the host once, to group the views.
         multiplier, offset (`torch.Tensor` of shape (3,), float32):

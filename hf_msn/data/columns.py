@@ -15,14 +15,10 @@ def image_and_label(
     """Return a dataset with the columns `image` and, if it is labelled, `label`.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Any dataset with an image column.
-        source (`str`):
-            Its origin, for the errors.
-        image_column (`str`, *optional*):
-            Column of the images; by default the only one.
-        label_column (`str`, *optional*):
-            Column of the labels, `"outer.inner"` for a nested one; by default guessed.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Any dataset with an image column.
+        source (`str`): Its origin, for the errors.
+        image_column (`str`, *optional*): Column of the images; by default the only one.
+        label_column (`str`, *optional*): Column of the labels, `"outer.inner"` for a nested one; by default guessed.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: with `image` (`datasets.Image(decode=False)`) and, if it is

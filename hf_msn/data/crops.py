@@ -26,14 +26,10 @@ def crop_box(
     """Return a box of random area and aspect ratio: torchvision's `RandomResizedCrop`, from given random numbers.
 
     Args:
-        size (`tuple[int, int]`):
-            Width and height of the image.
-        scale, aspect_ratio (`tuple[float, float]`):
-            Smallest and largest share of the area, and width / height.
-        random (`list[float]`):
-            Numbers in [0, 1), four per attempt, ten attempts.
-        whole_pixels (`bool`):
-            Round the sides and the position to whole pixels.
+        size (`tuple[int, int]`): Width and height of the image.
+        scale, aspect_ratio (`tuple[float, float]`): Smallest and largest share of the area, and width / height.
+        random (`list[float]`): Numbers in [0, 1), four per attempt, ten attempts.
+        whole_pixels (`bool`): Round the sides and the position to whole pixels.
     """
     image_width, image_height = size
     log_ratio = (math.log(aspect_ratio[0]), math.log(aspect_ratio[1]))

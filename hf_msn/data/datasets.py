@@ -36,14 +36,10 @@ def multi_view_dataset(
     """Return a dataset of views: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a stream.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Result of [`~hf_msn.load_images`].
-        transform (`Callable`):
-            Makes the views of one image, such as [`~hf_msn.MultiViewTransform`].
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the views.
-        on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` or `"raise"`.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Result of [`~hf_msn.load_images`].
+        transform (`Callable`): Makes the views of one image, such as [`~hf_msn.MultiViewTransform`].
+        seed (`int`, *optional*, defaults to 0): Seed of the views.
+        on_broken_image (`str`, *optional*, defaults to `"skip"`): `"skip"` or `"raise"`.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
             Images among which a stream is shuffled; 0 keeps its order. Other data is shuffled by the sampler.
     """
@@ -137,12 +133,9 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
     cannot change them. An unreadable image is replaced by the next readable row, so that batches keep their size.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Dataset with a column `image`, from [`~hf_msn.load_images`].
-        transform (`Callable`):
-            Makes the views of one image from torch's global generator.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the views.
+        dataset (`datasets.Dataset`): Dataset with a column `image`, from [`~hf_msn.load_images`].
+        transform (`Callable`): Makes the views of one image from torch's global generator.
+        seed (`int`, *optional*, defaults to 0): Seed of the views.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
             `"skip"` warns once per broken row, counts it and takes the next readable one; `"raise"` stops.
 
@@ -200,12 +193,9 @@ class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
     of workers). Broken images are dropped.
 
     Args:
-        dataset (`datasets.IterableDataset`):
-            Stream with a column `image`, from `load_images(..., streaming=True)`.
-        transform (`Callable`):
-            Makes the views of one image from torch's global generator.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the views and of the order.
+        dataset (`datasets.IterableDataset`): Stream with a column `image`, from `load_images(..., streaming=True)`.
+        transform (`Callable`): Makes the views of one image from torch's global generator.
+        seed (`int`, *optional*, defaults to 0): Seed of the views and of the order.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
             `"skip"` warns, counts and drops; `"raise"` stops. The row in the message counts within the worker's part
             of the stream.

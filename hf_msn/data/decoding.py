@@ -23,12 +23,9 @@ class BrokenImageError(ValueError):
     A DataLoader passes an error of a worker on as text alone; row, path and reason are parsed from that text again.
 
     Args:
-        reason (`str`):
-            Why the image cannot be read, in a few words.
-        row (`int`, *optional*):
-            Row of the dataset.
-        path (`str`, *optional*):
-            File of the image, or its name in its shard.
+        reason (`str`): Why the image cannot be read, in a few words.
+        row (`int`, *optional*): Row of the dataset.
+        path (`str`, *optional*): File of the image, or its name in its shard.
     """
 
     _FORM = re.compile(r"The image in row (None|\d+) \(path (None|'.*?')\) cannot be read: (.*)", re.DOTALL)
@@ -71,8 +68,7 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
         value (`dict`, `PIL.Image.Image`, `str`, `os.PathLike` or `numpy.ndarray`):
             A `{"bytes", "path"}` row of `datasets.Image(decode=False)` (the bytes take precedence), an image, a file,
             or an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in `uint8`, `uint16`, `bool` or float.
-        row (`int`, *optional*):
-            Row of the dataset, for the error.
+        row (`int`, *optional*): Row of the dataset, for the error.
 
     Returns:
         `PIL.Image.Image`: the image in mode RGB, its pixels loaded.

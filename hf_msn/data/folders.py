@@ -16,12 +16,10 @@ class FolderSplit:
     """One split of a folder of images.
 
     Args:
-        folders (`list[str]`):
-            All folders that directly hold images or metadata of this split, sorted.
+        folders (`list[str]`): All folders that directly hold images or metadata of this split, sorted.
         class_names (`list[str]`):
             Names of the classes over all labelled splits, sorted; empty where this split has no labels.
-        has_metadata (`bool`):
-            Whether there is a `metadata.csv`, `.jsonl` or `.parquet` with the images.
+        has_metadata (`bool`): Whether there is a `metadata.csv`, `.jsonl` or `.parquet` with the images.
     """
 
     folders: list[str] = field(default_factory=list)
@@ -42,10 +40,8 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
     Otherwise there is one split, `train`.
 
     Args:
-        root (`str`):
-            The folder.
-        shard_extensions (`Collection[str]`):
-            Extensions of shards, in lower case, such as `".tar"`.
+        root (`str`): The folder.
+        shard_extensions (`Collection[str]`): Extensions of shards, in lower case, such as `".tar"`.
 
     Returns:
         `tuple[dict[str, FolderSplit], list[str]]`: the splits of images by name (`val` as `val` and as `validation`),

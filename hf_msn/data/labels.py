@@ -22,8 +22,7 @@ def labelled_rows(
     No label is read to find them; `classes` reads those of the rows found, and of no other.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Result of [`~hf_msn.load_images`], not streamed.
+        dataset (`datasets.Dataset`): Result of [`~hf_msn.load_images`], not streamed.
         mask (`Sequence[bool]`, `Sequence[int]` or `numpy.ndarray`, *optional*):
             True for each labelled row, (N,), or the numbers of the labelled rows. Either this or `list_file`.
         list_file (`str` or `os.PathLike`, *optional*):
@@ -75,14 +74,10 @@ def draw_labelled_rows(
     rows. If only some rows have labels, use [`labelled_rows`].
 
     Args:
-        dataset (`datasets.Dataset`):
-            Labelled dataset, from [`~hf_msn.load_images`].
-        images_per_class (`int`, *optional*):
-            Images per class, k >= 1. Either this or `fraction`.
-        fraction (`float`, *optional*):
-            Share of each class in (0, 1], rounded to whole images, at least one.
-        seed (`int`):
-            Seed of the draw, >= 0.
+        dataset (`datasets.Dataset`): Labelled dataset, from [`~hf_msn.load_images`].
+        images_per_class (`int`, *optional*): Images per class, k >= 1. Either this or `fraction`.
+        fraction (`float`, *optional*): Share of each class in (0, 1], rounded to whole images, at least one.
+        seed (`int`): Seed of the draw, >= 0.
 
     Returns:
         `numpy.ndarray`: the rows, ascending, int64.
@@ -111,12 +106,9 @@ def class_numbers(dataset: datasets.Dataset, rows: np.ndarray | None = None, whi
     """Read and check the labels of some rows, and of no other.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Dataset with a column `label`.
-        rows (`numpy.ndarray`, *optional*):
-            The rows to read, (R,). By default all.
-        which (`str`, *optional*, defaults to `"dataset"`):
-            The dataset's name, for the errors.
+        dataset (`datasets.Dataset`): Dataset with a column `label`.
+        rows (`numpy.ndarray`, *optional*): The rows to read, (R,). By default all.
+        which (`str`, *optional*, defaults to `"dataset"`): The dataset's name, for the errors.
 
     Returns:
         `numpy.ndarray`: class number of each of these rows, (R,), int64.

@@ -26,23 +26,18 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
     Args:
         labels (`Sequence[int]` or `numpy.ndarray`):
             Class number of each labelled image, (N,), such as `SupportDataset.labels`; any integers >= 0.
-        global_classes (`int`, *optional*):
-            Different classes C in a step's support, over all ranks. By default all.
-        global_images_per_class (`int`):
-            Images k of each of these classes, over all ranks.
+        global_classes (`int`, *optional*): Different classes C in a step's support, over all ranks. By default all.
+        global_images_per_class (`int`): Images k of each of these classes, over all ranks.
         shard (`str`, *optional*, defaults to `"classes"`):
             `"classes"`: each rank holds C / ranks classes of its own, with all k images. `"images"`: every rank holds
             all C classes, with k / ranks images of each.
         on_small_class (`str`, *optional*, defaults to `"repeat"`):
             `"repeat"` repeats the images of classes with fewer than k (see above); `"raise"` raises.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draws, the same on every rank.
+        seed (`int`, *optional*, defaults to 0): Seed of the draws, the same on every rank.
         rank, world_size (`int`, *optional*):
             This rank and the number of ranks; by default those of `torch.distributed`.
-        num_steps (`int`, *optional*):
-            Steps to yield. By default infinite.
-        start_step (`int`, *optional*, defaults to 0):
-            First step to yield: in a resumed run, the number of steps done.
+        num_steps (`int`, *optional*): Steps to yield. By default infinite.
+        start_step (`int`, *optional*, defaults to 0): First step to yield: in a resumed run, the number of steps done.
 
     Attributes:
         places (`numpy.ndarray`):
@@ -118,8 +113,7 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
         """Return this rank's part of a step's support.
 
         Args:
-            step (`int`):
-                Number of the step, >= 0.
+            step (`int`): Number of the step, >= 0.
 
         Returns:
             `list[int]`: positions in `labels`; the i-th is at `places[i]` of the global support.
@@ -136,8 +130,7 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
         """Return the global support in one line, for the log.
 
         Args:
-            views_per_image (`int`):
-                Views per support image.
+            views_per_image (`int`): Views per support image.
         """
 
         def size(classes: int, images: int) -> str:

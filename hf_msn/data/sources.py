@@ -48,27 +48,21 @@ def load_images(
     split shifts no number. With a `metadata.csv` or `.jsonl`, the labels are its columns.
 
     Args:
-        source (`str` or `os.PathLike`):
-            The source, see above.
+        source (`str` or `os.PathLike`): The source, see above.
         split (`str`, *optional*, defaults to `"train"`):
             The split, or a part of it (`"train[:10%]"`) unless the data is streamed. Sources without splits have one,
             `"train"`.
-        config (`str`, *optional*):
-            Configuration of a Hub dataset that has several.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read while iterating, and keep nothing on disk.
-        image_column (`str`, *optional*):
-            Column of the images. By default the only image column.
+        config (`str`, *optional*): Configuration of a Hub dataset that has several.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        streaming (`bool`, *optional*, defaults to `False`): Read while iterating, and keep nothing on disk.
+        image_column (`str`, *optional*): Column of the images. By default the only image column.
         label_column (`str`, *optional*):
             Column of the labels; `"json.label"` reaches into a nested column. By default `label`, else the only column
             of class labels, else one named `labels`, `fine_label`, `cls`, `class` or `target`; without any the result
             has no labels.
         data_files (`str`, `list[str]` or `dict`, *optional*):
             Files of a Hub dataset or of a folder, as for `datasets.load_dataset`.
-        token (`str` or `bool`, *optional*):
-            Hub token for gated data such as `ILSVRC/imagenet-1k`.
+        token (`str` or `bool`, *optional*): Hub token for gated data such as `ILSVRC/imagenet-1k`.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: the columns `image` (`datasets.Image(decode=False)`:
@@ -108,8 +102,7 @@ def image_file_names(dataset: datasets.Dataset) -> list[str | None]:
     """Return the file name of every row, or `None`, without reading the images.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Result of [`load_images`], not streamed.
+        dataset (`datasets.Dataset`): Result of [`load_images`], not streamed.
     """
     # flatten() splits the undecoded image into its two Arrow columns, so that the bytes stay on disk
     return dataset.select_columns("image").flatten()["image.path"][:]

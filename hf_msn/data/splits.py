@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,16 +31,11 @@ def low_shot_indices(
     of it. So with one seed the images at k = 1 are among those at k = 2, and the same on any machine.
 
     Args:
-        labels (`Sequence[int]` or `numpy.ndarray`):
-            Class number of each row, (N,).
-        images_per_class (`int`, *optional*):
-            Images per class, k >= 1. Either this or `fraction`.
-        fraction (`float`, *optional*):
-            Share of each class in (0, 1], rounded to whole images, at least one.
-        seed (`int`):
-            Seed of the split, >= 0.
-        class_names (`Sequence[str]`, *optional*):
-            Names by class number; each of these classes must have images.
+        labels (`Sequence[int]` or `numpy.ndarray`): Class number of each row, (N,).
+        images_per_class (`int`, *optional*): Images per class, k >= 1. Either this or `fraction`.
+        fraction (`float`, *optional*): Share of each class in (0, 1], rounded to whole images, at least one.
+        seed (`int`): Seed of the split, >= 0.
+        class_names (`Sequence[str]`, *optional*): Names by class number; each of these classes must have images.
 
     Returns:
         `numpy.ndarray`: rows of the split, ascending, int64.
@@ -83,10 +77,8 @@ def check_labels(
     Args:
         labels (`Sequence[int]` or `numpy.ndarray`):
             Class number of each labelled image, (N,): integers >= 0, not necessarily 0 to n - 1.
-        rows (`numpy.ndarray`, *optional*):
-            Their rows, for the errors. By default 0 to N - 1.
-        which (`str`, *optional*):
-            The data's name, for the errors.
+        rows (`numpy.ndarray`, *optional*): Their rows, for the errors. By default 0 to N - 1.
+        which (`str`, *optional*): The data's name, for the errors.
 
     Raises:
         ValueError: If there is none, the shape differs, or a label is `None`, negative or not an integer.
@@ -112,49 +104,11 @@ def check_labels(
     return values.astype(np.int64)
 
 
-@dataclass
-class ListFileReport:
-    """The contents of a list file.
-
-    Args:
-        path (`str`): The file.
-        counts (`dict[str, int]`): Images per class, each name counted once.
-        expected (`int`, *optional*): The number in a file name such as `3imgs_class.txt`.
-        duplicates (`list[str]`): Names that occur more than once.
-    """
-
-    path: str
-    counts: dict[str, int]
-    expected: int | None
-    duplicates: list[str]
-
-    @property
-    def is_as_named(self) -> bool:
-        """Whether the counts are even and match the file's name. The list of a share may be uneven."""
-        smallest, largest = min(self.counts.values()), max(self.counts.values())
-        is_share = re.search(r"percent|%", os.path.basename(self.path).lower()) is not None
-        even = smallest == largest or is_share
-        return even and self.expected in (None, smallest) and not self.duplicates
-
-    def __str__(self) -> str:
-        smallest, largest = min(self.counts.values()), max(self.counts.values())
-        sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-        images, classes = sum(self.counts.values()), len(self.counts)
-        text = f"'{self.path}' lists {images} images of {classes} classes, {sizes} per class"
-        if self.expected is not None and not smallest == largest == self.expected:
-            text += f", although its name says {self.expected}"
-        if self.duplicates:
-            repeated = first_few(self.duplicates)
-            text += f"; {len(self.duplicates)} names occur more than once ({repeated}) and count once"
-        return text + "."
-
-
 def read_list_file(path: str | os.PathLike) -> list[str]:
     """Read a list in the format of the published ImageNet subsets: one file name per line, `<class>_<image>.JPEG`.
 
     Args:
-        path (`str` or `os.PathLike`):
-            The list. Empty lines are skipped.
+        path (`str` or `os.PathLike`): The list. Empty lines are skipped.
 
     Returns:
         `list[str]`: the names, in the order of the file.
@@ -179,30 +133,7 @@ def read_list_file(path: str | os.PathLike) -> list[str]:
     return names
 
 
-def report_list_file(path: str | os.PathLike) -> ListFileReport:
-    """Count the classes of a list file.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The list.
-    """
-    names = Counter(_stem(name) for name in read_list_file(path))
-    expected = re.search(r"(\d+)[ _-]*im(?:g|age)", Path(path).name.lower())
-    return ListFileReport(
-        path=str(path),
-        counts=dict(sorted(Counter(_class(name) for name in names).items())),
-        expected=int(expected.group(1)) if expected else None,
-        duplicates=[name for name, count in names.items() if count > 1],
-    )
-
-
-def match_list_file(
-    path: str | os.PathLike,
-    file_names: Sequence[str | None],
-    *,
-    class_names: Sequence[str] | None = None,
-    allow_missing: bool = False,
-) -> np.ndarray:
+def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -> np.ndarray:
     """Return the rows of a dataset that a list file names, and log how many images per class it holds.
 
     Names are compared without folder and extension: first as they are, then without the `_<class>` that the Hub's
@@ -210,28 +141,18 @@ def match_list_file(
     the file's name, are logged as a warning (one published list named for 3 images per class holds 5).
 
     Args:
-        path (`str` or `os.PathLike`):
-            The list, see [`read_list_file`].
-        file_names (`Sequence[str | None]`):
-            File name of each row, from [`~hf_msn.data.sources.image_file_names`].
-        class_names (`Sequence[str]`, *optional*):
-            Known classes; a class of the list that is not among them is an error.
-        allow_missing (`bool`, *optional*, defaults to `False`):
-            Skip names without a row, with a warning.
+        path (`str` or `os.PathLike`): The list, see [`read_list_file`].
+        file_names (`Sequence[str | None]`): File name of each row, from [`~hf_msn.data.sources.image_file_names`].
 
     Returns:
         `numpy.ndarray`: the rows, in the list's order, each once, int64.
 
     Raises:
         FileNotFoundError: If the list does not exist.
-        ValueError: If names have no row or several, or classes are unknown (counted, the first five shown).
+        ValueError: If names have no row or several (counted, the first five shown).
     """
-    names = list(dict.fromkeys(_stem(name) for name in read_list_file(path)))
-    if class_names is not None and (unknown := sorted({_class(name) for name in names} - set(class_names))):
-        raise ValueError(
-            f"Classes of the list file '{path}' must be among the dataset's {len(class_names)}, but {len(unknown)} "
-            f"are not: {first_few(unknown)}. Check that list and dataset belong together."
-        )
+    counts = Counter(_stem(name) for name in read_list_file(path))
+    names = list(counts)
     exact: dict[str, list[int]] = {}
     shortened: dict[str, list[int]] = {}
     for row, file_name in enumerate(file_names):
@@ -243,21 +164,33 @@ def match_list_file(
         if stem.endswith(suffix):
             shortened.setdefault(stem.removesuffix(suffix), []).append(row)
     matches = {name: exact.get(name) or shortened.get(name) or [] for name in names}
-    missing = [name for name, rows in matches.items() if not rows]
-    if missing:
-        text = f"{len(missing)} of {len(names)} names of the list file '{path}' have no row: {first_few(missing)}"
-        if not allow_missing or len(missing) == len(names):
-            raise ValueError(f"{text}. Check that list and dataset belong together.")
-        logger.warning("%s; skipped.", text)
+    if missing := [name for name, rows in matches.items() if not rows]:
+        raise ValueError(
+            f"Names of the list file '{path}' must be file names of the dataset, but {len(missing)} of {len(names)} "
+            f"are not: {first_few(missing)}. Check that list and dataset belong together."
+        )
     several = [f"{name} (rows {', '.join(map(str, rows[:3]))})" for name, rows in matches.items() if len(rows) > 1]
     if several:
         raise ValueError(
             f"File names must be unique in the dataset, but {len(several)} names of the list file '{path}' have "
             f"several rows: {first_few(several)}."
         )
-    report = report_list_file(path)
-    logger.log(levels.INFO if report.is_as_named else levels.WARNING, "%s", report)
-    return np.array([rows[0] for rows in matches.values() if rows], dtype=np.int64)
+    _log_counts(path, names, [name for name, count in counts.items() if count > 1])
+    return np.array([rows[0] for rows in matches.values()], dtype=np.int64)
+
+
+def _log_counts(path: str | os.PathLike, names: list[str], repeated: list[str]) -> None:
+    counts = Counter(map(_class, names)).values()
+    smallest, largest = min(counts), max(counts)
+    file_name = Path(path).name.lower()
+    expected = re.search(r"(\d+)[ _-]*im(?:g|age)", file_name)
+    differs = expected is not None and not smallest == largest == int(expected[1])
+    uneven = smallest != largest and not re.search(r"percent|%", file_name)
+    sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+    text = f"'{path}' lists {len(names)} images of {len(counts)} classes, {sizes} per class"
+    text += f", although its name says {expected[1]}" if differs else ""
+    text += f"; {len(repeated)} names occur more than once ({first_few(repeated)}) and count once" if repeated else ""
+    logger.log(levels.WARNING if uneven or differs or repeated else levels.INFO, "%s.", text)
 
 
 def first_few(entries: Sequence[Any], number: int = 5) -> str:

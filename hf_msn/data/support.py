@@ -29,27 +29,20 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
     An unreadable image is replaced by the next readable one of its class, so that the support keeps its classes.
 
     Args:
-        dataset (`datasets.Dataset`):
-            Dataset with the columns `image` and `label`, from [`~hf_msn.load_images`].
+        dataset (`datasets.Dataset`): Dataset with the columns `image` and `label`, from [`~hf_msn.load_images`].
         rows (`Sequence[int]`, `Sequence[bool]` or `numpy.ndarray`):
             The labelled rows: their numbers, or a mask; see [`~hf_msn.labelled_rows`].
-        transform ([`~hf_msn.MultiViewTransform`]):
-            Its `global_views` makes the views.
-        views_per_image (`int`, *optional*, defaults to 1):
-            Views V per image.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the views.
+        transform ([`~hf_msn.MultiViewTransform`]): Its `global_views` makes the views.
+        views_per_image (`int`, *optional*, defaults to 1): Views V per image.
+        seed (`int`, *optional*, defaults to 0): Seed of the views.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
             `"skip"` warns once per broken row, counts it and takes the next readable one of its class; `"raise"`
             stops.
 
     Attributes:
-        rows (`numpy.ndarray`):
-            The labelled rows, (N,), ascending, int64.
-        labels (`numpy.ndarray`):
-            Their class numbers, (N,), int64.
-        class_names (`list[str]`, *optional*):
-            Names by class number, if the dataset has them.
+        rows (`numpy.ndarray`): The labelled rows, (N,), ascending, int64.
+        labels (`numpy.ndarray`): Their class numbers, (N,), int64.
+        class_names (`list[str]`, *optional*): Names by class number, if the dataset has them.
 
     Raises:
         ValueError: If a row does not exist, there is no labelled row or no column `image` or `label`, one of these
@@ -126,8 +119,7 @@ class SupportBatches(torch.utils.data.Sampler[list[SupportKey]]):
     """A batch sampler: the rows of a [`ClassStratifiedSampler`] as keys of a [`SupportDataset`].
 
     Args:
-        sampler ([`ClassStratifiedSampler`]):
-            Draws each step's rows.
+        sampler ([`ClassStratifiedSampler`]): Draws each step's rows.
     """
 
     def __init__(self, sampler: ClassStratifiedSampler):
@@ -157,8 +149,7 @@ class SupportCollator:
     def __call__(self, items: Sequence[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            items (`Sequence[dict]`):
-                Items of a [`SupportDataset`].
+            items (`Sequence[dict]`): Items of a [`SupportDataset`].
 
         Returns:
             `dict[str, torch.Tensor]`: `support_pixel_values` (S * V, C, H, W) and `support_labels` (S * V,), int64.
@@ -183,12 +174,9 @@ def support_loader(
     It is sharded over the ranks already: do not pass it to `accelerator.prepare`. Torch's generator is left alone.
 
     Args:
-        support ([`SupportDataset`]):
-            The labelled images.
-        sampler ([`ClassStratifiedSampler`]):
-            Draws from `support.labels`.
-        num_workers (`int`, *optional*, defaults to 0):
-            Processes that read ahead; they do not change the batches.
+        support ([`SupportDataset`]): The labelled images.
+        sampler ([`ClassStratifiedSampler`]): Draws from `support.labels`.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read ahead; they do not change the batches.
         pin_memory (`bool`, *optional*, defaults to `False`):
             Copy the batches into page-locked memory, from which they are copied to a GPU faster.
 

@@ -145,8 +145,7 @@ class MultiViewTransform:
         """Return the recipe for small gray images such as digits: crops, small rotations and shifts, no colour.
 
         Args:
-            image_size (`int`, *optional*, defaults to 8):
-                Side of the target and anchor views, in pixels.
+            image_size (`int`, *optional*, defaults to 8): Side of the target and anchor views, in pixels.
             **settings:
                 Any field of the class, instead of the recipe's.
         """
@@ -181,8 +180,7 @@ class MultiViewTransform:
         """Draw the views of one image.
 
         Args:
-            image (`PIL.Image.Image`):
-                The image, such as [`~hf_msn.data.decoding.decode_image`] returns.
+            image (`PIL.Image.Image`): The image, such as [`~hf_msn.data.decoding.decode_image`] returns.
 
         Returns:
             `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
@@ -194,10 +192,8 @@ class MultiViewTransform:
         """Draw views of one image in the way of the target view, such as those of PAWS' support images.
 
         Args:
-            image (`PIL.Image.Image`):
-                The image.
-            num_views (`int`):
-                Number of views V, >= 1.
+            image (`PIL.Image.Image`): The image.
+            num_views (`int`): Number of views V, >= 1.
 
         Returns:
             `torch.Tensor` of shape (V, 3, H, H), float32, normalised.
@@ -208,8 +204,7 @@ class MultiViewTransform:
         """Draw and cut the views of one image, without finishing them.
 
         Args:
-            image (`PIL.Image.Image`):
-                The image.
+            image (`PIL.Image.Image`): The image.
 
         Returns:
             `dict[str, torch.Tensor]`: uint8 crops, channels last: `pixel_values` (H, H, 3); `anchor_pixel_values`
@@ -275,12 +270,9 @@ class DrawnViews:
     """Views that are drawn but not cut. [`MultiViewTransform.draw`] returns them.
 
     Args:
-        transform ([`MultiViewTransform`]):
-            The ranges to draw from. The numbers come from torch's global generator.
-        groups (`list[tuple[str, int, bool]]`):
-            Name of the crops, number of views, and whether they are focal views.
-        parameters_name (`str`, *optional*, defaults to `"view_parameters"`):
-            Name of the rows of parameters.
+        transform ([`MultiViewTransform`]): The ranges to draw from. The numbers come from torch's global generator.
+        groups (`list[tuple[str, int, bool]]`): Name of the crops, number of views, and whether they are focal views.
+        parameters_name (`str`, *optional*, defaults to `"view_parameters"`): Name of the rows of parameters.
     """
 
     def __init__(
@@ -331,10 +323,8 @@ class DrawnViews:
         """Cut the views out of the image.
 
         Args:
-            image (`PIL.Image.Image`):
-                In mode RGB.
-            full_size (`tuple[int, int]`, *optional*):
-                Width and height of the image before it was reduced in decoding.
+            image (`PIL.Image.Image`): In mode RGB.
+            full_size (`tuple[int, int]`, *optional*): Width and height of the image before it was reduced in decoding.
 
         Returns:
             `dict[str, torch.Tensor]`: the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and
@@ -417,14 +407,12 @@ def evaluation_image_processor(
     processor saves and loads with plain `transformers` (`preprocessor_config.json`, `AutoImageProcessor`).
 
     Args:
-        image_size (`int`, *optional*, defaults to 224):
-            Side of the square the encoder sees, in pixels.
+        image_size (`int`, *optional*, defaults to 224): Side of the square the encoder sees, in pixels.
         image_mean, image_std (`tuple[float, float, float]`, *optional*, default to ImageNet's):
             Normalisation of values in 0..1; the same as in pretraining.
         crop_fraction (`float`, *optional*, defaults to 224 / 256):
             The crop's side over the resized shortest edge. 1.0 keeps all of a square image.
-        interpolation (`str`, *optional*, defaults to `"bilinear"`):
-            `"bilinear"` or `"bicubic"`.
+        interpolation (`str`, *optional*, defaults to `"bilinear"`): `"bilinear"` or `"bicubic"`.
 
     Returns:
         `transformers.BitImageProcessor`: returns `pixel_values` (B, 3, image_size, image_size).

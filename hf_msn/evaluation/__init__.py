@@ -1,1 +1,1 @@
-"""Measuring representations with few labels: features, probes, and accuracy over splits."""
+"""Measure representations with few labels: features, probes, and accuracy over splits."""

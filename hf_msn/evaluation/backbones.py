@@ -1,4 +1,4 @@
-"""Any vision model as a function from pixels to one vector an image: which part of it, which output, which input."""
+"""Any vision model as a function from pixels to one vector per image."""
 
 import inspect
 import json
@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
+from ..checks import check_choice, check_integer
 from .weights_hash import CLS_PARAMETER, weights_sha256
 
-# types of checkpoint that hold an encoder to evaluate beside what pretraining needs
+# model types with an `evaluation_encoder`
 _PRETRAINING_TYPES = {"msn", "paws", "suncet"}
 
 
 def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str | None = None) -> nn.Module:
-    """Loads a model to evaluate, ready for `extract_features`.
+    """Load a model to evaluate, ready for `extract_features`.
 
     Args:
         name (`str`):
@@ -27,20 +28,19 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
               `evaluation_encoder` is evaluated;
             - a folder or Hub id of any vision model of transformers, or of timm in timm's form: `AutoModel`;
             - `"timm:resnet18"`: a timm architecture with its released weights;
-            - `"timm:/folder"` or `"timm:./folder"`: a folder as `timm.models.save_for_hf` writes it.
+            - `"timm:/folder"` or `"timm:./folder"`: a folder written by `timm.models.save_for_hf`.
         checkpoint (`str`, *optional*):
-            For timm architectures: a local weights file in place of the released weights; nothing is downloaded.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub; not for timm.
+            For timm architectures: a local weights file in place of the released weights, without a download.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; not for timm.
 
     Raises:
-        `ValueError`: if the name, or the checkpoint with this name, cannot be loaded; says why.
+        ValueError: If the model cannot be loaded.
     """
     if not name.startswith("timm:"):
         if checkpoint is not None:
             raise ValueError(
-                f"`checkpoint` goes with a timm architecture, but the model is {name!r}. Give the folder of the "
-                "checkpoint as the model, or the model as 'timm:ARCHITECTURE'."
+                f"`checkpoint` needs a model 'timm:ARCHITECTURE', but the model is {name!r}. Give the folder of the "
+                "checkpoint as the model."
             )
         try:
             config = AutoConfig.from_pretrained(name, revision=revision)
@@ -52,27 +52,24 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
                 f"loaded: {error}"
             ) from error
     name = name.removeprefix("timm:")
-    if Path(name).is_dir():
-        return timm.create_model(
-            f"local-dir:{name}", pretrained=checkpoint is None, checkpoint_path=checkpoint or ""
-        ).eval()
-    if not timm.is_model(name):
+    if not Path(name).is_dir() and not timm.is_model(name):
         raise ValueError(
             f"'timm:{name}' must name an architecture of timm or a folder of `timm.models.save_for_hf`, but {name!r} "
             "is neither. `timm.list_models()` lists the architectures."
         )
+    name = f"local-dir:{name}" if Path(name).is_dir() else name
     return timm.create_model(name, pretrained=checkpoint is None, checkpoint_path=checkpoint or "").eval()
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The part of `model` whose features are evaluated.
+    """Return the part of `model` whose features are evaluated.
 
     The `evaluation_encoder` of a model that has one, as the pretraining models of hf_msn do (MSN's is the target
-    encoder); the vision tower of an image-text model; the base model under a head of transformers; a timm model as it
-    is, or out of transformers' wrapper. `DistributedDataParallel` and `torch.compile` wrappers are taken off.
+    encoder); the vision tower of an image-text model; the base model under a head of transformers; a timm model
+    itself, also inside of transformers' wrapper. `DistributedDataParallel` and `torch.compile` wrappers are removed.
 
     Raises:
-        `ValueError`: if the model is neither of these.
+        ValueError: If the model is none of these.
     """
     model = unwrapped(model)
     for part in ("evaluation_encoder", "vision_model"):
@@ -82,19 +79,18 @@ def find_backbone(model: nn.Module) -> nn.Module:
     if is_timm_model(wrapped):
         return wrapped
     if isinstance(model, PreTrainedModel):
-        # DINOv3 calls its stack of blocks, which takes no pixels, its base model
+        # DINOv3's base model is its stack of blocks, which takes no pixels
         for part in (model.base_model, model):
             if "pixel_values" in _arguments(part):
                 return part
     raise ValueError(
         "The model must be a vision model of transformers, a timm model or hold one as `evaluation_encoder`, but is "
-        f"{type(model)}. For another model extract the features yourself and give them to "
-        "`LowShotEvaluator.evaluate_features`."
+        f"{type(model)}. Extract the features of other models yourself, for `LowShotEvaluator.evaluate_features`."
     )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What is inside of `DistributedDataParallel` and `torch.compile`."""
+    """Return the model inside of `DistributedDataParallel` and `torch.compile`."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     return model
@@ -103,79 +99,70 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def evaluated_module(
     model: nn.Module, features: Literal["backbone", "projection"] = "backbone", num_last_layers: int = 1
 ) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """What features depend on, and the function (B, C, H, W) -> (B, D) that computes them with it.
+    """Return the module that features depend on, and the function (B, C, H, W) -> (B, D) that computes them with it.
 
     Args:
-        model (`nn.Module`): As for `find_backbone`.
+        model (`nn.Module`): As in `find_backbone`.
         features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
             "backbone": `find_backbone(model)` and its `feature_function`. "projection": the whole model and
             `model.project`, the space in which PAWS makes its predictions.
-        num_last_layers (`int`, *optional*, defaults to 1): As for `feature_function`; 1 for projections.
+        num_last_layers (`int`, *optional*, defaults to 1): As in `feature_function`; 1 for projections.
 
     Raises:
-        `ValueError`: if `features` is neither, the model has no `project`, or `num_last_layers` does not fit.
+        ValueError: If `features` is unknown, the model has no `project`, or `num_last_layers` does not fit.
     """
-    check_features_setting(features)
+    check_choice("features", features, ("backbone", "projection"))
     if features == "backbone":
         backbone = find_backbone(model)
         return backbone, feature_function(backbone, num_last_layers)
     model = unwrapped(model)
     if not callable(getattr(model, "project", None)):
         raise ValueError(
-            f"`features` is 'projection', but {type(model).__name__} has no `project`. Give a pretraining model of "
-            "hf_msn with its head, or take features='backbone'."
+            f"features='projection' needs a pretraining model of hf_msn with its head, but {type(model).__name__} has "
+            "no `project`. Use features='backbone'."
         )
     if num_last_layers != 1:
         raise ValueError(
-            f"`num_last_layers` must be 1 with features='projection', but is {num_last_layers}: a projection comes "
-            "from the last block. More blocks go with features='backbone'."
+            f"`num_last_layers` must be 1 with features='projection', but is {num_last_layers}. Use "
+            "features='backbone' for more."
         )
     return model, lambda pixels: model.project(pixels)
 
 
-def check_features_setting(features: str) -> None:
-    """Raises a `ValueError` unless `features` is "backbone" or "projection"."""
-    if features not in ("backbone", "projection"):
-        raise ValueError(f"`features` must be 'backbone' or 'projection', but is {features!r}.")
-
-
 def is_timm_model(model: nn.Module) -> bool:
-    """Whether `model` has timm's interface: `forward_features`, `forward_head` and `pretrained_cfg`."""
+    """Return whether `model` has timm's interface: `forward_features`, `forward_head` and `pretrained_cfg`."""
     return all(hasattr(model, name) for name in ("forward_features", "forward_head", "pretrained_cfg"))
 
 
 def feature_function(backbone: nn.Module, num_last_layers: int = 1) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function (B, C, H, W) -> (B, D) that a backbone is evaluated by.
+    """Return the function (B, C, H, W) -> (B, D) that computes the features of a backbone.
 
     | backbone | features |
     |---|---|
     | transformers, with a [CLS] token | `hidden_states[-1][:, 0]`: of the last block, before the final LayerNorm |
-    | transformers, without | `pooler_output`, flattened; where there is none the mean of `last_hidden_state` |
-    | timm | `forward_head(forward_features(x), pre_logits=True)`: what the classifier would get |
+    | transformers, without | `pooler_output`, flattened; else the mean of `last_hidden_state` |
+    | timm | `forward_head(forward_features(x), pre_logits=True)`: the input of the classifier |
 
     [CLS] is before the final LayerNorm for every pre-norm model (ViTMSN, ViT, DeiT, DINOv2, DINOv3, MAE, CLIP); BEiT
-    and Data2VecVision apply none to [CLS]. ViTMAE sees all patches. Images of another size than the model was made for
-    get interpolated position embeddings where the model can.
+    and Data2VecVision apply none to [CLS]. ViTMAE sees all patches. For images of another size than the model's,
+    position embeddings are interpolated if the model supports it.
 
     Args:
-        backbone (`nn.Module`): As `find_backbone` returns it.
+        backbone (`nn.Module`): From `find_backbone`.
         num_last_layers (`int`, *optional*, defaults to 1):
             [CLS] of the last n blocks, concatenated from the earliest to the last: `D = n * hidden_size`.
 
     Raises:
-        `ValueError`: if `num_last_layers` is not between 1 and the number of blocks, or more than 1 without [CLS].
+        ValueError: If `num_last_layers` is not between 1 and the number of blocks, or more than 1 without [CLS].
     """
     has_cls = not is_timm_model(backbone) and any(
         CLS_PARAMETER.fullmatch(name) for name, _ in backbone.named_parameters()
     )
-    if num_last_layers < 1:
-        raise ValueError(
-            f"`num_last_layers` counts blocks and must be >= 1, but is {num_last_layers}. The paper uses 1."
-        )
+    check_integer("num_last_layers", num_last_layers, meaning="counts blocks", remedy="The paper uses 1.")
     if not has_cls and num_last_layers > 1:
         raise ValueError(
-            f"`num_last_layers` is {num_last_layers}, but more than 1 needs a transformers model with a [CLS] token, "
-            f"and {type(backbone).__name__} is none. Use num_last_layers=1."
+            f"`num_last_layers` must be 1 without a [CLS] token, as in {type(backbone).__name__}, but is "
+            f"{num_last_layers}."
         )
     if is_timm_model(backbone):
         return lambda pixels: backbone.forward_head(backbone.forward_features(pixels), pre_logits=True).flatten(1)
@@ -183,7 +170,7 @@ def feature_function(backbone: nn.Module, num_last_layers: int = 1) -> Callable[
     def transformers_features(pixels: torch.Tensor) -> torch.Tensor:
         arguments = {"pixel_values": pixels, "return_dict": True}
         if getattr(backbone.config, "model_type", None) == "vit_mae":
-            # it shuffles its patches by this noise, which it would else draw from the global generator
+            # it shuffles its patches by this noise, by default from the global generator
             num_patches = pixels.shape[2] * pixels.shape[3] // backbone.config.patch_size**2
             arguments["noise"] = torch.arange(num_patches, device=pixels.device).expand(len(pixels), -1)
         if _needs_interpolation(backbone, pixels):
@@ -198,8 +185,7 @@ def feature_function(backbone: nn.Module, num_last_layers: int = 1) -> Callable[
         blocks = backbone(**arguments, output_hidden_states=True).hidden_states[1:]
         if num_last_layers > len(blocks):
             raise ValueError(
-                f"`num_last_layers` must be at most the model's {len(blocks)} blocks, but is {num_last_layers}. "
-                "The paper uses 1."
+                f"`num_last_layers` must be at most {len(blocks)}, the model's blocks, but is {num_last_layers}."
             )
         return torch.cat([block[:, 0] for block in blocks[-num_last_layers:]], dim=1)
 
@@ -219,7 +205,7 @@ def _needs_interpolation(backbone: PreTrainedModel, pixels: torch.Tensor) -> boo
 
 @contextmanager
 def evaluation_mode(backbone: nn.Module, device: str | torch.device | None = None) -> Iterator[torch.device]:
-    """The backbone (or whole model) in eval mode, without gradients, on `device`; all flags and the device come back.
+    """Put a module into eval mode, without gradients, on `device`, and restore all flags and the device afterwards.
 
     ViTMAE, which drops patches in eval mode too, sees all of them meanwhile. Yields the device.
     """
@@ -245,40 +231,35 @@ def evaluation_mode(backbone: nn.Module, device: str | torch.device | None = Non
 
 
 def resolve_image_processor(model: nn.Module) -> Any:
-    """The image processor that belongs to a model: saved beside its weights, or a timm model's own transform.
+    """Return the image processor of a model: saved beside its weights, or a timm model's own transform.
 
-    A pretraining model with a timm encoder was trained with other views than timm's: only what is saved counts.
+    A pretraining model with a timm encoder was trained with other views than timm's: only a saved one is used.
 
     Raises:
-        `ValueError`: if the model does not know where it came from or nothing was saved there; says what to give.
+        ValueError: If none was saved, or the model was not loaded from a checkpoint.
     """
     model, backbone = unwrapped(model), find_backbone(model)
     if model is backbone and is_timm_model(backbone):
         return timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
-    candidates = [model, backbone]
     paths = [
         getattr(part, "name_or_path", "") or getattr(getattr(part, "config", None), "_name_or_path", "")
-        for part in candidates
+        for part in (model, backbone)
     ]
     path = next((path for path in paths if path), None)
     remedy = (
         "Pass `image_processor=`, for example `evaluation_image_processor(image_size=...)` with the mean and standard "
-        "deviation of training, or save one beside the model: `image_processor.save_pretrained(folder)`."
+        "deviation of training, or save one with the model: `image_processor.save_pretrained(folder)`."
     )
     if path is None:
-        raise ValueError(
-            f"An image processor is needed, but {type(model).__name__} was not loaded from anywhere. {remedy}"
-        )
+        raise ValueError(f"{type(model).__name__} was not loaded from a checkpoint with an image processor. {remedy}")
     try:
         return AutoImageProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"An image processor is needed, but none can be loaded from {path!r}: {error} {remedy}"
-        ) from error
+        raise ValueError(f"No image processor can be loaded from {path!r}: {error} {remedy}") from error
 
 
 def describe_image_processor(image_processor: Any) -> str:
-    """All settings of an image processor as one string, equal for equal settings; the cache is keyed by it."""
+    """Return all settings of an image processor as a string, equal for equal settings: the key of the cache."""
     if hasattr(image_processor, "to_dict"):
         return json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
     return repr(image_processor)
@@ -287,16 +268,16 @@ def describe_image_processor(image_processor: Any) -> str:
 def checkpoint_weights_sha256(
     path: str | Path, features: Literal["backbone", "projection"] = "backbone", *, revision: str | None = None
 ) -> str:
-    """The hash that `LowShotEvaluator` writes into its results for the checkpoint in a folder.
+    """Return the hash that `LowShotEvaluator` writes into its results for a checkpoint.
 
     Args:
-        path (`str` or `Path`): Folder, or another name that [`load_vision_model`] takes: a pretraining checkpoint, an
-            export, a classifier.
-        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`): What was evaluated; for
+        path (`str` or `Path`): Folder, or another name for [`load_vision_model`]: a pretraining checkpoint, an export,
+            a classifier.
+        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`): The evaluated features; for
             projections the hash is that of the whole model.
-        revision (`str`, *optional*): As for [`load_vision_model`].
+        revision (`str`, *optional*): As in [`load_vision_model`].
 
     Raises:
-        `ValueError`: if there is no such checkpoint, or it has no projections.
+        ValueError: If there is no such checkpoint, or it has no projections.
     """
     return weights_sha256(evaluated_module(load_vision_model(str(path), revision=revision), features)[0])

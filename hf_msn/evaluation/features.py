@@ -1,20 +1,29 @@
-"""One pass of a frozen backbone over images: shared by all ranks, given to all ranks, cached on request."""
+"""Feature extraction: one pass of a frozen backbone over images, split over the ranks and optionally cached."""
 
 import hashlib
-import logging
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from ..data.decoding import BrokenImageError
-from ..distributed.collectives import rank
+from ..checks import check_choice, check_integer
+from ..data.decoding import BrokenImageError, decode_image
+from ..data.labels import check_rows
+from ..data.spare_cores import spare_cores
+from ..distributed.collectives import rank, world_size
+from ..files import whole_file
 from .backbones import (
     describe_image_processor,
     evaluated_module,
@@ -22,28 +31,29 @@ from .backbones import (
     resolve_image_processor,
     weights_sha256,
 )
-from .feature_cache import cache_path, read_cache, write_cache
 from .gathering import gather_objects, gather_rows, run_on_every_rank
-from .image_loading import NO_LABEL, ImageLoading
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
-_SHOWN = 3
-# of features that wait on the device for their copy to the host
+NO_LABEL = -1
+# features that wait on the device for their copy to the host
 _BYTES_ON_DEVICE = 2**28
+# below this number of images, workers take longer to start than they save
+_MIN_IMAGES_FOR_WORKERS = 1024
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of the images of a data set, in the order of its rows.
+    """Features of the images of a dataset, in the order of its rows.
 
     Args:
         features (`np.ndarray` of shape `(N, D)`): float32.
-        labels (`np.ndarray` of shape `(N,)`, *optional*): int64; `None` if the data has none. -1: this row has none.
-        rows (`np.ndarray` of shape `(N,)`): Row of each image in the data set. Rows that were skipped are missing.
+        labels (`np.ndarray` of shape `(N,)`, *optional*): int64, -1 for a row without a label; `None` for data without
+            labels.
+        rows (`np.ndarray` of shape `(N,)`): Row of each image in the dataset. Skipped rows are missing.
         skipped (`list[BrokenImageError]`): The images that could not be read.
         weights_sha256 (`str`, *optional*): Of the backbone, for projections of the whole model; `None` for pixels.
-        data_fingerprint (`str`, *optional*): Of the data set; `None` for streams.
+        data_fingerprint (`str`, *optional*): Of the dataset; `None` for streams.
     """
 
     features: np.ndarray
@@ -72,50 +82,46 @@ def extract_features(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Features:
-    """Features of all images, as `feature_function` defines them, or their projections.
+    """Extract the features of all images, as `feature_function` defines them, or their projections.
 
     With `torch.distributed` initialised every rank must call this; it takes the rows `rank::world_size`, and all ranks
-    get all features. The model leaves as it came: training flags, device and the random state are untouched.
+    get all features. Training flags, device and random state of the model are unchanged afterwards.
 
     Args:
         model (`nn.Module`):
             A pretraining model of hf_msn (its `evaluation_encoder` is used), a vision model of transformers or a timm
             model.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            With a column `image` and, if labelled, `label`, as `load_images` gives it. Of a stream, each rank reads
+            With a column `image` and, if labelled, `label`, from `load_images`. Of a stream, each rank reads
             everything but decodes only its rows; `num_workers` above 1 counts as 1, and nothing is cached.
         image_processor (*optional*):
             An image processor of transformers or a function from an RGB `PIL.Image` to a tensor (C, H, W). By default
             the one saved with the model, or timm's own.
-        batch_size (`int`, *optional*, defaults to 64):
-            Images at a time on each rank.
+        batch_size (`int`, *optional*, defaults to 64): Images per batch on each rank.
         num_workers (`int`, *optional*):
-            Processes that decode images, on each rank. By default none where the model computes on the CPU, which
-            they would slow down, or the images are few; on a GPU this rank's share of the cores, at most 16.
+            Processes per rank that decode images. By default none if the model computes on the CPU, which they would
+            slow down, or the images are few; on a GPU this rank's share of the cores, at most 16.
         features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
             "projection" takes `model.project(pixels)`, the space in which PAWS predicts, not the backbone's output.
         num_last_layers (`int`, *optional*, defaults to 1):
             Concatenates [CLS] of the last n blocks, the earliest first.
-        rows (`np.ndarray`, *optional*):
-            Only these rows of `dataset`, each once; not for streams. By default all.
+        rows (`np.ndarray`, *optional*): Only these rows of `dataset`, each once; not for streams. By default all.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Folder for the features, keyed by weights, data, image processor and the settings here. Only rank 0 reads
             and writes it.
         on_broken_image (`"skip"` or `"raise"`, *optional*, defaults to `"skip"`):
-            "skip" leaves the row out, names it in a warning and in `Features.skipped`; "raise" stops at it.
-        device (`str` or `torch.device`, *optional*):
-            Where to compute; by default where the model is.
+            "skip" skips the row, names it in a warning and in `Features.skipped`; "raise" stops.
+        device (`str` or `torch.device`, *optional*): Device of the computation; by default the model's.
         dtype (`torch.dtype`, *optional*):
             By default that of the weights. `torch.bfloat16` or `torch.float16` on float32 weights: under autocast. The
             result is float32 in every case.
 
     Raises:
-        `BrokenImageError`: on all ranks, if an image cannot be read and `on_broken_image="raise"`.
-        `ValueError`: if there are no images or none is readable, the images of a batch differ in size, or an argument
-            is out of range.
+        BrokenImageError: On all ranks, if an image cannot be read and `on_broken_image="raise"`.
+        ValueError: If there are no images or none is readable, the images of a batch differ in size, or an argument is
+            out of range.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` counts images and must be >= 1, but is {batch_size}. The default is 64.")
+    check_integer("batch_size", batch_size, meaning="counts images")
     module, forward = evaluated_module(model, features, num_last_layers)
     image_processor = resolve_image_processor(model) if image_processor is None else image_processor
     weights_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
@@ -124,8 +130,8 @@ def extract_features(
             f"`dtype` must be that of the weights, {weights_dtype}, unless they are float32, but is {dtype}. Load the "
             "model with dtype=torch.float32."
         )
-    images = _images(dataset)
-    rows = _rows(images, rows)
+    images = _encoded_images(dataset)
+    rows = _selected_rows(images, rows)
     fingerprint = getattr(images, "_fingerprint", None)
     sha256 = gather_objects(weights_sha256(module) if rank() == 0 else None)[0]
     processor = describe_image_processor(image_processor)
@@ -143,9 +149,10 @@ def extract_features(
     }
     path = None
     if cache_dir is not None and fingerprint is not None and " at 0x" not in processor:
-        path = cache_path(cache_dir, key)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path = Path(cache_dir) / f"features-{digest[:40]}.safetensors"
     elif cache_dir is not None and rank() == 0:
-        logger.warning("Features of a stream, or through a function that cannot be told apart, are not cached.")
+        logger.warning("Features of a stream, or of an image processor without a repr of its own, are not cached.")
 
     def compute(pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(device_now, non_blocking=True).to(weights_dtype)
@@ -153,8 +160,8 @@ def extract_features(
             return forward(pixels)
 
     with evaluation_mode(module, device) as device_now:
-        loading = ImageLoading(images, rows, image_processor, batch_size, num_workers, device_now)
-        return _extract(loading, compute, on_broken_image, path, sha256)
+        loader = _image_loader(images, rows, image_processor, batch_size, num_workers, device_now)
+        return _extract(images, loader, compute, on_broken_image, path, sha256)
 
 
 def pixel_features(
@@ -165,75 +172,70 @@ def pixel_features(
     num_workers: int | None = None,
     on_broken_image: Literal["skip", "raise"] = "skip",
 ) -> Features:
-    """The pixels themselves as features: the baseline that a representation has to beat.
+    """Return the pixels themselves as features: the baseline of every representation.
 
     Args:
-        dataset: As for `extract_features`.
+        dataset: As in `extract_features`.
         image_processor (*optional*):
-            As for `extract_features`. By default RGB values in [0, 1] of the images as they are, all of one size.
+            As in `extract_features`. By default RGB values in [0, 1] of the unchanged images, all of one size.
 
     Returns:
         [`Features`] of dimension `3 * H * W`.
     """
     image_processor = _unit_range if image_processor is None else image_processor
-    images = _images(dataset)
-    loading = ImageLoading(images, _rows(images), image_processor, batch_size, num_workers, torch.device("cpu"))
-    return _extract(loading, lambda pixels: pixels.flatten(1), on_broken_image)
+    images = _encoded_images(dataset)
+    device = torch.device("cpu")
+    loader = _image_loader(images, _selected_rows(images), image_processor, batch_size, num_workers, device)
+    return _extract(images, loader, lambda pixels: pixels.flatten(1), on_broken_image)
 
 
 def _unit_range(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def _images(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        raise ValueError(
-            f"`dataset` must be a datasets.Dataset or IterableDataset, but is {type(dataset)}. Use `load_images`."
-        )
-    columns = dataset.column_names
+def _encoded_images(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+) -> datasets.Dataset | datasets.IterableDataset:
+    columns = getattr(dataset, "column_names", ())
     if columns is not None and "image" not in columns:
         raise ValueError(
-            f"The data must have a column 'image', but has {columns}. `load_images` finds and renames it."
+            f"`dataset` must be a datasets.Dataset or IterableDataset with a column 'image', but is a {type(dataset)} "
+            f"with {list(columns)}. Use `load_images`."
         )
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
-        raise ValueError("The data has no images, so there are no features to extract. Look at its split and filters.")
+        raise ValueError("`dataset` must have images, but has no rows. Check its split and filters.")
     feature = (dataset.features or {}).get("image")
     if isinstance(feature, datasets.Image) and feature.decode:
         return dataset.cast_column("image", datasets.Image(decode=False))
     return dataset
 
 
-def _rows(images: datasets.Dataset | datasets.IterableDataset, rows: np.ndarray | None = None) -> np.ndarray | None:
-    """The rows to extract, in ascending order; `None` for a stream, of which all are."""
+def _selected_rows(
+    images: datasets.Dataset | datasets.IterableDataset, rows: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the rows to extract, ascending; `None` for a stream, of which all are."""
     if isinstance(images, datasets.IterableDataset):
         if rows is not None:
-            raise ValueError("`rows` picks rows by number, which a stream does not have. Load with streaming=False.")
+            raise ValueError("`rows` are row numbers, which a stream does not have. Load it with streaming=False.")
         return None
-    if rows is None:
-        return np.arange(len(images))
-    rows = np.unique(np.asarray(rows, dtype=np.int64))
-    if len(rows) == 0 or rows[0] < 0 or rows[-1] >= len(images):
-        raise ValueError(f"`rows` must be at least one number from 0 to {len(images) - 1}, but is {rows[:5]}...")
-    return rows
+    return np.arange(len(images)) if rows is None else check_rows("rows", np.unique(rows), len(images))
 
 
 def _extract(
-    loading: ImageLoading,
+    images: datasets.Dataset | datasets.IterableDataset,
+    loader: DataLoader,
     compute: Callable[[torch.Tensor], torch.Tensor],
     on_broken_image: str,
-    path: os.PathLike | None = None,
+    path: Path | None = None,
     sha256: str | None = None,
 ) -> Features:
-    if on_broken_image not in ("skip", "raise"):
-        raise ValueError(f"`on_broken_image` must be 'skip' or 'raise', but is {on_broken_image!r}.")
-    # rank 0 hands on what it found in the cache as if it alone had computed all rows
-    cached = read_cache(path) if path is not None and rank() == 0 else None
+    check_choice("on_broken_image", on_broken_image, ("skip", "raise"))
+    # rank 0 contributes the cached rows as if it alone had computed all of them
+    cached = _read_cache(path) if path is not None and rank() == 0 else None
     hit = gather_objects(cached is not None)[0]
 
     def work() -> _RankRows:
-        if hit:
-            return _RankRows.from_cache(cached)
-        return _pass(loading, compute, on_broken_image == "raise")
+        return (cached or _RankRows()) if hit else _pass(loader, compute, on_broken_image == "raise")
 
     own, summaries = run_on_every_rank(work, lambda own: (len(own.features), own.features.shape[1], own.skipped))
     counts, widths, skipped_by_rank = zip(*summaries)
@@ -241,11 +243,10 @@ def _extract(
     if skipped and on_broken_image == "raise":
         raise skipped[0]
     if sum(counts) == 0:
-        first = f"; the first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"Features need at least one readable image, but there is none among {len(skipped)}{first}")
+        first = f" The first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"`dataset` must have a readable image, but none of {len(skipped)} is readable.{first}")
     if skipped and rank() == 0:
-        shown = "; ".join(str(error) for error in skipped[:_SHOWN])
-        logger.warning("%d images are skipped, %d remain. The first skipped: %s", len(skipped), sum(counts), shown)
+        logger.warning("%d images are skipped, %d remain. The first: %s", len(skipped), sum(counts), skipped[0])
     # a rank without rows does not know the width
     own_features = own.features if len(own.features) else np.zeros((0, max(widths)), dtype=np.float32)
     features = gather_rows(own_features, list(counts))
@@ -253,8 +254,7 @@ def _extract(
     order = np.argsort(rows_and_labels[:, 0])
     features, rows_and_labels = features[order], rows_and_labels[order]
     if path is not None and not hit and rank() == 0:
-        skipped_in_json = [(error.row, error.path, error.reason) for error in skipped]
-        write_cache(path, {"features": features, "rows_and_labels": rows_and_labels}, skipped_in_json)
+        _write_cache(path, _RankRows(features, rows_and_labels, skipped))
     rows, labels = rows_and_labels.T
     return Features(
         features=features,
@@ -262,50 +262,149 @@ def _extract(
         rows=rows,
         skipped=skipped,
         weights_sha256=sha256,
-        data_fingerprint=getattr(loading.images, "_fingerprint", None),
+        data_fingerprint=getattr(images, "_fingerprint", None),
     )
 
 
 @dataclass(frozen=True)
 class _RankRows:
-    """What one rank contributes: features (n, D), row numbers and labels (n, 2), the rows that could not be read."""
+    """The part of one rank: features (n, D), row numbers and labels (n, 2), the rows that could not be read."""
 
-    features: np.ndarray
-    rows_and_labels: np.ndarray
-    skipped: list[BrokenImageError]
-
-    @classmethod
-    def from_cache(cls, cached: tuple[dict[str, np.ndarray], list[Any]] | None) -> "_RankRows":
-        if cached is None:
-            return cls(np.zeros((0, 0), dtype=np.float32), np.zeros((0, 2), dtype=np.int64), [])
-        arrays, skipped = cached
-        errors = [BrokenImageError(reason, row=row, path=path) for row, path, reason in skipped]
-        return cls(arrays["features"], arrays["rows_and_labels"], errors)
+    features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    rows_and_labels: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    skipped: list[BrokenImageError] = field(default_factory=list)
 
 
-def _pass(loading: ImageLoading, compute: Callable[[torch.Tensor], torch.Tensor], stop_at_broken: bool) -> _RankRows:
-    # None: no bar where nobody looks at a terminal
-    progress = tqdm(
-        loading.batches(), desc="Features", unit="batch", leave=False, disable=None if rank() == 0 else True
-    )
+def _pass(loader: DataLoader, compute: Callable[[torch.Tensor], torch.Tensor], stop_at_broken: bool) -> _RankRows:
+    # disable=None: no bar unless the output is a terminal
+    progress = tqdm(loader, desc="Features", unit="batch", leave=False, disable=None if rank() == 0 else True)
     # features stay on the device for a while: each copy to the host waits until the device is done with its batch
-    on_device, size_on_device = [], 0
-    features, rows_and_labels, skipped = [], [], []
+    on_device, features, rows_and_labels, skipped = [], [], [], []
     for pixels, of_batch, broken in progress:
         skipped += broken
         if broken and stop_at_broken:
             break
         if pixels is not None:
-            of_pixels = compute(pixels).float()
-            on_device.append(of_pixels)
-            size_on_device += of_pixels.nbytes
+            on_device.append(compute(pixels).float())
             rows_and_labels.append(of_batch)
-        if size_on_device > _BYTES_ON_DEVICE:
+        if sum(tensor.nbytes for tensor in on_device) > _BYTES_ON_DEVICE:
             features.append(torch.cat(on_device).cpu().numpy())
-            on_device, size_on_device = [], 0
+            on_device = []
     if on_device:
         features.append(torch.cat(on_device).cpu().numpy())
     if not features:
-        empty = _RankRows.from_cache(None)
-        return _RankRows(empty.features, empty.rows_and_labels, skipped)
+        return _RankRows(skipped=skipped)
     return _RankRows(np.concatenate(features), np.concatenate(rows_and_labels), skipped)
+
+
+def _read_cache(path: Path) -> _RankRows | None:
+    """Return the stored features; `None` if the file is missing or broken. `_write_cache` replaces a broken file."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            features, rows_and_labels = file.get_tensor("features"), file.get_tensor("rows_and_labels")
+            skipped = json.loads(file.metadata()["skipped"])
+        return _RankRows(
+            features,
+            rows_and_labels,
+            [BrokenImageError(reason, row=row, path=image_path) for row, image_path, reason in skipped],
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("The cached features in %s are broken (%s) and will be extracted again.", path, error)
+        return None
+
+
+def _write_cache(path: Path, rows: _RankRows) -> None:
+    skipped = json.dumps([(error.row, error.path, error.reason) for error in rows.skipped])
+    try:
+        with whole_file(path, "cache_dir", overwrite=True) as staging:
+            arrays = {"features": rows.features, "rows_and_labels": rows.rows_and_labels}
+            save_file(arrays, staging, metadata={"skipped": skipped})
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning("The features cannot be cached in %s (%s); evaluation continues without.", path, error)
+
+
+def _image_loader(
+    images: datasets.Dataset | datasets.IterableDataset,
+    rows: np.ndarray | None,
+    image_processor: Any,
+    batch_size: int,
+    num_workers: int | None,
+    device: torch.device,
+) -> DataLoader:
+    """Return batches of this rank's rows: pixels or `None`, row numbers and labels (n, 2), broken images."""
+    if rows is not None:
+        own = _MapRows(images, rows[rank() :: world_size()], image_processor)
+        if num_workers is None:
+            on_cpu_or_few = device.type == "cpu" or len(own) < _MIN_IMAGES_FOR_WORKERS
+            num_workers = 0 if on_cpu_or_few else spare_cores()
+    else:
+        own = _StreamRows(images, rank(), world_size(), image_processor)
+        num_workers = min(num_workers or 0, 1)
+    return DataLoader(
+        own,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        # only from pinned memory does the copy to a GPU run beside the model
+        pin_memory=device.type == "cuda",
+        # the loader draws its workers' seed; drawn from the global generator it would change the training around it
+        generator=torch.Generator(),
+    )
+
+
+_Item = tuple[int, int, torch.Tensor | BrokenImageError]  # row, label, pixels
+
+
+class _MapRows(Dataset):
+    """Item i is the decoded image in row `rows[i]`."""
+
+    def __init__(self, images: datasets.Dataset, rows: np.ndarray, image_processor: Any):
+        self.images, self.rows, self.image_processor = images, rows, image_processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> _Item:
+        row = int(self.rows[index])
+        return _read(self.images[row], row, self.image_processor)
+
+
+class _StreamRows(IterableDataset):
+    """Every `world_size`-th row of a stream, from row `rank` on, decoded."""
+
+    def __init__(self, images: datasets.IterableDataset, rank: int, world_size: int, image_processor: Any):
+        self.images, self.rank, self.world_size, self.image_processor = images, rank, world_size, image_processor
+
+    def __iter__(self) -> Iterator[_Item]:
+        for row, example in enumerate(self.images):
+            if row % self.world_size == self.rank:
+                yield _read(example, row, self.image_processor)
+
+
+def _read(example: dict[str, Any], row: int, image_processor: Any) -> _Item:
+    label = example.get("label")
+    label = NO_LABEL if label is None else int(label)
+    try:
+        image = decode_image(example["image"], row=row)
+    except BrokenImageError as error:
+        return row, label, error
+    # the AutoProcessor of an image-text model holds its image processor
+    image_processor = getattr(image_processor, "image_processor", image_processor)
+    if hasattr(image_processor, "preprocess"):
+        return row, label, image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return row, label, image_processor(image)
+
+
+def _collate(items: list[_Item]) -> tuple[torch.Tensor | None, np.ndarray, list[BrokenImageError]]:
+    broken = [pixels for *_, pixels in items if isinstance(pixels, BrokenImageError)]
+    good = [item for item in items if not isinstance(item[2], BrokenImageError)]
+    sizes = sorted({tuple(pixels.shape) for *_, pixels in good})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The image processor must return images of one size, but returned {sizes[0]} and {sizes[1]} in a batch. "
+            "Use one that resizes and crops, such as `evaluation_image_processor(image_size=...)`."
+        )
+    rows_and_labels = np.array([(row, label) for row, label, _ in good], dtype=np.int64).reshape(-1, 2)
+    return torch.stack([pixels for *_, pixels in good]) if good else None, rows_and_labels, broken

@@ -1,4 +1,4 @@
-"""What ranks tell each other during evaluation: small objects, rows of arrays, and failures."""
+"""Exchange of objects, rows and failures between the ranks of an evaluation."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ S = TypeVar("S")
 
 
 def gather_objects(value: T) -> list[T]:
-    """The `value` of every rank, in rank order, on every rank. For small objects: they are pickled."""
+    """Return the `value` of every rank, in rank order. For small objects: they are pickled."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -23,15 +23,14 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(array: np.ndarray, counts: list[int], chunk_rows: int = 8192) -> np.ndarray:
-    """The rows of all ranks, rank 0's first, on every rank.
+    """Return the rows of all ranks, rank 0's first.
 
     Args:
         array (`np.ndarray` of shape `(counts[rank], D)`):
             This rank's rows; the same `D` and dtype on every rank. Their number may differ, and be 0.
-        counts (`list[int]`):
-            Number of rows of each rank.
+        counts (`list[int]`): Number of rows of each rank.
         chunk_rows (`int`, *optional*, defaults to 8192):
-            Rows sent at a time, which bounds the extra memory at `world_size * chunk_rows` rows.
+            Rows per message, which bounds the extra memory at `world_size * chunk_rows` rows.
 
     Returns:
         `np.ndarray` of shape `(sum(counts), D)`.
@@ -40,14 +39,14 @@ def gather_rows(array: np.ndarray, counts: list[int], chunk_rows: int = 8192) ->
         return array
     # gloo moves CPU tensors; nccl alone moves only those on the accelerator
     device = "cpu" if "gloo" in dist.get_backend_config() else torch.device("cuda", torch.cuda.current_device())
-    pieces: list[list[np.ndarray]] = [[] for _ in range(world_size())]
+    pieces: list[list[np.ndarray]] = [[] for _ in counts]
     for start in range(0, max(counts), chunk_rows):
         size = min(chunk_rows, max(counts) - start)
         chunk = np.zeros((size, array.shape[1]), dtype=array.dtype)
         own = array[start : start + size]
         chunk[: len(own)] = own
         sent = torch.from_numpy(chunk).to(device)
-        received = [torch.empty_like(sent) for _ in range(world_size())]
+        received = [torch.empty_like(sent) for _ in counts]
         dist.all_gather(received, sent)
         for source, piece in enumerate(received):
             pieces[source].append(piece[: max(0, counts[source] - start)].cpu().numpy())
@@ -55,19 +54,19 @@ def gather_rows(array: np.ndarray, counts: list[int], chunk_rows: int = 8192) ->
 
 
 def run_on_every_rank(work: Callable[[], T], summarize: Callable[[T], S]) -> tuple[T, list[S]]:
-    """Runs `work` on this rank and tells all ranks a summary of it; a failure on one rank is raised on all of them.
+    """Run `work` on this rank and gather a summary of it. A failure on one rank is raised on all ranks.
 
-    Without this, the ranks that did not fail would wait for the failed one in the next collective until its timeout.
+    Without this, the other ranks would wait for the failed one in the next collective until its timeout.
 
     Args:
-        work (`Callable[[], T]`): What to do on this rank. It must not use collectives.
-        summarize (`Callable[[T], S]`): What of the result the other ranks need; small, as it is pickled.
+        work (`Callable[[], T]`): The work of this rank. It must not use collectives.
+        summarize (`Callable[[T], S]`): Extracts what the other ranks need; small, as it is pickled.
 
     Returns:
         `tuple[T, list[S]]`: this rank's result, and the summaries of all ranks in rank order.
 
     Raises:
-        The exception of `work` where it failed; `RuntimeError` naming the failed rank and its error on the others.
+        Exception: The exception of `work` on the rank where it failed; `RuntimeError` naming that rank on the others.
     """
     result, summary, error = None, None, None
     try:
@@ -80,7 +79,5 @@ def run_on_every_rank(work: Callable[[], T], summarize: Callable[[T], S]) -> tup
         raise error
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
-            raise RuntimeError(
-                f"Evaluation failed on rank {rank} and so stops on all ranks. Rank {rank} said: {failure}"
-            )
+            raise RuntimeError(f"Evaluation stops on all ranks because it failed on rank {rank}: {failure}")
     return result, [summary for summary, _ in outcomes]

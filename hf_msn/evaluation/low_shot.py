@@ -1,81 +1,88 @@
-"""Low-shot evaluation: how well do frozen features classify with a few labelled images a class?"""
+"""Low-shot evaluation: the accuracy of frozen features with a few labelled images per class."""
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from ..checks import check_choice, check_integer
+from ..data.decoding import BrokenImageError
+from ..data.labels import check_class_names, check_every_class_is_learnt, check_rows, class_numbers
 from ..data.sources import image_file_names
+from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
-from .backbones import check_features_setting, describe_image_processor, find_backbone, resolve_image_processor
+from .backbones import describe_image_processor, find_backbone, resolve_image_processor
 from .features import Features, extract_features
 from .gathering import run_on_every_rank
-from .labels import check_every_class_is_learnt, common_class_names, read_labels
 from .metrics import TopKAccuracy, rank_classes
 from .probes import LogisticProbe, Probe
 from .results import LowShotResults, SplitResult, TaskResult
-from .tasks import LowShotTasks, Split
 
 _PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split, ascending: drawn with a seed, read from a list file, or given."""
+
+    rows: np.ndarray
+    seed: int | None = None
+    list_file: str | None = None
 
 
 class LowShotEvaluator:
-    r"""Fits a probe on a few labelled images of each class and measures it on all test images, over several splits.
+    r"""Fit a probe on a few labelled images per class and measure it on all test images, over several splits.
 
-    A task is a number of images a class, a share of the images, a list file or given rows; each of its splits is one
+    A task is a number of images per class, a share of the images, a list file or given rows; each of its splits is one
     draw, list or set of rows. Features are extracted once, of the images that some split needs and of the test images;
-    splits only fit the probe again. Everything is seeded: two calls give identical numbers.
+    for each split only the probe is fitted. Everything is seeded: two calls return identical numbers.
 
     Args:
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Labelled images that splits are drawn from, as `load_images` gives them. Of a stream all are extracted.
-        test_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Labelled images that accuracy is measured on.
+            Labelled images that splits are drawn from, from `load_images`. Of a stream all are extracted.
+        test_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Labelled images that accuracy is measured on.
         image_processor (*optional*):
-            As for `extract_features`; normalise as in training. By default what is saved with the model.
-        images_per_class (`Sequence[int]`, *optional*, defaults to `(1, 2, 5)`):
-            One task each, named "5_per_class".
+            As for `extract_features`; normalise as in training. By default the one saved with the model.
+        images_per_class (`Sequence[int]`, *optional*, defaults to `(1, 2, 5)`): One task each, named "5_per_class".
         fractions (`Sequence[float]`, *optional*, defaults to `()`):
             Shares of each class, one task each: 0.01 is named "1_percent".
         list_files (`Sequence[path]` or `Mapping[str, Sequence[path]]`, *optional*, defaults to `()`):
-            Files that name the labelled images, one a line. Files of one name in different folders are splits of one
+            Files that name the labelled images, one per line. Files of one name in different folders are splits of one
             task, named as the files are without suffix; a mapping names the tasks itself.
         rows (`Mapping[str, Sequence[int]]`, *optional*):
             The labelled images themselves: row numbers of `train_dataset` by name of the task, one split each. With
-            the rows that PAWS was trained with it is measured with just these labels. Where this is the only kind of
+            the rows that PAWS was trained with it is measured with just these labels. If this is the only kind of
             task (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
-        num_splits (`int`, *optional*, defaults to 3):
-            Seeded splits of each task that is drawn.
-        probe ([`Probe`], *optional*, defaults to `LogisticProbe()`):
-            What is fitted.
-        seed (`int`, *optional*, defaults to 0):
-            Split i is drawn with `seed + i`.
+        num_splits (`int`, *optional*, defaults to 3): Seeded splits of each task that is drawn.
+        probe ([`Probe`], *optional*, defaults to `LogisticProbe()`): The classifier.
+        seed (`int`, *optional*, defaults to 0): Split i is drawn with `seed + i`.
         batch_size, num_workers, features, num_last_layers, cache_dir, on_broken_image, device, dtype:
             As for `extract_features`.
-        name (`str`, *optional*, defaults to `"low_shot"`):
-            Prefix of the metrics.
+        name (`str`, *optional*, defaults to `"low_shot"`): Prefix of the metrics.
 
-    Calling it with a model returns flat metrics in per cent: `low_shot/5_per_class/top1` (mean over splits),
+    Calling it with a model returns flat metrics in percent: `low_shot/5_per_class/top1` (mean over splits),
     `.../top1_std` (`ddof=1`; 0 for one split), `.../top1_ci95` (half-width by Student's t; 0 for one split),
-    `.../num_splits`, and `.../top5`, `.../top5_std`, `.../top5_ci95` where there are at least 6 classes.
-    `primary_metric` names the top-1 of the largest number of images a class. `results` holds the last call's
-    [`LowShotResults`]: every split, what the numbers depend on, `table()` and `save(path)`.
+    `.../num_splits`, and, with at least 6 classes, `.../top5`, `.../top5_std`, `.../top5_ci95`. `primary_metric` names
+    the top-1 of the largest number of images per class. `results` holds the last call's [`LowShotResults`]: every
+    split, all that the numbers depend on, `table()` and `save(path)`.
 
     With `torch.distributed` initialised every rank must call it; ranks share the extraction and the fits, and all get
     the same metrics.
 
     Raises:
-        `ValueError`: when made, if labels are missing, a class has too few images, the classes of train and test do
+        ValueError: When created, if labels are missing, a class has too few images, the classes of train and test do
             not agree, there are no test images, there is no task or `rows` do not fit the train data; when called, as
             `extract_features` and the probe.
 
@@ -113,11 +120,12 @@ class LowShotEvaluator:
         dtype: torch.dtype | None = None,
         name: str = "low_shot",
     ):
-        check_features_setting(features)
-        self._tasks = LowShotTasks(images_per_class, fractions, list_files, rows, num_splits, seed)
+        check_choice("features", features, ("backbone", "projection"))
+        self.num_splits, self.seed = check_integer("num_splits", num_splits, meaning="counts draws"), seed
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name
         self.probe = LogisticProbe() if probe is None else probe
+        self.results: LowShotResults | None = None
         self._extraction = {
             "batch_size": batch_size,
             "num_workers": num_workers,
@@ -128,34 +136,41 @@ class LowShotEvaluator:
             "device": device,
             "dtype": dtype,
         }
+        self._drawn = {f"{count}_per_class": {"images_per_class": count} for count in images_per_class}
+        self._drawn |= {f"{100 * share:.6g}_percent": {"fraction": share} for share in fractions}
+        self._list_files = _lists_by_task(list_files)
+        self._rows = self._check_given_rows(rows or {})
+        self._check_tasks()
         fingerprints = [getattr(dataset, "_fingerprint", None) for dataset in (train_dataset, test_dataset)]
         if fingerprints[0] is not None and fingerprints[0] == fingerprints[1]:
-            logger.warning("Train and test data are the same: images that the probe learnt from are tested too.")
-        self.results: LowShotResults | None = None
-        self._class_names = common_class_names(train_dataset, test_dataset)
+            logger.warning("Train and test data are the same: the probe is tested on images that it learnt from.")
+        self._class_names = check_class_names(train_dataset, test_dataset)
         self._splits: dict[str, list[Split]] | None = None
-        in_memory = isinstance(train_dataset, datasets.Dataset)
-        self._tasks.check_rows_fit(len(train_dataset) if in_memory else None)
-        # where the labelled images are given, no other label is read
-        candidates = self._tasks.all_rows
-        train_labels = read_labels(train_dataset, "train", candidates)
-        test_labels = read_labels(test_dataset, "test")
+        # if the labelled images are given, no other label is read
+        only_given = not (self._drawn or self._list_files)
+        candidates = np.unique(np.concatenate(list(self._rows.values()))) if only_given else None
+        train_labels = _read_labels(train_dataset, "train data", candidates)
+        test_labels = _read_labels(test_dataset, "test data")
         if train_labels is None:
             return
         candidates = np.arange(len(train_labels)) if candidates is None else candidates
         self._splits = self._draw_splits(train_labels, candidates)
         if test_labels is not None:
-            for task, of_task in self._tasks.rows.items():
-                self._check_seen(train_labels[np.isin(candidates, of_task)], test_labels, f"rows of {task!r}")
-            self._check_seen(train_labels, test_labels, "train data")
+            for task, given in self._rows.items():
+                self._check_learnt(train_labels[np.isin(candidates, given)], test_labels, f"rows of {task!r}")
+            self._check_learnt(train_labels, test_labels, "train data")
 
     @property
     def primary_metric(self) -> str:
-        """Top-1 of the most images a class; without such a task of the largest fraction, the last list or `rows`."""
-        return f"{self.name}/{self._tasks.primary}/top1"
+        """Top-1 of the most images per class; else of the largest fraction, the last list or the last of `rows`."""
+        for kind in ("images_per_class", "fraction"):
+            tasks = {size[kind]: task for task, size in self._drawn.items() if kind in size}
+            if tasks:
+                return f"{self.name}/{tasks[max(tasks)]}/top1"
+        return f"{self.name}/{[*(self._list_files or self._rows)][-1]}/top1"
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Evaluates a model; see the class for the metrics.
+        """Evaluate a model; see the class for the metrics.
 
         Args:
             model (`nn.Module`):
@@ -168,14 +183,13 @@ class LowShotEvaluator:
             rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
         train = extract_features(model, self.train_dataset, image_processor, rows=rows, **self._extraction)
         test = extract_features(model, self.test_dataset, image_processor, **self._extraction)
-        origin = getattr(model, "name_or_path", "") or None
         about = {
             "class": type(model).__name__,
             "backbone": type(find_backbone(model)).__name__,
-            "name_or_path": origin,
+            "name_or_path": _public_origin(getattr(model, "name_or_path", "")),
         }
         settings = {
-            "image_processor": _readable(describe_image_processor(image_processor)),
+            "image_processor": _as_json(describe_image_processor(image_processor)),
             "features": self._extraction["features"],
             "num_last_layers": self._extraction["num_last_layers"],
             "dtype": str(self._extraction["dtype"] or "that of the weights"),
@@ -190,23 +204,23 @@ class LowShotEvaluator:
         model: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> dict[str, float]:
-        """The same splits, probe and metrics on features from elsewhere: `pixel_features`, or a model not known here.
+        """Evaluate features from another source: `pixel_features`, or a model that `extract_features` cannot read.
 
         Args:
             train ([`Features`]): Of `train_dataset`, at least the rows that the splits need.
             test ([`Features`]): Of `test_dataset`.
-            model (`dict`, *optional*): What `results.model` says besides the weights hash.
-            settings (`dict`, *optional*): What `results.settings` says besides seed and number of splits.
+            model (`dict`, *optional*): Entries of `results.model` besides the weights hash.
+            settings (`dict`, *optional*): Entries of `results.settings` besides seed and number of splits.
         """
         for features, which in ((train, "train"), (test, "test")):
             if features.labels is None:
-                raise ValueError(f"The {which} features have no labels, but accuracy needs one for each image.")
+                raise ValueError(f"The {which} features must have labels, but have none. Use labelled data.")
         splits = self._splits if self._splits is not None else self._draw_splits(train.labels, train.rows)
         jobs = [(task, split) for task, of_task in splits.items() for split in of_task]
 
         def fit_own_share() -> list[tuple[int, SplitResult, int]]:
             own = range(rank(), len(jobs), world_size())
-            return [(job, *self._fit(jobs[job][0], jobs[job][1], train, test)) for job in own]
+            return [(job, *self._fit(*jobs[job], train, test)) for job in own]
 
         _, shares = run_on_every_rank(fit_own_share, lambda share: share)
         done = {job: (result, num_classes) for share in shares for job, result, num_classes in share}
@@ -221,19 +235,56 @@ class LowShotEvaluator:
             model={**(model or {}), "weights_sha256": train.weights_sha256},
             probe=dict(self.probe.settings),
             data={
-                "train": _about_data(train, self.train_dataset),
-                "test": _about_data(test, self.test_dataset),
+                "train": _describe_data(train, self.train_dataset),
+                "test": _describe_data(test, self.test_dataset),
                 "class_names": self._class_names,
             },
-            settings={**(settings or {}), "seed": self._tasks.seed, "num_splits": self._tasks.num_splits},
+            settings={**(settings or {}), "seed": self.seed, "num_splits": self.num_splits},
             versions={package: _version(package) for package in _PACKAGES},
         )
         return self.results.metrics
 
-    def _draw_splits(self, labels: np.ndarray, rows: np.ndarray) -> dict[str, list[Split]]:
-        return self._tasks.draw(labels, rows, self._class_names, lambda: image_file_names(self.train_dataset))
+    def _check_given_rows(self, rows: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+        if not isinstance(rows, Mapping):
+            raise ValueError(
+                f"`rows` must map names of tasks to row numbers, but is a {type(rows).__name__}. Give a name: "
+                "rows={'support': [...]}."
+            )
+        if (rows or self._list_files) and not isinstance(self.train_dataset, datasets.Dataset):
+            raise ValueError(
+                "`list_files` and `rows` select rows by number, which a stream does not have. Load the train data "
+                "with streaming=False."
+            )
+        return {task: check_rows(f"rows[{task!r}]", given, len(self.train_dataset)) for task, given in rows.items()}
 
-    def _check_seen(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
+    def _check_tasks(self) -> None:
+        names = [*self._drawn, *self._list_files, *self._rows]
+        if not names:
+            raise ValueError(
+                "Low-shot evaluation needs a task, but `images_per_class`, `fractions`, `list_files` and `rows` are "
+                "empty. The paper uses images_per_class=(1, 2, 5) and fractions=(0.01,)."
+            )
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"Names of tasks must differ, but {repeated} occur twice. Rename them in `rows`.")
+
+    def _draw_splits(self, labels: np.ndarray, rows: np.ndarray) -> dict[str, list[Split]]:
+        """Return the splits of each task, from the labels (N,) of the rows (N,) that may be drawn."""
+        # names without any image are ignored: a part of a dataset keeps the names of the whole
+        names = self._class_names
+        names = names if names and len(np.unique(labels)) == len(names) else None
+        splits = {
+            task: [
+                Split(rows[low_shot_indices(labels, **size, seed=seed, class_names=names)], seed=seed)
+                for seed in range(self.seed, self.seed + self.num_splits)
+            ]
+            for task, size in self._drawn.items()
+        }
+        file_names = image_file_names(self.train_dataset) if self._list_files else []
+        for task, paths in self._list_files.items():
+            splits[task] = [Split(np.sort(match_list_file(path, file_names)), list_file=path) for path in paths]
+        return splits | {task: [Split(given)] for task, given in self._rows.items()}
+
+    def _check_learnt(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
         check_every_class_is_learnt(train_labels, test_labels, where, self._class_names)
 
     def _fit(self, task: str, split: Split, train: Features, test: Features) -> tuple[SplitResult, int]:
@@ -246,7 +297,7 @@ class LowShotEvaluator:
                 f"split of {task!r} are missing. Extract them from the whole of `train_dataset`."
             )
         labels = train.labels[found]
-        self._check_seen(labels, test.labels, f"readable images of a split of {task!r}")
+        self._check_learnt(labels, test.labels, f"readable images of a split of {task!r}")
         probe = self.probe.fit(train.features[found], labels)
         scores = probe.predict_scores(test.features)
         columns = np.searchsorted(probe.classes_, test.labels)
@@ -271,7 +322,32 @@ class LowShotEvaluator:
         return result, num_classes
 
 
-def _about_data(features: Features, dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Any]:
+def _lists_by_task(
+    list_files: Sequence[str | os.PathLike] | Mapping[str, Sequence[str | os.PathLike]],
+) -> dict[str, list[str]]:
+    if isinstance(list_files, (str, os.PathLike)):
+        list_files = [list_files]
+    if isinstance(list_files, Mapping):
+        return {task: [str(path) for path in paths] for task, paths in list_files.items()}
+    tasks: dict[str, list[str]] = {}
+    for path in list_files:
+        tasks.setdefault(Path(path).stem, []).append(str(path))
+    return tasks
+
+
+def _read_labels(
+    dataset: datasets.Dataset | datasets.IterableDataset, which: str, rows: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the labels of a dataset; `None` for a stream, whose labels come with its features."""
+    if isinstance(dataset, datasets.IterableDataset):
+        columns = dataset.column_names
+        if columns is not None and "label" not in columns:
+            raise ValueError(f"The {which} must have a column 'label', but has {columns}. Use a labelled stream.")
+        return None
+    return class_numbers(dataset, rows, which)
+
+
+def _describe_data(features: Features, dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Any]:
     split = getattr(dataset, "split", None)
     labels_and_rows = np.stack([features.rows, features.labels]).astype(np.int64)
     return {
@@ -281,12 +357,20 @@ def _about_data(features: Features, dataset: datasets.Dataset | datasets.Iterabl
         "rows_and_labels_sha256": hashlib.sha256(labels_and_rows.tobytes()).hexdigest(),
         "num_images": len(features),
         "num_skipped": len(features.skipped),
-        "skipped": [str(error) for error in features.skipped[:20]],
+        "skipped": [
+            str(BrokenImageError(error.reason, row=error.row, path=error.path and Path(error.path).name))
+            for error in features.skipped[:20]
+        ],
     }
 
 
-def _readable(image_processor: str) -> Any:
-    """The settings as JSON holds them best: an object, or a string where they have no such form."""
+def _public_origin(name_or_path: str) -> str | None:
+    """Return a Hub id as it is, and the last component of a local path."""
+    return (Path(name_or_path).name if os.path.exists(name_or_path) else name_or_path) or None
+
+
+def _as_json(image_processor: str) -> Any:
+    """Return the description as a JSON object, or as a string if it is not JSON."""
     try:
         return json.loads(image_processor)
     except json.JSONDecodeError:

@@ -1,28 +1,27 @@
-"""Accuracies as an `evaluate.Metric` that needs no download."""
+"""Top-k accuracy, as an `evaluate.Metric` that needs no download."""
 
 import datasets
 import evaluate
 import numpy as np
 
+from ..checks import check_integer
+
 
 def rank_classes(scores: np.ndarray, k: int) -> np.ndarray:
-    """The `k` best classes of each row, best first. Equal scores rank the lower column first, as `argmax` does.
+    """Return the `k` best classes of each row, best first. Ties rank the lower column first, as `argmax` does.
 
     Args:
         scores (`np.ndarray` of shape `(N, C)`): Any real scores; higher is better.
-        k (`int`): How many classes to keep; at most `C` are there.
+        k (`int`): Number of classes to keep.
 
     Returns:
         `np.ndarray` of shape `(N, min(k, C))`, int64: column numbers.
 
     Raises:
-        `ValueError`: if `scores` is not two-dimensional or holds NaN, or `k < 1`.
+        ValueError: If `scores` holds NaN, or `k < 1`.
     """
     scores = np.asarray(scores)
-    if scores.ndim != 2:
-        raise ValueError(f"`scores` must have shape (images, classes), but has shape {scores.shape}.")
-    if k < 1:
-        raise ValueError(f"`k` counts classes and must be >= 1, but is {k}.")
+    check_integer("k", k, meaning="counts classes")
     if np.isnan(scores).any():
         row = int(np.isnan(scores).any(axis=1).argmax())
         raise ValueError(
@@ -34,13 +33,13 @@ def rank_classes(scores: np.ndarray, k: int) -> np.ndarray:
 class TopKAccuracy(evaluate.Metric):
     """Share of images whose label is among the `k` classes ranked first, in [0, 1].
 
-    `predictions` are ranked classes, best first (`rank_classes` makes them of scores), not scores: a score for each of
-    1000 classes costs `evaluate` minutes on 50,000 images, five ranked classes a second.
+    `predictions` are ranked classes, best first, from `rank_classes`, not scores: scores of 1000 classes cost
+    `evaluate` minutes on 50,000 images, five ranked classes one second.
 
     Example:
 
     ```python
-    >>> from hf_msn.evaluation import TopKAccuracy, rank_classes
+    >>> from hf_msn.evaluation.metrics import TopKAccuracy, rank_classes
 
     >>> TopKAccuracy().compute(predictions=[[2, 0], [1, 0]], references=[2, 0], k=1)
     {'top1_accuracy': 0.5}
@@ -64,7 +63,7 @@ class TopKAccuracy(evaluate.Metric):
         ranked = np.asarray(predictions)
         if k < 1 or ranked.shape[1] < k:
             raise ValueError(
-                f"`k` must be between 1 and the {ranked.shape[1]} ranked classes given for each image, but is {k}. "
+                f"`k` must be between 1 and {ranked.shape[1]}, the number of ranked classes, but is {k}. "
                 "Rank more classes with `rank_classes(scores, k)`."
             )
         hits = (ranked[:, :k] == np.asarray(references)[:, None]).any(axis=1)

@@ -1,4 +1,4 @@
-"""Classifiers on frozen features: what low-shot evaluation fits on a few labelled images."""
+"""Classifiers on frozen features, which low-shot evaluation fits on a few labelled images."""
 
 import math
 from typing import Any, Protocol
@@ -8,29 +8,20 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
+from ..checks import check_integer, check_number
 from ..losses.assignments import log_assignments
-from .logistic_probe import LogisticProbe
-from .probe_inputs import centre_and_normalize, checked, checked_features
-
-__all__ = [
-    "KNNProbe",
-    "LinearProbe",
-    "LogisticProbe",
-    "Probe",
-    "SoftNearestNeighborProbe",
-    "centre_and_normalize",
-]
+from .softmax_regression import fit_softmax_regression
 
 # similarities held at a time: 64 MiB in float64, whatever the number of images
 _SIMILARITIES = 2**23
 
 
 class Probe(Protocol):
-    """What `LowShotEvaluator` asks of a probe: any object with these can take part.
+    """The interface of a probe for `LowShotEvaluator`.
 
-    `fit` learns anew each time it is called and sets `classes_`, the sorted labels it saw; `predict_scores` returns
-    one column for each of them, in that order. `settings` and `fit_report` are what results say about the probe and
-    its last fit; both must be JSON-serialisable.
+    `fit` learns anew at each call and sets `classes_`, the sorted labels; `predict_scores` returns one column per
+    class, in that order. `settings` and `fit_report` describe the probe and its last fit in the results; both must be
+    JSON-serialisable.
     """
 
     classes_: np.ndarray
@@ -44,6 +35,98 @@ class Probe(Protocol):
     def predict_scores(self, features: np.ndarray) -> np.ndarray: ...
 
 
+class LogisticProbe:
+    r"""Multinomial logistic regression without intercept, the classifier of the MSN paper (arXiv 2204.07141).
+
+    Features are centred (each vector minus its own mean) and l2-normalised; then, over the `N` labelled images,
+
+    $$\min_W \frac{1}{N} \sum_i -\log \mathrm{softmax}(W x_i)_{y_i} + \frac{\lambda}{N} \frac{1}{2} \lVert W \rVert^2$$
+
+    to the minimum that `sklearn.linear_model.LogisticRegression(C=1 / l2, fit_intercept=False)` finds, in fewer and
+    cheaper iterations: see `hf_msn.evaluation.softmax_regression`. It starts at `W = 0` and draws nothing at random.
+    For two classes scikit-learn fits one weight vector `w` in place of two rows; the minimum above has
+    `W = (-w / 2, w / 2)`, so `C = 2 / l2` there makes it the same objective.
+
+    Args:
+        l2 (`float`, *optional*):
+            The penalty lambda. By default 0.0025 up to 10 images per class on average and 0.075 above: the paper gives
+            0.0025 for 5 images per class and 0.075 for 1 % of ImageNet, which is 13 images per class.
+        max_iter (`int`, *optional*, defaults to 300):
+            Most L-BFGS iterations, part of the protocol. `fit_report["converged"]` tells whether they sufficed.
+        tol (`float`, *optional*, defaults to 1e-8):
+            Stops when no entry of the gradient of the objective above exceeds this. (The paper's 1e-3 is the tolerance
+            of another solver. With 1000 classes these entries are tiny from the start: 1e-5 stops after 3 iterations.)
+        device (`str` or `torch.device`, *optional*):
+            Device to fit and predict on; by default CUDA if available, else the CPU.
+
+    After `fit`, `coef_` (C, D) holds W in float64, rows in the order of `classes_`, and `fit_report` the penalty `l2`,
+    `iterations`, `converged` (within `tol`), `objective` (as above) and `largest_gradient` (its largest entry).
+
+    Example:
+
+    ```python
+    >>> probe = LogisticProbe().fit(train_features, train_labels)
+    >>> scores = probe.predict_scores(test_features)  # (N, C): log-odds, columns in the order of probe.classes_
+    ```
+    """
+
+    def __init__(
+        self,
+        l2: float | None = None,
+        max_iter: int = 300,
+        tol: float = 1e-8,
+        device: str | torch.device | None = None,
+    ):
+        if l2 is not None:
+            check_number("l2", l2, above=0, meaning="is a penalty", remedy="The paper uses 0.0025.")
+        check_integer("max_iter", max_iter, meaning="counts iterations", remedy="The paper uses 300.")
+        check_number("tol", tol, above=0, meaning="bounds the gradient", remedy="The default is 1e-8.")
+        self.l2, self.max_iter, self.tol = l2, max_iter, tol
+        self.device = _device(device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as the results record them."""
+        l2 = self.l2 if self.l2 is not None else "0.0025 up to 10 images per class on average, else 0.075"
+        return {"probe": "logistic", "l2": l2, "max_iter": self.max_iter, "tol": self.tol}
+
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> "LogisticProbe":
+        """Fit the probe anew.
+
+        Args:
+            features (`np.ndarray` of shape `(N, D)`): Unnormalised features.
+            labels (`np.ndarray` of shape `(N,)`): Integers.
+
+        Raises:
+            ValueError: If features are not finite, labels have another shape, or there are fewer than 2 classes.
+        """
+        features, self.classes_, targets = _check_inputs(features, labels)
+        images_per_class = len(targets) / len(self.classes_)
+        l2 = self.l2 if self.l2 is not None else (0.0025 if images_per_class <= 10 else 0.075)
+        solution = fit_softmax_regression(
+            torch.from_numpy(centre_and_normalize(features)).to(self.device),
+            torch.from_numpy(targets).to(self.device),
+            len(self.classes_),
+            l2,
+            max_iter=self.max_iter,
+            tol=self.tol,
+        )
+        self.coef_ = solution.weights.cpu().numpy()
+        self.fit_report = {
+            "l2": l2,
+            "iterations": solution.iterations,
+            "converged": solution.converged,
+            "objective": solution.objective,
+            "largest_gradient": solution.largest_gradient,
+        }
+        return self
+
+    def predict_scores(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, C) log-odds `W x`, columns in the order of `classes_`."""
+        inputs = torch.from_numpy(centre_and_normalize(_check_features(features))).to(self.device)
+        return (inputs @ torch.from_numpy(self.coef_).to(self.device).T).cpu().numpy()
+
+
 class KNNProbe:
     r"""Weighted vote of the `k` nearest labelled images by cosine similarity.
 
@@ -51,37 +134,24 @@ class KNNProbe:
     over all k: a distribution over classes. With fewer than `k` labelled images all of them vote.
 
     Args:
-        k (`int`, *optional*, defaults to 20):
-            Number of neighbours.
+        k (`int`, *optional*, defaults to 20): Number of neighbours.
         temperature (`float`, *optional*, defaults to 0.07):
-            Of the weights; smaller trusts the very nearest more.
+            Temperature of the weights; a smaller one favours the nearest neighbours more.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07):
-        if k < 1:
-            raise ValueError(f"`k` counts neighbours and must be >= 1, but is {k}. 20 is usual.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be > 0, but is {temperature}. 0.07 is usual.")
-        self.k, self.temperature = k, temperature
+        self.k = check_integer("k", k, meaning="counts neighbours", remedy="20 is usual.")
+        self.temperature = check_number("temperature", temperature, above=0, remedy="0.07 is usual.")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked for, as results record it."""
+        """The arguments, as the results record them."""
         return {"probe": "knn", "k": self.k, "temperature": self.temperature}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "KNNProbe":
-        """Fits the probe anew.
-
-        Args:
-            features (`np.ndarray` of shape `(N, D)`): The labelled images.
-            labels (`np.ndarray` of shape `(N,)`): Integers.
-
-        Raises:
-            `ValueError`: without rows, with features that are not finite, labels of another shape, one class only.
-        """
-        features, labels = checked(features, labels)
-        self.classes_, self._columns = np.unique(labels, return_inverse=True)
-        neighbours = min(self.k, len(labels))
+        """Fit the probe anew. Arguments and errors are those of [`LogisticProbe.fit`]."""
+        features, self.classes_, self._columns = _check_inputs(features, labels)
+        neighbours = min(self.k, len(features))
         self._index = NearestNeighbors(n_neighbors=neighbours, metric="cosine", algorithm="brute")
         self._index.fit(features.astype(np.float64))
         self.fit_report = {"k": neighbours}
@@ -89,8 +159,8 @@ class KNNProbe:
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C): the share of each class in the weighted vote; rows sum to 1."""
-        distances, nearest = self._index.kneighbors(checked_features(features).astype(np.float64))
-        # the nearest neighbour gets weight 1: the ratio is the same and cannot overflow
+        distances, nearest = self._index.kneighbors(_check_features(features).astype(np.float64))
+        # relative to the nearest neighbour: the ratio is the same and cannot overflow
         weights = np.exp((distances[:, :1] - distances) / self.temperature)
         scores = np.zeros((len(distances), len(self.classes_)))
         np.add.at(scores, (np.arange(len(scores))[:, None], self._columns[nearest]), weights)
@@ -102,13 +172,11 @@ class SoftNearestNeighborProbe:
 
     $$d(z, S) = \sum_i \frac{\exp(z^\top s_i / \tau)}{\sum_j \exp(z^\top s_j / \tau)} y_i$$
 
-    with l2-normalised `z` and supports `s`, and one-hot labels `y`. There is nothing to learn: fitting keeps the
-    supports. Scores are the logarithms of `d`, in float64, so that classes still rank where every term but one
-    underflows.
+    with l2-normalised `z` and supports `s`, and one-hot labels `y`. Nothing is learned: fitting stores the supports.
+    Scores are the logarithms of `d`, in float64, so that classes still rank where every term but one underflows.
 
     Args:
-        temperature (`float`, *optional*, defaults to 0.1):
-            tau; smaller trusts the very nearest more.
+        temperature (`float`, *optional*, defaults to 0.1): tau; a smaller one favours the nearest supports more.
 
     Example:
 
@@ -119,47 +187,37 @@ class SoftNearestNeighborProbe:
     """
 
     def __init__(self, temperature: float = 0.1):
-        # so small that its inverse overflows would make NaN of the similarities
-        if not (math.isfinite(temperature) and temperature > 0 and math.isfinite(1 / temperature)):
-            raise ValueError(
-                f"`temperature` divides similarities and must be finite and > 0, but is {temperature}. PAWS uses 0.1."
-            )
-        self.temperature = temperature
+        # below the smallest normal number, the inverse overflows and similarities would be NaN
+        tiny = float(np.finfo(np.float64).tiny)
+        self.temperature = check_number("temperature", temperature, minimum=tiny, remedy="PAWS uses 0.1.")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked for, as results record it."""
+        """The arguments, as the results record them."""
         return {"probe": "soft_nearest_neighbor", "temperature": self.temperature}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "SoftNearestNeighborProbe":
-        """Keeps the supports.
-
-        Args:
-            features (`np.ndarray` of shape `(N, D)`): The labelled images; normalised in here.
-            labels (`np.ndarray` of shape `(N,)`): Integers.
-
-        Raises:
-            `ValueError`: without rows, with features that are not finite, labels of another shape, one class only.
-        """
-        features, labels = checked(features, labels)
-        # the supports of a class lie together, so that one reduction gives the sums of all classes
-        order = np.argsort(labels, kind="stable")
+        """Store the supports. Arguments and errors are those of [`LogisticProbe.fit`]."""
+        features, self.classes_, columns = _check_inputs(features, labels)
+        # the supports of a class are contiguous, so that one reduction gives the sums of all classes
+        order = np.argsort(columns, kind="stable")
         self._supports = torch.from_numpy(features[order].astype(np.float64))
-        self.classes_, self._starts, self._counts = np.unique(labels[order], return_index=True, return_counts=True)
-        self.fit_report = {"num_supports": len(labels)}
+        self._counts = np.bincount(columns)
+        self._first = np.cumsum(self._counts) - self._counts
+        self.fit_report = {"num_supports": len(features)}
         return self
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) log-probabilities, columns in the order of `classes_`."""
-        queries = torch.from_numpy(checked_features(features).astype(np.float64))
+        queries = torch.from_numpy(_check_features(features).astype(np.float64))
         chunks = queries.split(max(1, _SIMILARITIES // len(self._supports)))
         return np.concatenate([self._log_probabilities(chunk) for chunk in chunks])
 
     def _log_probabilities(self, queries: torch.Tensor) -> np.ndarray:
         of_supports = log_assignments(queries, self._supports, self.temperature).numpy()
-        largest = np.maximum.reduceat(of_supports, self._starts, axis=1)
+        largest = np.maximum.reduceat(of_supports, self._first, axis=1)
         relative = np.exp(of_supports - np.repeat(largest, self._counts, axis=1))
-        return largest + np.log(np.add.reduceat(relative, self._starts, axis=1))
+        return largest + np.log(np.add.reduceat(relative, self._first, axis=1))
 
 
 class LinearProbe:
@@ -173,20 +231,14 @@ class LinearProbe:
     is bounded by the curvature of the loss, which a full batch shares with the paper's batches.
 
     Args:
-        batch_size (`int`, *optional*, defaults to 16384):
-            Images a step.
-        learning_rate (`float`, *optional*, defaults to 6.4):
-            At the first step.
-        epochs (`int`, *optional*, defaults to 100):
-            Passes over the labelled images.
-        momentum (`float`, *optional*, defaults to 0.9):
-            Nesterov momentum.
-        weight_decay (`float`, *optional*, defaults to 0.0):
-            l2 penalty on weights and bias.
+        batch_size (`int`, *optional*, defaults to 16384): Images per step.
+        learning_rate (`float`, *optional*, defaults to 6.4): Learning rate of the first step.
+        epochs (`int`, *optional*, defaults to 100): Passes over the labelled images.
+        momentum (`float`, *optional*, defaults to 0.9): Nesterov momentum.
+        weight_decay (`float`, *optional*, defaults to 0.0): l2 penalty on weights and bias.
         seed (`int`, *optional*, defaults to 0):
-            Of the order of the batches. The global random state is neither read nor changed.
-        device (`str` or `torch.device`, *optional*):
-            Where to train; CUDA where there is one, else the CPU.
+            Seed of the order of the batches. The global random state is neither read nor changed.
+        device (`str` or `torch.device`, *optional*): Device to train on; by default CUDA if available, else the CPU.
     """
 
     def __init__(
@@ -199,37 +251,22 @@ class LinearProbe:
         seed: int = 0,
         device: str | torch.device | None = None,
     ):
-        if batch_size < 1 or epochs < 1:
-            raise ValueError(f"`batch_size` and `epochs` must be >= 1, but are {batch_size} and {epochs}.")
-        if not learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be > 0, but is {learning_rate}. The paper uses 6.4.")
-        if not 0 < momentum < 1:
-            raise ValueError(f"`momentum` must lie in (0, 1) for Nesterov's method, but is {momentum}. 0.9 is usual.")
-        if weight_decay < 0:
-            raise ValueError(f"`weight_decay` must be >= 0, but is {weight_decay}. 0 turns it off.")
-        self.batch_size, self.learning_rate, self.epochs = batch_size, learning_rate, epochs
-        self.momentum, self.weight_decay, self.seed = momentum, weight_decay, seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size = check_integer("batch_size", batch_size)
+        self.learning_rate = check_number("learning_rate", learning_rate, above=0, remedy="The paper uses 6.4.")
+        self.epochs = check_integer("epochs", epochs)
+        self.momentum = check_number("momentum", momentum, above=0, below=1, remedy="0.9 is usual.")
+        self.weight_decay = check_number("weight_decay", weight_decay, minimum=0)
+        self.seed, self.device = seed, _device(device)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked for, as results record it."""
+        """The arguments, as the results record them."""
         names = ("batch_size", "learning_rate", "epochs", "momentum", "weight_decay", "seed")
         return {"probe": "linear", **{name: getattr(self, name) for name in names}}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "LinearProbe":
-        """Fits the probe anew.
-
-        Args:
-            features (`np.ndarray` of shape `(N, D)`): As extracted; normalised in here.
-            labels (`np.ndarray` of shape `(N,)`): Integers.
-
-        Raises:
-            `ValueError`: without rows, with features that are not finite, labels of another shape, one class only;
-                when the loss is not finite.
-        """
-        features, labels = checked(features, labels)
-        self.classes_, columns = np.unique(labels, return_inverse=True)
+        """Fit the probe anew. Arguments and errors are those of [`LogisticProbe.fit`], and an infinite loss."""
+        features, self.classes_, columns = _check_inputs(features, labels)
         inputs, targets = self._prepare(features), torch.from_numpy(columns).to(self.device)
         weight = torch.zeros(len(self.classes_), inputs.shape[1], device=self.device, requires_grad=True)
         bias = torch.zeros(len(self.classes_), device=self.device, requires_grad=True)
@@ -263,8 +300,51 @@ class LinearProbe:
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) logits, columns in the order of `classes_`."""
-        return F.linear(self._prepare(checked_features(features)), self.weight_, self.bias_).cpu().numpy()
+        return F.linear(self._prepare(_check_features(features)), self.weight_, self.bias_).cpu().numpy()
 
     def _prepare(self, features: np.ndarray) -> torch.Tensor:
         inputs = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(self.device)
         return F.normalize(F.layer_norm(inputs, inputs.shape[1:]), dim=1)
+
+
+def centre_and_normalize(features: np.ndarray) -> np.ndarray:
+    """Return each vector minus its own mean, at unit length: `x <- x - mean(x); x <- x / ||x||_2`, in float64.
+
+    A constant vector has no direction and becomes 0.
+    """
+    centred = np.asarray(features, dtype=np.float64)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    # the rest of a constant vector is rounding, which must not be scaled to unit length
+    rounding = np.finfo(np.float32).eps * np.abs(features).max(axis=1, keepdims=True)
+    return np.where(lengths > rounding, centred / np.maximum(lengths, np.finfo(np.float64).tiny), 0.0)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_features(features: np.ndarray) -> np.ndarray:
+    features = np.asarray(features)
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"`features` must have shape (images, dimensions), images >= 1, but has {features.shape}.")
+    broken = ~np.isfinite(features).all(axis=1)
+    if broken.any():
+        raise ValueError(
+            f"`features` must be finite, but {int(broken.sum())} of {len(features)} rows hold NaN or infinity, the "
+            f"first is row {int(broken.argmax())}. Look for NaN in the weights, or extract with dtype=torch.float32."
+        )
+    return features
+
+
+def _check_inputs(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return features, the sorted classes, and the class of each row as an index into them."""
+    features, labels = _check_features(features), np.asarray(labels)
+    if labels.shape != (len(features),):
+        raise ValueError(
+            f"`labels` must have shape ({len(features)},), as `features` has rows, but has {labels.shape}."
+        )
+    classes, columns = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"`labels` must hold at least 2 classes, but all {len(labels)} are {classes[0]}.")
+    return features, classes, columns

@@ -1,4 +1,4 @@
-"""What a low-shot evaluation found: per split, in summary, as a table and as JSON."""
+"""The results of a low-shot evaluation: per split, in summary, as a table and as JSON."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-# what the JSON file says that it is; the number changes with the meaning of a field
+from ..files import write_text
+
+# the format of the JSON file; the number changes with the meaning of a field
 RESULTS_FORMAT = "hf_msn low-shot results 1"
 
 
@@ -18,13 +20,13 @@ class SplitResult:
     """One probe on one split.
 
     Args:
-        seed (`int`, *optional*): That the split was drawn with.
-        list_file (`str`, *optional*): That the split was read from.
+        seed (`int`, *optional*): Seed of the split, if it was drawn.
+        list_file (`str`, *optional*): List file of the split, if it was read.
         num_images (`int`): Labelled images the probe was fitted on, without skipped ones.
-        fewest_per_class (`int`), most_per_class (`int`): Of these images.
+        fewest_per_class, most_per_class (`int`): Smallest and largest number of these images per class.
         num_skipped (`int`): Images of the split that could not be read.
-        fit (`dict`): `fit_report` of the probe, with the penalty that was used.
-        top1 (`float`), top5 (`float`, *optional*): Accuracy on the test images, in per cent.
+        fit (`dict`): `fit_report` of the probe.
+        top1 (`float`), top5 (`float`, *optional*): Accuracy on the test images, in percent.
     """
 
     seed: int | None
@@ -48,7 +50,7 @@ class TaskResult:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Mean, standard deviation (`ddof=1`) and half-width of the 95 % interval over splits, in per cent."""
+        """Mean, standard deviation (`ddof=1`) and half-width of the 95 % interval over splits, in percent."""
         summary: dict[str, float] = {"num_splits": float(len(self.splits))}
         for name in ("top1", "top5"):
             accuracies = [getattr(split, name) for split in self.splits]
@@ -61,17 +63,17 @@ class TaskResult:
 
 @dataclass
 class LowShotResults:
-    """Everything a reader needs to trust or repeat the numbers.
+    """The numbers of a low-shot evaluation and all that they depend on.
 
     Args:
         name (`str`): Prefix of the metrics.
-        primary_metric (`str`): The one to compare models by.
-        tasks (`list[TaskResult]`): With every split.
+        primary_metric (`str`): The metric to compare models by.
+        tasks (`list[TaskResult]`): The tasks, with every split.
         model (`dict`): Class, origin and weights hash.
         probe (`dict`): Settings of the probe.
         data (`dict`): Names, fingerprints and counts of the train and test images.
-        settings (`dict`): Image processor, which features, layers, seed.
-        versions (`dict`): Of the packages that the numbers depend on.
+        settings (`dict`): Image processor, features, layers, seed.
+        versions (`dict`): Versions of the packages that the numbers depend on.
     """
 
     name: str
@@ -85,37 +87,36 @@ class LowShotResults:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Flat, in per cent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../top1_ci95`, `.../num_splits`, ..."""
+        """Flat, in percent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../top1_ci95`, `.../num_splits`, ..."""
         return {f"{self.name}/{task.name}/{key}": value for task in self.tasks for key, value in task.summary.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole as plain JSON types; `summary` of each task beside its splits."""
+        """Return everything as plain JSON types, with the `summary` of each task. Paths are reduced to names."""
         result = {"format": RESULTS_FORMAT, "metrics": self.metrics, **asdict(self)}
         for task, plain in zip(self.tasks, result["tasks"]):
             plain["summary"] = task.summary
+            for split in plain["splits"]:
+                split["list_file"] = split["list_file"] and Path(split["list_file"]).name
         return result
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes `to_dict()` as JSON: beside `path`, then renamed, so that no reader sees half of it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        """Write `to_dict()` as JSON. An existing file is replaced as a whole.
+
+        Raises:
+            ValueError: If a number is not finite.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def table(self) -> str:
-        """One aligned line a task: top-1 as mean ± standard deviation, its 95 % interval, top-5, number of splits.
+        """Return one aligned line per task: top-1 ± standard deviation, its 95 % interval, top-5, number of splits.
 
-        The interval is cut to [0, 100]; the metrics keep its half-width as it is.
+        The interval is clipped to [0, 100]; the metrics keep its half-width.
         """
         rows = [("task", "top-1 [%]", "95 % interval", "top-5 [%]", "splits")]
         for task in self.tasks:
             summary, several = task.summary, len(task.splits) > 1
             half = summary["top1_ci95"]
-            # Student's interval knows nothing of the bounds of an accuracy
+            # Student's interval may exceed the bounds of an accuracy
             low, high = max(0.0, summary["top1"] - half), min(100.0, summary["top1"] + half)
             rows.append(
                 (
@@ -132,9 +133,9 @@ class LowShotResults:
 
 
 def mean_std_ci95(values: list[float]) -> tuple[float, float, float]:
-    """Mean, standard deviation (`ddof=1`) and half-width of the 95 % interval of the mean by Student's t.
+    """Return mean, standard deviation (`ddof=1`) and half-width of the 95 % interval of the mean by Student's t.
 
-    With one value neither of the latter can be estimated; both are 0 then.
+    With one value the latter two are undefined and returned as 0.
     """
     mean = float(np.mean(values))
     if len(values) < 2:

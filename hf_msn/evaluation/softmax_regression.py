@@ -7,7 +7,7 @@ $$f(W) = \frac{1}{N} \sum_i -\log P_{i y_i} + \frac{\lambda}{2} \lVert W \rVert^
 \nabla f(W) = \frac{1}{N} (P - Y)^\top X + \lambda W.$$
 
 **Coordinates.** `A = X^T X / N = Q diag(a) Q^T`. The penalty is the same in every orthonormal basis, so `W = V Q^T` is
-sought by its coordinates `V`, exactly. With fewer images than dimensions the minimum lies in the span of the rows
+found through its coordinates `V`, exactly. With fewer images than dimensions the minimum lies in the span of the rows
 (`X^T = Q_1 R`), so that `V` has only N columns.
 
 **Preconditioner.** The Hessian of the loss is $\frac{1}{N} \sum_i (\mathrm{diag}(p_i) - p_i p_i^\top) \otimes x_i
@@ -21,7 +21,7 @@ present W, $h_c = \frac{1}{N} \sum_i P_{ic} (1 - P_{ic})$: the entry for class c
 conditions of Hager & Zhang (2005), which compare slopes and therefore still work where the decrease of f is lost in
 rounding.
 
-**Precision.** float32 while the gradient stands clear of float32's rounding, then float64.
+**Precision.** float32 while the gradient is well above float32's rounding, then float64.
 """
 
 from collections import deque
@@ -29,13 +29,13 @@ from dataclasses import dataclass
 
 import torch
 
-# pairs of steps and gradient changes that L-BFGS remembers
+# pairs of steps and gradient changes in the memory of L-BFGS
 _MEMORY = 10
-# of the gradient at W = 0, the part below which float32 is not trusted
+# share of the gradient at W = 0 below which float32 is not trusted
 _FLOAT32_FLOOR = 1e-5
-# multiplications of one product below which float32 saves nothing
+# multiplications per product below which float32 saves nothing
 _SMALL = 2**24
-# probabilities held at a time: 8 MiB in float32, which a processor's cache holds, and 1 GiB on a GPU
+# probabilities held at a time: 8 MiB in float32, which fit a processor's cache, and 1 GiB on a GPU
 _PROBABILITIES = {"cpu": 2**21, "cuda": 2**28}
 # rows on which the length of the first step is found
 _FIRST_ROWS = 1024
@@ -43,11 +43,11 @@ _FIRST_ROWS = 1024
 
 @dataclass(frozen=True)
 class SoftmaxSolution:
-    """What `fit_softmax_regression` found.
+    """The result of `fit_softmax_regression`.
 
     Args:
         weights (`torch.Tensor` of shape `(C, D)`): float64, on the device of the inputs.
-        iterations (`int`): Of L-BFGS, in both precisions.
+        iterations (`int`): L-BFGS iterations in both precisions.
         converged (`bool`): Whether no entry of the gradient exceeds `tol`.
         objective (`float`): f(W).
         largest_gradient (`float`): The largest absolute entry of the gradient at W.
@@ -64,10 +64,10 @@ class SoftmaxSolution:
 def fit_softmax_regression(
     inputs: torch.Tensor, targets: torch.Tensor, num_classes: int, l2: float, max_iter: int = 300, tol: float = 1e-8
 ) -> SoftmaxSolution:
-    """The minimum of the module's objective, from W = 0; deterministic.
+    """Find the minimum of the module's objective, from W = 0. Deterministic.
 
     Args:
-        inputs (`torch.Tensor` of shape `(N, D)`): float64; computed where it lies.
+        inputs (`torch.Tensor` of shape `(N, D)`): float64, on the device to compute on.
         targets (`torch.Tensor` of shape `(N,)`): int64 in `[0, num_classes)`, on the same device.
         num_classes (`int`): C.
         l2 (`float`): The penalty, > 0; lambda is `l2 / N`.
@@ -79,7 +79,7 @@ def fit_softmax_regression(
         penalty = l2 / len(inputs)
         weights, gradient = _first_step(coordinates, targets, num_classes, curvature, penalty)
         largest = (gradient @ basis.T).abs().max().item()
-        # TensorFloat-32 or bfloat16 products, where they are switched on, are too coarse for either precision's end
+        # TensorFloat-32 or bfloat16 products, if enabled, are too coarse for the end of either precision
         exact = torch.get_float32_matmul_precision() == "highest"
         small = coordinates.numel() * num_classes < _SMALL
         floor = _FLOAT32_FLOOR * largest
@@ -88,7 +88,7 @@ def fit_softmax_regression(
             single = _Objective(coordinates.float(), targets, num_classes, curvature.float(), penalty)
             state = _minimize(single, weights.float(), basis.float(), max_iter, max(tol, floor))
             weights, iterations, objective, largest = state
-            # float32's rounding of the sums over classes, which no later step could take back
+            # remove float32's rounding of the sums over classes, which no later step can change
             weights = weights.double()
             weights -= weights.mean(dim=0)
             done = iterations == max_iter or (largest <= tol and tol >= floor)
@@ -99,13 +99,13 @@ def fit_softmax_regression(
             state = _minimize(double, weights, basis, max_iter - iterations, tol)
             weights, more, objective, largest = state
             iterations += more
-    # the minimum's class weights sum to 0; what rounding left costs penalty and changes no probability
+    # the minimum's class weights sum to 0; a remainder from rounding costs penalty and changes no probability
     weights = (weights - weights.mean(dim=0)) @ basis.T
     return SoftmaxSolution(weights, iterations, largest <= tol, objective, largest)
 
 
 def _eigenbasis(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Q (D, R) with orthonormal columns, the inputs' coordinates X Q (N, R), and the eigenvalues of X^T X / N (R,)."""
+    """Return Q (D, R) with orthonormal columns, the coordinates X Q (N, R), and the eigenvalues of X^T X / N (R,)."""
     num_rows, dimension = inputs.shape
     basis = None
     if num_rows < dimension:
@@ -119,20 +119,20 @@ def _eigenbasis(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 def _first_step(
     coordinates: torch.Tensor, targets: torch.Tensor, num_classes: int, curvature: torch.Tensor, penalty: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Newton's step from W = 0, scaled by a search along it, and the gradient at W = 0.
+    """Return Newton's step from W = 0, scaled by a search along it, and the gradient at W = 0.
 
     At W = 0 all probabilities are 1 / C, so neither costs a product with all rows and classes. Scores are linear in
     the length of the step: one product serves all lengths that are tried, on a part of the rows.
     """
     num_rows, rank = coordinates.shape
-    # on the CPU these sums have an order
+    # on the CPU the order of these sums is fixed
     sums = torch.zeros(num_classes, rank, dtype=torch.float64).index_add_(0, targets.cpu(), coordinates.cpu())
     gradient = (coordinates.mean(dim=0) / num_classes) - sums.to(coordinates.device) / num_rows
     step = -gradient / (curvature / num_classes + penalty)
     rows = slice(None, None, max(1, num_rows // _FIRST_ROWS))
     scores, own = coordinates[rows] @ step.T, targets[rows, None]
     penalty_slope = penalty * step.square().sum()
-    # of a convex function: bisect, on a scale of ratios, for the length at which the slope turns
+    # bisect, on a logarithmic scale, for the length at which the slope changes its sign
     low, high = -16.0, 16.0
     for _ in range(8):
         middle = (low + high) / 2
@@ -154,7 +154,7 @@ class _Objective:
         rows = max(1, _PROBABILITIES.get(inputs.device.type, _PROBABILITIES["cpu"]) // num_classes)
         self.chunks = [slice(start, start + rows) for start in range(0, len(inputs), rows)]
         self.buffer = inputs.new_empty(min(rows, len(inputs)), num_classes)
-        # of f, relative: what a comparison of two values must allow for
+        # relative rounding of f, which a comparison of two values must allow for
         self.rounding = 64 * torch.finfo(inputs.dtype).eps
 
     def __call__(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,14 +180,14 @@ class _Objective:
         return value, gradient, diagonal.div_(len(self.inputs)).clamp_(min=0)
 
     def preconditioner(self, diagonal: torch.Tensor) -> torch.Tensor:
-        """The inverse of `h_c a_k + lambda` (C, R)."""
+        """Return the inverse of `h_c a_k + lambda` (C, R)."""
         return torch.outer(diagonal, self.curvature).add_(self.penalty).reciprocal_()
 
 
 def _minimize(
     objective: _Objective, weights: torch.Tensor, basis: torch.Tensor, max_iter: int, tol: float
 ) -> tuple[torch.Tensor, int, float, float]:
-    """L-BFGS: the weights, iterations, objective and largest entry of the gradient in the original coordinates."""
+    """Run L-BFGS. Return weights, iterations, objective and largest entry of the gradient in original coordinates."""
     value, gradient, diagonal = objective(weights)
     pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=_MEMORY)
     for iteration in range(max_iter + 1):
@@ -197,7 +197,7 @@ def _minimize(
         direction = _direction(gradient, pairs, objective.preconditioner(diagonal))
         found = _line_search(objective, weights, value, gradient, direction)
         if found is None and pairs:
-            # the remembered curvature misleads: once more from the preconditioner alone
+            # the curvature in memory misleads: restart from the preconditioner alone
             pairs.clear()
             continue
         if found is None:
@@ -214,7 +214,7 @@ def _minimize(
 def _direction(
     gradient: torch.Tensor, pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], inverse: torch.Tensor
 ) -> torch.Tensor:
-    """The two-loop recursion, started from the preconditioner at the scale of the last pair."""
+    """Return the direction of the two-loop recursion, with the preconditioner at the scale of the last pair."""
     result, coefficients = -gradient, []
     for step, change, factor in reversed(pairs):
         coefficients.append(factor * torch.dot(step.flatten(), result.flatten()))
@@ -225,14 +225,14 @@ def _direction(
         result.div_(factor * torch.dot(change.flatten(), (change * inverse).flatten()))
     for (step, change, factor), coefficient in zip(pairs, reversed(coefficients)):
         result.add_(step * (coefficient - factor * torch.dot(change.flatten(), result.flatten())))
-    # the gradient's class sums are 0 where those of W are; only the preconditioner would leave that subspace
+    # the gradient's class sums are 0 if those of W are; only the preconditioner leaves that subspace
     return result.sub_(result.mean(dim=0))
 
 
 def _line_search(
     objective: _Objective, weights: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """A step along `direction` with the value, gradient and diagonal behind it; `None` where rounding hides descent.
+    """Return a step along `direction` and value, gradient and diagonal after it; `None` if rounding hides descent.
 
     Slopes of a convex function rise: a slope too far below 0 means too short, one too far above it too long.
     """

@@ -1,4 +1,4 @@
-"""One hash for the weights of a backbone, however they are stored: in pretraining, exported, under a classifier."""
+"""One hash for the weights of a backbone in every form: in a pretraining model, exported, under a classifier."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ViTMSNModel
 from ..models.patch_dropping import PatchDroppingViTMSNModel
 
 CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
-# what of a ViTMSN's configuration changes its features and does not show in the shapes of its tensors
+# fields of a ViTMSN's configuration that change its features without changing the shapes of its tensors
 _VIT_MSN_FIELDS = (
     "image_size",
     "patch_size",
@@ -53,13 +53,12 @@ _IDENTITY_IN_EVALUATION = (nn.Identity, _DropoutNd, DropPath)
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 of what the features of a module depend on: its parameters, buffers, structure and configuration.
+    """Return the SHA-256 of all that the features of a module depend on: tensors, structure, configuration.
 
-    A backbone has the same hash in a pretraining model, in its export and under a classifier: class names and the
-    classifier of a timm model do not count, nor does what only training has (dropout, batch statistics over ranks).
-    The pooler of a transformers model with a [CLS] token does not count either: no feature passes it, and a classifier
-    is saved without, so that loading draws one at random. `find_backbone` finds the backbone; for a whole model the
-    hash is that of all of it.
+    A backbone has the same hash in a pretraining model, in its export and under a classifier: class names, the
+    classifier of a timm model and training-only parts (dropout, batch statistics over ranks) do not count, nor does
+    the pooler of a transformers model with a [CLS] token: no feature passes it, and a classifier is saved without it,
+    so that loading initialises one at random. `find_backbone` finds the backbone in a model.
     """
     tensors = module.state_dict()
     if type(module) in (ViTMSNModel, PatchDroppingViTMSNModel):
@@ -76,11 +75,11 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def _structure(module: nn.Module, left_out: set[str]) -> Iterator[list[Any]]:
-    """Name, kind and settings of each part that does something in evaluation."""
+    """Yield name, kind and settings of each part that is not the identity in evaluation."""
     for name, part in module.named_modules():
         if isinstance(part, _IDENTITY_IN_EVALUATION) or _is_below(name, left_out):
             continue
-        # while training runs on several ranks another class stands for the same batch normalisation
+        # training on several ranks replaces the class of batch normalisation
         kind = "BatchNorm" if isinstance(part, _BatchNorm) else type(part).__name__
         if isinstance(part, PreTrainedModel):
             config = part.config.to_dict()
@@ -97,7 +96,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def _classifier_names(module: nn.Module) -> set[str]:
-    """Names of the last layer of a timm model, or of several where it has several; features come before it."""
+    """Return the names of the classifiers of a timm model; features come before them."""
     if not (hasattr(module, "forward_head") and hasattr(module, "get_classifier")):
         return set()
     classifiers = module.get_classifier()
@@ -106,7 +105,7 @@ def _classifier_names(module: nn.Module) -> set[str]:
 
 
 def _pooler_names(module: nn.Module) -> set[str]:
-    """The pooler of a model whose features are those of its [CLS] token."""
+    """Return the name of the pooler of a model whose features are those of its [CLS] token."""
     has_cls = any(CLS_PARAMETER.fullmatch(name) for name, _ in module.named_parameters())
     return {"pooler"} if isinstance(module, PreTrainedModel) and has_cls else set()
 
@@ -116,9 +115,6 @@ def _is_below(name: str, prefixes: set[str]) -> bool:
 
 
 def file_sha256(file: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file's bytes."""
     with open(file, "rb") as content:
-        while part := content.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()

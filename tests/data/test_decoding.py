@@ -24,7 +24,7 @@ def _pixels(value) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_rgb_pixels_stay_as_they_are(picture):
+def test_rgb_is_unchanged(picture):
     np.testing.assert_array_equal(_pixels(_row(picture(1), "PNG")), np.asarray(picture(1)))
 
 
@@ -62,7 +62,7 @@ def test_32_bit_gray_is_clipped_to_16_bits():
     np.testing.assert_array_equal(_pixels(_row(image, "TIFF"))[:, :, 0], [[0, 1], [255, 255]])
 
 
-def test_float_gray_is_read_as_0_to_1():
+def test_float_gray_is_scaled_from_0_to_1():
     values = np.array([[-0.1, 0.0, np.nan], [0.5, 1.0, 1.1]], np.float32)
     expected = [[0, 0, 0], [128, 255, 255]]
     np.testing.assert_array_equal(_pixels(_row(Image.fromarray(values), "TIFF"))[:, :, 0], expected)
@@ -70,7 +70,7 @@ def test_float_gray_is_read_as_0_to_1():
 
 
 def test_floats_of_unknown_range_are_refused():
-    with pytest.raises(BrokenImageError, match=r"float values go up to 254, but floats are read as 0..1"):
+    with pytest.raises(BrokenImageError, match="254"):
         decode_image(np.full((2, 2), 254.0))
 
 
@@ -115,7 +115,7 @@ def test_cmyk_jpeg_and_lab_tiff_are_read(picture):
 
 
 def test_16_bit_colour_keeps_the_high_byte():
-    # a 1 x 1 RGB PNG with 16 bits a channel, which Pillow can read but not write
+    # a 1 x 1 RGB PNG with 16 bits per channel, which Pillow can read but not write
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -132,7 +132,7 @@ def test_exif_orientation_is_applied(picture):
     np.testing.assert_array_equal(turned, np.rot90(np.asarray(picture(4)), -1))
 
 
-def test_first_frame_of_an_animation_is_taken(picture):
+def test_first_frame_of_an_animation_is_used(picture):
     row = _row(picture(5).convert("L"), "GIF", save_all=True, append_images=[picture(6).convert("L")])
     np.testing.assert_array_equal(_pixels(row)[:, :, 0], np.asarray(picture(5).convert("L")))
 
@@ -154,7 +154,7 @@ def test_files_and_arrays_with_alpha_are_read(tmp_path, picture):
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "."),
     ],
 )
-def test_broken_bytes_are_named_with_row_path_and_reason(data, reason, encoded):
+def test_broken_bytes_raise_with_row_path_and_reason(data, reason, encoded):
     if data == "truncated":
         data = encoded(0, "JPEG", (64, 64))[:-300]
     with pytest.raises(BrokenImageError, match=reason) as caught:
@@ -164,8 +164,8 @@ def test_broken_bytes_are_named_with_row_path_and_reason(data, reason, encoded):
     assert "row 17" in str(error) and "photos/it's (1).jpg" in str(error) and error.reason in str(error)
 
 
-def test_absent_file_and_empty_row_are_named():
-    with pytest.raises(BrokenImageError, match="the file is not there"):
+def test_missing_file_and_empty_row_raise():
+    with pytest.raises(BrokenImageError, match="not there"):
         decode_image({"bytes": None, "path": "/nowhere/a.png"}, row=1)
     with pytest.raises(BrokenImageError, match="neither bytes nor a path"):
         decode_image({"bytes": None, "path": None}, row=1)
@@ -173,15 +173,15 @@ def test_absent_file_and_empty_row_are_named():
         decode_image(None, row=1)
 
 
-def test_decompression_bomb_is_refused(encoded, monkeypatch):
+def test_decompression_bomb_raises(encoded, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(BrokenImageError, match="too many pixels"):
         decode_image({"bytes": encoded(0), "path": "bomb.png"})
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 2, 2), np.uint8), np.zeros((0, 2), np.uint8), np.zeros((2, 2), int)])
-def test_arrays_that_are_no_images_are_refused(array):
-    with pytest.raises(BrokenImageError, match="array of"):
+def test_arrays_of_other_shapes_and_types_raise(array):
+    with pytest.raises(BrokenImageError, match=r"but (has|is)"):
         decode_image(array)
 
 
@@ -198,7 +198,7 @@ class _Broken(torch.utils.data.Dataset):
         return decode_image({"bytes": b"junk", "path": "it's (1).png"}, row=row)
 
 
-def test_error_keeps_its_fields_out_of_a_worker():
+def test_error_keeps_its_fields_from_a_worker():
     batches = iter(torch.utils.data.DataLoader(_Broken(), num_workers=1))
     with pytest.raises(BrokenImageError) as caught:
         next(batches)
@@ -210,7 +210,7 @@ def test_error_keeps_its_fields_out_of_a_worker():
 
 
 def _photograph(width: int, height: int) -> Image.Image:
-    """Smooth colours with some texture, as photographs have."""
+    """Smooth colours with some texture."""
     random = np.random.default_rng(0)
     small = Image.fromarray(random.integers(0, 256, (6, 8, 3)).astype(np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
@@ -218,7 +218,7 @@ def _photograph(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_large_photographs_are_decoded_smaller_with_the_same_views(orientation):
+def test_large_jpeg_is_decoded_smaller_with_the_same_views(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     value = _row(_photograph(1600, 1200), "JPEG", quality=92, exif=exif)
@@ -236,7 +236,7 @@ def test_large_photographs_are_decoded_smaller_with_the_same_views(orientation):
         assert difference.mean() < 1.0 and difference.max() < 12
 
 
-def test_images_are_not_decoded_smaller_where_a_crop_would_be_enlarged():
+def test_image_is_not_reduced_if_a_crop_would_be_enlarged():
     value = _row(_photograph(500, 375), "JPEG")
     torch.manual_seed(0)
     image, full_size = decode_reduced_image(value, MultiViewTransform().draw().reduction)
@@ -244,17 +244,17 @@ def test_images_are_not_decoded_smaller_where_a_crop_would_be_enlarged():
     np.testing.assert_array_equal(np.asarray(image), np.asarray(decode_image(value)))
 
 
-def test_only_jpeg_files_are_decoded_smaller():
+def test_only_jpeg_files_are_reduced():
     photograph = _photograph(160, 120)
     for value in (_row(photograph, "PNG"), photograph, np.asarray(photograph)):
         image, full_size = decode_reduced_image(value, lambda size: 8)
         assert image.size == full_size == (160, 120)
     file = Image.open(io.BytesIO(_row(photograph, "JPEG")["bytes"]))
-    assert decode_reduced_image(file, lambda size: 8)[0].size == (160, 120)  # the caller's own stays whole
+    assert decode_reduced_image(file, lambda size: 8)[0].size == (160, 120)  # an open image is not changed
 
 
-def test_a_broken_file_is_broken_at_any_size():
+def test_truncated_file_raises_at_any_size():
     value = _row(_photograph(800, 600), "JPEG")
     value["bytes"] = value["bytes"][: len(value["bytes"]) // 2]
-    with pytest.raises(BrokenImageError, match=r"row 3 .* cannot be read"):
+    with pytest.raises(BrokenImageError, match="row 3 "):
         decode_reduced_image(value, lambda size: 4, row=3)

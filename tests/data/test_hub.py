@@ -1,4 +1,4 @@
-"""The Hub's code path, run for real against a server on this machine."""
+"""`load_images` on the Hub's own code path, against a local server."""
 
 import json
 import os
@@ -13,7 +13,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 PROGRAM = """
 import json, sys
-from hf_msn.data import decode_image, load_images
+from hf_msn import decode_image, load_images
 answers = {}
 for name, settings in json.loads(sys.argv[1]).items():
     try:
@@ -32,7 +32,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(image_rows, tmp_path_factory) -> dict:
-    """What `load_images` gives, from one process of its own, as the address of the Hub is read on import."""
+    """Results of `load_images` in a new process, as the address of the Hub is read on import."""
     folder = tmp_path_factory.mktemp("hub")
     files = {}
     for split, count in (("train", 3), ("test", 2)):
@@ -63,7 +63,6 @@ def test_hub_data_is_loaded(answers, picture, name):
     }
 
 
-def test_split_that_the_hub_data_lacks_is_named(answers):
-    assert answers["no split"].startswith(
-        "ValueError: 'someone/photos' has no split 'val'; it has 'train', 'test'. Name one of these"
-    )
+def test_unknown_split_of_hub_data_is_named(answers):
+    assert answers["no split"].startswith("ValueError")
+    assert all(name in answers["no split"] for name in ("'val'", "'train', 'test'", "'someone/photos'"))

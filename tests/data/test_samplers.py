@@ -16,7 +16,7 @@ def _sampler(labels=LABELS, **settings) -> ClassStratifiedSampler:
 
 
 def _drawn(sampler: ClassStratifiedSampler, step: int, labels=LABELS) -> dict[int, Counter]:
-    """How often each position of each class is in the batch."""
+    """Count each position of each class in the batch."""
     drawn = {}
     for position in sampler.batch(step):
         drawn.setdefault(labels[position], Counter())[position] += 1
@@ -57,7 +57,7 @@ def test_pairs_of_classes_are_drawn_equally_often():
     assert all(abs(count - steps / 6) < 5 * math.sqrt(steps * 5 / 36) for count in pairs.values())
 
 
-def test_small_class_gives_all_its_images_as_often_and_different_ones_once_more():
+def test_small_class_repeats_all_its_images_equally():
     sampler = _sampler(global_images_per_class=8)
     once_more = Counter()
     for step in range(300):
@@ -73,7 +73,7 @@ def test_small_class_gives_all_its_images_as_often_and_different_ones_once_more(
 
 @pytest.mark.parametrize("shard", ["classes", "images"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_together_draw_what_one_rank_draws_alone(shard, world_size):
+def test_ranks_together_draw_the_same_as_one_rank(shard, world_size):
     settings = {"global_classes": 4, "global_images_per_class": 4, "seed": 9}
     alone = _sampler(**settings)
     ranks = [_sampler(**settings, shard=shard, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -89,7 +89,7 @@ def test_ranks_together_draw_what_one_rank_draws_alone(shard, world_size):
             assert (len(drawn), {sum(images.values()) for images in drawn.values()}) == (per_rank[0], {per_rank[1]})
 
 
-def test_ranks_share_no_image_that_does_not_repeat():
+def test_ranks_draw_different_images():
     labels = np.repeat([5, 6, 9, 30], 8)
     for shard in ("classes", "images"):
         ranks = [
@@ -113,7 +113,7 @@ def test_draws_are_the_same_on_every_machine():
     assert [sampler.batch(0), sampler.batch(1)] == [[0, 1, 12, 13], [1, 0, 5, 8]]
 
 
-def test_resumed_sampler_goes_on_where_the_other_stopped():
+def test_resumed_sampler_continues():
     whole = list(_sampler(num_steps=9))
     assert list(_sampler(num_steps=5, start_step=4)) == whole[4:]
     endless = _sampler(start_step=4)
@@ -124,11 +124,11 @@ def test_resumed_sampler_goes_on_where_the_other_stopped():
 def test_length_is_known_only_with_a_number_of_steps():
     assert len(_sampler(num_steps=7, start_step=3)) == 7
     assert len(list(_sampler(num_steps=7, start_step=3))) == 7
-    with pytest.raises(TypeError, match="without end"):
+    with pytest.raises(TypeError, match="infinite"):
         len(_sampler())
 
 
-def test_rank_and_number_of_ranks_are_those_of_the_process_group(monkeypatch):
+def test_rank_and_world_size_default_to_the_process_group(monkeypatch):
     monkeypatch.setattr("hf_msn.distributed.collectives.world_size", lambda: 2)
     monkeypatch.setattr("hf_msn.distributed.collectives.rank", lambda: 1)
     theirs = ClassStratifiedSampler(LABELS, global_images_per_class=2)
@@ -136,88 +136,55 @@ def test_rank_and_number_of_ranks_are_those_of_the_process_group(monkeypatch):
     assert len(theirs.batch(3)) == 4
 
 
-def test_start_up_line_states_the_global_support():
+def test_description_states_the_global_support():
     labels = np.repeat(np.arange(1000), [5 + number % 16 for number in range(1000)])
     sampler = ClassStratifiedSampler(labels, global_classes=960, global_images_per_class=5, rank=0, world_size=4)
     assert sampler.describe(views_per_image=2) == (
         "Support of each step, over all 4 ranks: 960 classes x 5 images x 2 views = 9600 images; each of the 4 ranks "
-        "holds 240 classes x 5 images x 2 views = 2400 (classes differ between ranks). Labelled images: 12468 of 1000 "
-        "classes, 5 to 20 a class."
+        "holds 240 classes x 5 images x 2 views = 2400 (different classes per rank). Labelled images: 12468 of 1000 "
+        "classes, 5 to 20 per class."
     )
     assert _sampler(global_images_per_class=4, shard="images", world_size=2).describe(views_per_image=1) == (
         "Support of each step, over all 2 ranks: 4 classes x 4 images x 1 view = 16 images; each of the 2 ranks holds "
-        "4 classes x 2 images x 1 view = 8 (the same classes on every rank). Labelled images: 19 of 4 classes, 2 to 9 "
-        "a class. 2 classes have fewer than 4: their images repeat within a step, each time in other views."
+        "4 classes x 2 images x 1 view = 8 (the same classes per rank). Labelled images: 19 of 4 classes, 2 to 9 per "
+        "class. Classes with fewer than 4: 2; their images repeat, with different views."
     )
     assert _sampler([6, 6], global_images_per_class=1).describe(views_per_image=2) == (
-        "Support of each step: 1 class x 1 image x 2 views = 2 images. Labelled images: 2 of 1 class, 2 a class."
+        "Support of each step: 1 class x 1 image x 2 views = 2 images. Labelled images: 2 of 1 class, 2 per class."
     )
 
 
-def test_small_classes_can_be_refused_and_are_named():
-    with pytest.raises(ValueError, match=r"1 class .* has fewer .* = 3 images: 7 has 2\. .*'repeat'"):
+def test_small_classes_raise_on_request():
+    with pytest.raises(ValueError, match="1 have fewer: 7 has 2"):
         _sampler(global_images_per_class=3, on_small_class="raise")
-    with pytest.raises(
-        ValueError, match=r"8 classes .* = 2 images: 0 has 1, 1 has 1, 2 has 1, 3 has 1, 4 has 1, \.\."
-    ):
+    with pytest.raises(ValueError, match=r"8 have fewer: 0 has 1, 1 has 1, 2 has 1, 3 has 1, 4 has 1, \.\."):
         _sampler(range(8), on_small_class="raise")
     assert len(_sampler(global_images_per_class=2, on_small_class="raise").batch(0)) == 8
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([], "There is no labelled image"),
-        ([3, None], "Row 1 has label None"),
-        ([3, 2, -1], "Row 2 has label -1"),
-        (["cat", "dog"], "Row 0 has label 'cat'"),
-        ([1.0, 2.0], "Row 0 has label 1.0"),
-        ([True, False], "Row 0 has label True"),
-        (np.array([1, True, 2], dtype=object), "Row 1 has label True"),
-        ([[1], [2]], r"\(N,\), but have shape \(2, 1\)"),
-    ],
-)
-def test_labels_that_are_no_class_numbers_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
-        _sampler(labels)
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"global_classes": 0}, "`global_classes` .* must be a whole number >= 1, but is 0"),
-        ({"global_classes": 5}, "`global_classes` is 5, but the labelled images are of 4 classes"),
+        ({"global_classes": 0}, "`global_classes` .* but is 0"),
+        ({"global_classes": 5}, "`global_classes` .* 4, .* but is 5"),
         ({"global_classes": 2.0}, "`global_classes` .* but is 2.0"),
         ({"global_images_per_class": 0}, "`global_images_per_class` .* >= 1, but is 0"),
-        ({"shard": "rows"}, "`shard` is 'classes' or 'images', but is 'rows'"),
-        ({"on_small_class": "skip"}, "`on_small_class` is 'repeat' or 'raise', but is 'skip'"),
+        ({"shard": "rows"}, "`shard` .* but is 'rows'"),
+        ({"on_small_class": "skip"}, "`on_small_class` .* but is 'skip'"),
         ({"start_step": -1}, "`start_step` .* >= 0, but is -1"),
         ({"num_steps": -1}, "`num_steps` .* >= 0, but is -1"),
         ({"seed": -1}, "`seed` .* >= 0, but is -1"),
-        ({"rank": 2, "world_size": 2}, "`rank` is 2, but must be less than `world_size`, which is 2"),
+        ({"rank": 2, "world_size": 2}, "`rank` .* but is 2"),
         ({"rank": -1}, "`rank` .* >= 0, but is -1"),
         ({"world_size": 0}, "`world_size` .* >= 1, but is 0"),
-        (
-            {"global_classes": 3, "world_size": 2},
-            r"`global_classes` is 3, but with shard='classes' .* divisible by the 2 ranks.* Use 2 or 4, or "
-            r"shard='images'\.",
-        ),
-        (
-            {"world_size": 3, "global_images_per_class": 2},
-            r"`global_classes` is 4 \(all that there are\).* Use 3, or shard='images' with a "
-            r"`global_images_per_class` that is a multiple of 3\.",
-        ),
+        ({"global_classes": 3, "world_size": 2}, "`global_classes` .* 2 ranks .* but is 3. Use 2"),
+        ({"world_size": 3}, "`global_classes` .* 3 ranks .* but is 4. Use 3"),
         (
             {"shard": "images", "global_images_per_class": 3, "world_size": 4},
-            r"`global_images_per_class` is 3, but with shard='images' .* Use 4, or shard='classes'\.",
+            "`global_images_per_class` .* 4 ranks .* but is 3. Use 4",
         ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         _sampler(**settings)
-
-
-def test_negative_step_is_refused():
-    with pytest.raises(ValueError, match=r"`step` .* >= 0, but is -1"):
-        _sampler().batch(-1)

@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from hf_msn.data.splits import low_shot_indices, match_list_file, read_list_file, report_list_file
+from hf_msn.data.splits import low_shot_indices, match_list_file, read_list_file
 
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 0, 0, 0, 0]
 
@@ -35,7 +35,7 @@ def test_split_is_the_same_on_every_machine():
     assert low_shot_indices(labels, images_per_class=2, seed=0).tolist() == [1, 6, 13, 17, 23, 24]
 
 
-def test_classes_are_drawn_apart_and_without_regard_to_each_other():
+def test_classes_are_drawn_independently():
     labels = np.repeat(np.arange(5), 40)
     drawn = low_shot_indices(labels, images_per_class=3, seed=4).reshape(5, 3)
     assert len({tuple(rows % 40) for rows in drawn}) == 5
@@ -43,18 +43,11 @@ def test_classes_are_drawn_apart_and_without_regard_to_each_other():
     np.testing.assert_array_equal(fewer, drawn[:3].ravel())
 
 
-def test_smaller_split_is_part_of_the_larger_one():
+def test_smaller_split_is_a_part_of_the_larger_one():
     labels = np.repeat(np.arange(4), 30)
     small = low_shot_indices(labels, images_per_class=1, seed=2)
     large = low_shot_indices(labels, images_per_class=5, seed=2)
     assert set(small) < set(large)
-
-
-def test_every_row_is_drawn_about_equally_often():
-    counts = np.zeros(10)
-    for seed in range(600):
-        counts[low_shot_indices([0] * 10, images_per_class=2, seed=seed)] += 1
-    np.testing.assert_allclose(counts / 600, 0.2, atol=0.06)
 
 
 @pytest.mark.parametrize(
@@ -67,34 +60,28 @@ def test_fraction_of_each_class_is_rounded_with_at_least_one(fraction, expected)
 
 
 def test_classes_with_too_few_images_are_named():
-    with pytest.raises(
-        ValueError, match=r"2 classes have fewer than `images_per_class` = 4 images: 1 has 3, 2 has 2\."
-    ):
+    with pytest.raises(ValueError, match=r"2 have fewer: 1 has 3, 2 has 2\."):
         low_shot_indices(LABELS, images_per_class=4, seed=0)
-    with pytest.raises(ValueError, match=r"1 classes .* fox has 2"):
+    with pytest.raises(ValueError, match="1 have fewer: fox has 2"):
         low_shot_indices(LABELS, images_per_class=3, seed=0, class_names=["cat", "dog", "fox"])
-    with pytest.raises(ValueError, match=r"1 classes .* owl has 0"):
+    with pytest.raises(ValueError, match="1 have fewer: owl has 0"):
         low_shot_indices(LABELS, images_per_class=1, seed=0, class_names=["cat", "dog", "fox", "owl"])
 
 
 @pytest.mark.parametrize(
     ("labels", "settings", "message"),
     [
-        ([], {"images_per_class": 1}, "no images to draw from"),
-        ([0, None, 1], {"images_per_class": 1}, "Row 1 has label None"),
-        ([0, 1, -1], {"images_per_class": 1}, "Row 2 has label -1"),
-        ([0.5, 1.0], {"images_per_class": 1}, "whole numbers"),
-        ([[0], [1]], {"images_per_class": 1}, r"\(N,\), but has shape \(2, 1\)"),
-        ([0, 1], {"images_per_class": 0}, "`images_per_class` must be a whole number >= 1, but is 0"),
-        ([0, 1], {"images_per_class": 1.5}, "`images_per_class`"),
-        ([0, 1], {"fraction": 0}, r"\(0, 1\], but is 0"),
-        ([0, 1], {"fraction": 1.5}, r"\(0, 1\], but is 1.5"),
-        ([0, 1], {}, "either `images_per_class` or `fraction`"),
-        ([0, 1], {"fraction": 0.5, "images_per_class": 1}, "either `images_per_class` or `fraction`"),
-        ([0, 1], {"images_per_class": 1, "seed": -1}, "`seed` must be >= 0"),
+        ([0, 1, -1], {"images_per_class": 1}, "row 2 has label -1"),
+        ([0, 1], {"images_per_class": 0}, "`images_per_class` .* but is 0"),
+        ([0, 1], {"images_per_class": 1.5}, "`images_per_class` .* but is 1.5"),
+        ([0, 1], {"fraction": 0}, "`fraction` .* but is 0"),
+        ([0, 1], {"fraction": 1.5}, "`fraction` .* but is 1.5"),
+        ([0, 1], {}, "None and None"),
+        ([0, 1], {"fraction": 0.5, "images_per_class": 1}, "1 and 0.5"),
+        ([0, 1], {"images_per_class": 1, "seed": -1}, "`seed` .* but is -1"),
     ],
 )
-def test_bad_input_is_refused(labels, settings, message):
+def test_arguments_out_of_range_are_refused(labels, settings, message):
     with pytest.raises(ValueError, match=message):
         low_shot_indices(labels, **{"seed": 0, **settings})
 
@@ -104,15 +91,15 @@ def test_list_file_is_read_line_by_line(write):
     assert read_list_file(path) == ["n01_1.JPEG", "n02_7.JPEG"]
 
 
-def test_list_files_that_are_none_are_refused(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+def test_files_in_another_format_are_refused(write, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent.txt"):
         read_list_file(tmp_path / "absent.txt")
-    with pytest.raises(ValueError, match="holds no names"):
+    with pytest.raises(ValueError, match=r"subset.txt"):
         read_list_file(write(["", " "]))
-    with pytest.raises(ValueError, match=r"2 of 3 lines .* are not <class>_<image>.*: hello, x y\."):
+    with pytest.raises(ValueError, match=r"2 of 3 .* hello, x y\."):
         read_list_file(write(["hello", "n01_1.JPEG", "x y"]))
     (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match=r"image.txt"):
         read_list_file(tmp_path / "image.txt")
 
 
@@ -134,57 +121,47 @@ def test_exact_name_wins_over_the_shortened_one(write):
 
 
 def test_other_endings_are_not_cut_off(write):
-    with pytest.raises(ValueError, match="1 of 1 names"):
+    with pytest.raises(ValueError, match="1 of 1 are not: a_1"):
         match_list_file(write(["a_1.JPEG"]), ["a_1_b.JPEG"])
 
 
-def test_names_without_a_row_are_counted_and_the_first_five_shown(write, caplog):
+def test_names_without_a_row_are_refused(write):
     path = write([f"a_{number}.JPEG" for number in range(9)])
-    with pytest.raises(ValueError, match=r"7 of 9 names .* are in no row: a_2, a_3, a_4, a_5, a_6, \.\.\.\."):
+    with pytest.raises(ValueError, match=r"7 of 9 are not: a_2, a_3, a_4, a_5, a_6, \.\.\."):
         match_list_file(path, ["a_0.JPEG", "a_1.JPEG"])
-    assert match_list_file(path, ["a_0.JPEG", "a_1.JPEG"], allow_missing=True).tolist() == [0, 1]
-    assert "7 of 9 names" in caplog.text
-    with pytest.raises(ValueError, match="9 of 9 names"):
-        match_list_file(path, ["b_0.JPEG"], allow_missing=True)
 
 
 def test_names_in_several_rows_are_refused(write):
-    with pytest.raises(ValueError, match=r"1 names .* are in several rows: a_1 \(rows 0, 2\)"):
+    with pytest.raises(ValueError, match=r"1 names .* a_1 \(rows 0, 2\)"):
         match_list_file(write(["a_1.JPEG", "a_2.JPEG"]), ["x/a_1.png", "a_2.png", "y/a_1.png"])
 
 
-def test_classes_the_data_does_not_have_are_refused(write):
-    with pytest.raises(ValueError, match=r"1 classes .* not among the data set's 2: c\."):
-        match_list_file(write(["a_1.JPEG", "c_1.JPEG"]), ["a_1.JPEG", "c_1.JPEG"], class_names=["a", "b"])
-
-
-def _said(caplog, write, lines: list[str], name: str) -> str:
+def _warnings(caplog, write, lines: list[str], name: str) -> str:
     with caplog.at_level(logging.WARNING):
         match_list_file(write(lines, name), sorted(set(lines)))
     return caplog.text
 
 
-def test_list_that_holds_more_than_its_name_says_is_warned_about(write, caplog):
+def test_list_that_differs_from_its_name_is_logged(write, caplog):
     lines = [f"{name}_{number}.JPEG" for name in ("a", "b") for number in range(5)]
-    text = _said(caplog, write, lines, "3imgs_class.txt")
-    assert "lists 10 images of 2 classes, 5 a class, although its name says 3." in text
+    text = _warnings(caplog, write, lines, "3imgs_class.txt")
+    assert "lists 10 images of 2 classes, 5 per class, although its name says 3." in text
 
 
-def test_uneven_list_is_warned_about(write, caplog):
-    assert "1 to 2 a class (uneven)" in _said(caplog, write, ["a_1.JPEG", "a_2.JPEG", "b_1.JPEG"], "subset.txt")
+def test_uneven_list_is_logged(write, caplog):
+    assert "1 to 2 per class" in _warnings(caplog, write, ["a_1.JPEG", "a_2.JPEG", "b_1.JPEG"], "subset.txt")
 
 
 @pytest.mark.parametrize(
     ("lines", "name"),
     [(["a_1.JPEG", "b_1.JPEG"], "1imgs_class.txt"), (["a_1.JPEG", "a_2.JPEG", "b_1.JPEG"], "1percent.txt")],
 )
-def test_list_as_its_name_says_is_no_warning(write, caplog, lines, name):
-    assert _said(caplog, write, lines, name) == ""
+def test_list_that_matches_its_name_is_not_logged(write, caplog, lines, name):
+    assert _warnings(caplog, write, lines, name) == ""
 
 
-def test_names_listed_twice_count_once_and_are_named(write, caplog):
+def test_repeated_names_count_once_and_are_logged(write, caplog):
     lines = ["a_1.JPEG", "b_1.JPEG", "a_1.JPEG"]
     path = write(lines, "1imgs_class.txt")
     assert match_list_file(path, ["a_1.JPEG", "b_1.JPEG"]).tolist() == [0, 1]
-    assert "1 names are there more than once (a_1) and count once" in caplog.text
-    assert report_list_file(path).counts == {"a": 1, "b": 1}
+    assert "1 names occur more than once (a_1) and count once" in caplog.text

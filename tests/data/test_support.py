@@ -9,7 +9,7 @@ import torch
 from hf_msn.data.datasets import as_crops
 from hf_msn.data.decoding import BrokenImageError
 from hf_msn.data.samplers import ClassStratifiedSampler
-from hf_msn.data.support import SupportBatches, SupportCollator, SupportDataset, support_loader
+from hf_msn.data.support import SupportBatches, SupportDataset, support_loader
 from hf_msn.data.transforms import MultiViewTransform
 
 TRANSFORM = MultiViewTransform(image_size=8, focal_views=0)
@@ -88,7 +88,7 @@ def test_no_label_outside_the_support_is_read(labelled, monkeypatch):
     monkeypatch.setattr(datasets.arrow_dataset, "query_table", query_table)
     dataset = labelled()
     _ = dataset[3]
-    assert read == [3]  # the spy sees what is read
+    assert read == [3]  # the spy works
     read.clear()
     _batches(dataset)
     assert read == ROWS
@@ -97,28 +97,13 @@ def test_no_label_outside_the_support_is_read(labelled, monkeypatch):
     assert read == ROWS
 
 
-def test_data_set_is_cut_to_its_labelled_rows_before_a_label_is_touched(labelled):
-    class OnlyParts:
-        def __init__(self, dataset):
-            self._dataset, self.features = dataset, dataset.features
-
-        def __len__(self):
-            return len(self._dataset)
-
-        def select(self, rows):
-            assert list(rows) == ROWS
-            return self._dataset.select(rows)
-
-    _assert_same(_batches(OnlyParts(labelled())), _batches(labelled()))
-
-
 def test_batches_do_not_depend_on_the_workers(labelled):
     alone = _batches(labelled())
     _assert_same(_batches(labelled(), workers=2), alone)
     _assert_same(_batches(labelled(), steps=2, workers=1, start_step=2), alone[2:])
 
 
-def test_resumed_loader_goes_on_where_the_other_stopped(labelled):
+def test_resumed_loader_continues(labelled):
     _assert_same(_batches(labelled(), steps=2, start_step=2), _batches(labelled())[2:])
     support = SupportDataset(labelled(), ROWS, TRANSFORM, views_per_image=2, seed=5)
     endless = support_loader(support, _sampler(support, start_step=1))
@@ -127,7 +112,7 @@ def test_resumed_loader_goes_on_where_the_other_stopped(labelled):
 
 @pytest.mark.parametrize("shard", ["classes", "images"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_have_the_views_of_one_rank_with_everything(labelled, shard, world_size):
+def test_ranks_together_have_the_views_of_one_rank(labelled, shard, world_size):
     # classes 4, 2 and 9 have 3, 2 and 3 labelled images: 4 of each repeat some
     labels = [*LABELS, 11]
     settings = {"rows": [*ROWS, 12], "global_classes": 4, "global_images_per_class": 4, "views": 1}
@@ -148,7 +133,7 @@ def test_ranks_together_have_the_views_of_one_rank_with_everything(labelled, sha
             assert torch.equal(torch.stack(by_class[label]), expected)
 
 
-def test_repeated_image_has_other_views_each_time(labelled):
+def test_repeated_image_has_different_views(labelled):
     settings = {"rows": [3, 1], "views": 2, "global_classes": 1, "global_images_per_class": 3, "steps": 2}
     batches = _batches(labelled(), **settings)
     views = torch.cat([batch["support_pixel_values"] for batch in batches]).flatten(1)
@@ -168,13 +153,13 @@ def test_views_depend_on_seed_step_place_and_row_alone(labelled):
     assert not any(torch.equal(other["support_pixel_values"], views) for other in others)
 
 
-def test_position_alone_is_that_of_the_first_step(labelled):
+def test_position_alone_means_step_and_place_0(labelled):
     support = SupportDataset(labelled(), ROWS, TRANSFORM)
     for position in (2, np.int64(2), 2 - len(ROWS)):
         item = support[position]
         assert torch.equal(item["support_pixel_values"], support[(0, 0, 2)]["support_pixel_values"])
         assert item["support_labels"] == LABELS[ROWS[2]]
-    with pytest.raises(IndexError, match="Position 8 is not there; the support has 8 labelled images"):
+    with pytest.raises(IndexError, match="range"):
         _ = support[8]
 
 
@@ -186,7 +171,7 @@ def test_loader_and_views_leave_the_generator_alone(labelled):
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_support_knows_rows_labels_and_names(labelled):
+def test_support_has_rows_labels_and_names(labelled):
     feature = datasets.ClassLabel(names=list("abcdefghij"))
     support = SupportDataset(labelled(feature=feature), [9, 0, 5], TRANSFORM)
     assert (support.rows.tolist(), support.labels.tolist()) == ([0, 5, 9], [4, 2, 4])
@@ -195,7 +180,7 @@ def test_support_knows_rows_labels_and_names(labelled):
     assert SupportDataset(labelled(), ROWS, TRANSFORM).class_names is None
 
 
-def test_broken_image_gives_the_next_readable_one_of_its_class_and_is_named_once(labelled, picture, caplog):
+def test_broken_image_is_replaced_by_the_next_of_its_class_and_logged_once(labelled, picture, caplog):
     support = SupportDataset(labelled(broken=(0, 2, 4, 6)), ROWS, Content())
     with caplog.at_level(logging.WARNING):
         items = [support[position] for position in (0, 2, 3, 0, 7)]
@@ -207,10 +192,9 @@ def test_broken_image_gives_the_next_readable_one_of_its_class_and_is_named_once
         assert item["support_labels"] == LABELS[row]
     assert support.num_broken == 3
     assert sorted(record.args[0].row for record in caplog.records) == [0, 2, 4]
-    assert "row 4 (path 'photo_4.png') cannot be read" in caplog.text
 
 
-def test_last_images_replacement_is_the_first_of_its_class(labelled, picture):
+def test_replacement_of_the_last_image_is_the_first_of_its_class(labelled, picture):
     support = SupportDataset(labelled(broken=(9,)), ROWS, Content())
     view = support[7]["support_pixel_values"][0].numpy()
     np.testing.assert_array_equal(view, np.asarray(picture(0)).transpose(2, 0, 1))
@@ -224,9 +208,9 @@ def test_broken_images_are_counted_over_the_workers(labelled):
     assert support.num_broken == 2
 
 
-def test_class_without_a_readable_image_is_an_error(labelled):
+def test_class_without_a_readable_image_raises(labelled):
     support = SupportDataset(labelled(broken=(5, 8)), ROWS, TRANSFORM)
-    with pytest.raises(BrokenImageError, match=r"no labelled image of class 2 can be read \(2 tried") as caught:
+    with pytest.raises(BrokenImageError, match=r"class 2 .*\(2 tried") as caught:
         _ = support[4]
     assert (caught.value.row, caught.value.path) == (5, "photo_5.png")
     feature = datasets.ClassLabel(names=list("abcdefghij"))
@@ -234,27 +218,11 @@ def test_class_without_a_readable_image_is_an_error(labelled):
         _ = SupportDataset(labelled(broken=(5, 8), feature=feature), ROWS, TRANSFORM)[4]
 
 
-def test_broken_image_can_stop_the_run(labelled):
+def test_broken_image_raises_on_request(labelled):
     support = SupportDataset(labelled(broken=(7,)), ROWS, TRANSFORM, on_broken_image="raise")
     with pytest.raises(BrokenImageError) as caught:
         _ = support[5]
     assert caught.value.row == 7
-
-
-@pytest.mark.parametrize(
-    ("labels", "feature", "message"),
-    [
-        ([0, None, None], None, "Row 2 has label None"),
-        ([0, None, -1], None, "Row 2 has label -1"),
-        ([0, None, -1], datasets.ClassLabel(names=["a"]), "Row 2 has label -1"),
-        (["a", "b", "c"], datasets.Value("string"), "Row 0 has label 'a'"),
-        ([0.0, 1.0, 2.5], datasets.Value("float32"), "Row 0 has label 0.0"),
-        ([True, False, True], datasets.Value("bool"), "Row 0 has label True"),
-    ],
-)
-def test_labels_that_are_no_class_numbers_are_refused_with_their_row(labelled, labels, feature, message):
-    with pytest.raises(ValueError, match=message):
-        SupportDataset(labelled(labels, feature), [0, 2], TRANSFORM)
 
 
 def test_label_beyond_the_class_names_is_refused(labelled):
@@ -262,39 +230,36 @@ def test_label_beyond_the_class_names_is_refused(labelled):
     dataset.info.features = datasets.Features(
         image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a", "b"])
     )
-    with pytest.raises(ValueError, match=r"Row 3 has label 2, but the data set names 2 classes, 0 to 1\."):
+    with pytest.raises(ValueError, match=r"below 2, .* row 3 has label 2"):
         SupportDataset(dataset, [0, 2, 3], TRANSFORM)
     # beyond the names, but not labelled
     assert SupportDataset(dataset, [0, 2], TRANSFORM).labels.tolist() == [0, 1]
 
 
-def test_bad_settings_are_refused(labelled):
-    with pytest.raises(ValueError, match="`mask` is False for every row"):
-        SupportDataset(labelled(), [False] * len(LABELS), TRANSFORM)
-    with pytest.raises(ValueError, match="no column 'label'"):
-        SupportDataset(labelled().select_columns("image"), ROWS, TRANSFORM)
-    with pytest.raises(ValueError, match="no column 'image'"):
-        SupportDataset(labelled().select_columns("label"), ROWS, TRANSFORM)
-    with pytest.raises(ValueError, match="without `streaming`"):
-        SupportDataset(labelled().to_iterable_dataset(), ROWS, TRANSFORM)
-    with pytest.raises(ValueError, match="`views_per_image` is a number of views and must be >= 1, but is 0"):
-        SupportDataset(labelled(), ROWS, TRANSFORM, views_per_image=0)
-    with pytest.raises(ValueError, match="`on_broken_image`"):
-        SupportDataset(labelled(), ROWS, TRANSFORM, on_broken_image="ignore")
-    with pytest.raises(ValueError, match="`seed` must be >= 0"):
-        SupportDataset(labelled(), ROWS, TRANSFORM, seed=-1)
+@pytest.mark.parametrize(
+    ("change", "settings", "named"),
+    [
+        (lambda data: data.select_columns("image"), {}, "label"),
+        (lambda data: data.select_columns("label"), {}, "image"),
+        (lambda data: data.to_iterable_dataset(), {}, "IterableDataset"),
+        (None, {"views_per_image": 0}, "`views_per_image` .* but is 0"),
+        (None, {"on_broken_image": "ignore"}, "'ignore'"),
+        (None, {"seed": -1}, "`seed` .* but is -1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(labelled, change, settings, named):
+    with pytest.raises(ValueError, match=named):
+        SupportDataset(change(labelled()) if change else labelled(), ROWS, TRANSFORM, **settings)
 
 
 def test_sampler_of_other_labels_is_refused(labelled):
     support = SupportDataset(labelled(), ROWS, TRANSFORM)
     sampler = ClassStratifiedSampler(LABELS, global_images_per_class=1, rank=0, world_size=1)
-    with pytest.raises(
-        ValueError, match=r"12 labels that are not those of the support's 8 images; .*`support.labels`"
-    ):
+    with pytest.raises(ValueError, match=r"8 images, .* 12 other labels"):
         support_loader(support, sampler)
 
 
-def test_keys_name_step_place_and_position(labelled):
+def test_keys_hold_step_place_and_position(labelled):
     support = SupportDataset(labelled(), ROWS, TRANSFORM)
     sampler = _sampler(support, start_step=6, num_steps=2, shard="images", rank=1, world_size=2)
     batches = SupportBatches(sampler)
@@ -305,22 +270,7 @@ def test_keys_name_step_place_and_position(labelled):
     ]
 
 
-def test_loader_has_a_length_only_with_a_number_of_steps(labelled):
-    support = SupportDataset(labelled(), ROWS, TRANSFORM)
-    assert len(support_loader(support, _sampler(support, num_steps=3))) == 3
-    with pytest.raises(TypeError, match="without end"):
-        len(support_loader(support, _sampler(support)))
-
-
-def test_items_with_other_views_and_empty_supports_are_refused():
-    items = [{"support_pixel_values": torch.zeros(2, 3, size, size), "support_labels": 1} for size in (8, 4)]
-    with pytest.raises(ValueError, match=r"of item 1 has shape \(2, 3, 4, 4\), but that of item 0"):
-        SupportCollator()(items)
-    with pytest.raises(ValueError, match="at least one image"):
-        SupportCollator()([])
-
-
-def test_crops_of_supports_finished_in_a_batch_are_the_views(labelled):
+def test_crops_finished_in_a_batch_equal_the_views(labelled):
     support = SupportDataset(labelled(broken=(4,)), ROWS, TRANSFORM, views_per_image=2, seed=5)
     sampler = _sampler(support, num_steps=3)
     views = list(support_loader(support, sampler))

@@ -9,8 +9,7 @@ from scipy import stats
 from transformers import AutoImageProcessor
 
 from hf_msn.data.collators import MultiViewCollator
-from hf_msn.data.evaluation_processor import evaluation_image_processor
-from hf_msn.data.transforms import MultiViewTransform
+from hf_msn.data.transforms import MultiViewTransform, evaluation_image_processor
 
 PLAIN = {
     "horizontal_flip": 0.0,
@@ -25,7 +24,7 @@ WHOLE = {"global_scale": (1.0, 1.0), "aspect_ratio": (1.0, 1.0)}
 
 
 def _ramp(width: int, height: int) -> Image.Image:
-    """Red tells the column, green the row, so that a crop can be read off its pixels."""
+    """An image whose red is the column and whose green is the row."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, :, 0] = np.arange(width)
     pixels[:, :, 1] = np.arange(height)[:, None]
@@ -71,13 +70,13 @@ def test_views_have_the_stated_shapes(picture):
     assert all(view.dtype == torch.float32 for view in views.values())
 
 
-def test_without_focal_views_there_is_no_such_entry(picture):
+def test_no_focal_views_give_no_such_entry(picture):
     assert set(MultiViewTransform(image_size=8, focal_views=0)(picture(1))) == {"pixel_values", "anchor_pixel_values"}
     only_focal = MultiViewTransform(image_size=8, focal_size=4, anchor_views=0, focal_views=2)(picture(1))
     assert only_focal["anchor_pixel_values"].shape == (0, 3, 8, 8)
 
 
-def test_whole_image_without_changes_is_the_normalised_image(picture):
+def test_neutral_settings_give_the_normalised_image(picture):
     settings = {**PLAIN, **WHOLE, "image_mean": (0.1, 0.2, 0.3), "image_std": (0.5, 0.6, 0.7)}
     view = MultiViewTransform(image_size=8, **settings)(picture(3, (8, 8)))["pixel_values"]
     pixels = np.asarray(picture(3, (8, 8)))
@@ -90,7 +89,7 @@ def test_whole_image_without_changes_is_the_normalised_image(picture):
                 assert view[channel, y, x].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_views_are_drawn_apart(picture):
+def test_views_are_drawn_independently(picture):
     views = MultiViewTransform(image_size=8, focal_size=8, anchor_views=2, focal_views=2)(picture(1, (64, 64)))
     drawn = [views["pixel_values"], *views["anchor_pixel_values"], *views["focal_pixel_values"]]
     for first in range(5):
@@ -109,7 +108,7 @@ def test_same_state_of_the_generator_gives_the_same_views(picture):
     assert not torch.equal(first["pixel_values"], third["pixel_values"])
 
 
-def test_global_views_are_drawn_as_the_target_view(picture):
+def test_global_views_are_drawn_like_the_target_view(picture):
     transform = MultiViewTransform(image_size=8, focal_size=4, anchor_views=3, focal_views=0, rotation=5.0)
     torch.manual_seed(5)
     views = transform(picture(1, (40, 30)))
@@ -120,7 +119,7 @@ def test_global_views_are_drawn_as_the_target_view(picture):
     assert global_views.shape == (4, 3, 8, 8)
 
 
-def test_number_of_global_views_is_not_that_of_the_other_views(picture):
+def test_number_of_global_views_is_independent_of_the_settings(picture):
     transform = MultiViewTransform(image_size=8, anchor_views=0, focal_views=7)
     torch.manual_seed(2)
     one = transform.global_views(picture(1), 1)
@@ -129,66 +128,11 @@ def test_number_of_global_views_is_not_that_of_the_other_views(picture):
     assert (one.shape[0], six.shape[0]) == (1, 6)
     assert torch.equal(one[0], six[0])
     for number in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match=f"`num_views` .* must be a whole number >= 1, but is {number}"):
+        with pytest.raises(ValueError, match=f"`num_views` .* but is {number}"):
             transform.global_views(picture(1), number)
 
 
-def test_flip_probability_is_kept():
-    transform = MultiViewTransform(image_size=8, anchor_views=600, **{**PLAIN, **WHOLE, "horizontal_flip": 0.3})
-    torch.manual_seed(0)
-    views = _bytes(transform(_ramp(8, 8))["anchor_pixel_values"])
-    flipped = views[:, 0, 0, 0] == 7
-    assert flipped.mean() == pytest.approx(0.3, abs=0.06)
-    np.testing.assert_array_equal(views[flipped][0], np.asarray(_ramp(8, 8))[:, ::-1])
-
-
-def test_gray_views_have_equal_channels_at_the_stated_rate(picture):
-    transform = MultiViewTransform(image_size=8, anchor_views=600, **{**PLAIN, **WHOLE, "grayscale": 0.2})
-    torch.manual_seed(0)
-    views = _bytes(transform(picture(2, (8, 8)))["anchor_pixel_values"]).astype(int)
-    gray = (views.max(axis=-1) == views.min(axis=-1)).all(axis=(1, 2))
-    assert gray.mean() == pytest.approx(0.2, abs=0.05)
-    luma = np.asarray(picture(2, (8, 8))) @ [0.299, 0.587, 0.114]
-    np.testing.assert_allclose(views[gray][0][:, :, 0], luma, atol=1)
-
-
-def test_colour_jitter_keeps_its_bounds():
-    # on a gray image contrast acts around its own value, saturation and hue do nothing: only brightness is left
-    flat = Image.new("RGB", (4, 4), (100, 100, 100))
-    transform = MultiViewTransform(image_size=4, anchor_views=2000, **{**PLAIN, "color_jitter_probability": 1.0})
-    torch.manual_seed(0)
-    values = transform(flat)["anchor_pixel_values"][:, 0, 0, 0].numpy() * 255
-    assert 59 <= values.min() < 62 and 138 < values.max() <= 141
-    assert values.mean() == pytest.approx(100, abs=1.5)
-
-
-def test_hue_turns_by_at_most_a_fifth_of_the_strength():
-    red = Image.new("RGB", (2, 2), (200, 40, 40))
-    transform = MultiViewTransform(image_size=2, anchor_views=500, **{**PLAIN, "color_jitter_probability": 1.0})
-    torch.manual_seed(0)
-    views = _bytes(transform(red)["anchor_pixel_values"])
-    hues = np.array([Image.fromarray(view).convert("HSV").getpixel((0, 0))[0] for view in views]) / 255
-    hues = np.where(hues > 0.5, hues - 1, hues)
-    assert -0.13 < hues.min() < -0.08 and 0.08 < hues.max() < 0.13  # clipping after the turn moves it a little
-
-
-def test_blur_happens_at_its_rate_with_radii_over_the_whole_range():
-    point = np.zeros((33, 33, 3), np.uint8)
-    point[16, 16] = 255
-    settings = {**PLAIN, **WHOLE, "blur_probability": 0.5, "blur_radius": (0.5, 1.5)}
-    transform = MultiViewTransform(image_size=33, anchor_views=400, **settings)
-    torch.manual_seed(0)
-    peaks = _bytes(transform(Image.fromarray(point))["anchor_pixel_values"])[:, 16, 16, 0]
-    by_radius = {radius: 255 / sum(np.exp(-0.5 * (np.arange(-6, 7) / radius) ** 2)) ** 2 for radius in (0.5, 1.0, 1.5)}
-    blurred = peaks[peaks < 255]
-    assert len(blurred) / 400 == pytest.approx(0.5, abs=0.08)
-    assert by_radius[1.5] - 1 <= blurred.min() < by_radius[1.5] + 3
-    assert by_radius[0.5] - 10 < blurred.max() <= by_radius[0.5] + 1
-    # uniform radii: as many blur more than the middle radius as less
-    assert (blurred < by_radius[1.0]).mean() == pytest.approx(0.5, abs=0.1)
-
-
-def test_rotation_turns_about_the_middle_and_fills_with_black():
+def test_rotation_is_about_the_centre_and_fills_with_black():
     image = Image.new("RGB", (9, 9), "white")
     settings = {**PLAIN, **WHOLE, "rotation": 45.0}
     transform = MultiViewTransform(image_size=9, anchor_views=100, **settings)
@@ -198,7 +142,7 @@ def test_rotation_turns_about_the_middle_and_fills_with_black():
     assert (views[:, 0, 0].min(axis=-1) == 0).mean() > 0.5
 
 
-def test_one_setting_does_not_change_what_the_others_draw():
+def test_a_setting_does_not_change_the_draws_of_the_others():
     plain = MultiViewTransform(image_size=8, **PLAIN)
     flipping = MultiViewTransform(image_size=8, **{**PLAIN, "horizontal_flip": 1.0})
     torch.manual_seed(3)
@@ -215,7 +159,7 @@ def test_recipe_for_small_gray_images_keeps_them_gray_and_takes_overrides():
     assert torch.equal(views[:, 0], views[:, 1]) and torch.equal(views[:, 0], views[:, 2])
 
 
-def test_crops_finished_in_a_batch_are_the_views(picture):
+def test_crops_finished_in_a_batch_equal_the_views(picture):
     transform = MultiViewTransform(image_size=32, focal_size=16, anchor_views=2, focal_views=3)
     views, crops = [], []
     for seed in range(4):
@@ -233,10 +177,10 @@ def test_crops_finished_in_a_batch_are_the_views(picture):
     assert set(batch) == {*views[0], "other"}
     for name, value in MultiViewCollator()(views).items():
         torch.testing.assert_close(batch[name], value, atol=1e-5, rtol=0)
-    assert all(torch.equal(transform.finish(batch)[name], batch[name]) for name in batch)  # finished once
+    assert all(torch.equal(transform.finish(batch)[name], batch[name]) for name in batch)  # finished views stay
 
 
-def test_drawn_rows_say_what_is_done_to_each_view():
+def test_view_parameters_have_their_distributions():
     transform = MultiViewTransform(image_size=8, focal_views=0, anchor_views=4999, blur_radius=(0.5, 1.5))
     torch.manual_seed(0)
     rows = transform.crops(_ramp(80, 80))["view_parameters"].double().numpy()
@@ -251,7 +195,7 @@ def test_drawn_rows_say_what_is_done_to_each_view():
     assert len(counts) == 24 and stats.chisquare(counts).pvalue > 0.01
 
 
-def test_transforms_finish_alike_where_normalisation_and_colour_are_alike():
+def test_transforms_with_the_same_normalisation_and_colour_finish_alike():
     transform = MultiViewTransform(image_size=32)
     assert transform.finishes_as(MultiViewTransform(image_size=64, focal_views=2, horizontal_flip=0.0))
     assert not transform.finishes_as(MultiViewTransform(image_std=(1.0, 1.0, 1.0)))
@@ -259,7 +203,7 @@ def test_transforms_finish_alike_where_normalisation_and_colour_are_alike():
     assert not transform.finishes_as(None)
 
 
-def test_large_photographs_are_reduced_as_far_as_no_crop_is_enlarged():
+def test_reduction_is_the_largest_that_enlarges_no_crop():
     transform = MultiViewTransform(image_size=224, focal_size=96)
     torch.manual_seed(0)
     drawn = transform.draw()
@@ -276,23 +220,23 @@ def test_large_photographs_are_reduced_as_far_as_no_crop_is_enlarged():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 0}, "`image_size` is a side in pixels and must be a whole number >= 1, but is 0"),
+        ({"image_size": 0}, "`image_size` .* but is 0"),
         ({"focal_size": 0}, "`focal_size`"),
-        ({"anchor_views": -1}, "`anchor_views` .* must be >= 0, but is -1"),
+        ({"anchor_views": -1}, "`anchor_views` .* but is -1"),
         ({"anchor_views": 0, "focal_views": 0}, "both 0"),
-        ({"global_scale": (0.0, 1.0)}, r"`global_scale` .*\(0, 1\]"),
+        ({"global_scale": (0.0, 1.0)}, "`global_scale` .* but is 0.0"),
         ({"global_scale": (0.9, 0.3)}, "`global_scale`"),
         ({"focal_scale": (0.1, 1.5)}, "`focal_scale`"),
-        ({"focal_scale": 0.3}, "`focal_scale` is a pair"),
+        ({"focal_scale": 0.3}, "`focal_scale` .* but is 0.3"),
         ({"aspect_ratio": (-1, 1)}, "`aspect_ratio`"),
-        ({"horizontal_flip": 1.5}, r"`horizontal_flip` is a probability and must be in \[0, 1\], but is 1.5"),
+        ({"horizontal_flip": 1.5}, "`horizontal_flip` .* but is 1.5"),
         ({"grayscale": -0.1}, "`grayscale`"),
         ({"blur_probability": 2}, "`blur_probability`"),
         ({"blur_radius": (0.0, 2.0)}, "`blur_radius`"),
         ({"color_jitter": -1}, "`color_jitter`"),
         ({"rotation": 200}, "`rotation`"),
         ({"translation": 1.0}, "`translation`"),
-        ({"interpolation": "lanczos"}, "`interpolation` is one of bilinear, bicubic, but is 'lanczos'"),
+        ({"interpolation": "lanczos"}, "`interpolation` .* but is 'lanczos'"),
         ({"image_std": (1.0, 0.0, 1.0)}, "`image_std`"),
         ({"image_mean": (0.5,)}, "`image_mean`"),
     ],
@@ -302,7 +246,7 @@ def test_values_out_of_range_are_refused(settings, message):
         MultiViewTransform(**settings)
 
 
-def test_evaluation_resizes_crops_and_normalises_as_the_paper():
+def test_evaluation_resizes_crops_and_normalises():
     image = _ramp(80, 60)
     processor = evaluation_image_processor(28, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
     seen = processor(image, return_tensors="pt")["pixel_values"][0].double().numpy()
@@ -313,7 +257,7 @@ def test_evaluation_resizes_crops_and_normalises_as_the_paper():
     np.testing.assert_allclose(seen, expected.transpose(2, 0, 1), atol=1.01 / 255 / 0.5)
 
 
-def test_evaluation_processor_matches_the_transform_and_loads_without_us(tmp_path, picture):
+def test_evaluation_processor_matches_the_transform_and_loads_with_transformers(tmp_path, picture):
     transform = MultiViewTransform.for_small_grayscale(image_size=8, global_scale=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
     transform.rotation = transform.translation = 0.0
     processor = transform.evaluation_image_processor(crop_fraction=1.0)

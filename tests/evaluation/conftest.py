@@ -23,7 +23,7 @@ def digits():
 
 @pytest.fixture
 def few(digits):
-    """(train, test) with 12 and 4 images a class."""
+    """(train, test) with 12 and 4 images per class."""
     train, test = digits
     return [
         part.select(low_shot_indices(part["label"][:], images_per_class=k, seed=0))
@@ -38,7 +38,7 @@ def processor():
 
 @pytest.fixture
 def tiny_vit():
-    """An untrained ViTMSN in which no two blocks, norms or positions are alike."""
+    """An untrained ViTMSN with different blocks, norms and positions."""
     torch.manual_seed(0)
     config = ViTMSNConfig(
         hidden_size=16,
@@ -57,7 +57,7 @@ def tiny_vit():
 
 
 class PretrainingStandIn(PreTrainedModel):
-    """What evaluation asks of a pretraining model: here a timm net without classifier, and a head on top."""
+    """A pretraining model: a timm net without classifier, and a head on top."""
 
     config_class = PreTrainedConfig
 

@@ -64,7 +64,7 @@ def tiny_msn():
 
 
 def outputs_of(blocks, run):
-    """What each block returned while `run` ran."""
+    """Return the output of each block during `run`."""
     seen = []
     hooks = [block.register_forward_hook(lambda *args: seen.append(args[2])) for block in blocks]
     with torch.no_grad():
@@ -81,7 +81,7 @@ def features_of(model, pixels, **settings):
 
 
 def wrapped(model):
-    """As `DistributedDataParallel` holds it."""
+    """Wrap a model like `DistributedDataParallel`."""
     wrapper = torch.nn.Module()
     wrapper.module = model
     return wrapper
@@ -123,7 +123,7 @@ def test_projections_are_those_of_the_model_in_evaluation_mode(around_timm, tiny
         with evaluation_mode(module):
             projections = project(images)
             one_by_one = torch.cat([project(image[None]) for image in images])
-        torch.testing.assert_close(projections, one_by_one, rtol=1e-4, atol=1e-5)  # no statistics of the batch
+        torch.testing.assert_close(projections, one_by_one, rtol=1e-4, atol=1e-5)  # no batch statistics
         assert model.training
         with torch.no_grad():
             torch.testing.assert_close(projections, model.eval().project(images), rtol=0, atol=0)
@@ -136,12 +136,12 @@ def test_a_wrapped_model_is_projected_too(around_timm):
 @pytest.mark.parametrize(
     ("model", "features", "num_last_layers", "message"),
     [
-        ("tiny_vit", "projection", 1, "'projection', but ViTMSNModel has no `project`"),
-        ("tiny_msn", "projection", 2, "`num_last_layers` must be 1 with features='projection', but is 2"),
-        ("tiny_msn", "head", 1, "`features` must be 'backbone' or 'projection', but is 'head'"),
+        ("tiny_vit", "projection", 1, "ViTMSNModel"),
+        ("tiny_msn", "projection", 2, "`num_last_layers` .* but is 2"),
+        ("tiny_msn", "head", 1, "`features` .* but is 'head'"),
     ],
 )
-def test_features_that_a_model_does_not_have_are_refused(request, model, features, num_last_layers, message):
+def test_features_without_a_head_or_block_are_refused(request, model, features, num_last_layers, message):
     with pytest.raises(ValueError, match=message):
         evaluated_module(request.getfixturevalue(model), features, num_last_layers)
 
@@ -164,7 +164,7 @@ def test_images_of_another_size_get_interpolated_positions(tiny_vit, pixels):
     torch.testing.assert_close(features_of(tiny_vit, larger), blocks[-1][:, 0])
 
 
-def test_wrappers_are_taken_off(tiny_vit):
+def test_wrappers_are_removed(tiny_vit):
     assert find_backbone(wrapped(torch.compile(tiny_vit))) is tiny_vit
 
 
@@ -223,7 +223,7 @@ def test_models_without_cls_give_their_pooled_output(model, dim, pixels):
     features = features_of(model, pixels)
     assert features.shape == (3, dim)
     torch.testing.assert_close(features, expected)
-    with pytest.raises(ValueError, match=f"`num_last_layers` is 2, .* {type(model).__name__} is none"):
+    with pytest.raises(ValueError, match=f"`num_last_layers` .* {type(model).__name__}, but is 2"):
         feature_function(model, num_last_layers=2)
 
 
@@ -237,7 +237,7 @@ def test_without_pooled_output_the_last_tokens_are_averaged(pixels):
     torch.testing.assert_close(features_of(model, pixels), expected)
 
 
-def test_timm_models_give_what_their_classifier_gets():
+def test_timm_models_give_the_input_of_their_classifier():
     model = timm.create_model("resnet10t").eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -245,22 +245,22 @@ def test_timm_models_give_what_their_classifier_gets():
 
 
 @pytest.mark.parametrize("num_last_layers", [0, 4])
-def test_a_number_of_layers_that_is_not_there_is_refused(tiny_vit, pixels, num_last_layers):
+def test_number_of_layers_out_of_range_is_refused(tiny_vit, pixels, num_last_layers):
     with pytest.raises(ValueError, match=f"`num_last_layers` .* is {num_last_layers}"):
         features_of(tiny_vit, pixels, num_last_layers=num_last_layers)
 
 
-def test_a_model_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match=r"Linear.*evaluate_features"):
+def test_model_without_a_vision_encoder_is_refused():
+    with pytest.raises(ValueError, match="Linear"):
         find_backbone(torch.nn.Linear(2, 2))
     text_config = BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
     )
-    with pytest.raises(ValueError, match=r"but is .*BertModel"):
+    with pytest.raises(ValueError, match="BertModel"):
         find_backbone(BertModel(text_config))
 
 
-def test_every_training_flag_and_the_mode_come_back(tiny_vit):
+def test_training_flags_and_grad_mode_are_restored(tiny_vit):
     tiny_vit.train()
     tiny_vit.layers[0].eval()
     flags = [module.training for module in tiny_vit.modules()]
@@ -272,17 +272,6 @@ def test_every_training_flag_and_the_mode_come_back(tiny_vit):
     assert torch.is_grad_enabled()
 
 
-def test_the_weights_hash_changes_with_one_weight_and_with_the_config_only(tiny_vit):
-    before = weights_sha256(tiny_vit)
-    assert weights_sha256(tiny_vit.train()) == before
-    tiny_vit.config.num_attention_heads = 4
-    assert weights_sha256(tiny_vit) != before
-    tiny_vit.config.num_attention_heads = 2
-    with torch.no_grad():
-        tiny_vit.layers[1].mlp.fc1.bias[3] += 1e-6
-    assert weights_sha256(tiny_vit) != before
-
-
 def test_the_image_processor_saved_with_a_model_is_found(tmp_path, tiny_vit, processor):
     tiny_vit.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -290,15 +279,15 @@ def test_the_image_processor_saved_with_a_model_is_found(tmp_path, tiny_vit, pro
     assert found.to_dict() == processor.to_dict()
 
 
-def test_no_image_processor_beside_the_model_is_an_error_with_a_remedy(tmp_path, tiny_vit):
-    with pytest.raises(ValueError, match=r"ViTMSNModel was not loaded from anywhere.*Pass `image_processor=`"):
+def test_missing_image_processor_raises(tmp_path, tiny_vit):
+    with pytest.raises(ValueError, match="ViTMSNModel"):
         resolve_image_processor(tiny_vit)
     tiny_vit.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"none can be loaded from .*Pass `image_processor=`"):
+    with pytest.raises(ValueError, match=r"`image_processor=`"):
         resolve_image_processor(ViTMSNModel.from_pretrained(tmp_path))
 
 
-def test_timm_models_bring_their_own_transform():
+def test_timm_models_have_their_own_transform():
     transform = resolve_image_processor(timm.create_model("resnet10t"))
     image = Image.fromarray(np.full((200, 200, 3), 124, dtype=np.uint8))
     pixels = transform(image)
@@ -309,19 +298,14 @@ def test_timm_models_bring_their_own_transform():
 def test_a_pretraining_model_around_timm_takes_the_saved_image_processor_not_that_of_timm(
     tmp_path, around_timm, processor
 ):
-    with pytest.raises(ValueError, match=r"PretrainingStandIn was not loaded from anywhere.*Pass `image_processor=`"):
+    with pytest.raises(ValueError, match="PretrainingStandIn"):
         resolve_image_processor(around_timm)
     around_timm.name_or_path = str(tmp_path)
-    with pytest.raises(ValueError, match=r"none can be loaded from .*Pass `image_processor=`"):
+    with pytest.raises(ValueError, match="`image_processor=`"):
         resolve_image_processor(around_timm)
     processor.save_pretrained(tmp_path)
     for model in (around_timm, wrapped(around_timm)):
         assert resolve_image_processor(model).to_dict() == processor.to_dict()
-
-
-def test_a_wrapped_timm_model_brings_its_own_transform():
-    model = timm.create_model("resnet10t")
-    assert repr(resolve_image_processor(wrapped(model))) == repr(resolve_image_processor(model))
 
 
 def test_checkpoints_of_every_kind_load(tmp_path, tiny_vit, tiny_msn, pixels):
@@ -383,11 +367,11 @@ def test_timm_checkpoints_load_from_a_folder_and_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "checkpoint", "message"),
     [
-        ("timm:no_such_net", None, "'no_such_net' is neither"),
-        ("/no/such/folder", None, "'/no/such/folder' cannot be loaded"),
-        ("some/model", "weights.pth", "`checkpoint` goes with a timm architecture, but the model is 'some/model'"),
+        ("timm:no_such_net", None, "'no_such_net'"),
+        ("/no/such/folder", None, "'/no/such/folder'"),
+        ("some/model", "weights.pth", "`checkpoint` .* 'some/model'"),
     ],
 )
-def test_models_that_cannot_be_loaded_are_named(name, checkpoint, message):
+def test_models_that_cannot_be_loaded_raise(name, checkpoint, message):
     with pytest.raises(ValueError, match=message):
         load_vision_model(name, checkpoint=checkpoint)

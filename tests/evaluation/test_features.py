@@ -46,7 +46,7 @@ def test_a_stream_gives_the_same_features(tiny_vit, some_digits, processor):
     np.testing.assert_array_equal(streamed.rows, expected.rows)
 
 
-def test_only_the_rows_that_are_asked_for_are_extracted(tiny_vit, some_digits, processor):
+def test_only_the_given_rows_are_extracted(tiny_vit, some_digits, processor):
     features = extract_features(tiny_vit, some_digits, processor, rows=np.array([20, 3, 11]))
     np.testing.assert_array_equal(features.rows, [3, 11, 20])
     expected = extract_features(tiny_vit, some_digits, processor)
@@ -54,7 +54,7 @@ def test_only_the_rows_that_are_asked_for_are_extracted(tiny_vit, some_digits, p
     np.testing.assert_array_equal(features.labels, expected.labels[[3, 11, 20]])
 
 
-def test_training_mode_and_random_state_are_as_before(tiny_vit, some_digits, processor):
+def test_training_mode_and_random_state_are_unchanged(tiny_vit, some_digits, processor):
     tiny_vit.train()
     state = torch.get_rng_state()
     first = extract_features(tiny_vit, some_digits, processor, num_workers=1)
@@ -63,7 +63,7 @@ def test_training_mode_and_random_state_are_as_before(tiny_vit, some_digits, pro
     np.testing.assert_array_equal(extract_features(tiny_vit, some_digits, processor).features, first.features)
 
 
-def test_a_model_can_be_trained_after_its_features_were_extracted(tiny_vit, some_digits, processor):
+def test_model_can_be_trained_after_extraction(tiny_vit, some_digits, processor):
     extract_features(tiny_vit, some_digits, processor)
     tiny_vit.train()(torch.randn(2, 3, 8, 8)).last_hidden_state.sum().backward()
     assert all(parameter.grad is not None for parameter in tiny_vit.parameters())
@@ -76,7 +76,7 @@ def test_bfloat16_is_close_and_comes_back_as_float32(tiny_vit, some_digits, proc
     assert 1e-4 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_weights_in_bfloat16_are_used_as_they_are_but_not_as_float32(tiny_vit, some_digits, processor):
+def test_bfloat16_weights_are_used_but_not_as_float32(tiny_vit, some_digits, processor):
     exact = extract_features(tiny_vit, some_digits, processor).features
     tiny_vit.bfloat16()
     assert (
@@ -86,7 +86,7 @@ def test_weights_in_bfloat16_are_used_as_they_are_but_not_as_float32(tiny_vit, s
         extract_features(tiny_vit, some_digits, processor, dtype=torch.float32)
 
 
-def test_broken_images_are_left_out_named_and_counted(tiny_vit, some_digits, processor, with_broken, caplog):
+def test_broken_images_are_skipped_and_logged(tiny_vit, some_digits, processor, with_broken, caplog):
     dataset = with_broken(some_digits, (2, 13))
     with caplog.at_level(logging.WARNING):
         features = extract_features(tiny_vit, dataset, processor, batch_size=4)
@@ -100,20 +100,20 @@ def test_broken_images_are_left_out_named_and_counted(tiny_vit, some_digits, pro
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_image_can_be_fatal(tiny_vit, some_digits, processor, with_broken, num_workers):
+def test_broken_image_raises_on_request(tiny_vit, some_digits, processor, with_broken, num_workers):
     dataset = with_broken(some_digits, (13,))
     with pytest.raises(BrokenImageError, match=r"row 13 \(path 'broken_13.png'\)") as caught:
         extract_features(tiny_vit, dataset, processor, on_broken_image="raise", num_workers=num_workers)
     assert caught.value.row == 13
 
 
-def test_no_readable_image_is_an_error(tiny_vit, some_digits, processor, with_broken):
+def test_no_readable_image_raises(tiny_vit, some_digits, processor, with_broken):
     dataset = with_broken(some_digits.select(range(3)), (0, 1, 2))
-    with pytest.raises(ValueError, match=r"none among 3; the first: The image in row 0"):
+    with pytest.raises(ValueError, match=r"none of 3 .* row 0"):
         extract_features(tiny_vit, dataset, processor)
 
 
-def test_images_that_stay_of_different_size_are_an_error(tiny_vit):
+def test_images_of_different_size_raise(tiny_vit):
     arrays = [np.zeros((8, 8), np.uint8), np.zeros((8, 9), np.uint8)]
     dataset = datasets.Dataset.from_dict({"image": arrays}, features=datasets.Features({"image": datasets.Image()}))
     with pytest.raises(ValueError, match=r"\(3, 8, 8\) and \(3, 8, 9\)"):
@@ -133,7 +133,7 @@ def test_pixels_of_digits_are_their_values_in_every_channel(some_digits):
 
 @pytest.fixture
 def count_passes(monkeypatch):
-    """How many times images were looked at."""
+    """Counts the passes over images."""
     passes = []
     one_pass = features_module._pass
     monkeypatch.setattr(features_module, "_pass", lambda *args: (passes.append(1), one_pass(*args))[1])
@@ -155,7 +155,7 @@ def test_cached_features_are_read_and_identical(tiny_vit, some_digits, processor
 @pytest.mark.parametrize(
     "change", ["weights", "data", "rows", "image_processor", "features", "num_last_layers", "dtype"]
 )
-def test_what_changes_the_features_misses_the_cache(tiny_vit, some_digits, processor, tmp_path, count_passes, change):
+def test_cache_is_missed_when_features_would_change(tiny_vit, some_digits, processor, tmp_path, count_passes, change):
     arguments = {"cache_dir": tmp_path}
     extract_features(tiny_vit, some_digits, processor, **arguments)
     if change == "weights":
@@ -178,7 +178,7 @@ def test_what_changes_the_features_misses_the_cache(tiny_vit, some_digits, proce
     np.testing.assert_array_equal(fresh.features, uncached.features)
 
 
-def test_projections_are_those_of_each_image_and_the_model_is_as_before(around_timm, some_digits):
+def test_projections_are_those_of_each_image(around_timm, some_digits):
     processor = evaluation_image_processor(32, crop_fraction=1.0)
     flags = [module.training for module in around_timm.modules()]
     found = extract_features(around_timm, some_digits, processor, batch_size=7, features="projection")
@@ -193,7 +193,7 @@ def test_projections_are_those_of_each_image_and_the_model_is_as_before(around_t
     np.testing.assert_array_equal(found.labels, some_digits["label"][:])
 
 
-def test_the_head_counts_for_projections_only(around_timm, some_digits, tmp_path, count_passes):
+def test_head_matters_for_projections_only(around_timm, some_digits, tmp_path, count_passes):
     processor = evaluation_image_processor(32, crop_fraction=1.0)
 
     def extract(features):
@@ -206,7 +206,7 @@ def test_the_head_counts_for_projections_only(around_timm, some_digits, tmp_path
     with torch.no_grad():
         around_timm.projection_head[2].bias[3] += 1
     again, moved = extract("backbone"), extract("projection")
-    assert len(count_passes) == 3  # the backbone's features are still those in the cache
+    assert len(count_passes) == 3  # the features of the backbone are still cached
     assert again.weights_sha256 == backbone.weights_sha256
     assert moved.weights_sha256 != projection.weights_sha256
     np.testing.assert_allclose(moved.features - projection.features, [[0, 0, 0, 1, 0]] * 24, atol=1e-5)
@@ -218,7 +218,7 @@ def test_the_head_counts_for_projections_only(around_timm, some_digits, tmp_path
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 100])
-def test_a_broken_cache_file_is_named_and_replaced(
+def test_broken_cache_file_is_logged_and_replaced(
     tiny_vit, some_digits, processor, tmp_path, caplog, count_passes, damage
 ):
     expected = extract_features(tiny_vit, some_digits, processor, cache_dir=tmp_path)
@@ -227,12 +227,12 @@ def test_a_broken_cache_file_is_named_and_replaced(
     file.write_bytes(damage(whole))
     with caplog.at_level(logging.WARNING):
         again = extract_features(tiny_vit, some_digits, processor, cache_dir=tmp_path)
-    assert f"The cached features in {file} are broken" in caplog.text
+    assert str(file) in caplog.text
     np.testing.assert_array_equal(again.features, expected.features)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
 
 
-def test_a_cache_that_cannot_be_written_is_only_a_warning(tiny_vit, some_digits, processor, tmp_path, caplog):
+def test_cache_that_cannot_be_written_is_only_logged(tiny_vit, some_digits, processor, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         features = extract_features(tiny_vit, some_digits, processor, cache_dir=tmp_path / "file" / "cache")
@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(tiny_vit, some_digits,
     assert "cannot be cached" in caplog.text
 
 
-def test_a_function_without_a_readable_form_is_not_cached(tiny_vit, some_digits, tmp_path, caplog):
+def test_image_processor_without_a_repr_is_not_cached(tiny_vit, some_digits, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         extract_features(tiny_vit, some_digits, features_module._unit_range, cache_dir=tmp_path)
     assert "not cached" in caplog.text
@@ -251,11 +251,11 @@ def test_a_function_without_a_readable_form_is_not_cached(tiny_vit, some_digits,
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "`batch_size` .* but is 0"),
-        ({"on_broken_image": "ignore"}, "`on_broken_image` must be 'skip' or 'raise', but is 'ignore'"),
-        ({"rows": np.array([24])}, "numbers? from 0 to 23"),
-        ({"features": "head"}, "'backbone' or 'projection', but is 'head'"),
-        ({"features": "projection"}, "ViTMSNModel has no `project`"),
-        ({"num_last_layers": 9}, "at most the model's 3 blocks, but is 9"),
+        ({"on_broken_image": "ignore"}, "`on_broken_image` .* but is 'ignore'"),
+        ({"rows": np.array([24])}, "`rows` .* from 0 to 23, but holds 24"),
+        ({"features": "head"}, "but is 'head'"),
+        ({"features": "projection"}, "ViTMSNModel"),
+        ({"num_last_layers": 9}, "at most 3, .* but is 9"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tiny_vit, some_digits, processor, arguments, message):
@@ -266,15 +266,12 @@ def test_arguments_out_of_range_are_refused(tiny_vit, some_digits, processor, ar
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (
-            lambda digits: digits.rename_column("image", "img"),
-            r"must have a column 'image', but has \['img', 'label'\]",
-        ),
-        (lambda digits: digits.select([]), "The data has no images"),
-        (lambda digits: [1, 2], "but is <class 'list'>"),
+        (lambda digits: digits.rename_column("image", "img"), r"\['img', 'label'\]"),
+        (lambda digits: digits.select([]), "no rows"),
+        (lambda digits: [1, 2], "<class 'list'>"),
     ],
 )
-def test_data_that_is_no_images_is_refused(tiny_vit, some_digits, processor, dataset, message):
+def test_data_without_images_is_refused(tiny_vit, some_digits, processor, dataset, message):
     with pytest.raises(ValueError, match=message):
         extract_features(tiny_vit, dataset(some_digits), processor)
 

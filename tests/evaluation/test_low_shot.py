@@ -37,7 +37,7 @@ def write_list(path, images_per_class, offset=0):
     return path
 
 
-def test_raw_pixels_of_the_digits_reach_88_percent_at_5_labels_a_class(digits, pixels):
+def test_raw_pixels_of_the_digits_reach_88_percent_with_5_labels_per_class(digits, pixels):
     evaluator = LowShotEvaluator(*digits, images_per_class=(1, 5, 10), num_splits=5)
     metrics = evaluator.evaluate_features(*pixels)
     assert metrics["low_shot/5_per_class/top1"] == pytest.approx(88, abs=2)
@@ -78,7 +78,7 @@ def test_two_calls_give_identical_numbers(few, tiny_vit, processor):
     assert evaluator(tiny_vit.train()) == evaluator(tiny_vit)
 
 
-def test_evaluation_leaves_all_random_states_alone(few, tiny_vit, processor):
+def test_random_states_are_unchanged(few, tiny_vit, processor):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     LowShotEvaluator(*few, image_processor=processor, num_workers=1)(tiny_vit)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
@@ -90,11 +90,11 @@ def test_unlabelled_rows_of_a_stream_are_refused(few, tiny_vit, processor):
         lambda row, i: {"label": -1 if i == 3 else row["label"]}, with_indices=True, new_fingerprint="h"
     )
     evaluator = LowShotEvaluator(few[0], hidden.to_iterable_dataset(), image_processor=processor)
-    with pytest.raises(ValueError, match="1 are not: -1"):
+    with pytest.raises(ValueError, match="1 do not: -1"):
         evaluator(tiny_vit)
 
 
-def test_features_are_extracted_only_of_the_rows_that_splits_need(few, tiny_vit, processor):
+def test_features_are_extracted_only_for_the_rows_of_the_splits(few, tiny_vit, processor):
     evaluator = LowShotEvaluator(*few, image_processor=processor, images_per_class=(1, 2), num_splits=2)
     metrics = evaluator(tiny_vit)
     seeds = (0, 1)
@@ -135,17 +135,17 @@ def test_lists_of_one_name_are_the_splits_of_one_task(listed, tmp_path):
     assert splits[2].top1 == pytest.approx(accuracy)
 
 
-def test_a_list_that_holds_another_number_than_its_name_says_is_told(listed, tmp_path, caplog):
+def test_list_that_differs_from_its_name_is_logged(listed, tmp_path, caplog):
     file = write_list(tmp_path / "subset" / "3imgs_class.txt", 5)
     with caplog.at_level(logging.WARNING):
         evaluator = LowShotEvaluator(*listed, images_per_class=(), list_files={"three": [file]})
-    assert "5 a class, although its name says 3" in caplog.text
+    assert "5 per class, although its name says 3" in caplog.text
     evaluator.evaluate_features(*(pixel_features(part) for part in listed))
     (split,) = evaluator.results.tasks[0].splits
     assert (split.fewest_per_class, split.most_per_class, split.num_images) == (5, 5, 50)
 
 
-def test_given_rows_are_measured_as_a_draw_of_the_same_rows(digits, pixels):
+def test_given_rows_give_the_numbers_of_a_draw_of_the_same_rows(digits, pixels):
     drawn = LowShotEvaluator(*digits, images_per_class=(2, 5), num_splits=1, seed=4)
     expected = drawn.evaluate_features(*pixels)
     rows = {
@@ -165,7 +165,7 @@ def test_given_rows_are_measured_as_a_draw_of_the_same_rows(digits, pixels):
     assert (split.seed, split.list_file, split.num_images, split.fewest_per_class) == (None, None, 50, 5)
 
 
-def test_given_rows_stand_beside_drawn_tasks(few):
+def test_given_rows_and_drawn_tasks_go_together(few):
     rows = low_shot_indices(few[0]["label"][:], images_per_class=3, seed=0).tolist()
     evaluator = LowShotEvaluator(*few, images_per_class=(1, 3), num_splits=1, rows={"support": rows})
     metrics = evaluator.evaluate_features(*(pixel_features(part) for part in few))
@@ -176,7 +176,7 @@ def test_given_rows_stand_beside_drawn_tasks(few):
     )
 
 
-def test_rows_that_are_not_given_are_never_read(few, with_broken, tiny_vit, processor):
+def test_other_rows_than_the_given_ones_are_never_read(few, with_broken, tiny_vit, processor):
     labels = np.array(few[0]["label"][:])
     rows = low_shot_indices(labels, images_per_class=4, seed=1)
     others = np.setdiff1d(np.arange(len(labels)), rows)
@@ -228,14 +228,14 @@ def test_projections_are_classified_by_the_vote_of_the_supports(few, around_timm
 
 
 def test_projections_of_a_model_without_a_head_are_refused(few, tiny_vit, processor):
-    with pytest.raises(ValueError, match="ViTMSNModel has no `project`"):
+    with pytest.raises(ValueError, match="ViTMSNModel"):
         LowShotEvaluator(*few, image_processor=processor, features="projection")(tiny_vit)
 
 
-def test_streams_give_the_numbers_of_the_same_data_at_rest(few, tiny_vit, processor):
-    at_rest = LowShotEvaluator(*few, image_processor=processor)(tiny_vit)
+def test_streams_give_the_numbers_of_the_same_data_in_memory(few, tiny_vit, processor):
+    in_memory = LowShotEvaluator(*few, image_processor=processor)(tiny_vit)
     streams = [part.to_iterable_dataset() for part in few]
-    assert LowShotEvaluator(*streams, image_processor=processor)(tiny_vit) == pytest.approx(at_rest)
+    assert LowShotEvaluator(*streams, image_processor=processor)(tiny_vit) == pytest.approx(in_memory)
 
 
 def test_skipped_images_are_missing_from_their_split_and_counted(few, with_broken, tiny_vit, processor):
@@ -251,12 +251,12 @@ def test_skipped_images_are_missing_from_their_split_and_counted(few, with_broke
     assert f"row {row} " in evaluator.results.data["train"]["skipped"][0]
 
 
-def test_a_class_whose_only_image_cannot_be_read_is_named(few, with_broken, tiny_vit, processor):
+def test_class_without_a_readable_image_is_named(few, with_broken, tiny_vit, processor):
     labels = np.array(few[0]["label"][:])
     row = int(low_shot_indices(labels, images_per_class=1, seed=0)[0])
     broken = with_broken(few[0], (row,))
     evaluator = LowShotEvaluator(broken, few[1], image_processor=processor, images_per_class=(1,), num_splits=1)
-    with pytest.raises(ValueError, match=f"readable images of a split of '1_per_class', but 1 are not: {labels[row]}"):
+    with pytest.raises(ValueError, match=f"'1_per_class', but 1 do not: {labels[row]}"):
         evaluator(tiny_vit)
 
 
@@ -268,7 +268,7 @@ def test_top5_is_given_from_6_classes_on(few):
         assert ("low_shot/5_per_class/top5" in metrics) == (num_classes == 6)
 
 
-def test_results_say_what_the_numbers_depend_on(few, tiny_vit, processor):
+def test_results_record_what_the_numbers_depend_on(few, tiny_vit, processor):
     evaluator = LowShotEvaluator(*few, image_processor=processor, probe=KNNProbe(k=3), cache_dir=None)
     evaluator(tiny_vit)
     results = evaluator.results.to_dict()
@@ -283,11 +283,11 @@ def test_results_say_what_the_numbers_depend_on(few, tiny_vit, processor):
     assert results["tasks"][0]["splits"][0]["fit"] == {"k": 3}
 
 
-def test_unlabelled_data_is_refused_when_the_evaluator_is_made(few):
+def test_unlabelled_data_is_refused(few):
     train, test = few
-    with pytest.raises(ValueError, match=r"the train data is unlabelled: its columns are \['image'\]"):
+    with pytest.raises(ValueError, match=r"train data .* \['image'\]"):
         LowShotEvaluator(train.remove_columns("label"), test)
-    with pytest.raises(ValueError, match="the test data is unlabelled"):
+    with pytest.raises(ValueError, match=r"test data .* \['image'\]"):
         LowShotEvaluator(train, test.to_iterable_dataset().remove_columns("label"))
 
 
@@ -296,57 +296,93 @@ def test_rows_without_a_label_are_refused(few):
     hidden = test.cast_column("label", datasets.Value("int64")).map(
         lambda row: {"label": -1}, new_fingerprint="hidden"
     )
-    with pytest.raises(
-        ValueError, match=r"40 of 40 rows of the test data have none \(None or -1\), the first is row 0"
-    ):
+    with pytest.raises(ValueError, match=r"test data .* row 0 has label -1 .* 40 of 40"):
         LowShotEvaluator(train, hidden)
 
 
 def test_a_class_with_too_few_images_is_named(few):
     labels = np.array(few[0]["label"][:])
     rows = np.concatenate([np.flatnonzero(labels != 4), np.flatnonzero(labels == 4)[:3]])
-    with pytest.raises(ValueError, match="fewer than `images_per_class` = 5 images: 4 has 3"):
+    with pytest.raises(ValueError, match="1 have fewer: 4 has 3"):
         LowShotEvaluator(few[0].select(rows), few[1], images_per_class=(1, 5))
 
 
 def test_classes_of_train_and_test_must_agree(few):
     train, test = few
     other = test.cast_column("label", datasets.ClassLabel(names=[*"012345687", "9"]))
-    with pytest.raises(ValueError, match="'7' and '8' at number 7"):
+    with pytest.raises(ValueError, match="class 7 is '7' and '8'"):
         LowShotEvaluator(train, other)
     fewer = train.select(np.flatnonzero(np.array(train["label"][:]) != 6))
-    with pytest.raises(ValueError, match="among the train data, but 1 are not: 6"):
+    with pytest.raises(ValueError, match="train data, but 1 do not: 6"):
         LowShotEvaluator(fewer, test)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images_per_class": ()}, "`images_per_class`, `fractions`, `list_files` and `rows` are empty"),
-        ({"features": "head"}, "'backbone' or 'projection', but is 'head'"),
+        ({"images_per_class": ()}, "are empty"),
+        ({"features": "head"}, "but is 'head'"),
         ({"num_splits": 0}, "`num_splits` .* but is 0"),
         ({"images_per_class": (0,)}, "`images_per_class` .* but is 0"),
         ({"images_per_class": (), "fractions": (1.5,)}, "`fraction` .* but is 1.5"),
-        ({"list_files": ["/no/list.txt"]}, "'/no/list.txt' does not exist"),
+        ({"list_files": ["/no/list.txt"]}, "/no/list.txt"),
     ],
 )
-def test_settings_out_of_range_are_refused_when_the_evaluator_is_made(few, arguments, message):
+def test_settings_out_of_range_are_refused(few, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         LowShotEvaluator(*few, **arguments)
 
 
-def test_no_test_images_is_an_error(few):
-    with pytest.raises(ValueError, match="the test data has no rows"):
+def test_test_data_without_rows_is_refused(few):
+    with pytest.raises(ValueError, match="test data"):
         LowShotEvaluator(few[0], few[1].select([]))
 
 
 def test_features_that_lack_rows_of_the_splits_are_refused(few):
     train, test = (pixel_features(part) for part in few)
     half = Features(train.features[::2], train.labels[::2], train.rows[::2])
-    with pytest.raises(ValueError, match="must hold every row of the splits"):
+    with pytest.raises(ValueError, match="missing"):
         LowShotEvaluator(*few).evaluate_features(half, test)
 
 
 def test_lists_for_a_stream_are_refused(few, tmp_path):
     with pytest.raises(ValueError, match="streaming=False"):
         LowShotEvaluator(few[0].to_iterable_dataset(), few[1], list_files=[write_list(tmp_path / "a" / "l.txt", 1)])
+
+
+def test_a_given_row_without_a_label_is_named(few):
+    labels = np.array(few[0]["label"][:])
+    labels[[17, 30]] = -1
+    train = few[0].cast_column("label", datasets.Value("int64")).remove_columns("label").add_column("label", labels)
+    test = few[1].cast_column("label", datasets.Value("int64"))
+    with pytest.raises(ValueError, match=r"train data .* row 17 has label -1"):
+        LowShotEvaluator(train, test, images_per_class=(), rows={"support": [3, 17, 20]})
+
+
+def test_a_class_that_the_given_rows_lack_is_named_before_any_image_is_read(few):
+    labels = np.array(few[0]["label"][:])
+    with pytest.raises(ValueError, match="rows of 'support', but 2 do not: 4, 7"):
+        LowShotEvaluator(*few, rows={"support": np.flatnonzero((labels != 4) & (labels != 7))})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"support": [0, 120]}, "from 0 to 119, but holds 120"),
+        ({"support": [-1, 3]}, "but holds -1"),
+        ({"support": [5, 3, 5]}, "5 more than once"),
+        ({"support": []}, r"shape \(0,\)"),
+        ({"support": [True] * 120}, "type bool"),
+        ({"support": [0.5]}, "type float64"),
+        ([1, 2, 3], "but is a list"),
+        ({"1_per_class": [1]}, "1_per_class"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(few, rows, message):
+    with pytest.raises(ValueError, match=message):
+        LowShotEvaluator(*few, rows=rows)
+
+
+def test_rows_of_a_stream_are_refused(few):
+    with pytest.raises(ValueError, match="streaming=False"):
+        LowShotEvaluator(few[0].to_iterable_dataset(), few[1], images_per_class=(), rows={"support": [1]})

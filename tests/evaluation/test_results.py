@@ -7,10 +7,10 @@ import pytest
 from hf_msn.evaluation.results import LowShotResults, SplitResult, TaskResult, mean_std_ci95
 
 
-def split(top1, top5=None, seed=0):
+def split(top1, top5=None, seed=0, list_file=None):
     return SplitResult(
         seed=seed,
-        list_file=None,
+        list_file=list_file,
         num_images=10,
         fewest_per_class=1,
         most_per_class=1,
@@ -25,7 +25,7 @@ def split(top1, top5=None, seed=0):
 def results():
     tasks = [
         TaskResult("1_per_class", 10, [split(60.0, 90.0), split(70.0, 94.0), split(62.0, 92.0)]),
-        TaskResult("published", 3, [split(80.5)]),
+        TaskResult("published", 3, [split(80.5, list_file="/home/someone/lists/published.txt")]),
     ]
     return LowShotResults(name="low_shot", primary_metric="low_shot/1_per_class/top1", tasks=tasks)
 
@@ -42,7 +42,7 @@ def test_one_split_has_no_deviation():
     assert mean_std_ci95([81.0]) == (81.0, 0.0, 0.0)
 
 
-def test_metrics_are_flat_and_in_per_cent(results):
+def test_metrics_are_flat_and_in_percent(results):
     assert results.metrics["low_shot/1_per_class/top1"] == pytest.approx(64)
     assert results.metrics["low_shot/1_per_class/top5"] == pytest.approx(92)
     assert results.metrics["low_shot/1_per_class/num_splits"] == 3
@@ -55,7 +55,7 @@ def test_metrics_are_flat_and_in_per_cent(results):
     }
 
 
-def test_the_table_is_aligned_and_leaves_out_what_is_not_known(results):
+def test_table_is_aligned_and_omits_undefined_numbers(results):
     lines = results.table().splitlines()
     assert lines[2].split("  ")[0] == "1 per class"
     assert "64.0 ± 5.3" in lines[2] and "50.9 to 77.1" in lines[2] and "92.0" in lines[2]
@@ -63,11 +63,11 @@ def test_the_table_is_aligned_and_leaves_out_what_is_not_known(results):
     assert len({line.index(cell) for line, cell in zip(lines[2:], ("64.0", "80.5"))}) == 1
 
 
-def test_the_interval_in_the_table_ends_where_accuracies_do():
+def test_interval_in_the_table_is_clipped():
     tasks = [TaskResult("low", 9, [split(1.0), split(9.0)]), TaskResult("high", 9, [split(99.0), split(91.0)])]
     results = LowShotResults(name="low_shot", primary_metric="low_shot/low/top1", tasks=tasks)
     low, high = results.table().splitlines()[2:]
-    # 5 and 95, half-width 12.706 * 4: to -45.8 and 145.8 if it were not cut
+    # 5 and 95, half-width 12.706 * 4: -45.8 and 145.8 without clipping
     assert "0.0 to 55.8" in low and "44.2 to 100.0" in high
     assert results.metrics["low_shot/low/top1_ci95"] == pytest.approx(50.82, abs=0.01)
 
@@ -79,10 +79,11 @@ def test_saved_json_holds_every_split(results, tmp_path):
     assert [one["top1"] for one in saved["tasks"][0]["splits"]] == [60.0, 70.0, 62.0]
     assert saved["metrics"] == results.metrics
     assert saved["tasks"][1]["summary"]["top1"] == 80.5
+    assert saved["tasks"][1]["splits"][0]["list_file"] == "published.txt"
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
-def test_results_that_cannot_be_json_leave_the_old_file(results, tmp_path):
+def test_results_that_are_not_finite_leave_the_old_file(results, tmp_path):
     path = tmp_path / "results.json"
     results.save(path)
     before = path.read_text()

@@ -12,7 +12,7 @@ from hf_msn.evaluation.softmax_regression import fit_softmax_regression
 
 
 def problem(rows, dimension, classes, seed=0, noise=2.0):
-    """Features as a network gives them: class centres, noise, an offset that all share, falling variances."""
+    """Features like those of a network: class centres, noise, a common offset, falling variances."""
     random = np.random.RandomState(seed)
     labels = random.permutation(np.arange(rows) % classes)
     scale = np.arange(1, dimension + 1) ** -0.5
@@ -23,7 +23,7 @@ def problem(rows, dimension, classes, seed=0, noise=2.0):
 
 
 def twin(features, labels, l2):
-    """W by scikit-learn, two rows for two classes."""
+    """Return W by scikit-learn, two rows for two classes."""
     two = len(np.unique(labels)) == 2
     solver = LogisticRegression(C=(2 if two else 1) / l2, fit_intercept=False, max_iter=5000, tol=1e-10)
     coefficients = solver.fit(centre_and_normalize(features), labels).coef_
@@ -46,7 +46,7 @@ def solve(features, labels, l2=0.075, **settings):
     ("rows", "dimension", "classes"),
     [(10, 192, 10), (50, 48, 10), (40, 6, 2), (2, 30, 2), (130, 130, 3), (300, 20, 60)],
 )
-def test_the_minimum_is_that_of_the_slow_twin(rows, dimension, classes, l2):
+def test_minimum_is_that_of_the_slow_twin(rows, dimension, classes, l2):
     features, labels = problem(rows, dimension, classes)
     expected = twin(features, labels, l2)
     solution = solve(features, labels, l2, tol=1e-10)
@@ -63,7 +63,7 @@ def test_the_minimum_is_that_of_the_slow_twin(rows, dimension, classes, l2):
 
 
 @pytest.mark.parametrize("rows", [300, 90])
-def test_the_largest_gradient_is_that_of_the_equation(rows):
+def test_largest_gradient_is_that_of_the_equation(rows):
     features, labels = problem(rows, 120, 8)
     solution = solve(features, labels, max_iter=3)
     inputs, weights = torch.from_numpy(centre_and_normalize(features)), solution.weights.clone().requires_grad_()
@@ -75,7 +75,7 @@ def test_the_largest_gradient_is_that_of_the_equation(rows):
 
 
 @pytest.mark.parametrize("tol", [1e-6, 1e-8, 1e-11])
-def test_float32_on_the_way_ends_at_the_same_minimum(monkeypatch, tol):
+def test_float32_iterations_end_at_the_same_minimum(monkeypatch, tol):
     features, labels = problem(400, 64, 20)
     slow = solve(features, labels, tol=tol)
     precisions = []
@@ -98,7 +98,7 @@ def test_float32_on_the_way_ends_at_the_same_minimum(monkeypatch, tol):
         torch.testing.assert_close(fast.weights, slow.weights, atol=1e-6, rtol=1e-6)
 
 
-def test_coarse_products_that_the_user_allows_are_not_used(monkeypatch):
+def test_reduced_precision_products_are_not_used(monkeypatch):
     features, labels = problem(100, 20, 5)
     monkeypatch.setattr(softmax_regression, "_SMALL", 0)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")

@@ -64,14 +64,14 @@ def test_a_vit_has_one_hash_in_pretraining_alone_and_under_a_classifier(msn, tmp
         ("image_size", 20),
     ],
 )
-def test_what_of_the_configuration_changes_the_features_changes_the_hash(msn, field, value):
+def test_configuration_that_changes_the_features_changes_the_hash(msn, field, value):
     plain = ViTMSNModel(msn.config.to_vit_msn_config())
     before = weights_sha256(plain)
     setattr(plain.config, field, value)
     assert weights_sha256(plain) != before
 
 
-def test_what_only_training_has_does_not_change_the_hash(msn):
+def test_training_only_settings_do_not_change_the_hash(msn):
     before = hash_of(msn)
     msn.activation_checkpointing_enable()
     msn.config.hidden_dropout_prob, msn.config.name_or_path = 0.5, "/somewhere/else"
@@ -80,7 +80,7 @@ def test_what_only_training_has_does_not_change_the_hash(msn):
 
 
 def timm_forms(encoder, name, options):
-    """The same weights as a bare network, under a classifier, and in both wrappers of transformers."""
+    """Return the same weights as a bare network, under a classifier, and in both wrappers of transformers."""
     forms = [encoder, timm.create_model(name, num_classes=7, **options)]
     config = {"architecture": name, "model_args": options}
     forms += [
@@ -115,7 +115,7 @@ def test_a_vit_with_a_cls_token_has_one_hash_with_and_without_a_pooler(tmp_path)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
     model.save_pretrained(tmp_path)
-    # `AutoModel` draws a pooler at random, another each time
+    # `AutoModel` initialises a different pooler each time
     assert {checkpoint_weights_sha256(tmp_path) for _ in range(2)} == {hash_of(model)}
     with torch.no_grad():
         model.vit.layernorm.bias.add_(1)
@@ -144,6 +144,6 @@ def test_the_hash_taken_while_training_on_several_ranks_is_that_of_the_checkpoin
             assert weights_sha256(evaluated_module(other, features)[0]) == expected
 
 
-def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="The model must be a folder of `save_pretrained`"):
+def test_folder_without_a_checkpoint_raises(tmp_path):
+    with pytest.raises(ValueError, match="save_pretrained"):
         checkpoint_weights_sha256(tmp_path)
