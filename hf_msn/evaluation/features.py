@@ -246,7 +246,8 @@ def _extract(
         first = f" The first: {skipped[0]}" if skipped else ""
         raise ValueError(f"`dataset` must have a readable image, but none of {len(skipped)} is readable.{first}")
     if skipped and rank() == 0:
-        logger.warning("%d images are skipped, %d remain. The first: %s", len(skipped), sum(counts), skipped[0])
+        shown = "; ".join(str(error) for error in skipped[:3])
+        logger.warning("%d images are skipped, %d remain. The first: %s", len(skipped), sum(counts), shown)
     # a rank without rows does not know the width
     own_features = own.features if len(own.features) else np.zeros((0, max(widths)), dtype=np.float32)
     features = gather_rows(own_features, list(counts))

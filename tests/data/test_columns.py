@@ -21,42 +21,28 @@ INTEGER = datasets.Value("int32")
 TEXT = datasets.Value("string")
 
 
-def test_single_image_column_is_used_whatever_its_name(table):
-    dataset = image_and_label(table(("img",), caption=(TEXT, ["a", "b"])), "x")
-    assert dataset.features == datasets.Features(image=datasets.Image(decode=False))
-
-
-def test_column_named_image_is_preferred(table):
+def test_image_column_is_the_only_one_or_named_image_or_given(table):
+    images_only = datasets.Features(image=datasets.Image(decode=False))
+    assert image_and_label(table(("img",), caption=(TEXT, ["a", "b"])), "x").features == images_only
     assert image_and_label(table(("mask", "image")), "x").column_names == ["image"]
-
-
-def test_several_image_columns_need_a_name(table):
+    assert image_and_label(table(("left", "right")), "x", image_column="right").column_names == ["image"]
     with pytest.raises(ValueError, match="left, right"):
         image_and_label(table(("left", "right")), "x")
-    assert image_and_label(table(("left", "right")), "x", image_column="right").column_names == ["image"]
-
-
-def test_table_without_images_is_refused():
-    table = datasets.Dataset.from_dict({"text": ["a"], "score": [1]})
     with pytest.raises(ValueError, match="'text', 'score'"):
-        image_and_label(table, "x")
+        image_and_label(datasets.Dataset.from_dict({"text": ["a"], "score": [1]}), "x")
 
 
-def test_single_class_label_column_is_the_label(table):
+def test_label_column_is_named_label_or_the_only_class_label(table):
     dataset = image_and_label(table(breed=(CLASSES, [1, 0]), age=(INTEGER, [3, 4])), "x")
-    assert dataset.features["label"] == CLASSES
-    assert dataset["label"][:] == [1, 0]
+    assert dataset.features["label"] == CLASSES and dataset["label"][:] == [1, 0]
+    dataset = image_and_label(table(label=(INTEGER, [4, 2]), breed=(CLASSES, [1, 0])), "x")
+    assert dataset["label"][:] == [4, 2]
 
 
 @pytest.mark.parametrize("name", ["label", "labels", "fine_label", "cls", "class", "target"])
 def test_label_is_found_by_its_usual_names(table, name):
     dataset = image_and_label(table(**{name: (INTEGER, [4, 2]), "age": (INTEGER, [3, 4])}), "x")
     assert dataset.features["label"] == datasets.Value("int64")
-    assert dataset["label"][:] == [4, 2]
-
-
-def test_label_column_wins_over_other_class_labels(table):
-    dataset = image_and_label(table(label=(INTEGER, [4, 2]), breed=(CLASSES, [1, 0])), "x")
     assert dataset["label"][:] == [4, 2]
 
 

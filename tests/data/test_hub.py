@@ -8,6 +8,8 @@ import sys
 import pytest
 from hub_server import HubServer
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/photos"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

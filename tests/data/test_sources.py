@@ -106,17 +106,27 @@ def test_image_files_are_found_by_extension_in_any_case(folder, name):
     assert decode_image(dataset[0]["image"]).size == (8, 6)
 
 
-def test_one_class_folder_is_one_class(folder):
-    dataset = load_images(folder({"cat/1.png": 1, "cat/2.png": 2}))
-    assert dataset.features["label"].names == ["cat"]
-    assert dataset["label"][:] == [0, 0]
-
-
-@pytest.mark.parametrize("files", [{"1.png": 1, "2.png": 2}, {"1.png": 1, "cat/2.png": 2, "dog/3.png": 3}])
-def test_flat_and_mixed_folders_have_no_labels(folder, files):
-    dataset = load_images(folder(files))
-    assert dataset.column_names == ["image"]
-    assert len(dataset) == len(files)
+@pytest.mark.parametrize(
+    ("files", "split", "names"),
+    [
+        (["cat/1.png", "cat/2.png"], "train", ["cat"]),
+        (["1.png", "2.png"], "train", None),
+        (["1.png", "cat/2.png", "dog/3.png"], "train", None),
+        (["bus/1.png", "train/2.png", "car/3.png"], "train", ["bus", "car", "train"]),
+        (["test_1.png", "train_1.png", "other.png"], "train", None),
+        (["train/a/1.png", "train/b/2.png", "test/4.png"], "train", ["a", "b"]),
+        (["train/a/1.png", "train/b/2.png", "test/4.png"], "test", None),
+    ],
+)
+def test_class_folders_at_one_depth_are_labels(folder, files, split, names):
+    dataset = load_images(folder(dict.fromkeys(files, 1)), split=split)
+    in_split = [file for file in files if file.startswith(f"{split}/")]
+    assert len(dataset) == (len(in_split) if any(file.startswith("test/") for file in files) else len(files))
+    if names is None:
+        assert dataset.column_names == ["image"]
+    else:
+        assert dataset.features["label"].names == names
+        assert sorted(set(dataset["label"][:])) == list(range(len(names)))
 
 
 def test_folders_named_like_splits_are_splits(folder, picture):
@@ -129,21 +139,6 @@ def test_folders_named_like_splits_are_splits(folder, picture):
     assert load_images(root, split="validation")["label"][:] == [1, 2]
     assert len(load_images(root, split="train[:2]")) == 2
     assert load_images(root, split="train+val")["label"][:] == [0, 1, 2, 1, 2]
-
-
-def test_labelled_train_folder_with_flat_test_folder(folder):
-    root = folder({"train/a/1.png": 1, "train/b/2.png": 2, "test/4.png": 4})
-    assert load_images(root)["label"][:] == [0, 1]
-    assert load_images(root, split="test").column_names == ["image"]
-
-
-def test_class_named_train_stays_a_class(folder):
-    dataset = load_images(folder({"bus/1.png": 1, "train/2.png": 2, "car/3.png": 3}))
-    assert dataset.features["label"].names == ["bus", "car", "train"]
-
-
-def test_file_names_do_not_make_splits(folder):
-    assert len(load_images(folder({"test_1.png": 1, "train_1.png": 2, "other.png": 3}))) == 3
 
 
 def test_linked_class_folders_are_read(folder, tmp_path):
@@ -246,11 +241,8 @@ def test_unknown_columns_are_refused(parquet):
         load_images(file, image_column="img")
     with pytest.raises(ValueError, match=r"`image_column` .*'label'"):
         load_images(file, image_column="label")
-
-
-def test_label_column_of_unlabelled_data_is_refused(folder):
-    with pytest.raises(ValueError, match="'label'"):
-        load_images(folder({"1.png": 1}), label_column="label")
+    with pytest.raises(ValueError, match="'train'"):
+        load_images(file, split="train[:0]")
 
 
 def test_glob_of_image_files_is_read_without_labels(folder, picture):
@@ -258,7 +250,13 @@ def test_glob_of_image_files_is_read_without_labels(folder, picture):
     _assert_pictures(load_images(f"{root}/**/*.png"), [1, 3], picture)
 
 
-def test_missing_empty_and_foreign_sources_are_refused(tmp_path):
+def test_missing_empty_and_foreign_sources_are_refused(tmp_path, folder, encoded):
+    root = folder({"1.png": 1})
+    with pytest.raises(ValueError, match="'label'"):
+        load_images(root, label_column="label")
+    _tar(os.path.join(root, "more.tar"), [{"png": encoded(1)}])
+    with pytest.raises(ValueError, match=r"more\.tar"):
+        load_images(root)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_images(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"shard.parquet"):
@@ -271,18 +269,6 @@ def test_missing_empty_and_foreign_sources_are_refused(tmp_path):
         load_images(tmp_path / "empty" / "notes.txt")
     with pytest.raises(ValueError, match="`source` is empty"):
         load_images("")
-
-
-def test_images_beside_shards_are_refused(folder, encoded):
-    root = folder({"1.png": 1})
-    _tar(os.path.join(root, "more.tar"), [{"png": encoded(1)}])
-    with pytest.raises(ValueError, match=r"more.tar"):
-        load_images(root)
-
-
-def test_table_without_rows_is_refused(parquet):
-    with pytest.raises(ValueError, match="0"):
-        load_images(parquet("a.parquet"), split="train[:0]")
 
 
 @pytest.mark.parametrize("split", ["val", "train2[:10%]"])
@@ -320,11 +306,6 @@ def test_hub_settings_are_passed_on(monkeypatch, image_rows):
         "data_files": None,
         "token": "secret",
     }
-
-
-def test_file_names_are_read_in_the_order_of_the_rows(image_rows):
-    dataset = image_rows(5).select([3, 1])
-    assert image_file_names(dataset) == ["photo_3.png", "photo_1.png"]
 
 
 def test_broken_images_of_a_stream_come_through_undecoded(tmp_path, encoded):

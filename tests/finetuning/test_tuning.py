@@ -212,12 +212,12 @@ def test_bad_labels_are_refused(method, tmp_path):
     refused = partial(tune, method, tmp_path)
     with pytest.raises(ValueError, match="at least one row must be labelled"):
         refused(dataset=dataset, rows=np.array([], dtype=int))
-    with pytest.raises(ValueError, match=f"Row {rows[4]} has label -1"):
+    with pytest.raises(ValueError, match=f"row {rows[4]} has label -1"):
         refused(dataset=wrong_labels(dataset, rows[4], -1), rows=rows)
     without = dataset.remove_columns("label").add_column(
         "label", [None if i == rows[4] else 0 for i in range(len(dataset))]
     )
-    with pytest.raises(ValueError, match=f"Row {rows[4]} has label None"):
+    with pytest.raises(ValueError, match=f"row {rows[4]} has label None"):
         refused(dataset=without, rows=rows)
     of_one = rows[np.array(dataset["label"][:])[rows] == 7]
     with pytest.raises(ValueError, match="5 labelled images are of class 7"):
