@@ -68,9 +68,6 @@ def test_views_have_the_stated_shapes(picture):
         "focal_pixel_values": (3, 3, 16, 16),
     }
     assert all(view.dtype == torch.float32 for view in views.values())
-
-
-def test_no_focal_views_give_no_such_entry(picture):
     assert set(MultiViewTransform(image_size=8, focal_views=0)(picture(1))) == {"pixel_values", "anchor_pixel_values"}
     only_focal = MultiViewTransform(image_size=8, focal_size=4, anchor_views=0, focal_views=2)(picture(1))
     assert only_focal["anchor_pixel_values"].shape == (0, 3, 8, 8)
@@ -218,6 +215,14 @@ def test_reduction_is_the_largest_that_enlarges_no_crop():
 
 
 @pytest.mark.parametrize(
+    ("settings", "name"), [({"crop_fraction": 0}, "crop_fraction"), ({"image_size": 0}, "image_size")]
+)
+def test_evaluation_settings_out_of_range_are_refused(settings, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        evaluation_image_processor(**settings)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"image_size": 0}, "`image_size` .* but is 0"),
@@ -266,11 +271,3 @@ def test_evaluation_processor_matches_the_transform_and_loads_with_transformers(
     image = picture(1, (8, 8))
     seen = loaded(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(seen, transform(image)["pixel_values"], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"), [({"crop_fraction": 0}, "crop_fraction"), ({"image_size": 0}, "image_size")]
-)
-def test_evaluation_settings_out_of_range_are_refused(settings, name):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        evaluation_image_processor(**settings)

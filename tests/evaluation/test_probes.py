@@ -73,13 +73,6 @@ def test_logistic_probe_finds_the_minimum_of_the_multinomial_objective(clusters,
     assert probe.fit_report["converged"]
 
 
-def test_two_classes_have_opposite_weights_and_scores(clusters):
-    features, labels = clusters[0][:40], clusters[1][:40]
-    scores = LogisticProbe().fit(features, labels).predict_scores(features)
-    np.testing.assert_allclose(scores[:, 0], -scores[:, 1])
-    assert ((scores[:, 1] > 0) == (labels == 1)).mean() > 0.9
-
-
 def test_logistic_probe_stops_at_max_iter(clusters):
     probe = LogisticProbe(max_iter=2).fit(*clusters)
     objective_there = objective(probe.coef_, prepared(clusters[0]), clusters[1], 0.075)
@@ -93,17 +86,12 @@ def test_logistic_probe_stops_at_max_iter(clusters):
     assert probe.fit_report["largest_gradient"] > 1e-8
 
 
-@pytest.mark.parametrize(
-    ("images_per_class", "l2"), [(1, 0.0025), (5, 0.0025), (10, 0.0025), (11, 0.075), (13, 0.075)]
-)
+@pytest.mark.parametrize(("images_per_class", "l2"), [(1, 0.0025), (10, 0.0025), (11, 0.075)])
 def test_default_penalty_is_that_of_the_paper(clusters, images_per_class, l2):
     features, labels = clusters
     rows = np.concatenate([np.flatnonzero(labels == label)[:images_per_class] for label in range(3)])
     assert LogisticProbe().fit(features[rows], labels[rows]).fit_report["l2"] == l2
-
-
-def test_given_penalty_is_used_for_any_number_of_images(clusters):
-    assert LogisticProbe(l2=0.5).fit(*clusters).fit_report["l2"] == 0.5
+    assert LogisticProbe(l2=0.5).fit(features[rows], labels[rows]).fit_report["l2"] == 0.5
 
 
 def test_each_feature_vector_is_centred_and_gets_unit_length(clusters):
@@ -205,16 +193,6 @@ def test_soft_nearest_neighbor_bounds_the_similarities_in_memory(clusters, monke
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-9, atol=1e-14)
 
 
-def test_soft_nearest_neighbor_ignores_the_length_of_vectors(clusters):
-    features, labels = clusters
-    probe = SoftNearestNeighborProbe(0.3).fit(features, labels)
-    expected = probe.predict_scores(features)
-    assert probe.fit_report == {"num_supports": 60}
-    assert probe.settings == {"probe": "soft_nearest_neighbor", "temperature": 0.3}
-    lengths = np.linspace(0.01, 100, 60)[:, None]
-    np.testing.assert_allclose(probe.fit(lengths * features, labels).predict_scores(7 * features), expected, rtol=1e-9)
-
-
 def sgd_reference(features, labels, *, batches, learning_rate, momentum):
     """Nesterov SGD of a softmax classifier on l2-normalised LayerNorm outputs, with loops, in float64."""
     inputs = []
@@ -254,17 +232,12 @@ def test_linear_probe_uses_batches_in_the_seeded_order(clusters):
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_linear_probe_leaves_the_global_random_state_alone(clusters):
-    state = torch.get_rng_state()
-    LinearProbe(epochs=2).fit(*clusters)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("make", PROBES)
-def test_fitting_twice_gives_identical_scores(make, clusters):
-    probe = make()
+def test_fitting_twice_gives_identical_scores_and_draws_nothing_globally(make, clusters):
+    probe, state = make(), torch.get_rng_state()
     first = probe.fit(*clusters).predict_scores(clusters[0])
     np.testing.assert_array_equal(probe.fit(*clusters).predict_scores(clusters[0]), first)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("make", PROBES)
