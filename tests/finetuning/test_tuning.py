@@ -179,9 +179,7 @@ def test_a_test_set_with_other_classes_is_refused(tmp_path):
     rows = rows[np.array(dataset["label"][:])[rows] < 9]
     result = tune(LINEAR, tmp_path, dataset=dataset, rows=rows, num_train_epochs=1)
     test = load_images("digits", split="test")
-    with pytest.raises(
-        ValueError, match="Every class of the test data must be among the labelled images, but 1 are not: 9"
-    ):
+    with pytest.raises(ValueError, match="labelled images, but 1 do not: 9"):
         result.test(test)
     with pytest.raises(ValueError, match="same class names"):
         result.test(
@@ -210,7 +208,7 @@ def wrong_labels(dataset, row, value):
 def test_bad_labels_are_refused(method, tmp_path):
     dataset, rows = digits()
     refused = partial(tune, method, tmp_path)
-    with pytest.raises(ValueError, match="at least one row must be labelled"):
+    with pytest.raises(ValueError, match=r"\(0,\)"):
         refused(dataset=dataset, rows=np.array([], dtype=int))
     with pytest.raises(ValueError, match=f"row {rows[4]} has label -1"):
         refused(dataset=wrong_labels(dataset, rows[4], -1), rows=rows)

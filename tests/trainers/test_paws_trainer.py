@@ -172,15 +172,15 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     "settings, changes, message",
     [
-        ({"global_support_classes": 4}, {}, "`global_support_classes` is 4, but the labelled images are of 3 classes"),
-        ({"global_support_classes": 0}, {}, "`global_support_classes` is .* >= 1, but is 0"),
+        ({"global_support_classes": 4}, {}, r"`global_support_classes` .* but is 4"),
+        ({"global_support_classes": 0}, {}, r"`global_support_classes` .* but is 0"),
         ({"global_support_classes": 1}, {}, "at least 2 classes to tell apart, but has 1 of the 3"),
-        ({"global_support_images_per_class": 0}, {}, "`global_support_images_per_class` is .* >= 1, but is 0"),
-        ({"support_shard": "ranks"}, {}, "`support_shard` is 'classes' or 'images', but is 'ranks'"),
+        ({"global_support_images_per_class": 0}, {}, r"`global_support_images_per_class` .* but is 0"),
+        ({"support_shard": "ranks"}, {}, r"`support_shard` .* but is 'ranks'"),
         (
             {"support_on_small_class": "raise", "global_support_images_per_class": 3},
             {},
-            "1 class of the labelled images has fewer .* = 3 images: 9 has 2. Take fewer .*on_small_class='repeat'",
+            r"`global_support_images_per_class` = 3 .* 1 have fewer: 9 has 2\..*support_on_small_class='repeat'",
         ),
         ({}, {"support_dataset": None}, "There is no `support_dataset`"),
         ({}, {"transform": {"anchor_views": 2}}, "`anchor_views` of the views is 2"),

@@ -94,7 +94,7 @@ def _resume_on_this_rank(rank, folder):
     results = {}
     with pytest.raises(
         ValueError,
-        match=r"`global_support_classes` is 3 .* divisible by the 2 ranks, .* Use 2, or support_shard='images'",
+        match=r"`global_support_classes` .* 2 ranks .* but is 3\. Use 2, or support_shard='images'",
     ):
         make_run(f"{folder}/refused", support_shard="classes")
     for shard in ("classes", "images"):
