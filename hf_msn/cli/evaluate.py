@@ -7,13 +7,12 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
-from ..data.evaluation_processor import evaluation_image_processor
 from ..data.sources import load_images
+from ..data.transforms import evaluation_image_processor
 from ..evaluation.backbones import load_vision_model
 from ..evaluation.features import extract_features
-from ..evaluation.logistic_probe import LogisticProbe
 from ..evaluation.low_shot import LowShotEvaluator
-from ..evaluation.probes import KNNProbe, LinearProbe, SoftNearestNeighborProbe
+from ..evaluation.probes import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe
 from ..files import whole_file
 from .parser import Option, Parser, arguments_for, options_of
 
