@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo card test test-distributed quality clean
+.PHONY: help demo card test test-fast test-distributed test-oldest quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -34,6 +34,17 @@ runs/demo/model/config.json:
 test: $(VENV)/.installed  ## Run all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer within 2 minutes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# uv resolves every direct dependency to the lowest version that pyproject.toml allows.
+OLDEST := .venv-oldest
+test-oldest:  ## Run the tests that are not slow with the oldest versions that pyproject.toml allows
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet --resolution lowest-direct --editable '.[test]'
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
 test-distributed: $(VENV)/.installed  ## Run only the tests that spawn several processes
 	$(BIN)/python -m pytest -m distributed
 
@@ -43,4 +54,4 @@ quality: $(VENV)/.installed  ## Lint, check the format, and hold the layers
 	$(BIN)/python -m pytest tests/test_layers.py
 
 clean:  ## Remove the environment and what the demo made
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs
