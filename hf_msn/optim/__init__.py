@@ -1,1 +1,1 @@
-"""Optimizers: only what torch.optim and timm.optim lack."""
+"""Optimizers that torch.optim and timm.optim lack."""

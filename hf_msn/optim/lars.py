@@ -1,4 +1,4 @@
-"""LARS as its paper has it, over the one of timm."""
+"""LARS with the learning rate inside the momentum, over the one of timm."""
 
 import timm.optim
 import torch
@@ -18,36 +18,17 @@ class LARS(timm.optim.Lars):
     another lr must go on at that one's size. That is all this class changes.
 
     Args:
-        params, lr, momentum, weight_decay, trust_coeff, eps, always_adapt, foreach: As in `timm.optim.Lars`. Tensors
-            of a parameter group are scaled if its `weight_decay` is not 0 or its `always_adapt` is `True`; biases and
-            norms belong in a group where neither is.
+        params, lr, momentum, trust_coeff, kwargs: As in `timm.optim.Lars`, with the momentum of the paper as default.
+            Tensors of a parameter group are scaled if its `weight_decay` is not 0 or its `always_adapt` is `True`;
+            biases and norms belong in a group where neither holds.
     """
 
-    def __init__(
-        self,
-        params,
-        lr: float = 1.0,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust_coeff: float = 0.001,
-        eps: float = 1e-8,
-        always_adapt: bool = False,
-        foreach: bool | None = None,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coeff=trust_coeff,
-            eps=eps,
-            always_adapt=always_adapt,
-            foreach=foreach,
-        )
+    def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, trust_coeff: float = 0.001, **kwargs):
+        super().__init__(params, lr=lr, momentum=momentum, trust_coeff=trust_coeff, **kwargs)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Takes one step. `closure`, as in every torch optimizer, evaluates the model again and returns the loss."""
+        """Take one step. `closure`, as in every torch optimizer, evaluates the model again and returns the loss."""
         with_momentum = [group for group in self.param_groups if group["momentum"] != 0]
         rates = [group["lr"] for group in with_momentum]
         # timm: v <- momentum * v + (1 - dampening) * r * (g + weight_decay * w);  w <- w - lr * v
