@@ -281,10 +281,10 @@ def check_output_dir(output_dir: str | None, is_reused: bool, remedy: str) -> No
     """
     if output_dir is None:
         raise ValueError("`output_dir` is missing: the folder of the trained model. Give --output_dir.")
-    for path in (Path(output_dir), *Path(output_dir).parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"`output_dir` '{output_dir}' must be a folder, but '{path}' is a file. Give another.")
     folder = Path(output_dir)
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise ValueError(f"`output_dir` '{output_dir}' must be a folder, but '{path}' is a file. Give another.")
     if not is_reused and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"`output_dir` '{output_dir}' is not empty. {remedy}")
 

@@ -175,8 +175,9 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     model = build(ModelArguments, values)
     if model.from_backbone is None:
         method.config(**config_fields)  # names a wrong field before any data is read
-    if values.get("resume_from_checkpoint") in ("true", "false"):
-        values = {**values, "resume_from_checkpoint": values["resume_from_checkpoint"] == "true"}
+    resume = values.get("resume_from_checkpoint")
+    if str(resume).lower() in ("true", "false"):
+        values = {**values, "resume_from_checkpoint": str(resume).lower() == "true"}
     check_output_dir(
         values.get("output_dir"),
         bool(values.get("resume_from_checkpoint") or values.get("overwrite_output_dir")),

@@ -13,10 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
 from ..checks import check_choice, check_integer
+from ..models.configuration_pretraining import PretrainingConfig
 from .weights_hash import CLS_PARAMETER, weights_sha256
-
-# model types with an `evaluation_encoder`
-_PRETRAINING_TYPES = {"msn", "paws", "suncet"}
 
 
 def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str | None = None) -> nn.Module:
@@ -44,7 +42,7 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
             )
         try:
             config = AutoConfig.from_pretrained(name, revision=revision)
-            auto_class = AutoModelForPreTraining if config.model_type in _PRETRAINING_TYPES else AutoModel
+            auto_class = AutoModelForPreTraining if isinstance(config, PretrainingConfig) else AutoModel
             return auto_class.from_pretrained(name, revision=revision).eval()
         except (OSError, ValueError) as error:
             raise ValueError(

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, TimmWrapperModel, ViTMSNModel
 
+from .configuration_pretraining import PretrainingConfig
 from .configuration_semi_supervised import SemiSupervisedConfig
 from .patch_dropping import PatchDroppingViTMSNModel
 
 _TIMM_FIELDS = ("timm_model", "timm_options", "small_image_stem")
-_PRETRAINING_TYPES = ("msn", "paws", "suncet")
 
 
 def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
@@ -58,7 +58,7 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
             f"The trunk must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but '{name_or_path}' "
             f"cannot be loaded: {error}"
         ) from error
-    if source.model_type in _PRETRAINING_TYPES:
+    if isinstance(source, PretrainingConfig):
         encoder = AutoModelForPreTraining.from_pretrained(name_or_path).evaluation_encoder
     elif source.model_type == "vit_msn":
         encoder = ViTMSNModel.from_pretrained(name_or_path)
@@ -67,8 +67,8 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
         return encoder, {"timm_model": source.architecture, "timm_options": source.model_args}
     else:
         raise ValueError(
-            f"'{name_or_path}' is a checkpoint of type '{source.model_type}', but the trunk must be of type "
-            f"'vit_msn', {', '.join(map(repr, _PRETRAINING_TYPES))}, 'timm_wrapper', or 'timm:ARCHITECTURE'."
+            "The trunk must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
+            f"'{name_or_path}' is of type '{source.model_type}'."
         )
     fields = source.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):

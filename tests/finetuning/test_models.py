@@ -122,7 +122,7 @@ def test_fresh_weights_depend_on_the_seed_alone():
 def test_another_kind_of_checkpoint_is_refused(tmp_path):
     resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
     resnet.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of type 'resnet', but the trunk must be"):
+    with pytest.raises(ValueError, match="'resnet'"):
         load_for_suncet(tmp_path, 0)
     with pytest.raises(ValueError, match="is a ResNetModel, but must be a pretraining model"):
         load_for_suncet(resnet, 0)

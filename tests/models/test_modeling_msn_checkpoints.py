@@ -160,9 +160,7 @@ def test_a_trunk_of_another_architecture_is_an_error(tmp_path):
     plain = tiny_config().to_vit_msn_config()
     fields = {name: getattr(plain, name) for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")}
     ViTModel(ViTConfig(**fields, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"is a checkpoint of type 'vit', but the trunk must be of type 'vit_msn', 'msn'"
-    ):
+    with pytest.raises(ValueError, match=r"of type 'vit'"):
         MSNForPreTraining.from_backbone(tmp_path)
 
 

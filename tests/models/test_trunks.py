@@ -172,7 +172,7 @@ def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
             PAWSForPreTraining.from_backbone(folders[source][0], **fields)
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=10, **settings)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of type 'bert', but the trunk must be of type 'vit_msn', 'msn', 'paws'"):
+    with pytest.raises(ValueError, match="'bert'"):
         PAWSForPreTraining.from_backbone(tmp_path)
 
 
