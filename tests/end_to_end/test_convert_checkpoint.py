@@ -55,6 +55,7 @@ def test_arguments_of_the_other_way_are_refused(run, tmp_path):
         run("--input", tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_file_with_code_ends_with_the_reason_and_nothing_is_run(tmp_path):
     class Code:
         def __reduce__(self):

@@ -77,6 +77,7 @@ def test_the_script_prints_a_table_and_writes_json(run, msn_folder, tmp_path):
     assert saved["metrics"]["low_shot/1_per_class/num_splits"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(150)
 def test_two_processes_print_and_write_what_one_does(run, msn_folder, tmp_path):

@@ -50,14 +50,15 @@ def right_percent(folder: Path, split: str) -> float:
     return 100 * sum(right) / len(right)
 
 
+@pytest.mark.slow
 def test_the_supervised_recipe_saves_what_it_measured(run, tmp_path):
     printed = run("--config", RECIPE, *TINY, "--test_split", "test[:80]", "--output_dir", tmp_path / "run")
-    said = json.loads((tmp_path / "run" / "finetune.json").read_text())
-    accuracies = [said["accuracy_by_epoch"][str(epoch)]["top1"] for epoch in range(1, 5)]
-    assert said["best_epoch"] == 1 + accuracies.index(max(accuracies)) and said["refit"]
-    assert said["num_test_images"] == 80 and said["num_trained_images"] == 50
-    assert said["test_accuracy"]["top1"] == pytest.approx(right_percent(tmp_path / "run", "test[:80]"))
-    assert f"Best epoch {said['best_epoch']} of 4" in printed and "of 80 images" in printed
+    recorded = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    accuracies = [recorded["accuracy_by_epoch"][str(epoch)]["top1"] for epoch in range(1, 5)]
+    assert recorded["best_epoch"] == 1 + accuracies.index(max(accuracies)) and recorded["refit"]
+    assert recorded["num_test_images"] == 80 and recorded["num_trained_images"] == 50
+    assert recorded["test_accuracy"]["top1"] == pytest.approx(right_percent(tmp_path / "run", "test[:80]"))
+    assert f"Best epoch {recorded['best_epoch']} of 4" in printed and "of 80 images" in printed
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
         "config.json",
         "finetune.json",
@@ -70,6 +71,7 @@ def test_the_supervised_recipe_saves_what_it_measured(run, tmp_path):
         run("--config", RECIPE, *TINY, "--output_dir", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_both_heads_go_on_from_a_checkpoint_of_paws_with_its_labels(run, tmp_path):
     labels = load_images("digits")["label"][:]
     rows = sorted(row for digit in range(10) for row in [i for i, label in enumerate(labels) if label == digit][3:6])
@@ -84,16 +86,19 @@ def test_both_heads_go_on_from_a_checkpoint_of_paws_with_its_labels(run, tmp_pat
     settings = ["--model", tmp_path / "paws", "--num_train_epochs", 2, "--use_cpu", "--disable_tqdm", "true"]
     for head in ("linear", "suncet"):
         printed = run(*settings, "--head", head, "--output_dir", tmp_path / head)
-        said = json.loads((tmp_path / head / "finetune.json").read_text())
-        assert sorted(said["trained_rows"] + said["held_out_rows"]) == rows and said["test_accuracy"] is None
+        recorded = json.loads((tmp_path / head / "finetune.json").read_text())
+        assert (
+            sorted(recorded["trained_rows"] + recorded["held_out_rows"]) == rows and recorded["test_accuracy"] is None
+        )
         assert "Test" not in printed
     assert SuNCEtForPreTraining.from_pretrained(tmp_path / "suncet").config.timm_model == "test_resnet"
     # and from there, with the labels that were handed on
     run("--model", tmp_path / "suncet", *settings[2:], "--output_dir", tmp_path / "both")
-    said = json.loads((tmp_path / "both" / "finetune.json").read_text())
-    assert sorted(said["trained_rows"] + said["held_out_rows"]) == rows
+    recorded = json.loads((tmp_path / "both" / "finetune.json").read_text())
+    assert sorted(recorded["trained_rows"] + recorded["held_out_rows"]) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_give_the_classifier_of_one(run, tmp_path):
     settings = ["--config", RECIPE, *TINY, "--refit", "false", "--test_split", "test[:80]"]
@@ -109,6 +114,6 @@ def test_two_ranks_give_the_classifier_of_one(run, tmp_path):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-5) for name, value in one.items())
     first, second = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
-    for said in (first, second):  # sums in another order
-        assert len(said.pop("weights_sha256")) == 64 and [*said.pop("files")] == ["model.safetensors"]
+    for recorded in (first, second):  # sums in another order
+        assert len(recorded.pop("weights_sha256")) == 64 and [*recorded.pop("files")] == ["model.safetensors"]
     assert first == second

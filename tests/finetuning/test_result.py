@@ -18,7 +18,7 @@ import json, sys
 import numpy as np, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-said = {}
+recorded = {}
 image, *folders = sys.argv[1:]
 for folder in folders:
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -26,9 +26,9 @@ for folder in folders:
     with torch.no_grad():
         logits = model(**processor(Image.open(image).convert("RGB"), return_tensors="pt")).logits[0].tolist()
     best = pipeline("image-classification", model=folder)(image, top_k=1)[0]
-    said[model.config.model_type] = {"logits": logits, "best": best, "labels": model.config.label2id}
+    recorded[model.config.model_type] = {"logits": logits, "best": best, "labels": model.config.label2id}
 assert "hf_msn" not in sys.modules
-json.dump(said, open("out.json", "w"))
+json.dump(recorded, open("out.json", "w"))
 """
 
 
@@ -58,13 +58,13 @@ def test_plain_transformers_computes_the_same_logits(tuned, tmp_path):
     command = [sys.executable, "-c", PLAIN, "digit.png", *kinds]
     subprocess.run(command, check=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
     pixels = PROCESSOR(image, return_tensors="pt")["pixel_values"]
-    for kind, said in json.loads((tmp_path / "out.json").read_text()).items():
+    for kind, recorded in json.loads((tmp_path / "out.json").read_text()).items():
         with torch.no_grad():
             logits = tuned[kind].model(pixels).logits[0]
-        assert said["labels"] == {str(digit): digit for digit in range(10)}
-        assert said["logits"] == pytest.approx(logits.tolist(), rel=1e-5, abs=1e-5) and logits.abs().max() > 0.01
-        assert said["best"]["label"] == str(int(logits.argmax()))
-        assert said["best"]["score"] == pytest.approx(float(logits.softmax(0).max()), abs=1e-5)
+        assert recorded["labels"] == {str(digit): digit for digit in range(10)}
+        assert recorded["logits"] == pytest.approx(logits.tolist(), rel=1e-5, abs=1e-5) and logits.abs().max() > 0.01
+        assert recorded["best"]["label"] == str(int(logits.argmax()))
+        assert recorded["best"]["score"] == pytest.approx(float(logits.softmax(0).max()), abs=1e-5)
         kinds = tuple(name for name in kinds if name != kind)
     assert not kinds
 
@@ -72,23 +72,27 @@ def test_plain_transformers_computes_the_same_logits(tuned, tmp_path):
 def test_the_file_says_what_was_chosen_and_by_which_rows(tuned, tmp_path):
     result = tuned["vit_msn"]
     result.save(tmp_path)
-    said = json.loads((tmp_path / "finetune.json").read_text())
-    assert said["best_epoch"] == result.best_epoch and said["seed"] == 3 and said["head"] == "linear"
-    assert said["accuracy_by_epoch"] == {
+    recorded = json.loads((tmp_path / "finetune.json").read_text())
+    assert recorded["best_epoch"] == result.best_epoch and recorded["seed"] == 3 and recorded["head"] == "linear"
+    assert recorded["accuracy_by_epoch"] == {
         str(epoch): dict(values) for epoch, values in result.accuracy_by_epoch.items()
     }
-    assert said["validation_accuracy"] == max(values["top1"] for values in said["accuracy_by_epoch"].values())
-    assert (said["num_labelled_images"], said["num_trained_images"], said["num_held_out_images"]) == (50, 40, 10)
-    assert sorted(said["trained_rows"] + said["held_out_rows"]) == digits()[1].tolist()
-    assert said["test_accuracy"] is None and said["classes"] == list(range(10))
+    assert recorded["validation_accuracy"] == max(values["top1"] for values in recorded["accuracy_by_epoch"].values())
+    assert (recorded["num_labelled_images"], recorded["num_trained_images"], recorded["num_held_out_images"]) == (
+        50,
+        40,
+        10,
+    )
+    assert sorted(recorded["trained_rows"] + recorded["held_out_rows"]) == digits()[1].tolist()
+    assert recorded["test_accuracy"] is None and recorded["classes"] == list(range(10))
     labelled = json.loads((tmp_path / "labelled_images.json").read_text())
     labels = np.array(digits()[0]["label"][:])
     assert labelled["rows"] == digits()[1].tolist() and labelled["labels"] == labels[labelled["rows"]].tolist()
 
     result.test(load_images("digits", split="test[:50]"))
     result.save(tmp_path)
-    said = json.loads((tmp_path / "finetune.json").read_text())
-    assert said["test_accuracy"] == result.test_accuracy and said["num_test_images"] == 50
+    recorded = json.loads((tmp_path / "finetune.json").read_text())
+    assert recorded["test_accuracy"] == result.test_accuracy and recorded["num_test_images"] == 50
     assert "Test: top1" in result.describe() and f"Best epoch {result.best_epoch} of 4" in result.describe()
 
 

@@ -75,6 +75,7 @@ def suncet_score(model, dataset, result) -> float:
     return 100 * right / len(labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "score"), [(LINEAR, classifier_score), (SUNCET, suncet_score)])
 def test_the_best_epoch_is_the_first_argmax_on_the_held_out_labels_and_its_weights_are_kept(method, score, tmp_path):
     recorder = Recorder()
@@ -97,10 +98,11 @@ def test_accuracy_is_measured_every_few_epochs_and_after_the_last(tmp_path):
     assert list(result.accuracy_by_epoch) == [2, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_no_label_outside_is_read_and_test_labels_change_no_choice(method, tmp_path):
     dataset, rows = digits()
-    labels = np.full(len(dataset), -1)  # -1 is no class: whoever reads it stops
+    labels = np.full(len(dataset), -1)  # -1 is no class: reading it is an error
     labels[rows] = np.array(dataset["label"][:])[rows]
     result = tune(method, tmp_path)
     blind = tune(method, tmp_path, dataset=with_labels(dataset, labels), rows=rows)
@@ -109,15 +111,16 @@ def test_no_label_outside_is_read_and_test_labels_change_no_choice(method, tmp_p
     test = load_images("digits", split="test[:60]")
     poisoned = with_labels(test, (np.array(test["label"][:]) + 1) % 10)
     before = copy.deepcopy(result.model)
-    honest, turned = result.test(test), blind.test(poisoned)
-    assert honest.keys() == turned.keys() and honest != turned
+    honest, shifted = result.test(test), blind.test(poisoned)
+    assert honest.keys() == shifted.keys() and honest != shifted
     assert result.best_epoch == blind.best_epoch and states_are_equal(before, result.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_a_seed_repeats_bit_by_bit_and_another_gives_another_model(method, tmp_path):
     first = tune(method, tmp_path, num_train_epochs=2)
-    torch.rand(7)  # the state of the global generator is nothing to it
+    torch.rand(7)  # the global generator has no influence
     assert states_are_equal(first.model, tune(method, tmp_path, num_train_epochs=2).model)
     other = tune(method, tmp_path, num_train_epochs=2, seed=4)
     assert not states_are_equal(first.model, other.model)
@@ -149,6 +152,7 @@ def test_without_freezing_every_weight_learns(tmp_path):
     assert all("key.bias" in name or "k_proj.bias" in name for name in still), still
 
 
+@pytest.mark.slow
 def test_refit_is_a_run_of_the_best_length_on_all_labels(tmp_path):
     settings = {"num_train_epochs": 6, "validation_fraction": 0.4}
     chosen, refit = tune(LINEAR, tmp_path, **settings), tune(LINEAR, tmp_path, **settings, refit=True)
@@ -224,6 +228,7 @@ def test_bad_labels_are_refused(method, tmp_path):
         tune(method, tmp_path, dataset=dataset, rows=digits(1)[1])
 
 
+@pytest.mark.slow
 def test_a_broken_labelled_image_is_left_out_or_stops_the_run(tmp_path):
     dataset, rows = digits()
     whole = tune(LINEAR, tmp_path, num_train_epochs=1)
@@ -313,6 +318,7 @@ def _tune_on_rank(rank, output_dir):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_train_the_model_of_one(tmp_path):
     alone = _tune_on_rank(0, tmp_path)
