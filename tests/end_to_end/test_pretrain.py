@@ -80,8 +80,8 @@ def test_a_folder_of_colour_images_with_a_broken_one(tmp_path):
         "--low_shot_images_per_class 1 2 --low_shot_test_split test"
     ).split()
     done = pretrain(tmp_path / "run", *settings)
-    recorded = done.stdout + done.stderr
-    assert "red_3.png" in recorded and "Traceback" not in recorded
+    printed = done.stdout + done.stderr
+    assert "red_3.png" in printed and "Traceback" not in printed
 
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     measured = [entry for entry in log if "eval_low_shot/2_per_class/top1" in entry]

@@ -246,8 +246,10 @@ def test_two_ranks_resume_bit_exactly_with_accumulation(tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
-    recorded = launch(tmp_path / "whole")
-    assert recorded.count("Support of each step, over all 2 ranks: 10 classes x 2 images x 1 view = 20 images; each") == 1
+    printed = launch(tmp_path / "whole")
+    assert (
+        printed.count("Support of each step, over all 2 ranks: 10 classes x 2 images x 1 view = 20 images; each") == 1
+    )
     assert (tmp_path / "whole" / "checkpoint-2" / "rng_state_1.pth").is_file()
     # the files of a run that was killed after its second step
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
