@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import runpy
@@ -158,6 +159,7 @@ def test_paws_is_measured_by_the_vote_of_the_supports_on_its_projections(run, pa
 def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypatch):
     asked = []
 
+    @functools.wraps(load_images)  # the parser reads its signature
     def load(source, *, split, revision, **columns):
         asked.append((split, revision))
         return load_images(source, split=split, **columns)
