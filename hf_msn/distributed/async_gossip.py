@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checks import check_integer
 from .comm.flat import FlatTensors
 from .comm.mailbox import Message
 from .comm.watched_mailbox import WatchedMailbox
@@ -15,9 +16,7 @@ from .local_training.training_state import frozen_and_buffers
 from .local_update import LocalUpdate
 from .mixing.meeting import Meeting, average_by_messages, distance_by_messages
 from .mixing.pairwise_averaging import AsynchronousPush, PairwiseAveraging
-from .topology import ExponentialTopology
-from .topology_base import Topology, checked_integer
-from .topology_two_sides import TwoSidesTopology, check_topology
+from .topology import ExponentialTopology, Topology, TwoSidesTopology, check_topology
 
 _CLOSE_SECONDS = 5.0
 
@@ -138,7 +137,7 @@ class AsyncGossip(LocalUpdate):
         )
         self.method, self.rate_correction = method, bool(rate_correction)
         self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype)
-        self.seed = checked_integer("seed", seed, "starts the draws of the neighbours", minimum=0)
+        self.seed = check_integer("seed", seed, 0, meaning="starts the draws of the neighbours")
         default = TwoSidesTopology if method == "ad_psgd" else ExponentialTopology
         self.topology = default(self._exchange.size) if topology is None else topology
         check_topology(self.topology, self._exchange.size, must_pair=method == "ad_psgd" and topology is not None)

@@ -1,6 +1,5 @@
 """Batch normalisation over the batches of all ranks, on any device."""
 
-import timm.layers
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,13 +9,13 @@ from .collectives import all_reduce_mean, is_distributed, world_size
 
 
 class CrossRankBatchNorm(_BatchNorm):
-    """Batch normalisation with mean and variance over all ranks, where `nn.SyncBatchNorm` has no kernel: on the CPU.
+    """Batch normalisation with mean and variance over all ranks, for the CPU, where `nn.SyncBatchNorm` has no kernel.
 
-    Mean and variance are averaged over the ranks with gradient, so that the outputs and, after
+    Mean and variance are averaged over the ranks with gradient, so that the outputs and, once
     `DistributedDataParallel` has averaged them, the gradients are those of one rank with the whole batch. All ranks
-    must hold batches of the same size. Outside of training, or on one rank, it is plain batch normalisation.
+    must have batches of the same size. In evaluation mode or on one rank it is plain batch normalisation.
 
-    It keeps the state dict of the layer that it stands for, and the dropout and activation that end timm's layers.
+    It has the state dict of the layer that it replaces, and the dropout and activation at the end of timm's layers.
     """
 
     def __init__(self, norm: _BatchNorm):
@@ -25,7 +24,7 @@ class CrossRankBatchNorm(_BatchNorm):
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         self.training = norm.training
-        self.process_group: dist.ProcessGroup | None = None  # of the name that `nn.SyncBatchNorm` gives it
+        self.process_group: dist.ProcessGroup | None = None  # named as in `nn.SyncBatchNorm`
         self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,11 +61,13 @@ class CrossRankBatchNorm(_BatchNorm):
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Makes all batch normalisation of a model run over all ranks, in place where it can.
+    """Replace the batch normalisation of a model by one over all ranks, in place where possible, and return the model.
 
-    On CUDA by `nn.SyncBatchNorm` (timm's variant for timm's layers), elsewhere by [`CrossRankBatchNorm`].
+    On CUDA it is `nn.SyncBatchNorm` (timm's variant for timm's layers), elsewhere [`CrossRankBatchNorm`].
     """
     if device.type == "cuda":
+        import timm.layers  # here, so that this file loads torch only
+
         return timm.layers.convert_sync_batchnorm(model)
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm):
@@ -77,24 +78,22 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def track_statistics_once(model: nn.Module) -> None:
-    """Keeps activation checkpointing from moving running statistics a second time, when it repeats a forward pass.
+    """Keep activation checkpointing from updating running statistics again when it repeats a forward pass.
 
-    Call it once, after [`synchronize_batch_norm`] where both are used. It leaves the outputs as they are.
+    Call it once, after [`synchronize_batch_norm`] if both are used. Outputs do not change.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not hasattr(module, "_tracked_buffers"):
             module._tracked_buffers = None
             module.register_forward_pre_hook(_set_buffers_aside)
-            module.register_forward_hook(_take_buffers_back, always_call=True)  # a repetition stops in the middle
+            module.register_forward_hook(_take_buffers_back, always_call=True)  # a repetition stops early
 
 
 def _set_buffers_aside(module: _BatchNorm, args) -> None:
-    in_backward_pass = (
-        torch._C._current_graph_task_id() != -1
-    )  # the only one who runs a module there is the repetition
+    in_backward_pass = torch._C._current_graph_task_id() != -1  # only the repetition runs a module there
     if in_backward_pass and module.training and module.track_running_stats:
         module._tracked_buffers = dict(module._buffers)
-        # Others in their place: writing to the buffers themselves would invalidate what autograd has saved of them.
+        # Copies, because autograd has saved the buffers themselves.
         module._buffers.update({name: buffer.clone() for name, buffer in module._buffers.items()})
 
 

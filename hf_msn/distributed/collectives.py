@@ -1,11 +1,10 @@
 """Collectives with the gradients that data-parallel training needs.
 
-`group=None` means the default process group where `torch.distributed` is initialised, else this process alone: every
-function then returns its input, so that a loss needs no branch for the one-process case.
+`group=None` means the default process group if `torch.distributed` is initialised, else this process alone. Then every
+function returns its input, so that a loss needs no branch for one process.
 
-The gradients are those of the sum of all ranks' losses, which is what `DistributedDataParallel` averages over the
-ranks. A loss that is the mean over ranks therefore gets the gradient of the concatenated batch, neither `world_size`
-times too large nor too small.
+Gradients are those of the sum of all ranks' losses, which `DistributedDataParallel` averages over the ranks. So a loss
+that is the mean over ranks has the gradient of the concatenated batch.
 """
 
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-# What `group=None` means at the moment, innermost last; empty for the default group.
+# Groups that `group=None` stands for, innermost last.
 _scopes: list[dist.ProcessGroup] = []
 
 
 @contextmanager
 def group_scope(group: dist.ProcessGroup) -> Iterator[None]:
-    """Makes `group=None` mean `group` to the functions of this module: a loss that is not given a group follows."""
+    """Make `group=None` stand for `group` in this module, also for losses that are not given a group."""
     _scopes.append(group)
     try:
         yield
@@ -29,27 +28,27 @@ def group_scope(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group itself, that of the enclosing [`group_scope`], or `None` for the default group."""
+    """Return the group itself, that of the enclosing [`group_scope`], or `None` for the default group."""
     return _scopes[-1] if group is None and _scopes else group
 
 
 def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
-    """Whether there is more than this process in `group`."""
+    """Return whether `group` has other processes."""
     return world_size(group) > 1
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Number of ranks in `group`; 1 where `torch.distributed` is not initialised."""
+    """Return the number of ranks in `group`; 1 if `torch.distributed` is not initialised."""
     return dist.get_world_size(resolve_group(group)) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """This process' rank in `group`; 0 where `torch.distributed` is not initialised."""
+    """Return the rank of this process in `group`; 0 if `torch.distributed` is not initialised."""
     return dist.get_rank(resolve_group(group)) if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Sum of `tensor` over the ranks, without gradient. Returns a new tensor of the same shape."""
+    """Return the sum of `tensor` over the ranks, a new tensor without gradient."""
     total = tensor.detach().clone()
     if is_distributed(group):
         dist.all_reduce(total, group=resolve_group(group))
@@ -57,14 +56,14 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Mean of `tensor` over the ranks, with gradient.
+    """Return the mean of `tensor` over the ranks, with gradient.
 
     Args:
         tensor (`torch.Tensor`): Any shape, the same on every rank.
         group (`ProcessGroup`, *optional*): The ranks to average over.
 
     Returns:
-        `torch.Tensor`: The mean, in the shape of `tensor`. Its backward averages the incoming gradients over ranks.
+        `torch.Tensor`: Of the shape of `tensor`. The backward averages gradients over the ranks.
     """
     if not is_distributed(group):
         return tensor
@@ -72,15 +71,15 @@ def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None
 
 
 def all_gather_cat(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Concatenation of all ranks' `tensor` along dimension 0, in the order of the ranks, with gradient.
+    """Return the concatenation of all ranks' `tensor` along dimension 0, in the order of ranks, with gradient.
 
     Args:
         tensor (`torch.Tensor` of shape `(N, ...)`): The same shape on every rank.
         group (`ProcessGroup`, *optional*): The ranks to gather from.
 
     Returns:
-        `torch.Tensor` of shape `(world_size * N, ...)`: Its backward gives each rank the sum, over all ranks, of the
-        gradients that fell on its own rows.
+        `torch.Tensor` of shape `(world_size * N, ...)`: The backward returns to each rank the sum, over all
+        ranks, of the gradients of its rows.
     """
     if not is_distributed(group):
         return tensor
@@ -112,7 +111,7 @@ class _AllGatherCat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # gloo has no reduce-scatter for every dtype, and the supports of a batch are small: reduce all, keep our rows.
+        # Not a reduce-scatter, which gloo has not for every dtype; the supports of a batch are small.
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad.narrow(0, rank(ctx.group) * ctx.rows, ctx.rows), None

@@ -15,8 +15,7 @@ from .local_training.training_state import trainable_parameters
 from .local_update import LocalUpdate
 from .mixing.consensus_control import ConsensusControl
 from .mixing.quasi_global_momentum import QuasiGlobalMomentum
-from .topology import ExponentialTopology
-from .topology_base import Topology
+from .topology import ExponentialTopology, Topology
 
 
 class Gossip(LocalUpdate):

@@ -14,8 +14,7 @@ from .local_training.training_state import frozen_and_buffers, trainable_paramet
 from .local_update import LocalUpdate
 from .mixing.consensus import Consensus, as_bytes, from_bytes, weighted_mean
 from .mixing.push_sum_mass import PushSumMass
-from .topology import ExponentialTopology
-from .topology_base import Topology
+from .topology import ExponentialTopology, Topology
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,13 @@
-"""Draws topologies: who sends to whom over a period, and the consensus distance against the step."""
+"""Plots of topologies: the graph of a period, and the consensus distance against the step."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .topology_base import Topology, checked_integer
+from ..checks import check_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,36 +18,35 @@ NO_DISTANCE = 1e-17  # a logarithmic axis has no 0
 
 
 def plot(
-    topology: Topology | Sequence[Topology],
+    topology: Any,
     path: str | Path,
     *,
     steps: int | None = None,
     consensus_steps: int = 24,
     seed: int = 0,
 ) -> None:
-    """Writes a PNG: the graph of each topology, edges coloured by step, and below how fast all come to consensus.
+    """Write a PNG: the graph of each topology with edges coloured by step, and below the consensus distance of all.
 
-    An edge with a head is a message one way, an edge without is an exchange. Consensus starts from standard normal
-    values. See [`consensus_distances`].
+    An edge with a head is a message in one direction, an edge without is an exchange. Consensus starts from standard
+    normal values, see [`consensus_distances`].
 
     Args:
-        topology ([`Topology`] or a sequence of them): what to draw; several are compared, of any numbers of ranks.
-        path (`str` or `Path`): the file to write; missing folders are made.
-        steps (`int`, *optional*): how many steps the graph shows, from step 0 on; by default the period, or 4 where
-            there is none.
-        consensus_steps (`int`, *optional*, defaults to 24): how many steps the consensus distance is followed.
-        seed (`int`, *optional*, defaults to 0): of the random values.
+        topology ([`Topology`] or a sequence of them): The topologies to compare, of any numbers of ranks.
+        path (`str` or `Path`): The file to write. Missing folders are made.
+        steps (`int`, *optional*): Number of steps in the graph; by default the period, or 4 without one.
+        consensus_steps (`int`, *optional*, defaults to 24): Number of steps in the curve.
+        seed (`int`, *optional*, defaults to 0): Seed of the random values.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        ValueError: if there is no topology, or a number of steps is not an integer >= 1.
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no topology, or a number of steps is not an integer >= 1.
     """
-    topologies = [topology] if isinstance(topology, Topology) else list(topology)
-    if not topologies or not all(isinstance(one, Topology) for one in topologies):
+    topologies = list(topology) if isinstance(topology, Sequence) else [topology]
+    if not topologies or not all(hasattr(one, "mixing_matrix") for one in topologies):
         raise ValueError(f"`topology` must be a Topology or a sequence of at least one, but is {topology!r}.")
     if steps is not None:
-        steps = checked_integer("steps", steps, "is the number of steps in the graph", minimum=1)
-    consensus_steps = checked_integer("consensus_steps", consensus_steps, "is the length of the curve", minimum=1)
+        steps = check_integer("steps", steps, meaning="is the number of steps in the graph")
+    consensus_steps = check_integer("consensus_steps", consensus_steps, meaning="is the length of the curve")
     try:
         from matplotlib.figure import Figure  # not pyplot: the caller's figures and backend stay as they are
     except ImportError as error:
@@ -65,18 +64,18 @@ def plot(
     figure.savefig(path, format="png", dpi=130)
 
 
-def consensus_distances(topology: Topology, steps: int, seed: int = 0) -> list[float]:
-    """How far the ranks are from their mean before step 0 and after each of `steps` steps: `steps` + 1 numbers.
+def consensus_distances(topology: Any, steps: int, seed: int = 0) -> list[float]:
+    """Return the consensus distance before step 0 and after each of `steps` steps: `steps` + 1 numbers.
 
         Xi(k) = sqrt(mean_i ||z_i(k) - zbar(k)||^2 / d),    z_i = x_i / w_i
 
-    with x and the push-sum weights w (all 1 at first) mixed by the same matrices, and x(0) of shape (n, d = 64)
-    standard normal, float64. Of a repaired topology the ranks that are alive count.
+    x and the push-sum weights w (all 1 at first) are mixed by the same matrices; x(0) of shape (n, d = 64) is standard
+    normal, float64. The mean is over the ranks that are alive.
 
     Args:
-        topology ([`Topology`]): who sends to whom.
-        steps (`int`): number of steps to take, from step 0 on.
-        seed (`int`, *optional*, defaults to 0): of the values.
+        topology ([`Topology`]): Gives the mixing matrices.
+        steps (`int`): Number of steps, from step 0 on.
+        seed (`int`, *optional*, defaults to 0): Seed of the values.
     """
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(topology.world_size, VALUES_PER_RANK, generator=generator, dtype=torch.float64)
@@ -91,7 +90,7 @@ def consensus_distances(topology: Topology, steps: int, seed: int = 0) -> list[f
     return distances
 
 
-def _draw_graph(axes: "Axes", topology: Topology, steps: int) -> None:
+def _draw_graph(axes: "Axes", topology: Any, steps: int) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -100,7 +99,7 @@ def _draw_graph(axes: "Axes", topology: Topology, steps: int) -> None:
     n = topology.world_size
     places = [(math.sin(2 * math.pi * rank / n), math.cos(2 * math.pi * rank / n)) for rank in range(n)]
     dot = min(15.0, 110.0 / n)
-    # The map's bright end is not to be seen on white.
+    # The bright end of the map cannot be seen on white.
     colors = [colormaps["viridis"](0.85 * step / max(1, steps - 1)) for step in range(steps)]
     for step in range(steps):
         edges = {(rank, peer) for rank in range(n) for peer in topology.out_peers(rank, step)}
@@ -118,7 +117,7 @@ def _draw_graph(axes: "Axes", topology: Topology, steps: int) -> None:
                     shrinkB=dot / 2,
                     color=colors[step],
                     linewidth=1.3,
-                    # Bent the more the later, or an edge that comes back would hide the one before.
+                    # Bent more at later steps, or a repeated edge would hide the one before.
                     connectionstyle=f"arc3,rad={0.08 * min(step, 4)}",
                 )
             )
@@ -138,7 +137,7 @@ def _draw_graph(axes: "Axes", topology: Topology, steps: int) -> None:
         bar.set_label("step", fontsize=8)
 
 
-def _draw_consensus(axes: "Axes", topologies: list[Topology], steps: int, seed: int) -> None:
+def _draw_consensus(axes: "Axes", topologies: list[Any], steps: int, seed: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for topology, marker in zip(topologies, "osD^vP*Xh<>" * len(topologies)):
@@ -150,5 +149,5 @@ def _draw_consensus(axes: "Axes", topologies: list[Topology], steps: int, seed: 
     axes.legend(fontsize=8)
 
 
-def _name(topology: Topology) -> str:
+def _name(topology: Any) -> str:
     return repr(topology).replace("Topology(", "(").replace("world_size=", "n=")

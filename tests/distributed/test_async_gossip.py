@@ -12,8 +12,14 @@ from torch import nn
 
 from hf_msn import AsyncGossip, ExponentialTopology, RingTopology
 from hf_msn.distributed.mixing.step_rates import StepRates
-from hf_msn.distributed.topology import BipartiteExponentialTopology, CompleteTopology, RandomOnePeerTopology
-from hf_msn.distributed.topology_two_sides import TwoSidesTopology, check_topology, two_sides
+from hf_msn.distributed.topology import (
+    BipartiteExponentialTopology,
+    CompleteTopology,
+    RandomOnePeerTopology,
+    TwoSidesTopology,
+    check_topology,
+    two_sides,
+)
 
 
 def _gossip_without_learning(rank, options):

@@ -6,7 +6,7 @@ from torch import nn
 from hf_msn import LocalSGD, paws_loss
 from hf_msn.distributed.batch_norm import CrossRankBatchNorm
 from hf_msn.distributed.collectives import all_gather_cat, all_reduce_mean, rank, world_size
-from hf_msn.distributed.local_training.forward_scope import ForwardScope
+from hf_msn.distributed.gradient_sync import ForwardScope
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed

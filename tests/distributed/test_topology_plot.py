@@ -1,4 +1,4 @@
-"""The picture of topologies, and the consensus distances in it."""
+"""Plots of topologies, and their consensus distances."""
 
 import builtins
 import math
@@ -24,7 +24,7 @@ def test_plot_writes_a_picture_of_one_or_several_topologies(tmp_path):
     assert Image.open(single).tobytes() != before
 
 
-def test_consensus_distances_are_those_of_the_values_and_of_push_sum():
+def test_consensus_distances_follow_the_mixing_matrices_with_push_sum():
     exact = consensus_distances(ExponentialTopology(8), 4)
     assert len(exact) == 5 and min(exact[:3]) > 0.1 and max(exact[3:]) < 1e-14
     assert consensus_distances(Star(5), 200)[-1] < 1e-12
@@ -45,16 +45,16 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r"not installed.*pip install 'hf_msn\[demo\]'"):
+    with pytest.raises(ImportError, match="matplotlib"):
         plot(RingTopology(3), tmp_path / "a.png")
 
 
-def test_number_of_steps_and_what_is_no_topology_are_refused(tmp_path):
+def test_wrong_arguments_are_named(tmp_path):
     for steps in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=f"`steps` .* >= 1, but is {steps}"):
+        with pytest.raises(ValueError, match=f"`steps`.*{steps}"):
             plot(RingTopology(4), tmp_path / "a.png", steps=steps)
-        with pytest.raises(ValueError, match=f"`consensus_steps` .* >= 1, but is {steps}"):
+        with pytest.raises(ValueError, match=f"`consensus_steps`.*{steps}"):
             plot(RingTopology(4), tmp_path / "a.png", consensus_steps=steps)
     for nothing in ([], [3], "ring"):
-        with pytest.raises(ValueError, match="`topology` must be a Topology or a sequence of at least one"):
+        with pytest.raises(ValueError, match="`topology`"):
             plot(nothing, tmp_path / "a.png")

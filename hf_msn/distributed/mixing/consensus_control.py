@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ...checks import check_integer
 from ..comm.exchange import Exchange
-from ..topology_base import checked_integer
 
 _SAMPLE_SIZE = 4096  # 32 KiB on the wire
 
@@ -34,13 +34,13 @@ class ConsensusControl:
                 f"{until_step!r} without it. Give both or none."
             )
         self.target = target
-        self.max_extra_rounds = checked_integer(
-            "max_extra_rounds", max_extra_rounds, "is the number of further mixings after one step", minimum=1
+        self.max_extra_rounds = check_integer(
+            "max_extra_rounds", max_extra_rounds, meaning="is the number of further mixings after one step"
         )
         self.until_step = until_step
         if until_step is not None:
-            self.until_step = checked_integer(
-                "consensus_until_step", until_step, "counts the optimizer steps with further mixings", minimum=1
+            self.until_step = check_integer(
+                "consensus_until_step", until_step, meaning="counts the optimizer steps with further mixings"
             )
         self.sampled_distance: float | None = None
 

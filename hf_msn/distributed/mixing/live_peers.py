@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from ..comm.exchange import PeerError
 from ..comm.mailbox import Mailbox, Message
-from ..topology_base import Topology
+from ..topology import Topology
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ import torch
 
 from ..comm.mailbox import Message
 from ..comm.watched_mailbox import ANSWER, MASS, REQUEST, WatchedMailbox
-from ..topology_base import Topology
-from ..topology_two_sides import two_sides
+from ..topology import Topology, two_sides
 
 _LEAST_WEIGHT_TO_PUSH = 0.5
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm.mailbox import Mailbox, Message
-from ..topology_base import Topology
+from ..topology import Topology
 from .live_peers import MASS, LivePeers
 from .numerators import Numerators
 
