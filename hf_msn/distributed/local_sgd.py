@@ -1,4 +1,4 @@
-"""Local SGD: every rank for itself, and now and then the average."""
+"""Local SGD: local steps, and the average of the parameters every few of them."""
 
 import warnings
 from typing import Any
@@ -12,13 +12,13 @@ from .local_update import LocalUpdate
 
 
 class LocalSGD(LocalUpdate):
-    """Averages the parameters over the ranks every `sync_every` optimizer steps.
+    """Average the parameters over the ranks every `sync_every` optimizer steps.
 
         x_i <- mean_j x_j        after every `sync_every` local steps
 
     [arXiv 1805.09767](https://arxiv.org/abs/1805.09767); post-local with `sync_start_step`. With `sync_every=1` and
-    plain SGD it is training with averaged gradients, in one more rounding. On one rank it is a no-op, and says so.
-    Other arguments, consensus and errors are those of [`LocalUpdate`].
+    plain SGD it is training with averaged gradients, up to rounding. On one rank it does nothing and warns. Other
+    arguments, consensus and errors are those of [`LocalUpdate`].
 
     Example:
 
@@ -32,11 +32,11 @@ class LocalSGD(LocalUpdate):
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
         optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
-        sync_every (`int`, *optional*, defaults to 12): Optimizer steps of a period.
-        wire_dtype (`str`, *optional*): `"bfloat16"` halves what an average sends: the change since the last one is
-            rounded, and what rounding took is sent with the next ([`RoundedMean`]). It takes twice the trainable
-            parameters in memory. By default the parameters' own precision, and no memory.
-        kwargs: `group` and the others of [`LocalUpdate`].
+        sync_every (`int`, *optional*, defaults to 12): Optimizer steps per period.
+        wire_dtype (`str`, *optional*): `"bfloat16"` halves the bytes of an average: the change since the last one is
+            rounded, and the rounding error is added to the next ([`RoundedMean`]). It needs memory for two copies of
+            the trainable parameters. By default the parameters' own precision, and no memory.
+        kwargs: `group` and the other arguments of [`LocalUpdate`].
 
     Raises:
         ValueError: If `wire_dtype` is unknown; and what [`LocalUpdate`] raises.
@@ -88,8 +88,8 @@ class LocalSGD(LocalUpdate):
     def _load_method_state(self, state: dict[str, Any]) -> None:
         if ("anchors" in state) != (self._rounded is not None):
             raise ValueError(
-                f"A state of LocalSGD goes on with the `wire_dtype` that it was saved with, but here it is "
-                f"{self.wire_dtype!r} and there it was {'rounded' if 'anchors' in state else 'None'}. Give the same."
+                f"`wire_dtype` must be that of the saved state, but is {self.wire_dtype!r}, and the state is of "
+                f"{'a rounded average' if 'anchors' in state else 'None'}. Set the same."
             )
         if self._rounded is not None:
             device = next(p for group in self.optimizer.param_groups for p in group["params"]).device

@@ -1,4 +1,4 @@
-"""The base of training with little communication: local steps, and an exchange every few of them."""
+"""Base class of local training: steps on each rank alone, and an exchange every few of them."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checks import check_choice, check_integer
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors, split_into_buckets
-from .local_training import active
-from .local_training.gradient_sync import GradientSync, find_wrapper
-from .local_training.training_state import (
+from .gradient_sync import GradientSync, find_wrapper, require_free
+from .training_state import (
     average_moments,
     compare_ranks,
     frozen_and_buffers,
@@ -20,7 +20,7 @@ from .local_training.training_state import (
     trainable_parameters,
 )
 
-_BUCKET_BYTES = 32 * 2**20  # what an exchange needs in memory beside the model; large enough to use a network fully
+_BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model; enough to use a network fully
 
 
 class LocalUpdate:
@@ -38,48 +38,47 @@ class LocalUpdate:
             optimizer.zero_grad()
     ```
 
-    **Entering** (or `start`) checks that all ranks have the same parameters and settings, makes parameters and buffers
-    those of the group's first rank, and turns the averaging of gradients off. **Leaving** without an error (or `stop`)
-    takes the outer step if local steps are pending, then `sync()`s, and turns the averaging on again; with an error it
-    only turns it on, because the other ranks may not be there to talk to.
+    **Entering** (or `start`) checks that all ranks have the same parameters and settings, broadcasts parameters and
+    buffers from the group's first rank, and turns the averaging of gradients off. **Leaving** without an error (or
+    `stop`) takes the outer step if local steps are pending, calls `sync()`, and turns the averaging on again. With an
+    error it only turns it on, because other ranks may be gone.
 
-    **What comes to consensus**, by `sync()`: trainable parameters, frozen parameters (an EMA target) and float buffers
-    (running statistics) become their means over the ranks; integer and bool buffers those of the group's first rank;
-    buffers that are not in the state dict stay. Optimizer moments become their means with `base_buffers="average"` and
-    stay each rank's own otherwise. An outer step exchanges only the trainable parameters (and moments, if averaged).
+    **Consensus**: `sync()` replaces trainable parameters, frozen parameters (an EMA target) and float buffers (running
+    statistics) by their means over the ranks, and integer and bool buffers by those of the group's first rank. Buffers
+    that are not in the state dict stay. Optimizer moments become their means with `base_buffers="average"`. An outer
+    step exchanges only trainable parameters, and moments if they are averaged.
 
-    **Gradients.** Of a model in `DistributedDataParallel` they are switched off by a communication hook, so that
-    accelerate's `no_sync` and `accumulate` work as ever; DDP's broadcast of buffers is off too. Give the wrapped
-    model: a wrapper that is not given goes on averaging. DDP keeps the hook after leaving, when it averages as DDP
-    itself does. Build DDP without `find_unused_parameters`, which makes all ranks wait for one another at every step.
-    Without DDP, gradients that must be averaged (before `sync_start_step`, or over `inner_group`) are averaged before
-    `optimizer.step()`, thus after clipping; a gradient scaler that skips the step on one rank only would keep the
-    others waiting there, so use DDP with one.
+    **Gradients.** In `DistributedDataParallel` a communication hook turns their averaging off, so that accelerate's
+    `no_sync` and `accumulate` work; DDP's broadcast of buffers is off too. Pass the wrapped model. DDP keeps the hook
+    after leaving, and averages as before. Build DDP without `find_unused_parameters`, which makes the ranks wait for
+    one another at every step. Without DDP, gradients that must be averaged (before `sync_start_step`, or over
+    `inner_group`) are averaged before `optimizer.step()`, thus after clipping; with a gradient scaler use DDP, because
+    a step that is skipped on one rank would block the others there.
 
     Args:
-        model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled. Also optimized parameters that are not
-            the model's take part.
-        optimizer (`torch.optim.Optimizer`): Or accelerate's wrapper: calls of `step` while it accumulates don't count.
-        sync_every (`int`, *optional*, defaults to 12): Optimizer steps of a period, >= 1.
+        model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled. Parameters of the optimizer that are not
+            the model's take part too.
+        optimizer (`torch.optim.Optimizer`): Or accelerate's wrapper, whose steps during accumulation do not count.
+        sync_every (`int`, *optional*, defaults to 12): Optimizer steps per period, >= 1.
         sync_start_step (`int`, *optional*, defaults to 0): Number of first steps with averaged gradients (post-local
-            SGD, [arXiv 1808.07217](https://arxiv.org/abs/1808.07217)). Periods are counted from there.
-        base_buffers (`str`, *optional*, defaults to `"maintain"`): The optimizer's moments at each outer step:
+            SGD, [arXiv 1808.07217](https://arxiv.org/abs/1808.07217)). The first period begins after them.
+        base_buffers (`str`, *optional*, defaults to `"maintain"`): The optimizer's moments at an outer step:
             `"maintain"` leaves each rank its own, `"reset"` sets them and the step count of bias corrections to zero,
             `"average"` takes the mean over the ranks of those that all ranks have.
         group (`ProcessGroup`, *optional*): The ranks that train locally; by default all.
-        inner_group (`ProcessGroup`, *optional*): Ranks that share gradients at every step and so act as one, such as
-            those of a node. `group` then holds one rank of each inner group: the two dimensions of a `DeviceMesh`.
+        inner_group (`ProcessGroup`, *optional*): Ranks that average gradients at every step and act as one, such as
+            those of a node. `group` then has one rank of each inner group: the two dimensions of a `DeviceMesh`.
         timeout_seconds (`float`, *optional*): Deadline of one exchange, see [`Exchange`]. It must cover the lag
-            between the ranks. By default the group's own deadline holds, and the error cannot name the peer.
+            between the ranks. By default the group's deadline holds, and the error cannot name the missing rank.
 
     Raises:
-        ValueError: If a setting is outside of its rule, if another sync object is active on the model or the
-            optimizer, if the ranks' parameters or settings differ, or if the group's backend can't reach the tensors.
+        ValueError: If a setting is outside of its rule, another sync object runs on the model or the optimizer, the
+            ranks' parameters or settings differ, or the group's backend cannot reach the tensors.
         TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
-        PeerError: If a peer died, or did not come to an exchange before the deadline.
+        PeerError: If a peer died, or did not arrive at an exchange before the deadline.
     """
 
-    can_be_base = True  # under SlowMo, whose outer steps are means that all ranks take at the same step
+    can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
 
     def __init__(
         self,
@@ -93,59 +92,46 @@ class LocalUpdate:
         inner_group: dist.ProcessGroup | None = None,
         timeout_seconds: float | None = None,
     ):
-        if not isinstance(sync_every, int) or isinstance(sync_every, bool) or sync_every < 1:
-            raise ValueError(
-                "`sync_every` counts the optimizer steps between two exchanges and must be an integer >= 1, but is "
-                f"{sync_every!r}. SlowMo's paper uses 12."
-            )
-        if not isinstance(sync_start_step, int) or isinstance(sync_start_step, bool) or sync_start_step < 0:
-            raise ValueError(
-                "`sync_start_step` counts the optimizer steps before the first local one and must be an integer >= 0, "
-                f"but is {sync_start_step!r}. Give 0 to train locally from the start."
-            )
-        if base_buffers not in ("maintain", "reset", "average"):
-            raise ValueError(
-                "`base_buffers` says what becomes of the optimizer's moments at an outer step and must be 'maintain', "
-                f"'reset' or 'average', but is {base_buffers!r}. The SlowMo paper resets SGD's and maintains Adam's."
-            )
+        remedy = "SlowMo's paper uses 12."
+        self.sync_every = check_integer("sync_every", sync_every, meaning="counts optimizer steps", remedy=remedy)
+        self.sync_start_step = check_integer("sync_start_step", sync_start_step, 0, meaning="counts optimizer steps")
+        self.base_buffers = check_choice("base_buffers", base_buffers, ("maintain", "reset", "average"))
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
         refuse_unsupported(self.model, self.optimizer)
-        self.sync_every, self.sync_start_step, self.base_buffers = sync_every, sync_start_step, base_buffers
         self._exchange = Exchange(group, timeout_seconds)
         self._inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
         self.steps = 0
         self.local_steps = 0
         self._learning_rates: list[float] = []
-        self._noted: list[float] | None = None
+        self._used_learning_rates: list[float] | None = None
         self._restored = False
         self._gradients: GradientSync | None = None
 
     @property
     def bytes_sent(self) -> int:
-        """Payload that this rank has sent so far, see [`Exchange`]; without DDP's own averaging of gradients."""
+        """Payload that this rank has sent, see [`Exchange`], without DDP's averaging of gradients."""
         return sum(exchange.bytes_sent for exchange in self._exchanges)
 
     @property
     def seconds_waiting(self) -> float:
-        """Seconds that this rank has spent in exchanges so far, see [`Exchange`]."""
+        """Seconds that this rank has spent in exchanges, see [`Exchange`]."""
         return sum(exchange.seconds_waiting for exchange in self._exchanges)
 
     def start(self) -> "LocalUpdate":
-        """What entering does.
+        """Enter.
 
-        After a `load_state_dict` the ranks are *not* made equal, so that a run goes on in the middle of a period:
-        restore each rank's own parameters, buffers and optimizer state too, before or after, but after a wrapping in
-        DDP, which makes the ranks equal as well.
+        After `load_state_dict` the ranks are *not* made equal, so that a run resumes inside a period. Restore the
+        parameters, buffers and optimizer state of each rank too, before or after `start`, but after DDP has wrapped
+        the model, because DDP makes the ranks equal.
         """
-        active.require_free(self.model, self.optimizer)
+        require_free(self.model, self.optimizer)
         self._attach()
         if not self._restored:
             self._make_equal()
         tensors = [p for _, p, _ in self._parameters]
         self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
         self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
-        active.take(self.model, self.optimizer)
         if self.steps < self.sync_start_step:
             self._gradients.average_over_all()
         else:
@@ -155,7 +141,7 @@ class LocalUpdate:
         return self
 
     def stop(self, error: BaseException | None = None) -> None:
-        """What leaving does; `error` is what ended the training early, if anything."""
+        """Leave. `error` is the exception that ended the training early, if any."""
         self._require_started()
         try:
             if error is None:
@@ -167,7 +153,6 @@ class LocalUpdate:
             self._gradients = None
             self._step_hook.remove()
             self._detach()
-            active.give_back(self.model, self.optimizer)
 
     def __enter__(self) -> "LocalUpdate":
         return self.start()
@@ -176,18 +161,18 @@ class LocalUpdate:
         self.stop(error)
 
     def step(self) -> None:
-        """Counts an optimizer step, and takes the outer step when `sync_every` local ones are through.
+        """Count an optimizer step, and take the outer step after `sync_every` local ones.
 
-        Call it directly after `optimizer.step()`, on every rank equally often. What counts is the call: a step that a
-        gradient scaler skipped on one rank counts as well, or the ranks would wait for one another.
+        Call it directly after `optimizer.step()`, on every rank equally often, also after a step that a gradient
+        scaler skipped on one rank.
         """
         self._require_started()
         if self._gradient_state is not None and not self._gradient_state.sync_gradients:
             return
         self.steps += 1
-        # The hook has seen what the step used, a scheduler may have moved on since; a skipped step calls no hook.
-        self._learning_rates = self._noted or self._current_learning_rates()
-        self._noted = None
+        # A scheduler may have moved on since the hook of the step; a skipped step calls no hook.
+        self._learning_rates = self._used_learning_rates or self._current_learning_rates()
+        self._used_learning_rates = None
         if self.steps <= self.sync_start_step:
             if self.steps == self.sync_start_step:
                 self._gradients.keep_local()
@@ -196,15 +181,19 @@ class LocalUpdate:
         self._count_local_step()
 
     def sync(self) -> None:
-        """Brings the whole training state to consensus by the class's rule, before an evaluation, a save, or the end.
+        """Bring the training state to consensus by the class's rule, before an evaluation, a save or the end.
 
-        It takes no step of the slow momentum and does not end the period: the anchor stays, and the next outer step
-        sees the local steps before and after.
+        It is no step of the slow momentum and does not end the period: the anchor stays, and the next outer step
+        covers the local steps before and after.
         """
         self._require_started()
         self._before_mean()
-        self._average_in_place([p for _, p, _ in self._parameters])
+        self._average_all()
         self._after_mean()
+
+    def _average_all(self) -> None:
+        """Replace parameters, frozen parameters and buffers by their means, and moments if they are averaged."""
+        self._average_in_place([p for _, p, _ in self._parameters])
         others = frozen_and_buffers(self.model)
         self._average_in_place([t for t in others if t.is_floating_point() or t.is_complex()])
         self._broadcast([t for t in others if not (t.is_floating_point() or t.is_complex())])
@@ -213,9 +202,9 @@ class LocalUpdate:
 
     @torch.no_grad()
     def consensus_distance(self) -> float:
-        """sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters, xbar their mean. Exchanges all parameters.
+        """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters, with xbar their mean over the ranks.
 
-        Every rank of the group must call it; all get the same number. The parameters stay as they are.
+        It exchanges all parameters and does not change them. Every rank of the group must call it.
         """
         self._require_started()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -227,7 +216,7 @@ class LocalUpdate:
         return total.sqrt().item()
 
     def state_dict(self) -> dict[str, Any]:
-        """What *this rank* needs to go on bit for bit, copied. The ranks differ inside a period: save each one's."""
+        """Return a copy of the state of *this rank*. The ranks differ inside a period: save that of each."""
         return {
             "method": type(self).__name__,
             "ranks": self._place,
@@ -238,16 +227,16 @@ class LocalUpdate:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the state that this rank saved, before `start` or after it.
+        """Load the state that this rank saved, before or after `start`.
 
         Raises:
-            ValueError: If it is another method's, or another rank's, or of another number of ranks.
+            ValueError: If it is of another method, rank or number of ranks.
         """
         if state["method"] != type(self).__name__ or tuple(state["ranks"]) != self._place:
             raise ValueError(
-                "A state goes on in the method, on the rank and with the number of ranks that saved it, here "
-                f"{type(self).__name__} on rank, number of ranks = {self._place}, but is of {state['method']} on "
-                f"{tuple(state['ranks'])}. To go on otherwise, load a model saved after `sync()`, and no state."
+                f"A state must be of this method, rank and number of ranks, here {type(self).__name__} on rank, "
+                f"number of ranks = {self._place}, but is of {state['method']} on {tuple(state['ranks'])}. Otherwise "
+                "load a model saved after `sync()`, and no state."
             )
         self.steps, self.local_steps = state["steps"], state["local_steps"]
         self._learning_rates = list(state["learning_rates"])
@@ -259,10 +248,10 @@ class LocalUpdate:
         else:
             self._gradients.keep_local()
 
-    # What a method adds.
+    # Defined by a method
 
     def _attach(self) -> None:
-        """Takes up what is to be trained, and compares it with the other ranks."""
+        """Collect the parameters that train, and compare them with those of the other ranks."""
         self._parameters = trainable_parameters(self.model, self.optimizer)
         self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
         self._num_groups = len(self.optimizer.param_groups)
@@ -273,33 +262,33 @@ class LocalUpdate:
         self._buckets = split_into_buckets(tensors, _BUCKET_BYTES)
 
     def _detach(self) -> None:
-        """Lets go of what `_attach` took up; also after an error, when other ranks may not be there to talk to."""
+        """Release what `_attach` collected. After an error other ranks may be gone."""
         self._restored = False
 
     def _begin_local_steps(self) -> None:
-        """Called when the ranks are equal, before the first local step: the place to take anchors."""
+        """Take anchors: the ranks are equal, and local steps follow."""
 
     def _before_local_step(self) -> None:
-        """Called before the optimizer changes the parameters, gradients ready; not if a gradient scaler skips it."""
+        """Called before each local step of the optimizer, unless a gradient scaler skips it. Gradients are ready."""
 
     def _after_local_step(self) -> None:
-        """Called on every rank after every local step, before the outer step if it is the last of a period."""
+        """Called after each local step, on every rank, before an outer step."""
 
     def _take_outer_step(self) -> None:
-        """Called on every rank after the last local step of a period."""
+        """Called after the last local step of a period, on every rank."""
         raise NotImplementedError
 
     def _before_mean(self) -> None:
-        """Makes the plain mean of the parameters over the ranks the consensus: nothing under way, no other weights."""
+        """Prepare an unweighted average: no messages in flight, parameters hold x rather than x / w."""
 
     def _after_mean(self) -> None:
-        """The parameters have been replaced by their mean."""
+        """Called after the parameters were replaced by their means."""
 
     def _after_change(self) -> None:
-        """An owner has changed this rank's parameters, as an optimizer would."""
+        """Called after SlowMo changed the parameters of this rank alone."""
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same on all ranks."""
+        """Return the settings that must be the same on all ranks and in a resumed run."""
         return {name: getattr(self, name) for name in ("sync_every", "sync_start_step", "base_buffers")}
 
     def _method_state(self) -> dict[str, Any]:
@@ -308,7 +297,7 @@ class LocalUpdate:
     def _load_method_state(self, state: dict[str, Any]) -> None:
         pass
 
-    # What the methods use.
+    # Used by the methods
 
     @property
     def _exchanges(self) -> list[Exchange]:
@@ -319,7 +308,7 @@ class LocalUpdate:
         return tuple(number for exchange in self._exchanges for number in (exchange.rank, exchange.size))
 
     def _description(self) -> list[str]:
-        """A line for everything that must be the same on all ranks."""
+        """Return one line for each thing that must be the same on all ranks."""
         lines = [f"method {type(self).__name__}"]
         lines += [f"setting {name}={value!r}" for name, value in self._settings().items()]
         lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
@@ -335,12 +324,12 @@ class LocalUpdate:
     def _require_started(self) -> None:
         if self._gradients is None:
             raise RuntimeError(
-                f"{type(self).__name__} must be entered before it is used, but is not active. Use it as "
-                "`with ... as sync:`, or call `start()` first."
+                f"{type(self).__name__} must be entered before it is used, but is not. Use `with ... as sync:`, or "
+                "call `start()` first."
             )
 
     def _before_any_step(self) -> None:
-        self._noted = self._current_learning_rates()
+        self._used_learning_rates = self._current_learning_rates()
         if self.steps >= self.sync_start_step:
             self._before_local_step()
 
@@ -353,8 +342,8 @@ class LocalUpdate:
     def _end_period(self) -> None:
         if len(self.optimizer.param_groups) != self._num_groups or any(p.requires_grad for p in self._frozen):
             raise RuntimeError(
-                "What trains must stay the same from entering to leaving, but parameters were unfrozen or added to "
-                "the optimizer. Leave the sync object before that, and enter it again after."
+                "The trainable parameters must not change between entering and leaving, but some were unfrozen or "
+                "added to the optimizer. Leave before, and enter again after."
             )
         self._take_outer_step()
         self.local_steps = 0

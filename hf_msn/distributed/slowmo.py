@@ -6,49 +6,50 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checks import check_number
 from .comm.flat import FlatTensors
 from .comm.wire import RoundedMean, checked_wire_dtype
 from .local_update import LocalUpdate
 
 
 class SlowMo(LocalUpdate):
-    """Takes, every `sync_every` optimizer steps, a step of slow momentum along what the local steps did on average.
+    """Take a step of slow momentum along the average of the local steps, every `sync_every` optimizer steps.
 
         v <- beta * (gamma_t / gamma_prev) * v + (x0 - xbar),    xbar = mean_i x_i
         x <- x0 - alpha * v;    x0 <- x
 
-    [arXiv 1910.00643](https://arxiv.org/abs/1910.00643), with v the paper's gamma * u, so that nothing is divided by a
-    learning rate of 0. x0 is the point before the first local step (taken when entering, after the ranks were made
-    equal, or at `sync_start_step`), v starts at 0. gamma_t is the learning rate of the last local step of the period,
-    for each parameter group its own (1 for what trains without the optimizer), and gamma_prev that of the period
-    before; the factor is left out in the first period and where gamma_prev is 0.
+    [arXiv 1910.00643](https://arxiv.org/abs/1910.00643), where v is the paper's gamma * u, which avoids a division by
+    a learning rate of 0. The anchor x0 holds the parameters before the first local step (after entering has made the
+    ranks equal, or at `sync_start_step`); v is 0 at first. gamma_t is the learning rate of the last local step of the
+    period, per parameter group (1 for parameters outside of the optimizer), and gamma_prev that of the period before.
+    The factor is 1 in the first period and where gamma_prev is 0.
 
     beta = 0 and alpha = 1 is [`LocalSGD`] to the bit. SGD with beta > 0 and alpha = 1 is block-wise model-update
-    filtering (BMUF, ICASSP 2016; section 2 of arXiv 1910.00643). On one rank it is slow momentum on one worker:
-    Lookahead ([arXiv 1907.08610](https://arxiv.org/abs/1907.08610)) with momentum.
+    filtering (BMUF, ICASSP 2016; section 2 of arXiv 1910.00643). On one rank it is Lookahead
+    ([arXiv 1907.08610](https://arxiv.org/abs/1907.08610)) with momentum.
 
-    Memory beside the model: x0 and v, twice the trainable parameters, 2/n with `shard_state`, none with beta = 0 and
-    alpha = 1 in full precision; during the outer step one bucket of 32 MiB or the largest parameter, if that is
-    larger. v is kept in float32 for parameters of lower precision.
+    Memory beside the model: x0 and v, two copies of the trainable parameters, 2/n with `shard_state`, none with
+    beta = 0 and alpha = 1 in full precision; during an outer step one bucket of 32 MiB, or the largest parameter if
+    that is larger. v is float32 for parameters of lower precision.
 
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
         optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
-        sync_every (`int`, *optional*, defaults to 12): Optimizer steps of a period. The paper: 12 over Local SGD.
+        sync_every (`int`, *optional*, defaults to 12): Optimizer steps per period. The paper: 12 over Local SGD.
         slow_momentum (`float`, *optional*, defaults to 0.5): beta in [0, 1). The paper: 0.4 to 0.8.
         slow_lr (`float`, *optional*, defaults to 1.0): alpha > 0. The paper: 1 is always best.
         base_buffers (`str`, *optional*, defaults to `"maintain"`): See [`LocalUpdate`]. The paper: `"reset"` for
             Nesterov SGD, `"maintain"` for Adam.
         average (`bool`, *optional*, defaults to `True`): `False` is the paper's "noaverage": xbar is the rank's own x,
-            nothing is sent in an outer step, and each rank has an x0 and a v of its own. `sync()` still averages.
+            an outer step sends nothing, and each rank has its own x0 and v. `sync()` still averages.
         shard_state (`bool`, *optional*, defaults to `False`): Each rank keeps 1/n of x0 and v: a reduce-scatter of x
-            and an all-gather of the result stand for the all-reduce, and send as much.
-        wire_dtype (`str`, *optional*): `"bfloat16"` halves what an outer step sends: x - x0 is rounded, and what
-            rounding took is sent with the next ([`RoundedMean`]), for once the trainable parameters in memory more.
-            By default the parameters' own precision.
-        base ([`Gossip`] or [`OverlapGossip`], *optional*): What happens between the outer steps, of the same model,
-            optimizer and groups: SlowMo over SGP or OSGP. By default nothing: SlowMo over Local SGD. The paper has 48
-            steps in a period then. SlowMo starts it and stops it.
+            and an all-gather of the result replace the all-reduce, for the same number of bytes.
+        wire_dtype (`str`, *optional*): `"bfloat16"` halves the bytes of an outer step: x - x0 is rounded, and the
+            rounding error is added to the next ([`RoundedMean`]). It needs memory for one more copy of the trainable
+            parameters. By default the parameters' own precision.
+        base ([`Gossip`] or [`OverlapGossip`], *optional*): The method between the outer steps, of the same model,
+            optimizer and groups: SlowMo over SGP or OSGP, for which the paper uses `sync_every=48`. SlowMo starts and
+            stops it. By default SlowMo over Local SGD.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`].
         kwargs: `sync_start_step`, `inner_group` and `timeout_seconds` of [`LocalUpdate`].
 
@@ -76,28 +77,16 @@ class SlowMo(LocalUpdate):
         group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ):
-        if not 0.0 <= slow_momentum < 1.0:
+        self.slow_momentum = check_number(
+            "slow_momentum", slow_momentum, minimum=0.0, below=1.0, remedy="The paper uses 0.4 to 0.8."
+        )
+        self.slow_lr = check_number("slow_lr", slow_lr, above=0.0, remedy="The paper finds 1 always best.")
+        if (not average) + shard_state + (wire_dtype is not None) > 1:
             raise ValueError(
-                "`slow_momentum` is the part of the slow momentum that is kept and must be in [0, 1), but is "
-                f"{slow_momentum!r}. The paper uses 0.4 to 0.8."
-            )
-        if not 0.0 < slow_lr < float("inf"):
-            raise ValueError(
-                f"`slow_lr` is the length of an outer step and must be finite and > 0, but is {slow_lr!r}. "
-                "The paper finds 1 always best."
-            )
-        if shard_state and not average:
-            raise ValueError(
-                "`shard_state=True` needs an x0 that all ranks share, but with `average=False` each has its own. "
-                "Leave one of the two out."
-            )
-        if wire_dtype is not None and (shard_state or not average):
-            raise ValueError(
-                f"`wire_dtype={wire_dtype!r}` sends what changed since an x0 that every rank has, but with "
-                f"`shard_state={shard_state}` and `average={average}` it has only a part, or another. Leave it out."
+                "`average=False`, `shard_state=True` and `wire_dtype` exclude one another, because each needs another "
+                f"x0, but are {average}, {shard_state} and {wire_dtype!r}. Leave all but one out."
             )
         super().__init__(model, optimizer, sync_every=sync_every, base_buffers=base_buffers, group=group, **kwargs)
-        self.slow_momentum, self.slow_lr = float(slow_momentum), float(slow_lr)
         self.average, self.shard_state = average, shard_state
         self.wire_dtype, dtype = wire_dtype, checked_wire_dtype(wire_dtype)
         self._rounded = None if dtype is None else RoundedMean(self._exchange, dtype)
@@ -110,7 +99,7 @@ class SlowMo(LocalUpdate):
 
     @property
     def _only_averages(self) -> bool:
-        """Whether the new x is xbar, to the bit."""
+        """Whether the new x is xbar to the bit."""
         return self.slow_momentum == 0.0 and self.slow_lr == 1.0
 
     @property
@@ -132,18 +121,17 @@ class SlowMo(LocalUpdate):
     def _check_base(self, base: LocalUpdate) -> None:
         if not isinstance(base, LocalUpdate) or not base.can_be_base:
             raise ValueError(
-                "`base` is what happens between the outer steps and must be a Gossip or an OverlapGossip, but is a "
-                f"{type(base).__name__}. Leave it out for SlowMo over Local SGD."
+                f"`base` must be a Gossip or an OverlapGossip, but is a {type(base).__name__}. Leave it out for SlowMo "
+                "over Local SGD."
             )
         same = base.model is self.model and base.optimizer is self.optimizer
         if not same or base._place != self._place or base.sync_start_step:
             raise ValueError(
-                "`base` must be built with the model, optimizer and groups of SlowMo and without `sync_start_step`, "
-                f"but this {type(base).__name__} differs in one of them. Build both from the same; SlowMo's own "
-                "`sync_start_step` holds for both."
+                f"`base` must have the model, optimizer and groups of SlowMo, and no `sync_start_step`, but this "
+                f"{type(base).__name__} differs in one of them. Pass `sync_start_step` to SlowMo, for both."
             )
 
-    # A base has its part in whatever happens.
+    # Forwarded to the base
 
     def _attach(self) -> None:
         super()._attach()
@@ -157,7 +145,7 @@ class SlowMo(LocalUpdate):
 
     def _before_local_step(self) -> None:
         if self.base is not None:
-            self.base._noted = self._noted
+            self.base._used_learning_rates = self._used_learning_rates
             self.base._before_local_step()
 
     def _after_local_step(self) -> None:
@@ -183,7 +171,7 @@ class SlowMo(LocalUpdate):
             if have != need:
                 self.stop(error=ValueError())
                 raise ValueError(
-                    f"A state of SlowMo must hold an anchor of every trainable parameter, here buffers of {need} "
+                    f"A state of SlowMo must have an anchor for every trainable parameter, here buffers of {need} "
                     f"numbers, but holds {have}. Load the state of the same model with the same parameters frozen."
                 )
         return self
@@ -239,7 +227,7 @@ class SlowMo(LocalUpdate):
         self._previous_learning_rates = list(self._learning_rates)
 
     def _add_slow_momentum(self, index: int, x: torch.Tensor, factors: list[float]) -> None:
-        """From xbar to the new x, in place in `x`: all or a shard of a bucket, of the shape of its anchor."""
+        """Replace xbar in `x`, a bucket or this rank's shard of it, by the new x."""
         x0 = self._anchors[index]
         torch.sub(x0, x, out=x)
         if self.slow_momentum > 0.0:
@@ -253,12 +241,12 @@ class SlowMo(LocalUpdate):
         x.copy_(x0)
 
     def _factors(self) -> list[float]:
-        """gamma_t / gamma_prev of each parameter group."""
+        """Return gamma_t / gamma_prev per parameter group."""
         previous = self._previous_learning_rates or [0.0] * len(self._learning_rates)
         return [now / before if before != 0.0 else 1.0 for now, before in zip(self._learning_rates, previous)]
 
     def _parts_by_group(self, index: int, v: torch.Tensor) -> list[tuple[int | None, torch.Tensor]]:
-        """Views of a bucket's v (or of this rank's shard of it), cut where the parameter group changes."""
+        """Return views of a bucket's v, or of this rank's shard of it, cut where the parameter group changes."""
         first = self._exchange.rank * v.numel() if self.shard_state else 0
         bounds: list[list] = []
         end = 0
@@ -273,7 +261,7 @@ class SlowMo(LocalUpdate):
         return [(group, v[start:end]) for group, start, end in cut if start < end]
 
     def _shard(self, whole: torch.Tensor) -> torch.Tensor:
-        # A copy, or the shard would keep the whole buffer alive.
+        # Copied, because a view would keep the whole buffer in memory.
         return whole.chunk(self._num_shards)[self._exchange.rank].clone() if self._num_shards > 1 else whole
 
     def _method_state(self) -> dict[str, Any]:
@@ -294,8 +282,9 @@ class SlowMo(LocalUpdate):
         here = self._kinds_of_tensors
         if tuple(state["slow"]) != here:
             raise ValueError(
-                "A state of SlowMo must have been saved with the same kinds of tensors, here (none, momentum, "
-                f"sharded, rounded) = {here}, but has {tuple(state['slow'])}. Give the settings of then."
+                "A state of SlowMo must have the same kinds of tensors, here (none, momentum, sharded, rounded) = "
+                f"{here}, but has {tuple(state['slow'])}. Set `slow_momentum`, `slow_lr`, `shard_state` and "
+                "`wire_dtype` as they were."
             )
         device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
         self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]

