@@ -121,8 +121,8 @@ class SlowMo(LocalUpdate):
     def _check_base(self, base: LocalUpdate) -> None:
         if not isinstance(base, LocalUpdate) or not base.can_be_base:
             raise ValueError(
-                f"`base` must be a Gossip or an OverlapGossip, but is a {type(base).__name__}. Leave it out for SlowMo "
-                "over Local SGD."
+                f"`base` must be a Gossip or an OverlapGossip, but is a {type(base).__name__}. Leave it out for "
+                "SlowMo over Local SGD."
             )
         same = base.model is self.model and base.optimizer is self.optimizer
         if not same or base._place != self._place or base.sync_start_step:
