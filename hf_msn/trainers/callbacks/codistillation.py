@@ -241,23 +241,6 @@ class CodistillationCallback(PerRankCallback):
                 with torch.no_grad():
                     (self.reinitialize or initialize_anew)(model)
 
-    def describe(self, sync: Codistillation) -> str:
-        """What is done, in one line."""
-        size, replicas = self._inner_place()[0], self.num_replicas
-        shown = {name: value for name, value in self.settings_of(sync).items() if value != "None"}
-        method = shown.pop("method")
-        if not callable(sync.settings.alpha):
-            shown["alpha"] = repr(sync.settings.alpha)
-        if sync.settings.exchange == "predictions":
-            shown = {name: value for name, value in shown.items() if name not in ("exchange_every", "transfer_steps")}
-        data = (
-            "Each replica goes over all the data, in the same batches: an epoch has the updates of one replica alone."
-            if self.same_batch
-            else "The replicas share the data."
-        )
-        of = f"{replicas} replica{'s' if replicas > 1 else ''} of {size} rank{'s' if size > 1 else ''}"
-        return f"{method} of {of}: {', '.join(f'{name}={value}' for name, value in shown.items())}. {data}"
-
     def finish(self, error: BaseException | None = None) -> None:
         """Publishes a replica and stops, if it still runs; `error` is what ended the training early."""
         if self.sync is None:

@@ -67,10 +67,6 @@ class PerRankCallback(TrainerCallback):
         """Return the method and its settings as text. A resumed run must have the same."""
         raise NotImplementedError
 
-    def describe(self, sync: Any) -> str:
-        """Return one line for the log."""
-        raise NotImplementedError
-
     def record(self) -> dict[str, Any] | None:
         """Return the method, under `method`, and its settings as values for JSON; `None` outside of training."""
         raise NotImplementedError
@@ -125,9 +121,11 @@ class PerRankCallback(TrainerCallback):
             restore_rank_state(trainer, sync, saved)
         else:
             sync.steps = state.global_step
-        if state.is_world_process_zero:
-            logger.info(self.describe(sync))
         self.sync = sync.start()
+        if state.is_world_process_zero:
+            values = self.record()
+            method = f"{values.pop('method')} on {args.world_size} rank{'s' if args.world_size > 1 else ''}"
+            logger.info(f"{method}: {', '.join(f'{name}={value}' for name, value in values.items())}")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.sync is None:
@@ -139,8 +137,9 @@ class PerRankCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         values = self.values_to_log("loss" in logs)
-        logs.update(values)
-        state.log_history[-1].update(values)
+        if values:
+            logs.update(values)
+            state.log_history[-1].update(values)
         if args.load_best_model_at_end and "train_runtime" in logs:  # the last event before the best model is loaded
             self.finish()
 
@@ -277,15 +276,6 @@ class LocalUpdateCallback(PerRankCallback):
             described |= {f"base {name}": value for name, value in self.settings_of(base).items()}
         return described
 
-    def describe(self, sync: LocalUpdate) -> str:
-        values = {name: value for name, value in _record(sync).items() if name != "method"}
-        ranks = self.trainer.args.world_size
-        resumed = f", at local step {sync.local_steps} of its period" if sync.local_steps else ""
-        return (
-            f"{type(sync).__name__} on {ranks} rank{'s' if ranks > 1 else ''}: "
-            f"{', '.join(f'{name}={value}' for name, value in values.items())}{resumed}."
-        )
-
     def record(self) -> dict[str, Any] | None:
         return None if self.sync is None else _record(self.sync)
 
@@ -301,8 +291,7 @@ class LocalUpdateCallback(PerRankCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         self._warn_if_apart("evaluated")
 
-    def on_predict(self, args, state, control, **kwargs):
-        self._warn_if_apart("evaluated")
+    on_predict = on_evaluate
 
     def on_save(self, args, state, control, **kwargs):
         self._warn_if_apart("saved")
@@ -452,29 +441,19 @@ def set_arguments(trainer: Trainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     if args.world_size == 1:
         return
-    changed = []
-    if args.average_tokens_across_devices:
-        args.average_tokens_across_devices = False
-        changed.append("average_tokens_across_devices=False")
+    args.average_tokens_across_devices = False
+    asked = {
+        "ddp_find_unused_parameters": args.ddp_find_unused_parameters,
+        "dispatch_batches": accelerator.dataloader_config.dispatch_batches,
+    }
+    for name, value in asked.items():
+        if value:
+            logger.warning(f"`{name}` is True: all ranks wait for one another at every step. Set it to False.")
     handler = accelerator.ddp_handler  # made from the arguments already
-    if args.ddp_find_unused_parameters:
-        logger.warning(
-            "`ddp_find_unused_parameters` is True: DDP makes all ranks wait for one another at every step. Set it to "
-            "False if every parameter has a gradient."
-        )
-    elif handler is not None and handler.find_unused_parameters:
+    if handler is not None and not asked["ddp_find_unused_parameters"]:
         args.ddp_find_unused_parameters = handler.find_unused_parameters = False
-        changed.append("ddp_find_unused_parameters=False (set True if some parameters have no gradient)")
-    if accelerator.dataloader_config.dispatch_batches:
-        logger.warning(
-            "`dispatch_batches` is True: rank 0 sends every batch, and all ranks wait for it. Set it to False if each "
-            "rank can read the data."
-        )
-    elif accelerator.dataloader_config.dispatch_batches is None:
+    if asked["dispatch_batches"] is None:
         accelerator.dataloader_config.dispatch_batches = args.accelerator_config.dispatch_batches = False
-        changed.append("dispatch_batches=False")
-    if changed:
-        logger.info(f"For local steps: {', '.join(changed)}.")
 
 
 def _too_many(first: PerRankCallback, second: PerRankCallback) -> ValueError:

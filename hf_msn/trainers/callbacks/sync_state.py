@@ -57,7 +57,9 @@ def load_rank_state(trainer: Trainer, settings: dict[str, str], checkpoint: str 
     """
     rank, world_size = trainer.args.process_index, trainer.args.world_size
     state, report = _read(checkpoint, rank)
-    reports = _gather(report, world_size)
+    reports = [report] * world_size
+    if world_size > 1:
+        dist.all_gather_object(reports, report)
     saved = {entry["world_size"] for entry in reports} - {None}
     remedy = "or delete its 'sync_state_*.pt' to start from the model that it holds"
     if not any(entry["found"] for entry in reports):
@@ -154,14 +156,6 @@ def _read(checkpoint: str | Path, rank: int) -> tuple[dict[str, Any] | None, dic
         except Exception:  # reported by the rank that it belongs to
             return None, report
     return None, report
-
-
-def _gather(report: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
-    if world_size == 1:
-        return [report]
-    reports: list = [None] * world_size
-    dist.all_gather_object(reports, report)
-    return reports
 
 
 def _warn(trainer: Trainer, line: str) -> None:
