@@ -40,18 +40,13 @@ def _train_by_ddp_and_by_local_sgd(rank):
                 sync.step()
         return parameters(model)
 
-    results = [run(True), run(False)]
-    if dist.get_world_size() == 4:
-        groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
-        results.append(run(False, inner=groups[rank // 2], outer=groups[2 + rank % 2]))
-    return results
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    return run(True), run(False), run(False, inner=groups[rank // 2], outer=groups[2 + rank % 2])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [3, 4])
-def test_averaging_after_every_sgd_step_is_training_with_averaged_gradients(num_ranks):
-    for by_ddp, *by_local_sgd in run_ranks(_train_by_ddp_and_by_local_sgd, num_ranks):
-        assert len(by_local_sgd) == num_ranks - 2  # with 4 ranks also as two groups that share gradients inside
+def test_averaging_after_every_sgd_step_is_training_with_averaged_gradients():
+    for by_ddp, *by_local_sgd in run_ranks(_train_by_ddp_and_by_local_sgd, 4):
         for result in by_local_sgd:
             torch.testing.assert_close(result, by_ddp, rtol=1e-5, atol=1e-6)
 
@@ -125,10 +120,10 @@ def test_gradients_of_ddp_are_local_inside_and_averaged_again_outside():
         assert (inside, outside) == (False, True)
 
 
-def _post_local(rank, wrap):
-    def run(start_step):
+def _post_local(rank):
+    def run(start_step, wrap=True):
         model = make_model()
-        wrapped = DistributedDataParallel(model) if wrap or start_step is None else model
+        wrapped = DistributedDataParallel(model) if wrap else model
         optimizer = sgd(model, momentum=0.9)
         sync = None
         if start_step is not None:
@@ -142,22 +137,21 @@ def _post_local(rank, wrap):
             seen.append((parameters(model), flat(model.buffers())))
         return seen
 
-    return run(None), run(3)
+    return run(None), run(3), run(3, wrap=False)
 
 
 @pytest.mark.distributed
 def test_sync_start_step_is_ddp_until_then_and_local_after():
-    results = run_ranks(_post_local, 2, True)
-    for by_ddp, post_local in results:
+    results = run_ranks(_post_local, 2)
+    for by_ddp, post_local, without_ddp in results:
         for step in range(3):
             assert torch.equal(by_ddp[step][0], post_local[step][0])
             assert torch.equal(by_ddp[step][1], post_local[step][1])
         assert not torch.allclose(by_ddp[3][0], post_local[3][0], atol=1e-5)
-    (_, first), (_, second) = results
+        torch.testing.assert_close(by_ddp[2][0], without_ddp[2][0], rtol=1e-5, atol=1e-6)  # gradients only
+    (_, first, _), (_, second, _) = results
     equal = [torch.equal(first[step][0], second[step][0]) for step in range(6)]
     assert equal == [True, True, True, False, True, False]
-    for by_ddp, post_local in run_ranks(_post_local, 2, False):  # without DDP: gradients only
-        torch.testing.assert_close(by_ddp[2][0], post_local[2][0], rtol=1e-5, atol=1e-6)
 
 
 def _accelerate_accumulates(rank):
@@ -255,58 +249,55 @@ def test_consensus_of_statistics_frozen_parameters_and_integers():
     assert not torch.equal(results[0][5], results[1][5])  # "maintain": momentum stays each rank's own
 
 
-def _moments(rank, base_buffers):
-    model = make_model()
-    optimizer = torch.optim.NAdam(model.parameters(), lr=0.01)
-    sync = LocalSGD(model, optimizer, sync_every=2, base_buffers=base_buffers).start()
-    for step in range(2):
-        backward(model, optimizer, rank, step)
-        if rank == 1:
-            model[0].bias.grad = None  # no moment on this rank
-        optimizer.step()
-        own = copy.deepcopy(optimizer.state[model[0].weight])
-        own_bias = copy.deepcopy(optimizer.state.get(model[0].bias, {}))
-        sync.step()
-    state = optimizer.state
-    return own, dict(state[model[0].weight]), own_bias, dict(state.get(model[0].bias, {}))
+BASE_BUFFERS = ("maintain", "reset", "average")
+
+
+def _moments(rank):
+    results = {}
+    for base_buffers in BASE_BUFFERS:
+        model = make_model()
+        optimizer = torch.optim.NAdam(model.parameters(), lr=0.01)
+        state = optimizer.state
+        sync = LocalSGD(model, optimizer, sync_every=2, base_buffers=base_buffers).start()
+        for step in range(2):
+            backward(model, optimizer, rank, step)
+            if rank == 1:
+                model[0].bias.grad = None  # no moment on this rank
+            optimizer.step()
+            before = copy.deepcopy([state[model[0].weight], state.get(model[0].bias, {})])
+            if step == 0:
+                sync.sync()
+                after_sync = state[model[0].weight]["exp_avg"].clone()
+                first = before[0]["exp_avg"]
+            sync.step()
+        after = copy.deepcopy([state[model[0].weight], state.get(model[0].bias, {})])
+        results[base_buffers] = first, after_sync, before, after
+    return results
 
 
 @pytest.mark.distributed
-def test_moments_are_maintained_reset_or_averaged_at_an_outer_step():
-    for own, now, *_ in run_ranks(_moments, 2, "maintain"):
+def test_moments_are_maintained_reset_or_averaged():
+    results = run_ranks(_moments, 2)
+    for result in results:
+        _, _, (own, _), (now, _) = result["maintain"]
         assert all(torch.equal(own[name], now[name]) for name in own)
-    for own, now, *_ in run_ranks(_moments, 2, "reset"):
+        _, _, (own, _), (now, _) = result["reset"]
         assert own["exp_avg"].abs().sum() > 0
         assert (now["exp_avg"].abs().sum(), now["exp_avg_sq"].abs().sum()) == (0, 0)
-        assert (float(now["step"]), float(now["mu_product"])) == (0, 1)  # or the bias corrections would be off
-    results = run_ranks(_moments, 2, "average")
+        assert (float(now["step"]), float(now["mu_product"])) == (0, 1)  # the bias corrections begin again
+        for base_buffers in ("maintain", "reset"):  # a sync changes no moments
+            assert torch.equal(*result[base_buffers][:2])
+    averaged = [result["average"] for result in results]
     for name in ("exp_avg", "exp_avg_sq"):
-        expected = (results[0][0][name] + results[1][0][name]) / 2
-        assert all(torch.equal(now[name], expected) for _, now, *_ in results)
-    assert torch.equal(results[0][3]["exp_avg"], results[0][2]["exp_avg"])  # a moment that one rank lacks stays
-    assert all(float(now["step"]) == 2 for _, now, *_ in results)
-
-
-def _moments_after_a_sync(rank, base_buffers):
-    model = make_model()
-    optimizer = sgd(model, momentum=0.9)
-    sync = LocalSGD(model, optimizer, sync_every=5, base_buffers=base_buffers).start()
-    backward(model, optimizer, rank, 0)
-    optimizer.step()
-    sync.step()
-    before = optimizer.state[model[0].weight]["momentum_buffer"].clone()
-    sync.sync()
-    return before, optimizer.state[model[0].weight]["momentum_buffer"]
-
-
-@pytest.mark.distributed
-def test_a_sync_averages_moments_only_with_base_buffers_average():
-    for base_buffers in ("maintain", "reset"):
-        assert all(torch.equal(before, after) for before, after in run_ranks(_moments_after_a_sync, 2, base_buffers))
-    (first, mean), (second, other) = run_ranks(_moments_after_a_sync, 2, "average")
-    assert not torch.equal(first, second)
-    assert torch.equal(mean, other)
-    assert torch.equal(mean, (first + second) / 2)
+        expected = sum(before[0][name] for _, _, before, _ in averaged) / 2
+        assert all(torch.equal(after[0][name], expected) for *_, after in averaged)
+    _, _, (_, own), (_, now) = averaged[0]
+    assert torch.equal(own["exp_avg"], now["exp_avg"])  # a moment that one rank lacks stays
+    assert all(float(after[0]["step"]) == 2 for *_, after in averaged)
+    mean = (averaged[0][0] + averaged[1][0]) / 2
+    assert not torch.equal(averaged[0][0], mean) and all(
+        torch.equal(after_sync, mean) for _, after_sync, *_ in averaged
+    )
 
 
 def _wait_for_a_slow_rank(rank):
