@@ -1,4 +1,4 @@
-"""How many processes can read data beside a rank that keeps an accelerator busy."""
+"""The number of processes that can read data for a rank on an accelerator."""
 
 import os
 
@@ -8,9 +8,9 @@ MOST_WORKERS = 16
 
 
 def spare_cores() -> int:
-    """The cores that this process may use, divided by the ranks of the machine, less one for the rank; at most 16.
+    """Return the cores available to this process, divided by the ranks of the machine, minus one; at most 16.
 
-    The ranks of the machine are `LOCAL_WORLD_SIZE`, which launchers set; without it all ranks count as being here.
+    Launchers set the number of ranks of the machine as `LOCAL_WORLD_SIZE`; without it all ranks are counted.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))

@@ -13,7 +13,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def picture():
-    """Makes an RGB image whose pixels tell its number."""
+    """Make an RGB image with pixels that depend on its number."""
 
     def make(number: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
         pixels = np.random.RandomState(number).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
@@ -34,7 +34,7 @@ def encoded(picture):
 
 @pytest.fixture(scope="session")
 def image_rows(encoded):
-    """A data set of n images as `load_images` gives it; the rows in `broken` are cut off."""
+    """Make a dataset of n images, as `load_images` does; the rows in `broken` are truncated."""
 
     def make(count: int, broken: tuple[int, ...] = ()) -> datasets.Dataset:
         rows = [

@@ -88,7 +88,7 @@ def around_timm():
 
 @pytest.fixture
 def with_broken():
-    """A copy of a data set with unreadable bytes in some rows."""
+    """Copy a dataset with unreadable bytes in some rows."""
 
     def make(dataset: datasets.Dataset, rows: tuple[int, ...]) -> datasets.Dataset:
         columns = dataset.to_dict()

@@ -107,7 +107,7 @@ def test_msn_is_evaluated_by_its_target_encoder(tiny_msn, pixels):
     assert find_backbone(tiny_msn) is encoder
 
 
-def test_a_pretraining_model_is_evaluated_by_the_timm_net_inside(around_timm):
+def test_pretraining_model_is_evaluated_by_its_timm_encoder(around_timm):
     pixels = torch.randn(3, 3, 32, 32)
     assert find_backbone(around_timm) is around_timm.encoder
     features = features_of(around_timm, pixels)
@@ -148,7 +148,7 @@ def test_all_patches_are_seen_whatever_the_mask_ratio(tiny_msn, pixels):
     torch.testing.assert_close(features_of(tiny_msn, pixels), first, rtol=0, atol=0)
 
 
-def test_the_base_of_a_classifier_gives_the_features(tiny_vit, pixels):
+def test_base_of_a_classifier_gives_the_features(tiny_vit, pixels):
     classifier = ViTMSNForImageClassification(tiny_vit.config)
     classifier.vit.load_state_dict(tiny_vit.state_dict())
     torch.testing.assert_close(features_of(classifier, pixels), features_of(tiny_vit, pixels))
@@ -165,7 +165,7 @@ def test_wrappers_are_removed(tiny_vit, around_timm):
     assert evaluated_module(wrapped(around_timm), "projection")[0] is around_timm
 
 
-def test_an_image_text_model_is_evaluated_by_its_vision_tower(pixels):
+def test_image_text_model_is_evaluated_by_its_vision_tower(pixels):
     text = {**SMALL, "vocab_size": 10, "max_position_embeddings": 4}
     text.pop("image_size"), text.pop("patch_size")
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=SMALL, projection_dim=8)).eval()
@@ -269,7 +269,7 @@ def test_training_flags_and_grad_mode_are_restored(tiny_vit):
     assert torch.is_grad_enabled()
 
 
-def test_the_image_processor_saved_with_a_model_is_found(tmp_path, tiny_vit, processor):
+def test_saved_image_processor_is_found(tmp_path, tiny_vit, processor):
     tiny_vit.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     found = resolve_image_processor(ViTMSNModel.from_pretrained(tmp_path))
@@ -292,9 +292,7 @@ def test_timm_models_have_their_own_transform():
     torch.testing.assert_close(pixels[0, 0, 0], torch.tensor((124 / 255 - 0.485) / 0.229))
 
 
-def test_a_pretraining_model_around_timm_takes_the_saved_image_processor_not_that_of_timm(
-    tmp_path, around_timm, processor
-):
+def test_pretraining_model_around_timm_uses_the_saved_image_processor(tmp_path, around_timm, processor):
     with pytest.raises(ValueError, match="PretrainingStandIn"):
         resolve_image_processor(around_timm)
     around_timm.name_or_path = str(tmp_path)

@@ -36,7 +36,7 @@ def test_features_of_a_batch_are_those_of_each_image(tiny_vit, some_digits, proc
     np.testing.assert_array_equal(features.rows, np.arange(24))
 
 
-def test_a_stream_gives_the_same_features(tiny_vit, some_digits, processor):
+def test_stream_gives_the_same_features(tiny_vit, some_digits, processor):
     expected = extract_features(tiny_vit, some_digits, processor)
     streamed = extract_features(tiny_vit, some_digits.to_iterable_dataset(num_shards=3), processor, num_workers=2)
     np.testing.assert_allclose(streamed.features, expected.features, atol=1e-6)

@@ -1,7 +1,5 @@
 """Several ranks together must find the same as one rank. Each spawn runs all checks, as starting ranks is slow."""
 
-import multiprocessing
-import pickle
 from pathlib import Path
 
 import datasets
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launch import run_ranks
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from hf_msn.data.sources import load_images
@@ -59,7 +57,7 @@ def findings(folder):
     data = make_data()
     train, test = load_images("digits"), load_images("digits", split="test")
     evaluator = LowShotEvaluator(
-        train.select(range(600)), test.select(range(0, 360, 9)), image_processor=processor, images_per_class=(1, 3)
+        train.select(range(200)), test.select(range(0, 360, 9)), image_processor=processor, images_per_class=(1, 3)
     )
     cache = Path(folder) / f"cache_of_rank_{rank}"
     first = extract_features(model, data, processor, cache_dir=cache)
@@ -76,20 +74,14 @@ def findings(folder):
     }
 
 
-def run_rank(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    try:
-        counts = [3 * (other == 1) + 1 for other in range(world_size)]
-        rows = np.full((counts[rank], 2), rank, dtype=np.int64)
-        found = findings(folder) | {
-            "gathered rows": gather_rows(rows, counts, chunk_rows=2),
-            "gathered objects": gather_objects({"rank": rank}),
-            "failure": error_of(lambda: run_on_every_rank(fails_on_rank_1, lambda result: result)),
-        }
-        (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(found))
-    finally:
-        dist.destroy_process_group()
+def findings_of_rank(rank, folder):
+    counts = [3 * (other == 1) + 1 for other in range(WORLD_SIZE)]
+    rows = np.full((counts[rank], 2), rank, dtype=np.int64)
+    return findings(folder) | {
+        "gathered rows": gather_rows(rows, counts, chunk_rows=2),
+        "gathered objects": gather_objects({"rank": rank}),
+        "failure": error_of(lambda: run_on_every_rank(fails_on_rank_1, lambda result: result)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +92,8 @@ def one_rank(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The findings of each of 2 ranks."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    # all ranks are forked off one process that has imported everything once and computed nothing
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_msn"])
-    mp.start_processes(run_rank, (WORLD_SIZE, folder), nprocs=WORLD_SIZE, start_method="forkserver")
-    found = [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(WORLD_SIZE)]
-    return found, Path(folder)
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_ranks(findings_of_rank, WORLD_SIZE, str(folder), timeout=100), folder
 
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(120)]
@@ -146,8 +134,7 @@ def test_rows_and_objects_come_in_rank_order(ranks):
         assert found["gathered objects"] == [{"rank": rank} for rank in range(WORLD_SIZE)]
 
 
-def test_a_failure_of_one_rank_is_raised_on_all(ranks):
-    messages = [found["failure"] for found in ranks[0]]
-    assert messages[1] == "OSError: disk is full"
-    others = messages[:1] + messages[2:]
-    assert all("rank 1" in message and "OSError: disk is full" in message for message in others)
+def test_failure_of_one_rank_is_raised_on_all(ranks):
+    first, second = (found["failure"] for found in ranks[0])
+    assert second == "OSError: disk is full"
+    assert "rank 1" in first and second in first

@@ -334,7 +334,7 @@ def test_features_that_lack_rows_of_the_splits_are_refused(few):
         LowShotEvaluator(*few).evaluate_features(half, test)
 
 
-def test_a_given_row_without_a_label_is_named(few):
+def test_given_row_without_a_label_is_named(few):
     labels = np.array(few[0]["label"][:])
     labels[[17, 30]] = -1
     train = few[0].cast_column("label", datasets.Value("int64")).remove_columns("label").add_column("label", labels)
@@ -343,7 +343,7 @@ def test_a_given_row_without_a_label_is_named(few):
         LowShotEvaluator(train, test, images_per_class=(), rows={"support": [3, 17, 20]})
 
 
-def test_a_class_that_the_given_rows_lack_is_named_before_any_image_is_read(few):
+def test_class_missing_in_the_given_rows_is_named_before_any_image_is_read(few):
     labels = np.array(few[0]["label"][:])
     with pytest.raises(ValueError, match="rows of 'support', but 2 do not: 4, 7"):
         LowShotEvaluator(*few, rows={"support": np.flatnonzero((labels != 4) & (labels != 7))})

@@ -98,7 +98,7 @@ def test_each_feature_vector_is_centred_and_gets_unit_length(clusters):
     np.testing.assert_allclose(centre_and_normalize(clusters[0]), prepared(clusters[0]), rtol=1e-12)
 
 
-def test_a_constant_feature_vector_becomes_zero_not_noise():
+def test_constant_feature_vector_becomes_zero():
     features = np.array([[0.1, 0.1, 0.1], [3.0, 4.0, 5.0]], dtype=np.float32)
     np.testing.assert_array_equal(centre_and_normalize(features)[0], [0, 0, 0])
 

@@ -124,7 +124,7 @@ def test_fits_are_equal_bit_by_bit_and_touch_no_global_state():
     assert torch.is_grad_enabled()
 
 
-def test_a_tolerance_below_rounding_ends_without_convergence():
+def test_tolerance_below_rounding_ends_without_convergence():
     features, labels = problem(50, 20, 5)
     solution = solve(features, labels, tol=1e-300)
     assert not solution.converged and solution.largest_gradient < 1e-12
@@ -137,7 +137,7 @@ def test_constant_features_leave_the_weights_at_zero():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_finds_the_same_minimum_twice():
+def test_gpu_finds_the_same_minimum_twice():
     features, labels = problem(3000, 128, 100)
     slow = LogisticProbe(device="cpu").fit(features, labels)
     fast, again = (LogisticProbe(device="cuda").fit(features, labels) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The hash of a backbone: one for all forms that it is stored in, another for whatever changes its features."""
+"""One hash for all forms of a backbone, and a different one for any change of its features."""
 
 import copy
 
@@ -43,7 +43,7 @@ def classifier_over(msn, num_labels: int = 3) -> ViTMSNForImageClassification:
     return model
 
 
-def test_a_vit_has_one_hash_in_pretraining_alone_and_under_a_classifier(msn, tmp_path):
+def test_vit_has_one_hash_in_pretraining_alone_and_under_a_classifier(msn, tmp_path):
     plain = ViTMSNModel(msn.config.to_vit_msn_config())
     plain.load_state_dict(msn.target_encoder.state_dict())
     forms = {"msn": msn, "plain": plain, "classifier": classifier_over(msn), "other labels": classifier_over(msn, 5)}
@@ -101,7 +101,7 @@ def timm_forms(encoder, name, options):
         ("test_convnext", {}),
     ],
 )
-def test_a_network_of_timm_has_one_hash_with_and_without_a_classifier(name, options):
+def test_timm_network_has_one_hash_with_and_without_a_classifier(name, options):
     torch.manual_seed(0)
     encoder = timm.create_model(name, num_classes=0, **options)
     hashes = {hash_of(form) for form in timm_forms(encoder, name, options)}
@@ -111,7 +111,7 @@ def test_a_network_of_timm_has_one_hash_with_and_without_a_classifier(name, opti
     assert weights_sha256(encoder) not in hashes
 
 
-def test_a_vit_with_a_cls_token_has_one_hash_with_and_without_a_pooler(tmp_path):
+def test_vit_with_a_cls_token_has_one_hash_with_and_without_a_pooler(tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
     model.save_pretrained(tmp_path)
@@ -133,7 +133,7 @@ def test_settings_of_timm_that_show_in_no_tensor_change_the_hash():
 
 
 @pytest.mark.parametrize("encoder", [RESNET18, RESNETV2], ids=["resnet18", "resnetv2"])
-def test_the_hash_taken_while_training_on_several_ranks_is_that_of_the_checkpoint(encoder, tmp_path):
+def test_hash_during_training_on_several_ranks_is_that_of_the_checkpoint(encoder, tmp_path):
     model = tiny_paws(**encoder)
     in_training = synchronize_batch_norm(copy.deepcopy(model), torch.device("cpu"))
     on_gpus = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
