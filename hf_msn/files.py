@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,6 +98,21 @@ def check_new_folder(path: str | Path, name: str = "path") -> Path:
             f"`{name}` must be a folder, new or empty, but '{path}' is a {kind}. Choose another, or remove it first."
         )
     return path
+
+
+def public_name(source: str | os.PathLike) -> str:
+    """Return the name under which a data set, a checkpoint or a file may be published.
+
+    An id of the Hub (`owner/name`) stays as it is, unless it is a path here. A path or an address is reduced to its
+    last component; a home folder has none, and is "(local)".
+    """
+    text = os.fspath(source).strip()
+    if not re.search(r"[\\/]|^~", text) or (re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not os.path.exists(text)):
+        return text
+    no_name = re.compile(r"^\.{0,2}$|^~|[*\[\]]|:$")  # of "", "..", "~", "*.tar" and "C:"
+    parts = [part for part in re.split(r"[\\/]+", text.split("?")[0]) if not no_name.search(part)]
+    is_home = os.path.abspath(os.path.expanduser(text)) == os.path.expanduser("~")
+    return parts[-1] if parts and not is_home else "(local)"
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from ..finetuning.arguments import ClassifierFinetuningArguments, FinetuningArgu
 from ..finetuning.models import check_start
 from ..finetuning.result import FinetuningResult
 from ..finetuning.tuning import finetune_classifier, finetune_suncet
-from ..hub.publishing import Publication, publish_checkpoint
-from ..hub.upload.repository import HubRepository
+from ..hub.publish import HubRepository, Publication, publish_checkpoint
 from ..models.configuration_suncet import SuNCEtConfig
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, replace_label_source
@@ -151,9 +150,7 @@ class FinetuningRecipe:
     def _open_repository(self) -> HubRepository:
         args = self.training
         name = args.hub_model_id or Path(args.output_dir).absolute().name
-        repository = HubRepository(name, args.hub_revision, args.hub_private_repo, args.hub_token)
-        repository.check_token()
-        return repository
+        return HubRepository(name, args.hub_revision, args.hub_private_repo, args.hub_token)
 
     def load_labelled(self) -> tuple[datasets.Dataset, np.ndarray]:
         """Return the data set that holds the labelled images, and their rows in it."""

@@ -2,7 +2,7 @@
 
 from transformers.utils import logging
 
-from ..hub.publishing import publish_checkpoint
+from ..hub.publish import publish_checkpoint
 from .parser import Parser, options_of
 
 

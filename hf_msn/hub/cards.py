@@ -1,39 +1,34 @@
-"""Model cards whose numbers were measured on the very weights that they describe."""
+"""Model cards: one template, filled from the files of a checkpoint and from results of its very weights."""
 
+import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCard, eval_result_entries_to_yaml
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment
+from safetensors import safe_open
 
-from ..evaluation.results import LowShotResults
-from ..privacy import find_private, public_name
-from .card import replicas, sections
-from .card.facts import CheckpointFacts, read_checkpoint
-from .card.figures import check_png, plot_low_shot
-from .card.measured import model_argument, read_low_shot, weights_of
-from .card.metadata import eval_entries, metadata
-from .card.text import escaped, finetuning_table, low_shot_definition, low_shot_table
+from ..evaluation.results import LowShotResults, TaskResult
+from ..files import public_name, read_json, whole_file
+from .figures import plot_low_shot, read_png
+from .results import as_paths, read_finetuning, read_low_shot, weights_of
+from .run_record import read_run
 
 CARD_FILE = "README.md"
 EVAL_RESULTS_FILE = ".eval_results/hf_msn.yaml"
-_MARKER = "Made by hf_msn from measured results; write it anew rather than editing numbers."
-_STAGING = ".card.incomplete"
-_MOST_CLASSES = 50
-
-
-@dataclass(frozen=True)
-class _Card:
-    card: ModelCard
-    entries: list[EvalResultEntry]
-    figures: dict[str, Path]
+_MARKER = "Made by hf_msn from measured results; make it again rather than editing numbers."
+_MADE_BY_US = "Made by hf_msn from measured results"
+_PRETRAINING_CLASSES = {"msn": "MSNForPreTraining", "paws": "PAWSForPreTraining", "suncet": "SuNCEtForPreTraining"}
+_LEARNING = {"msn": "self-supervised", "paws": "semi-supervised", "suncet": "semi-supervised"}
+_SYNC_PAPERS = {"LocalSGD": "local_sgd", "SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip"}
+_SYNC_PAPERS |= {"AsyncGossip": "ad_psgd", "Codistillation": "codistillation"}
 
 
 def create_model_card(
@@ -48,35 +43,34 @@ def create_model_card(
     base_model: str | None = None,
     run: str | os.PathLike | None = None,
 ) -> ModelCard:
-    """The model card of a checkpoint: what it is, how it was trained, what was measured, how to use it.
+    """Make the model card of a checkpoint: its architecture, its training, its measured accuracy, how to load it.
 
-    The kind is found from the files: `finetune.json` makes it fine-tuned, `conversion.json` converted, else it is
-    pretrained. Training is told as `run.json` has it; what is not known is left out. Numbers come from files of the
-    evaluation and of fine-tuning only, which name the weights that they measured. Paths, tokens and user names are
-    never in a card.
+    A checkpoint with `finetune.json` is fine-tuned, one with `conversion.json` is converted, any other is pretrained.
+    The training is described as `run.json` has it. Numbers come only from files of the evaluation and of fine-tuning,
+    which contain the hash of the weights that they measured.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder of a pretraining checkpoint, an export, a fine-tuned or a converted
             model.
-        results (path or `Sequence[path]`, *optional*): Files of `LowShotResults.save`, as
-            `scripts/evaluate_low_shot.py --output` writes them. `finetune.json` is read by itself.
+        results (path or `Sequence[path]`, *optional*): Files of `LowShotResults.save`. `finetune.json` is found.
         repo_id (`str`, *optional*): Where it is published, `owner/name`, for the lines that load it.
         figures (`Sequence[path]`, *optional*): PNG files that the card shows as `figures/<name>`.
-        license (`str`, *optional*): Identifier of the Hub, such as "apache-2.0". Nobody but you knows it.
-        without_results (`bool`, *optional*, defaults to `False`): Make a card that says that nothing was measured.
+        license (`str`, *optional*): Identifier of the Hub, such as "apache-2.0".
+        without_results (`bool`, *optional*, defaults to `False`): Make a card which states that nothing was measured.
         model_name (`str`, *optional*): By default the name in `repo_id`, else that of the folder.
-        base_model (`str`, *optional*): Hub id of the model that it started from; by default what `run.json` says.
-        run (`str` or `os.PathLike`, *optional*): Folder whose `run.json` tells of the training; by default
-            `checkpoint`. An export has none of its own.
+        base_model (`str`, *optional*): Hub id of the model from which it was trained; by default that in `run.json`.
+        run (`str` or `os.PathLike`, *optional*): Folder of the `run.json`; by default `checkpoint`.
 
     Returns:
         `huggingface_hub.ModelCard`: With `model-index` in its metadata; [`save_model_card`] adds `.eval_results`.
 
     Raises:
-        ValueError: Results of other weights or another kind, broken or changed by hand; no results without
-            `without_results`; a folder that is no checkpoint; an id, a licence or a figure that is none.
+        ValueError: If results are of other weights, if there are none without `without_results`, or if a folder, an
+            id, a licence or a figure is not valid.
     """
-    return _make(checkpoint, results, repo_id, figures, license, without_results, model_name, base_model, run).card
+    settings = {"repo_id": repo_id, "license": license, "without_results": without_results, "model_name": model_name}
+    made = card_files(checkpoint, results, figures=figures, base_model=base_model, run=run, **settings)
+    return ModelCard(made[CARD_FILE].decode())
 
 
 def save_model_card(
@@ -94,16 +88,16 @@ def save_model_card(
     base_model: str | None = None,
     run: str | os.PathLike | None = None,
 ) -> list[Path]:
-    """Writes the card of [`create_model_card`] as `README.md`, `.eval_results/hf_msn.yaml` and `figures/`.
+    """Write the card of [`create_model_card`] as `README.md`, `.eval_results/hf_msn.yaml` and `figures/`.
 
-    Everything is written beside and then renamed, `README.md` last. A `.eval_results/hf_msn.yaml` of an earlier card
-    is replaced, or removed if nothing was measured.
+    Each file is replaced as a whole, `README.md` last. The `.eval_results/hf_msn.yaml` of an earlier card is removed
+    if nothing was measured.
 
     Args:
         output (`str` or `os.PathLike`, *optional*): Folder to write to; by default `checkpoint`.
         plot (`bool`, *optional*, defaults to `False`): Also draw accuracy against labels into
             `figures/low_shot.png`. Needs matplotlib: `pip install 'hf_msn[demo]'`.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a `README.md` that is no card of hf_msn.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a `README.md` that hf_msn did not make.
         checkpoint, results, repo_id, figures, license, without_results, model_name, base_model, run: As for
             [`create_model_card`].
 
@@ -111,182 +105,411 @@ def save_model_card(
         `list[Path]`: The files that were written.
     """
     folder = Path(checkpoint if output is None else output)
-    card_file = folder / CARD_FILE
-    present = card_file.read_text(encoding="utf-8", errors="replace") if card_file.is_file() else _MARKER
-    if _MARKER not in present and not overwrite:
+    present = folder / CARD_FILE
+    if (
+        not overwrite
+        and present.is_file()
+        and _MADE_BY_US not in present.read_text(encoding="utf-8", errors="replace")
+    ):
         raise ValueError(
-            f"'{card_file}' was not made by hf_msn, and would be lost. Move it, give another `output`, or "
-            "`overwrite=True`."
+            f"'{present}' was not made by hf_msn, and would be lost. Give another `output`, or `overwrite=True`."
         )
-    staging = folder / _STAGING
+    settings = {"repo_id": repo_id, "license": license, "without_results": without_results, "model_name": model_name}
     with tempfile.TemporaryDirectory() as drawings:
         drawn = [plot_low_shot(results, Path(drawings, "low_shot.png"))] if plot else []
-        arguments = (license, without_results, model_name, base_model, run)
-        made = _make(checkpoint, results, repo_id, [*drawn, *_as_list(figures)], *arguments)
-        shutil.rmtree(staging, ignore_errors=True)  # of a killed call
-        try:
-            _write(made, staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return [folder / name for name in _written(made)]
+        shown = [*drawn, *as_paths(figures)]
+        made = card_files(checkpoint, results, figures=shown, base_model=base_model, run=run, **settings)
+    (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)
+    for name, content in made.items():
+        with whole_file(folder / name, overwrite=True) as staging:
+            staging.write_bytes(content)
+    return [folder / name for name in made]
 
 
-def _write(made: _Card, staging: Path, folder: Path) -> None:
-    (staging / "figures").mkdir(parents=True)
-    for name, figure in made.figures.items():
-        shutil.copyfile(figure, staging / "figures" / name)
-    if made.entries:
-        (staging / EVAL_RESULTS_FILE).parent.mkdir()
-        text = yaml.safe_dump(eval_result_entries_to_yaml(made.entries), sort_keys=False, allow_unicode=True)
-        (staging / EVAL_RESULTS_FILE).write_text(text, encoding="utf-8")
-    made.card.save(staging / CARD_FILE)
-    (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)  # of another card
-    for name in _written(made):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / name, folder / name)
-
-
-def _written(made: _Card) -> list[str]:
-    return [*(f"figures/{name}" for name in made.figures), *([EVAL_RESULTS_FILE] if made.entries else []), CARD_FILE]
-
-
-def _make(checkpoint, results, repo_id, figures, license, without_results, model_name, base_model, run) -> _Card:
-    checkpoint = Path(checkpoint)
-    _check_words(repo_id, license, base_model)
-    shown = _named_figures(figures)
-    facts = read_checkpoint(checkpoint, run)
-    measured = [read_low_shot(path, checkpoint) for path in _paths(results)]
-    has_results = bool(measured or (facts.finetuning is not None and facts.finetuning.test_accuracy))
-    _check_has_results(checkpoint, has_results, without_results)
-    weights = weights_of(checkpoint)
-    if facts.finetuning is not None and facts.finetuning.said["weights_sha256"] != weights:
+def card_files(
+    checkpoint: str | os.PathLike,
+    results: str | os.PathLike | Iterable[str | os.PathLike] = (),
+    *,
+    repo_id: str | None = None,
+    figures: Iterable[str | os.PathLike] = (),
+    license: str | None = None,
+    without_results: bool = False,
+    model_name: str | None = None,
+    base_model: str | None = None,
+    run: str | os.PathLike | None = None,
+    tags: Iterable[str] = (),
+) -> dict[str, bytes]:
+    """Return the files of a card by path, `README.md` last. For the arguments see [`create_model_card`]."""
+    _check_names(repo_id=repo_id, base_model=base_model, license=license)
+    if run is not None and not Path(run, "run.json").is_file():
+        raise ValueError(f"`run` must be a folder with the run.json that training wrote, but '{run}' has none.")
+    pictures = {}
+    for path in as_paths(figures):
+        pictures[f"{_file_name(path.stem)}.png"] = read_png(path)
+    measured = [read_low_shot(path, checkpoint) for path in as_paths(results)]
+    card = describe_checkpoint(checkpoint, run)
+    finetuning = card["finetuning"] or {}
+    is_measured = bool(measured or finetuning.get("test_accuracy"))
+    if is_measured == without_results:
         raise ValueError(
-            f"'{checkpoint / 'finetune.json'}' measured other weights: {facts.finetuning.said['weights_sha256']}, "
-            f"those of '{checkpoint}' are {weights}. Save the fine-tuned model again: `result.save(folder)`."
+            f"`without_results` must be true if and only if nothing was measured, but is {without_results} with "
+            f"{len(measured)} files of `results`. Measure with: hf-msn evaluate --model CHECKPOINT --dataset DATASET "
+            "--output low_shot.json"
         )
-    name = model_name or (repo_id.split("/")[1] if repo_id else public_name(str(checkpoint.resolve())))
-    where = repo_id or f"path/to/{_file_name(name)}"
-    data = metadata(facts, measured, weights, model_name=name, license=license, base_model=base_model)
-    folder = files("hf_msn.hub.card") / "templates"
-    template = "".join((folder / f"{part}.md").read_text(encoding="utf-8") for part in (facts.kind, "sections"))
-    card = ModelCard.from_template(
-        data,
-        template_str=template,
-        title=escaped(name),
-        architecture=facts.describe_architecture(),
-        weights_sha256=weights,
-        head=_head(facts) + replicas.head(facts),
-        measured=_measured(facts, measured) if has_results else "",
-        figures=[{"name": figure, "alt": escaped(Path(figure).stem.replace("_", " "))} for figure in shown],
-        uses=sections.uses(facts, where, repo_id is not None),
-        training=sections.training(facts),
-        limits=sections.limits(facts, has_results),
-        licence=sections.licence(facts, license),
-        citation=sections.citation(facts),
-        marker=_MARKER,
-        **_of_kind(facts),
-    )
-    entries = eval_entries(facts, measured, weights)
-    owner = repo_id.split("/")[0] if repo_id else None
-    said = f"{card}\n{yaml.safe_dump(eval_result_entries_to_yaml(entries), allow_unicode=True)}"
-    private = find_private(said, [checkpoint], owner)
-    if private:
-        raise ValueError(
-            f"The card would have {private}, which must not be published. Take it out of the files of '{checkpoint}', "
-            "`model_name` or `results`."
-        )
-    return _Card(card, entries, shown)
+    name = model_name or (repo_id.split("/")[1] if repo_id else Path(checkpoint).resolve().name)
+    card |= {
+        "title": name,
+        "license": license,
+        "location": repo_id or f"path/to/{_file_name(name)}",
+        "is_on_hub": repo_id is not None,
+        "is_measured": is_measured,
+        "results": measured,
+        "figures": [Path(picture) for picture in pictures],
+        "marker": _MARKER,
+    }
+    card["metadata"] = _metadata(card, base_model, tags).to_yaml()
+    text = _template().render(card)
+    made = {f"figures/{picture}": content for picture, content in pictures.items()}
+    entries = eval_result_entries_to_yaml(_eval_entries(card))
+    if entries:
+        made[EVAL_RESULTS_FILE] = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
+    return {**made, CARD_FILE: text.encode()}
 
 
-def _of_kind(facts: CheckpointFacts) -> dict[str, object]:
-    if facts.kind == "converted":
-        method = facts.conversion.get("method") or "a method that its files do not name"
-        return {"method": escaped(method), "conversion": sections.conversion(facts)}
-    if facts.kind == "pretrained":
-        is_classifier = facts.is_classifier and facts.method is None
-        what = "An image classifier, trained" if is_classifier else "An image encoder pretrained"
-        return {"what": what, "method": sections.METHODS[facts.method]}
-    said = facts.finetuning.said
-    names = [escaped(name) for name in said.get("class_names") or ()]
-    more = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""
-    start = facts.run.get("start")
+def describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Return the entries of the template that the files of a checkpoint contain.
+
+    Raises:
+        ValueError: If it is not a checkpoint, or its weights or one of its records are damaged.
+    """
+    folder = Path(checkpoint)
+    config, record = read_json(folder / "config.json"), read_run(folder if run is None else run) or {}
+    finetuning = read_finetuning(folder)
+    conversion, codistillation = (_optional_json(folder / f"{name}.json") for name in ("conversion", "codistillation"))
+    model_type = config.get("model_type", "timm")
+    names = [str(name).lower() for name in (model_type, (conversion or {}).get("method"), record.get("method"))]
+    method = next((name for name in names if name in _PRETRAINING_CLASSES), None)
+    is_classifier = any("ForImageClassification" in name for name in config.get("architectures") or ())
     return {
-        "what": "A classifier" if said["head"] == "linear" else "An encoder with projection head, by SuNCEt,",
-        "num_trained": said["num_trained_images"],
-        "num_classes": len(said.get("classes") or ()),
-        "start": f", starting from {escaped(start)}" if start else "",
-        "class_names": ", ".join(names[:_MOST_CLASSES]) + more,
+        "kind": "finetuned" if finetuning else "converted" if conversion else "pretrained",
+        "model_type": model_type,
+        "method": method,
+        "is_timm": model_type == "timm",
+        "is_classifier": bool(config.get("num_classes")) if model_type == "timm" else is_classifier,
+        "pretraining_class": _PRETRAINING_CLASSES.get(model_type),
+        "has_processor": (folder / "preprocessor_config.json").is_file(),
+        "image_size": config.get("image_size") if isinstance(config.get("image_size"), int) else None,
+        "architecture": _architecture(config, _count_weights(folder)),
+        "weights_sha256": weights_of(folder),
+        "finetuning": finetuning,
+        "conversion": conversion,
+        "codistillation": codistillation,
+        "run": record,
+        "training": _training_rows(record),
+        "settings": _fenced(record.get("recipe") or record.get("arguments")),
+        "papers": _papers(model_type, method, finetuning, codistillation, record.get("sync") or {}),
     }
 
 
-def _head(facts: CheckpointFacts) -> str:
-    if facts.pretraining_class is not None:
-        return f"\nIt has the heads of pretraining too, and loads as `{facts.pretraining_class}` of hf_msn."
-    if facts.is_classifier:
-        return "" if facts.finetuning is not None else "\nA classifier is on it."
-    return "\nIt is the encoder alone, without a classifier."
-
-
-def _measured(facts: CheckpointFacts, results: list[LowShotResults]) -> str:
-    parts = [] if facts.finetuning is None else [finetuning_table(facts.finetuning)]
-    for one in results:
-        parts += [low_shot_table(one), low_shot_definition(one)]
-        parts.append(f"Weights that were measured: `{one.model['weights_sha256']}`.")
-    return "\n\n".join(part for part in parts if part)
-
-
-def _check_has_results(checkpoint: Path, has_results: bool, without_results: bool) -> None:
-    if has_results and without_results:
-        raise ValueError("`without_results` is for a card without numbers, but there are results. Leave one out.")
-    if not has_results and not without_results:
-        raise ValueError(
-            f"A card needs results, but none are given for '{checkpoint}'. Measure it: python "
-            f"scripts/evaluate_low_shot.py --model {model_argument(checkpoint)} --dataset DATASET --output "
-            "low_shot.json, and give that file; or ask for a card that says that nothing was measured: "
-            "`without_results=True` (--without_results)."
-        )
-
-
-def _check_words(repo_id: str | None, license: str | None, base_model: str | None) -> None:
-    for field, value in (("repo_id", repo_id), ("base_model", base_model)):
-        if value is None:
-            continue
-        try:
-            validate_repo_id(value)
-        except HFValidationError as error:
-            raise ValueError(f"`{field}` must be an id of the Hub, but is {value!r}: {error}") from error
-        if "/" not in value:
-            raise ValueError(f"`{field}` must be `owner/name`, but is {value!r}. Add the owner.")
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
-        raise ValueError(
-            f"`license` must be an identifier of the Hub such as 'apache-2.0' or 'cc-by-nc-4.0', but is {license!r}."
-        )
-
-
-def _as_list(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str | os.PathLike]:
-    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-
-
-def _paths(results: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    paths = [Path(path) for path in _as_list(results)]
-    twice = {str(path) for path in paths if [other.resolve() for other in paths].count(path.resolve()) > 1}
-    if twice:
-        raise ValueError(f"Each file of results counts once, but {sorted(twice)} is given more often.")
-    return paths
-
-
-def _named_figures(figures: str | os.PathLike | Iterable[str | os.PathLike]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for figure in map(Path, _as_list(figures)):
-        check_png(figure)
-        name = f"{_file_name(figure.stem)}.png"
-        if name in named:
-            raise ValueError(
-                f"Each figure needs a name of its own, but '{figure}' and '{named[name]}' are both '{name}'."
+def _template():
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= {
+        "md": _escaped,
+        "code": _code,
+        "listed": _listed,
+        "span": _span,
+        "public_name": public_name,
+    }
+    environment.globals |= {
+        "data_name": _data_name,
+        "image_count": _image_count,
+        "skipped": lambda data: (
+            f" ({data['num_skipped']} unreadable ones left out)" if data.get("num_skipped") else ""
+        ),
+        "task_title": _task_title,
+        "accuracy": _accuracy,
+        "interval": _interval,
+        "per_class": lambda task: _span(
+            count for split in task.splits for count in (split.fewest_per_class, split.most_per_class)
+        ),
+        "used_l2": lambda results: (
+            ", ".join(
+                map(
+                    str,
+                    sorted({split.fit["l2"] for task in results.tasks for split in task.splits if "l2" in split.fit}),
+                )
             )
-        named[name] = figure
-    return named
+            or results.probe["l2"]
+        ),
+        "wilson_interval": _wilson_interval,
+    }
+    return environment.from_string(files("hf_msn.hub").joinpath("card_template.md").read_text(encoding="utf-8"))
+
+
+# Metadata
+
+
+def _metadata(card: dict[str, Any], base_model: str | None, tags: Iterable[str]) -> ModelCardData:
+    record, method = card["run"], card["method"]
+    start = record.get("start") or (record.get("recipe") or {}).get("from_backbone")
+    data = [(record.get(name) or {}).get("name") for name in ("data", "labelled")]
+    evaluated = _eval_results(card)
+    library = "hf_msn" if card["pretraining_class"] else "timm" if card["is_timm"] else "transformers"
+    learning = [method, f"{_LEARNING[method]}-learning"] if method else []
+    return ModelCardData(
+        model_name=card["title"],
+        library_name=library,
+        pipeline_tag="image-classification" if card["is_classifier"] else "image-feature-extraction",
+        tags=list(dict.fromkeys(["hf_msn", "vision", *learning, "few-shot-learning", *tags])),
+        license=card["license"],
+        base_model=base_model or (start if _is_hub_id(start) else None),
+        datasets=list(dict.fromkeys(filter(_is_hub_id, data))) or None,
+        metrics=["accuracy"] if evaluated else None,
+        eval_results=evaluated or None,
+    )
+
+
+def _measurements(card: dict[str, Any]) -> Iterable[tuple[dict[str, Any], str, str, str, float, str, dict[str, Any]]]:
+    """Yield per accuracy: data, title of the task, its id, "top1" or "top5", value in per cent, how, arguments."""
+    for one in card["results"]:
+        test, probe = one.data["test"], _probe(one)
+        for task in one.tasks:
+            splits = f"mean of {len(task.splits)} splits" if len(task.splits) > 1 else "1 split"
+            how = f"{_task_title(task)}, {probe}, {splits}"
+            for top in ("top1", "top5"):
+                if top in task.summary:
+                    spread = {"std": task.summary[f"{top}_std"], "ci95": task.summary[f"{top}_ci95"]}
+                    spread |= {"num_splits": len(task.splits), "num_test_images": test["num_images"]}
+                    spread |= {"weights_sha256": one.model["weights_sha256"]}
+                    title = "Low-shot image classification"
+                    yield test, title, task.name, top, task.summary[top], how, spread
+    finetuning = card["finetuning"] or {}
+    for space, value in (finetuning.get("test_accuracy") or {}).items():
+        arguments = {"num_test_images": finetuning["num_test_images"], "weights_sha256": card["weights_sha256"]}
+        name = "finetuned" if space == "top1" else f"finetuned_{space}"
+        how = f"after fine-tuning on {finetuning['num_trained_images']} labelled images"
+        how += "" if space == "top1" else f", {space}"
+        yield finetuning.get("test_data") or {}, "Image classification", name, "top1", value, how, arguments
+
+
+def _eval_results(card: dict[str, Any]) -> list[EvalResult]:
+    """Return the accuracies for `model-index`, in per cent and not rounded."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name=title,
+            dataset_type=_dataset_id(data),
+            dataset_name=_dataset_id(data),
+            dataset_split=data.get("split"),
+            metric_type="accuracy",
+            metric_value=value,
+            metric_name=f"{top.replace('top', 'top-')} accuracy [%], {how}",
+            metric_args=arguments,
+        )
+        for data, title, _, top, value, how, arguments in _measurements(card)
+    ]
+
+
+def _eval_entries(card: dict[str, Any]) -> list[EvalResultEntry]:
+    """Return the top-1 accuracies for `.eval_results/*.yaml`, of data that has a name."""
+    return [
+        EvalResultEntry(
+            dataset_id=_dataset_id(data),
+            task_id=task if re.fullmatch(r"[\w.-]+", task) else "low_shot",
+            value=value,
+            notes=f"top-1 [%], {how}"
+            + (f", std {arguments['std']:.2f}, 95 % +- {arguments['ci95']:.2f}" if "std" in arguments else "")
+            + f", {arguments['num_test_images']} test images, weights {arguments['weights_sha256'][:16]}",
+        )
+        for data, _, task, top, value, how, arguments in _measurements(card)
+        if top == "top1" and data.get("name")
+    ]
+
+
+def _dataset_id(data: dict[str, Any]) -> str:
+    """Return a Hub id, or the bare name of other data, which no benchmark of the Hub has."""
+    return re.sub(r"[^\w./-]+", "-", public_name(str(data.get("name") or ""))).strip("-") or "unnamed"
+
+
+def _probe(results: LowShotResults) -> str:
+    name = f"{results.probe.get('probe', 'unknown')} probe".replace("_", " ")
+    return name + (" on projections" if results.settings.get("features") == "projection" else "")
+
+
+def _papers(model_type, method, finetuning, codistillation, sync) -> set[str]:
+    """Return the methods to cite: of the model, and of how the ranks were trained together."""
+    papers = {method or ("msn" if model_type == "vit_msn" else "")}
+    if finetuning is not None and finetuning["head"] == "suncet":
+        papers.add("suncet")
+    for prefix in ("", "base "):
+        paper = _SYNC_PAPERS.get(sync.get(f"{prefix}method"), "")
+        if paper == "gossip" and sync.get(f"{prefix}push_sum") is False:
+            paper = "d_psgd"
+        if paper == "ad_psgd" and sync.get(f"{prefix}async_method") == "push_sum":
+            paper = "async_push"
+        papers.add(paper)
+    if codistillation is not None:
+        papers.add("codistillation")
+    return papers - {""}
+
+
+# Content of the template
+
+
+def _architecture(config: dict[str, Any], num_weights: int) -> str:
+    weights = f"{num_weights / 1e6:.3g} million weights in its file"
+    timm_name = config.get("timm_model") or config.get("architecture")
+    if timm_name is not None:
+        return f"`{_code(timm_name)}` of timm, {weights}"
+    parts = {
+        "num_hidden_layers": "{} blocks",
+        "hidden_size": "width {}",
+        "num_attention_heads": "{} heads",
+        "patch_size": "patches of {} pixels",
+        "image_size": "images of {} pixels",
+    }
+    known = [text.format(config[name]) for name, text in parts.items() if isinstance(config.get(name), int)]
+    return ", ".join(["a vision transformer", *known, weights])
+
+
+def _count_weights(folder: Path) -> int:
+    """Return how many numbers the safetensors files of a folder hold."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as weights:
+            names = weights.keys()
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    return count
+
+
+def _training_rows(run: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of the table of a training; entries that `run.json` lacks are left out."""
+    if not run:
+        return {}
+    data, labelled, hardware, batch = (run.get(name) or {} for name in ("data", "labelled", "hardware", "batch"))
+    steps, planned, ranks = run.get("steps"), run.get("planned_steps"), hardware.get("ranks")
+    rows = {
+        "method": run.get("method"),
+        "started from": run.get("start") or (run.get("recipe") or {}).get("from_backbone"),
+        "steps": f"{steps} of {planned} planned" if steps is not None and planned not in (None, steps) else steps,
+        "epochs": run.get("epochs"),
+        "images per update": batch.get("images_per_update"),
+        "precision": run.get("precision"),
+        "seed": run.get("seed"),
+        "versions": ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items()),
+    }
+    rows = {name: _escaped(value) for name, value in rows.items() if value not in (None, "")}
+    for name, images in (("data", data), ("labelled images", labelled)):
+        if images:
+            rows[name] = _data_name(images) + _image_count(images)
+    if hardware:
+        parts = [hardware.get("device_name") or hardware.get("device") or "unknown"]
+        parts += [f"{ranks} rank{'' if ranks == 1 else 's'}"] if ranks else []
+        parts += [f"{hardware['cpu_count']} CPU cores"] if hardware.get("cpu_count") else []
+        rows["hardware"] = _escaped(", ".join(parts))
+    if run.get("sync"):
+        settings = [f"{name} {value}" for name, value in run["sync"].items() if name != "method"]
+        rows["communication"] = _escaped(": ".join(filter(None, [run["sync"].get("method"), ", ".join(settings)])))
+    if run.get("wall_time_seconds") is not None:
+        rows["wall time of training"] = _duration(run["wall_time_seconds"])
+    return rows
+
+
+def _fenced(settings: dict[str, Any] | None) -> str:
+    """Return settings as a block of YAML that none of its values can end."""
+    if not settings:
+        return ""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100).rstrip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}yaml\n{text}\n{fence}"
+
+
+def _escaped(text: Any) -> str:
+    """Return a text as one line of Markdown without markup, HTML and links."""
+    line = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in str(text))).strip()
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*_{}\[\]()#|!~$])", r"\\\1", line)
+    return re.sub(r"(https?|www)([:.])", r"\1&#8203;\2", line)
+
+
+def _code(text: Any) -> str:
+    """Return the part of a text that may stand in backticks."""
+    return re.sub(r"[^\w./:+-]", "", str(text)) if text else "unknown"
+
+
+def _listed(names: Any) -> Any:
+    if not isinstance(names, list):
+        return names
+    return ", ".join(map(str, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _span(counts: Iterable[int]) -> str:
+    counts = sorted(counts)
+    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+
+def _data_name(data: dict[str, Any] | None) -> str:
+    name, split = (data or {}).get("name"), (data or {}).get("split")
+    title = _escaped(public_name(str(name))) if name else "a data set without a name"
+    return f"{title}, split {_escaped(split)}" if split else title
+
+
+def _image_count(data: dict[str, Any]) -> str:
+    return f" ({data['num_images']:,} images)" if isinstance(data.get("num_images"), int) else ""
+
+
+def _task_title(task: TaskResult) -> str:
+    """Return "5 images per class" for `5_per_class`."""
+    if found := re.fullmatch(r"(\d+)_per_class", task.name):
+        return f"{found[1]} image{'' if found[1] == '1' else 's'} per class"
+    found = re.fullmatch(r"([\d.]+)_percent", task.name)
+    return f"{found[1]} % of the labels" if found else public_name(task.name)
+
+
+def _accuracy(task: TaskResult) -> str:
+    spread = f" ± {task.summary['top1_std']:.1f}" if len(task.splits) > 1 else ""
+    return f"{task.summary['top1']:.1f}{spread}"
+
+
+def _interval(task: TaskResult) -> str:
+    mean, half = task.summary["top1"], task.summary["top1_ci95"]
+    return f"{max(0.0, mean - half):.1f} to {min(100.0, mean + half):.1f}" if len(task.splits) > 1 else "-"
+
+
+def _wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share in per cent that was seen in `count` images."""
+    share, z = accuracy / 100, 1.959963984540054
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# Checks
+
+
+def _check_names(license: str | None, **ids: str | None) -> None:
+    for field, value in ids.items():
+        if value is not None:
+            validate_repo_id(value)
+            if "/" not in value:
+                raise ValueError(f"`{field}` must be `owner/name`, but is {value!r}. Add the owner.")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"`license` must be an identifier of the Hub such as 'apache-2.0', but is {license!r}.")
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _optional_json(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", public_name(name)).strip("-.") or "figure"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "figure"

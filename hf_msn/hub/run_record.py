@@ -1,7 +1,7 @@
-"""`run.json`: how a model was trained, written beside it by our trainers, for its card; nothing private is in it."""
+"""`run.json`: how a model was trained, for its card. The trainers write it beside the model."""
 
 import dataclasses
-import json
+import math
 import os
 import platform
 import time
@@ -13,21 +13,40 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..privacy import public_name, without_private
+from ..files import public_name, read_json, write_json
 
 RUN_FILE = "run.json"
 _FORMAT = "hf_msn run 1"
 _PACKAGES = ("hf_msn", "torch", "transformers", "accelerate", "datasets", "timm")
-# what the Trainer does beside the training, or what the record says elsewhere
-_NOT_TRAINING = (
-    *("save_", "logging_", "eval_", "do_", "disable_tqdm", "dataloader_", "ddp_", "load_best_model", "skip_memory"),
-    *("max_steps", "num_train_epochs", "per_device_", "gradient_accumulation", "label_names", "remove_unused"),
-    *("include_", "local_rank", "metric_for", "greater_is", "full_determinism", "debug", "accelerator_config"),
+
+# The only fields of run.json.
+_FIELDS = (
+    *("method", "data", "labelled", "start", "hardware", "steps", "planned_steps", "epochs", "batch", "precision"),
+    *("seed", "arguments", "recipe", "sync", "versions", "wall_time_seconds"),
 )
+# In a recipe and in arguments numbers have any name, and text only one of these names.
+_SETTINGS = ("arguments", "recipe")
+_TEXT_SETTINGS = {
+    *("method", "head", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
+    *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
+    *("labelled_dataset", "labelled_split", "labelled_list_file", "labelled_rows_file", "on_broken_image"),
+    *("interpolation", "attn_implementation", "support_shard", "support_on_small_class"),
+    *("optim", "lr_scheduler_type", "save_strategy", "eval_strategy", "logging_strategy", "metric_for_best_model"),
+    *("low_shot_train_split", "low_shot_test_split", "low_shot_test_dataset", "low_shot_probe", "low_shot_features"),
+    *("sync", "sync_base", "sync_base_buffers", "sync_topology", "sync_wire_dtype", "async_method"),
+    *("codistillation_exchange", "codistillation_distance", "codistillation_initialization", "codistillation_publish"),
+}
+# The arguments of transformers.TrainingArguments that concern the training; those of hf_msn all do.
+_TRAINING_FIELDS = {
+    *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "optim"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "seed"),
+    *("gradient_checkpointing", "torch_compile", "average_tokens_across_devices", "label_smoothing_factor"),
+}
+_NOT_SETTINGS = ("hub_", "push_to_hub", "overwrite_")
 
 
 class RunRecorder:
-    """Keeps of one training what nobody knows afterwards, and writes `run.json`.
+    """Keep the recipe, the sync method and the wall time of a training, and write `run.json`.
 
     Attributes:
         recipe (`Mapping[str, Any]`, *optional*): The fields of the recipe as they were given.
@@ -41,41 +60,40 @@ class RunRecorder:
         self._started: float | None = None
 
     def begin(self, checkpoint: str | Path | None = None) -> None:
-        """Starts the clock: at 0, or at the wall time of the checkpoint that the run goes on from."""
+        """Start the clock: at 0, or at the wall time of the checkpoint from which the run is resumed."""
         saved = {"wall_time_seconds": 0.0}
         if checkpoint is not None:
             try:
                 saved = read_run(checkpoint) or {}
-            except ValueError:  # it says how a model was trained; a run goes on without
+            except ValueError:  # a damaged record must not prevent a resume
                 saved = {}
         self._before, self._started = saved.get("wall_time_seconds"), time.monotonic()
 
     def end(self) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._before, self._started = self.seconds, None
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of the training over all resumes; `None` where that of an earlier part is not known."""
+        """Wall time of the training over all resumes; `None` if that of an earlier part is not known."""
         if self._before is None or self._started is None:
             return self._before
         return self._before + time.monotonic() - self._started
 
     def save(self, trainer: Trainer, folder: str | os.PathLike) -> None:
-        """Writes what is known of a trainer's run into the folder of its model."""
-        said = describe_training(trainer)
+        """Write `run.json` of a trainer into the folder of its model."""
+        record = describe_training(trainer)
         if self.recipe is not None:
-            said.pop("arguments")  # the recipe has them, and what is in no argument
-            said["recipe"] = dict(self.recipe)
+            record |= {"arguments": None, "recipe": self.recipe}  # the recipe contains the arguments
         if self.sync is not None:
-            said["sync"] = dict(self.sync)
-            if "replicas" in self.sync:  # each makes updates of its own
-                said["batch"]["images_per_update"] //= self.sync["replicas"]
-        write_run(folder, {**said, "wall_time_seconds": self.seconds})
+            record["sync"] = self.sync
+            if "replicas" in self.sync:  # each replica makes updates of its own
+                record["batch"]["images_per_update"] //= self.sync["replicas"]
+        write_run(folder, {**record, "wall_time_seconds": self.seconds})
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
-    """What a Trainer knows of its run: data, hardware, steps, batch, settings that are not the defaults, versions."""
+    """Describe the run of a Trainer: data, hardware, steps, batch, changed arguments."""
     args, state, model = trainer.args, trainer.state, trainer.accelerator.unwrap_model(trainer.model)
     support = getattr(trainer, "support_dataset", None)
     per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -105,84 +123,81 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
-    """Name, split and number of images of a data set, as far as they are known."""
-    info, split = getattr(dataset, "info", None), getattr(dataset, "split", None)
-    name = getattr(info, "dataset_name", None)
+    """Return the name, the split and the number of images of a data set; `None` for each that is not known."""
+    split = getattr(dataset, "split", None)
     try:
         count = len(dataset)
     except TypeError:  # a stream
         count = None
     return {
-        "name": None if name is None else public_name(name),
+        "name": getattr(getattr(dataset, "info", None), "dataset_name", None),
         "split": None if split is None else str(split),
         "num_images": count,
     }
 
 
 def describe_hardware(args: TrainingArguments) -> dict[str, Any]:
-    """The device of this rank, the number of ranks and the CPU cores of this machine."""
+    """Return the device of this rank, the number of ranks and the number of CPU cores of this machine."""
     device = args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {"device": device.type, "device_name": name, "ranks": args.world_size, "cpu_count": os.cpu_count()}
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The training arguments that are not the defaults, less those that do not concern the training."""
-    changed = {}
-    for f in dataclasses.fields(args):
-        if not f.init or f.name.startswith(_NOT_TRAINING):
-            continue
-        default = (
-            f.default_factory() if f.default is dataclasses.MISSING and callable(f.default_factory) else f.default
-        )
-        value = getattr(args, f.name)
-        if value is not None and default is not dataclasses.MISSING and value != default:
-            changed[f.name] = value
-    return changed
+    """Return the arguments that concern the training and differ from their defaults."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - _TRAINING_FIELDS
+    defaults = {field.name: field.default for field in dataclasses.fields(args) if field.name not in inherited}
+    values = {name: getattr(args, name) for name in defaults}
+    return {name: value for name, value in values.items() if value is not None and value != defaults[name]}
 
 
 def write_run(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Writes a record as `run.json`: beside, then renamed. What is private, unknown or empty is left out."""
+    """Write the known fields of a record as `run.json`; see [`public_run`]."""
     versions = {package: _version(package) for package in _PACKAGES}
-    whole = {"format": _FORMAT, **without_private(record), "versions": {n: v for n, v in versions.items() if v}}
-    text = json.dumps(_known(whole), indent=2, allow_nan=False) + "\n"
-    beside = Path(folder, f".{RUN_FILE}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, Path(folder, RUN_FILE))
-    finally:
-        beside.unlink(missing_ok=True)
+    write_json(Path(folder, RUN_FILE), {"format": _FORMAT, **public_run({**record, "versions": versions})})
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The `run.json` of a folder, or `None` if there is none.
+    """Return the `run.json` of a folder, reduced by [`public_run`], or `None` if there is none.
 
     Raises:
-        ValueError: It is not JSON, not a record, or of another version.
+        ValueError: If it is not JSON, or of another format.
     """
     path = Path(folder, RUN_FILE)
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' must be JSON, but is not: {error}. Remove it, or save the model again.") from error
+    record = read_json(path)
     found = record.get("format") if isinstance(record, dict) else type(record).__name__
     if found != _FORMAT:
         raise ValueError(
-            f"'{path}' must be the record of a run ('format': '{_FORMAT}'), but says {found!r}. Remove it, or save "
-            "the model again with this version."
+            f"'{path}' must have the format '{_FORMAT}', but has {found!r}. Remove it, or save the model again."
         )
-    # a file that came with a model was not written here
-    return without_private(record)
+    return public_run(record)
 
 
-def _known(value: Any) -> Any:
-    """Without the entries of mappings that are `None` or empty."""
-    if isinstance(value, dict):
-        known = {key: _known(item) for key, item in value.items()}
-        return {key: item for key, item in known.items() if item is not None and item != {}}
-    return [_known(item) for item in value] if isinstance(value, list) else value
+def public_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a record that may be published.
+
+    Only known fields remain, with numbers and with text that is reduced by `public_name`. In a recipe and in arguments
+    text remains only under a known name: no token, user name or output folder can be among them.
+    """
+    reduced = {name: _public(record.get(name), name not in _SETTINGS) for name in _FIELDS}
+    return {name: value for name, value in reduced.items() if value not in (None, {})}
+
+
+def _public(value: Any, keeps_text: bool) -> Any:
+    """Return the part of a value that may be published; `None` if there is none."""
+    value = getattr(value, "value", value)  # an enum of transformers
+    if isinstance(value, (int, float)):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, os.PathLike)):
+        return public_name(value) if keeps_text else None
+    if isinstance(value, (list, tuple)):
+        return [item for item in (_public(item, keeps_text) for item in value) if item is not None]
+    if isinstance(value, Mapping):
+        items = {name: _public(item, keeps_text or name in _TEXT_SETTINGS) for name, item in value.items()}
+        return {n: item for n, item in items.items() if item is not None and not n.startswith(_NOT_SETTINGS)}
+    return None
 
 
 def _cpu_name() -> str | None:

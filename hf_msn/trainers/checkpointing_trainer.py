@@ -3,14 +3,19 @@
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import CommitInfo
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from ..hub.cards import save_model_card
 from ..models.prediction_average import PUBLISHED_FILE
+from .callbacks.push import PushCallback
 from .checkpoints import (
     STAGING_FOLDER,
     CheckpointError,
@@ -21,12 +26,11 @@ from .checkpoints import (
     saved_world_size,
     staging_folder,
 )
-from .pushing_trainer import PushingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class CheckpointingTrainer(PushingTrainer):
+class CheckpointingTrainer(Trainer):
     """Writes each checkpoint beside and then renames it, so that a folder `checkpoint-<step>` is always whole.
 
     Resuming finds the last whole checkpoint, names the broken ones, and refuses one of another configuration.
@@ -65,9 +69,45 @@ class CheckpointingTrainer(PushingTrainer):
         run_dir = super()._get_output_dir(trial)
         return os.path.join(run_dir, STAGING_FOLDER) if self._staging else run_dir
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Open the repo `hub_model_id`, to which [`PushCallback`] then pushes."""
+        if self.is_world_process_zero():
+            self.push = PushCallback(self, private, token)
+            self.add_callback(self.push)
+            self.hub_model_id = self.push.repository.repo_id
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._staging:  # what is not whole yet is pushed after its rename
-            super()._push_from_checkpoint(checkpoint_folder)
+        """Do nothing: [`PushCallback`] pushes a checkpoint when it is whole."""
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        private: bool | None = None,
+        **card,
+    ) -> CommitInfo | Future | None:
+        """Save the model to `output_dir` and push it with its card. All ranks must call it.
+
+        Args:
+            commit_message (`str`, *optional*): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Wait for the upload; else return a `Future`.
+            token (`str`, *optional*), private (`bool`, *optional*): For a repo that is not open yet.
+            card: `results`, `figures`, `license` and `tags` of the card.
+
+        Raises:
+            PublishingError: On rank 0, if the push failed. The model is saved.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_whole_model(Path(self.args.output_dir))
+        if self.is_world_process_zero():
+            return self.push.push_model(Path(self.args.output_dir), commit_message, blocking, **card)
+
+    def create_model_card(self, **card) -> None:
+        """Write the card of the saved model into `output_dir`. The arguments are those of [`save_model_card`]."""
+        if self.is_world_process_zero():
+            save_model_card(self.args.output_dir, **{"without_results": not card.get("results"), **card})
 
     def _save_checkpoint(self, model, trial) -> None:
         with self.clock_stopped():
@@ -88,8 +128,6 @@ class CheckpointingTrainer(PushingTrainer):
                     os.replace(staging / name, run_dir / name)
         finally:
             self._staging = False
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -104,8 +142,15 @@ class CheckpointingTrainer(PushingTrainer):
             return super().save_model(output_dir, _internal_call=True)
         final = Path(output_dir or self.args.output_dir)
         self.save_whole_model(final)
-        if self.args.push_to_hub:
-            self.push_saved(final, "Model save")
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self.push.push_model(final, "Model save")
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None  # it would be in training_args.bin
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def save_whole_model(self, final: Path) -> None:
         with staging_folder(self, final) as staging:

@@ -1,0 +1,95 @@
+"""Read measured results, and check that they are of the weights beside them."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.backbones import checkpoint_weights_sha256
+from ..evaluation.results import RESULTS_FORMAT, LowShotResults, SplitResult, TaskResult
+from ..evaluation.weights_hash import file_sha256
+from ..files import read_json
+
+FINETUNING_FILE = "finetune.json"
+_FINETUNING_FORMAT = "hf_msn fine-tuning 1"
+
+
+def as_paths(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """Return one path or several as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+
+
+def read_results(path: str | os.PathLike) -> LowShotResults:
+    """Read a file of `LowShotResults.save`. Means and intervals are computed from its splits.
+
+    Raises:
+        ValueError: If it is not such a file.
+    """
+    record = _read_record(Path(path), RESULTS_FORMAT)
+    try:
+        tasks = [
+            TaskResult(task["name"], task["num_classes"], [SplitResult(**split) for split in task["splits"]])
+            for task in record["tasks"]
+        ]
+        others = {field.name: record[field.name] for field in fields(LowShotResults) if field.name != "tasks"}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"'{path}' must be complete results, but {error!r} was met. Measure again.") from error
+    return LowShotResults(tasks=tasks, **others)
+
+
+def read_low_shot(path: str | os.PathLike, checkpoint: str | os.PathLike) -> LowShotResults:
+    """Read a file of `LowShotResults.save` that measured the weights of a checkpoint.
+
+    Raises:
+        ValueError: If it is not such a file, or measured other weights.
+    """
+    results = read_results(path)
+    measured = results.model.get("weights_sha256")
+    weights = weights_of(checkpoint, results.settings.get("features", "backbone"))
+    if measured != weights:
+        raise ValueError(
+            f"'{path}' must have measured the weights of this checkpoint, {weights}, but measured {measured}. Measure "
+            "these: hf-msn evaluate --model CHECKPOINT --dataset DATASET --output low_shot.json"
+        )
+    return results
+
+
+def read_finetuning(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
+    """Read the `finetune.json` of a checkpoint; `None` if there is none.
+
+    Raises:
+        ValueError: If it is of another format, or is not of the weights beside it.
+    """
+    path = Path(checkpoint, FINETUNING_FILE)
+    if not path.is_file():
+        return None
+    record = _read_record(path, _FINETUNING_FORMAT)
+    hashes = {file.name: file_sha256(file) for file in sorted(path.parent.glob("*.safetensors"))}
+    found = (record.get("files"), record.get("weights_sha256"))
+    expected = (hashes, weights_of(checkpoint))
+    if found != expected:
+        raise ValueError(
+            f"'{path}' must be of the weights beside it, whose hashes are {expected}, but has {found}. Save the "
+            "fine-tuned model again: `result.save(folder)`."
+        )
+    return record
+
+
+def weights_of(checkpoint: str | os.PathLike, features: str = "backbone") -> str:
+    """Return the hash that the evaluator writes for the weights of a checkpoint folder."""
+    return checkpoint_weights_sha256(model_argument(checkpoint), features)
+
+
+def model_argument(checkpoint: str | os.PathLike) -> str:
+    """Return `--model` of the evaluation for a checkpoint folder: a folder of timm has the prefix "timm:"."""
+    config = read_json(Path(checkpoint, "config.json"))
+    return f"timm:{checkpoint}" if "model_type" not in config else str(checkpoint)
+
+
+def _read_record(path: Path, expected: str) -> dict[str, Any]:
+    record = read_json(path)
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != expected:
+        raise ValueError(f"'{path}' must have the format '{expected}', but has {found!r}. Measure again.")
+    return record
