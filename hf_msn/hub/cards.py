@@ -1,6 +1,5 @@
 """Model cards: one template, filled from the files of a checkpoint and from results of its very weights."""
 
-import math
 import os
 import re
 import tempfile
@@ -13,12 +12,11 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment
-from safetensors import safe_open
 
 from ..evaluation.results import LowShotResults, TaskResult
 from ..files import public_name, read_json, whole_file
 from .figures import plot_low_shot, read_png
-from .results import as_paths, read_finetuning, read_low_shot, weights_of
+from .results import as_paths, count_weights, read_finetuning, read_low_shot, weights_of
 from .run_record import read_run
 
 CARD_FILE = "README.md"
@@ -199,7 +197,7 @@ def describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike | 
         "pretraining_class": _PRETRAINING_CLASSES.get(model_type),
         "has_processor": (folder / "preprocessor_config.json").is_file(),
         "image_size": config.get("image_size") if isinstance(config.get("image_size"), int) else None,
-        "architecture": _architecture(config, _count_weights(folder)),
+        "architecture": _architecture(config, sum(count_weights(folder).values())),
         "weights_sha256": weights_of(folder),
         "finetuning": finetuning,
         "conversion": conversion,
@@ -370,16 +368,6 @@ def _architecture(config: dict[str, Any], num_weights: int) -> str:
     }
     known = [text.format(config[name]) for name, text in parts.items() if isinstance(config.get(name), int)]
     return ", ".join(["a vision transformer", *known, weights])
-
-
-def _count_weights(folder: Path) -> int:
-    """Return how many numbers the safetensors files of a folder hold."""
-    count = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
-            names = weights.keys()
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    return count
 
 
 def _training_rows(run: dict[str, Any]) -> dict[str, str]:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
@@ -24,14 +23,14 @@ from ..models.configuration_paws import PAWSConfig
 from ..models.configuration_suncet import SuNCEtConfig
 from .cards import card_files
 from .export import export_backbone
-from .results import FINETUNING_FILE
+from .results import FINETUNING_FILE, WEIGHTS_INDEX, count_weights
 from .run_record import RUN_FILE, public_run
 
 logger = logging.get_logger(__name__)
 
 FORMS = ("backbone", "classifier", "pretraining")
 _PRETRAINING_TYPES = (MSNConfig.model_type, PAWSConfig.model_type, SuNCEtConfig.model_type)
-_INDEX, _IMAGE_PROCESSOR = "model.safetensors.index.json", "preprocessor_config.json"
+_IMAGE_PROCESSOR = "preprocessor_config.json"
 # The only records that are published, and the only fields of them. Those of run.json are in run_record.py.
 _RECORDS: dict[str, tuple[str, ...]] = {
     RUN_FILE: (),
@@ -195,7 +194,7 @@ def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **c
         remedy = f"Did you mean '{inside[-1]}'?" if inside else "Give the folder that the model was saved to."
         raise ValueError(f"`checkpoint` must be a folder with a config.json, but '{checkpoint}' is not. {remedy}")
     config = read_json(folder / "config.json")
-    weights, origin = find_weights(folder), "{} of the checkpoint"
+    weights, origin = [*count_weights(folder)], "{} of the checkpoint"
     records = {name: _public_record(folder / name) for name in _RECORDS if (folder / name).is_file()}
     is_pretraining = config.get("model_type") in _PRETRAINING_TYPES
     if what is None and is_pretraining and FINETUNING_FILE not in records:
@@ -215,8 +214,8 @@ def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **c
         )
     config = {name: value for name, value in read_json(folder / "config.json").items() if name != "_name_or_path"}
     files = {"config.json": (_as_json(config), origin.format("config.json"))}
-    for name in (_IMAGE_PROCESSOR, _INDEX, *weights):
-        if (folder / name).is_file() and (name != _INDEX or len(weights) > 1):
+    for name in (_IMAGE_PROCESSOR, WEIGHTS_INDEX, *weights):
+        if (folder / name).is_file() and (name != WEIGHTS_INDEX or weights != ["model.safetensors"]):
             files[name] = (folder / name, origin.format(name))
     files |= {name: (_as_json(record), f"{name} of the checkpoint") for name, record in records.items()}
     made_from = f"{len(card['results'])} result files" if card.get("results") else "no results"
@@ -239,32 +238,6 @@ def list_resume_files(checkpoint: Path, path_in_repo: str) -> list[ListedFile]:
             continue
         files.append(_listed(f"{path_in_repo}/{file.name}", content, f"{file.name} of {checkpoint.name}"))
     return files
-
-
-def find_weights(folder: Path) -> list[str]:
-    """Return the names of the safetensors files of a folder.
-
-    Raises:
-        ValueError: If one is missing, damaged, or has more metadata than its format.
-    """
-    names = ["model.safetensors"]
-    if not (folder / names[0]).exists() and (folder / _INDEX).exists():
-        names = sorted({Path(name).name for name in read_json(folder / _INDEX)["weight_map"].values()})
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as weights:
-                metadata = set(weights.metadata() or {}) - {"format"}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"`checkpoint` must have whole weights, but '{name}' of '{folder}' cannot be read: {error}. Save the "
-                "model again by `save_pretrained`."
-            ) from error
-        if metadata:
-            raise ValueError(
-                f"'{name}' of '{folder}' must have no metadata but its format, but has {sorted(metadata)}. Save the "
-                "model again by `save_pretrained`."
-            )
-    return names
 
 
 class HubRepository:
@@ -363,19 +336,22 @@ def check_repo_id(repo_id: str) -> None:
 @contextmanager
 def _publishing_errors(repo_id: str) -> Iterator[None]:
     """Raise errors of the Hub and of the network as a [`PublishingError`] without addresses and tokens."""
-    again = "Nothing of this upload is visible; run the same command again, and files that arrived are not sent again."
     try:
         yield
-    except HfHubHTTPError as error:
-        reason = " ".join(str(error.server_message or "no reason given").split())
-        raise PublishingError(
-            f"The Hub refused '{repo_id}' with status {error.response.status_code}: {reason}. Check `repo_id` and "
-            f"whether the token may write to it. {again}"
-        ) from None
-    except OfflineModeIsEnabled:
-        raise PublishingError(f"'{repo_id}' cannot be reached, as HF_HUB_OFFLINE is set. Unset it.") from None
     except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-        raise PublishingError(f"The connection for '{repo_id}' failed ({type(error).__name__}). {again}") from None
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:
+            error = error.__cause__  # huggingface_hub wraps the errors of large files
+        if isinstance(error, HfHubHTTPError):
+            reason = " ".join(str(error.server_message or "no reason given").split())
+            reason = f"was refused with status {error.response.status_code}: {reason}. Check `repo_id` and the token"
+        elif isinstance(error, OfflineModeIsEnabled):
+            reason = "is not possible with HF_HUB_OFFLINE. Unset it"
+        else:
+            reason = f"failed ({type(error).__name__}). Check the network"
+        raise PublishingError(
+            f"Publishing to '{repo_id}' {reason}, and run the same command again. Nothing of this upload is visible "
+            "yet; files that have arrived are not sent again."
+        ) from None
 
 
 def _check_form(what: str | None, config: dict[str, Any], is_pretraining: bool, checkpoint: str | Path) -> None:

@@ -1,17 +1,20 @@
 """Read measured results, and check that they are of the weights beside them."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..evaluation.backbones import checkpoint_weights_sha256
 from ..evaluation.results import RESULTS_FORMAT, LowShotResults, SplitResult, TaskResult
 from ..evaluation.weights_hash import file_sha256
 from ..files import read_json
 
-FINETUNING_FILE = "finetune.json"
+FINETUNING_FILE, WEIGHTS_INDEX = "finetune.json", "model.safetensors.index.json"
 _FINETUNING_FORMAT = "hf_msn fine-tuning 1"
 
 
@@ -79,6 +82,34 @@ def read_finetuning(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
 def weights_of(checkpoint: str | os.PathLike, features: str = "backbone") -> str:
     """Return the hash that the evaluator writes for the weights of a checkpoint folder."""
     return checkpoint_weights_sha256(model_argument(checkpoint), features)
+
+
+def count_weights(folder: str | os.PathLike) -> dict[str, int]:
+    """Return how many numbers each safetensors file of a model holds, by the name of the file.
+
+    Raises:
+        ValueError: If a file is missing, is damaged, or has more metadata than its format.
+    """
+    folder, names = Path(folder), ["model.safetensors"]
+    if not (folder / names[0]).exists() and (folder / WEIGHTS_INDEX).exists():
+        names = sorted({Path(name).name for name in read_json(folder / WEIGHTS_INDEX)["weight_map"].values()})
+    counts = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="np") as weights:
+                metadata = set(weights.metadata() or {}) - {"format"}
+                counts[name] = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"`checkpoint` must have whole weights, but '{name}' of '{folder}' cannot be read: {error}. Save the "
+                "model again by `save_pretrained`."
+            ) from error
+        if metadata:
+            raise ValueError(
+                f"'{name}' of '{folder}' must have no metadata but its format, but has {sorted(metadata)}. Save the "
+                "model again by `save_pretrained`."
+            )
+    return counts
 
 
 def model_argument(checkpoint: str | os.PathLike) -> str:

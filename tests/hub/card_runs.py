@@ -36,7 +36,7 @@ def save(model, folder: Path) -> Path:
 
 
 def measure(model, path: Path, **settings) -> Path:
-    """Results on 60 test digits, 3 splits of 1 and 2 labels a class."""
+    """Results on 60 test digits, 3 splits of 1 and 2 labels per class."""
     settings = {"images_per_class": (1, 2), "num_splits": 3, "image_processor": PROCESSOR, **settings}
     evaluator = LowShotEvaluator(load_images("digits"), load_images("digits", split="test[:60]"), **settings)
     evaluator(model)
@@ -45,21 +45,21 @@ def measure(model, path: Path, **settings) -> Path:
 
 
 def edited(path: Path, change, name: str = "edited.json") -> Path:
-    """A copy of a JSON file beside it, changed by `change(said)`."""
-    said = json.loads(path.read_text())
-    change(said)
+    """A copy of a JSON file beside it, changed by `change(record)`."""
+    record = json.loads(path.read_text())
+    change(record)
     copy = path.with_name(name)
-    copy.write_text(json.dumps(said))
+    copy.write_text(json.dumps(record))
     return copy
 
 
 def with_value(value, *keys):
     """A change for `edited`: puts `value` at the end of a way of keys."""
 
-    def change(said):
+    def change(record):
         for key in keys[:-1]:
-            said = said[key]
-        said[keys[-1]] = value
+            record = record[key]
+        record[keys[-1]] = value
 
     return change
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from card_runs import PROCESSOR, VIEWS, measure, msn, save
-from hub_server import HubServer
-from hub_state import TOKEN
+from hub_server import TOKEN, HubServer
 from tiny import tiny_model
 
 from hf_msn import (

@@ -1,18 +1,23 @@
-"""Model cards say what was measured, and how to use what they describe."""
+"""Model cards contain measured numbers of the very weights, and lines that load them."""
 
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from card_runs import edited, measure, table, with_value
+from card_runs import edited, measure, msn, save, table, with_value
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from transformers import AutoModelForImageClassification
 
 from hf_msn import (
     LogisticProbe,
@@ -24,21 +29,23 @@ from hf_msn import (
     export_classifier,
     extract_features,
     load_images,
+    plot_low_shot,
     save_model_card,
 )
 from hf_msn.data.decoding import decode_image
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 from hf_msn.hub.run_record import write_run
 
+ROOT = Path(__file__).parents[2]
 PROCESSOR_64 = MultiViewTransform(image_size=64).evaluation_image_processor()
 
 
 def test_the_table_has_the_numbers_of_the_file_to_the_printed_digit(made):
     card = create_model_card(made["checkpoint"], made["results"])
-    said = json.loads(made["results"].read_text())
+    record = json.loads(made["results"].read_text())
     rows = table(card, "labelled images")
-    assert [row[0] for row in rows] == ["1 image a class", "2 images a class"]
-    for row, task in zip(rows, said["tasks"]):
+    assert [row[0] for row in rows] == ["1 image per class", "2 images per class"]
+    for row, task in zip(rows, record["tasks"]):
         top1 = [split["top1"] for split in task["splits"]]
         mean = math.fsum(top1) / 3
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in top1) / 2)
@@ -48,7 +55,7 @@ def test_the_table_has_the_numbers_of_the_file_to_the_printed_digit(made):
         assert row[2] == f"{max(0, mean - half):.1f} to {min(100, mean + half):.1f}"
         assert row[3:] == [f"{top5:.1f}", "3", str(task["splits"][0]["num_images"])]
     assert "with seeds 0, 1, 2" in card.text and "l2 0.0025" in card.text
-    assert "60 images of 10 classes" in card.text and said["data"]["test"]["fingerprint"] in card.text
+    assert "60 images of 10 classes" in card.text and record["data"]["test"]["fingerprint"] in card.text
 
 
 def test_the_metadata_has_the_numbers_of_the_file_and_survives_the_hub_client(made, tmp_path):
@@ -84,10 +91,10 @@ def test_the_export_may_have_the_numbers_of_its_checkpoint(made):
     assert create_model_card(made["export"], made["results"]).data.library_name == "transformers"
 
 
-def test_a_card_without_results_is_made_only_when_asked_for_and_says_so(made, tmp_path):
-    with pytest.raises(ValueError, match=r"needs results.*without_results=True"):
+def test_a_card_without_results_must_be_asked_for(made, tmp_path):
+    with pytest.raises(ValueError, match="without_results"):
         create_model_card(made["checkpoint"])
-    with pytest.raises(ValueError, match="there are results"):
+    with pytest.raises(ValueError, match="without_results"):
         create_model_card(made["checkpoint"], made["results"], without_results=True)
     save_model_card(made["checkpoint"], made["results"], output=tmp_path)
     save_model_card(made["checkpoint"], output=tmp_path, without_results=True)
@@ -99,22 +106,22 @@ def test_a_card_without_results_is_made_only_when_asked_for_and_says_so(made, tm
 
 def test_a_fine_tuned_card_has_the_numbers_of_its_own_file(tuned):
     card = create_model_card(tuned)
-    said = json.loads((tuned / "finetune.json").read_text())
+    record = json.loads((tuned / "finetune.json").read_text())
     ((where, count, _, accuracy, interval),) = table(card, "measured on")
-    share, z = said["test_accuracy"]["top1"] / 100, 1.959963984540054
+    share, z = record["test_accuracy"]["top1"] / 100, 1.959963984540054
     # the shares p with |share - p| <= z * sqrt(p (1 - p) / n), by search
     inside = [p for p in np.linspace(0, 1, 100001) if (share - p) ** 2 <= z * z * p * (1 - p) / 60 + 1e-15]
     assert (where, count, accuracy) == ("digits, split test\\[:60\\]", "60", f"{100 * share:.1f}")
     assert interval == f"{100 * inside[0]:.1f} to {100 * inside[-1]:.1f}"
-    assert said["weights_sha256"] == checkpoint_weights_sha256(tuned) and said["weights_sha256"] in card.text
+    assert record["weights_sha256"] == checkpoint_weights_sha256(tuned) and record["weights_sha256"] in card.text
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
-    assert [one.metric_value for one in card.data.eval_results] == [said["test_accuracy"]["top1"]]
+    assert [one.metric_value for one in card.data.eval_results] == [record["test_accuracy"]["top1"]]
     assert "Classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card.text and "trained on 20 labelled images" in card.text
 
 
-def test_a_converted_card_says_what_came_from_the_file_and_what_did_not(made, tmp_path):
+def test_a_converted_card_lists_what_was_kept_left_out_and_made_up(made, tmp_path):
     folder = shutil.copytree(made["checkpoint"], tmp_path / "converted")
-    said = {
+    record = {
         "source": {"file": "/home/alice/msn/vits16.pth.tar", "sha256": "ab" * 32},
         "method": "msn",
         "architecture": "ViT | <b>S/16",
@@ -125,18 +132,18 @@ def test_a_converted_card_says_what_came_from_the_file_and_what_did_not(made, tm
         "left_out": [f"opt.{row}" for row in range(40)],
         "made_up": ["encoder"],
     }
-    (folder / "conversion.json").write_text(json.dumps(said))
+    (folder / "conversion.json").write_text(json.dumps(record))
     card = create_model_card(folder, made["results"])
     text = card.text
     assert "Converted, not trained, by hf_msn" in text and "| converted from | vits16.pth.tar |" in text
-    assert "| architecture | ViT \\| &lt;b&gt;S/16 |" in text and "64 dimensions a head are assumed" in text
+    assert "| architecture | ViT \\| &lt;b&gt;S/16 |" in text and "64 dimensions per head are assumed" in text
     assert "opt.11 and 28 more" in text and "but made up: encoder" in text and "alice" not in text
     assert "Converting changes no licence" in text and card.data.license is None
 
 
-def test_training_is_told_as_the_record_has_it_and_nothing_else(made, tmp_path):
+def test_the_training_is_described_as_the_record_has_it(made, tmp_path):
     export = made["export"]
-    assert "no `run.json` is beside them" in create_model_card(export, made["results"]).text
+    assert "contain no record of its training" in create_model_card(export, made["results"]).text
     write_run(
         tmp_path,
         {
@@ -148,7 +155,7 @@ def test_training_is_told_as_the_record_has_it_and_nothing_else(made, tmp_path):
             "planned_steps": 100,
             "wall_time_seconds": 5400.0,
             "hardware": {"device_name": "NVIDIA H200", "ranks": 8},
-            "recipe": {"note": "```\n# evil\n---", "mask_ratio": 0.15},
+            "recipe": {"dataset": "```\n# evil\n---", "mask_ratio": 0.15, "output_dir": "/home/alice"},
         },
     )
     card = create_model_card(export, made["results"], run=tmp_path)
@@ -158,7 +165,7 @@ def test_training_is_told_as_the_record_has_it_and_nothing_else(made, tmp_path):
     assert rows["steps"] == "70 of 100 planned" and rows["wall time of training"] == "90.0 min"
     assert "epochs" not in rows and "precision" not in rows
     assert card.data.datasets == ["ILSVRC/imagenet-1k"] and card.data.base_model == "facebook/vit-msn-small"
-    assert "arXiv:1910.00643" in card.text and "````yaml" in card.text
+    assert "arXiv:1910.00643" in card.text and "````yaml" in card.text and "alice" not in card.text
 
 
 def code_blocks(card: ModelCard) -> list[str]:
@@ -166,7 +173,7 @@ def code_blocks(card: ModelCard) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("checkpoint", 2), ("export", 2), ("classifier", 1)])
-def test_the_lines_that_use_it_work(kind, count, made, tuned, tmp_path):
+def test_the_lines_that_load_it_work(kind, count, made, tuned, tmp_path):
     folder = tuned if kind == "classifier" else made[kind]
     card = create_model_card(folder, () if kind == "classifier" else made["results"])
     image = decode_image(load_images("digits", split="test[:1]")[0]["image"])
@@ -215,7 +222,7 @@ def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp
         assert all(np.allclose(output, features.features[0], atol=1e-5) for output in outputs)
         assert len(outputs) == {"encoder": 2, "classifier": 1}[name]
     assert [card.data.pipeline_tag for card in cards.values()] == ["image-feature-extraction", "image-classification"]
-    assert "A classifier is on it." in cards["classifier"].text
+    assert "It has a classifier." in cards["classifier"].text
 
 
 def test_the_lines_name_the_repository_where_there_is_one(made):
@@ -242,3 +249,180 @@ def test_markup_in_names_shows_as_text(tuned, tmp_path):
     assert len(table(card, "measured on")[0]) == 5
     loaded = ModelCard(str(card))
     assert loaded.data.to_dict() == card.data.to_dict()
+
+
+# Refusals
+
+
+def test_projections_are_compared_with_the_whole_model(made, tmp_path):
+    card = create_model_card(made["checkpoint"], [made["results"], made["projection"]])
+    assert "the projections of the model's head" in card.text and len(card.data.eval_results) == 8
+    head = msn()
+    with torch.no_grad():
+        next(head.target_projection_head.parameters()).add_(1)
+    with pytest.raises(ValueError, match=checkpoint_weights_sha256(made["checkpoint"], "projection")):
+        create_model_card(save(head, tmp_path / "head"), made["projection"])
+
+
+def test_results_of_other_weights_are_refused_with_both_hashes(made, tmp_path):
+    with pytest.raises(ValueError) as error:
+        save_model_card(made["checkpoint"], [made["results"], made["foreign"]], output=tmp_path / "new")
+    for name in ("checkpoint", "other"):
+        assert checkpoint_weights_sha256(made[name]) in str(error.value)
+    assert str(made["foreign"]) in str(error.value) and not (tmp_path / "new").exists()
+
+
+def _without(*keys):
+    def change(record):
+        for key in keys[:-1]:
+            record = record[key]
+        del record[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without("data"),
+        _without("tasks", 0, "splits", 1, "seed"),
+        with_value("hf_msn low-shot results 2", "format"),
+        with_value(None, "model", "weights_sha256"),
+    ],
+)
+def test_a_broken_file_of_results_is_named(change, made):
+    with pytest.raises(ValueError, match=r"edited\.json"):
+        create_model_card(made["checkpoint"], edited(made["results"], change))
+
+
+@pytest.mark.parametrize("text", [None, '{"format": "hf_msn low-shot resu', "[1, 2]", '{"format": "hf_msn run 1"}'])
+def test_a_file_of_another_kind_is_named(text, made, tmp_path):
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        create_model_card(made["checkpoint"], path)
+
+
+def test_a_fine_tuning_result_beside_other_weights_is_refused(tuned, tmp_path):
+    folder = shutil.copytree(tuned, tmp_path / "copy")
+    classifier = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        classifier.classifier.bias.add_(1)  # which the hash of the encoder does not see
+    classifier.save_pretrained(folder)
+    assert checkpoint_weights_sha256(folder) == checkpoint_weights_sha256(tuned)
+    with pytest.raises(ValueError, match=r"finetune\.json"):
+        create_model_card(folder)
+
+
+def test_a_validation_accuracy_alone_is_no_result(tuned, tmp_path):
+    folder = shutil.copytree(tuned, tmp_path / "copy")
+    edited(folder / "finetune.json", with_value(None, "test_accuracy"), "finetune.json")
+    with pytest.raises(ValueError, match="without_results"):
+        create_model_card(folder)
+    assert "Not measured" in create_model_card(folder, without_results=True).text
+
+
+def test_paths_in_results_are_reduced_to_their_last_component(made, tmp_path):
+    def change(record):
+        record["data"]["test"]["name"] = "/home/alice/sets/birds"
+        record["data"]["train"]["name"] = "C:\\Users\\alice\\birds"
+        record["model"]["name_or_path"] = "/home/alice/runs/hf_abcdefgh123456"
+        for split in record["tasks"][0]["splits"]:
+            split.update(seed=None, list_file="/home/alice/lists/1shot.txt")
+
+    save_model_card(made["checkpoint"], edited(made["results"], change, "private.json"), output=tmp_path)
+    for file in (tmp_path / "README.md", tmp_path / ".eval_results" / "hf_msn.yaml"):
+        text = file.read_text()
+        assert "birds" in text
+        for word in ("alice", "/home", "Users", "hf_abc", str(made["checkpoint"].parent)):
+            assert word not in text, (file, word)
+    assert "from the list files 1shot.txt, 1shot.txt, 1shot.txt" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"repo_id": "tiny"}, "tiny"),
+        ({"repo_id": "a/b/c"}, "a/b/c"),
+        ({"base_model": "not an id"}, "not an id"),
+        ({"license": "Apache License\n"}, "license"),
+        ({"run": "/nowhere"}, "/nowhere"),
+        ({"figures": ["nowhere.png"]}, "nowhere.png"),
+        ({"figures": [__file__]}, "PNG"),
+    ],
+)
+def test_an_invalid_argument_is_named(settings, named, made):
+    with pytest.raises(ValueError, match=named):
+        create_model_card(made["checkpoint"], made["results"], **settings)
+
+
+def test_a_folder_without_a_model_or_with_damaged_weights_is_refused(made, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        create_model_card(tmp_path, made["results"])
+    folder = shutil.copytree(made["checkpoint"], tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        create_model_card(folder, without_results=True)
+
+
+# Files
+
+
+def test_figures_are_copied_beside_the_card_and_shown(made, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "my figure (1).png")
+    out = tmp_path / "out"
+    written = save_model_card(
+        made["checkpoint"], made["results"], output=out, figures=[tmp_path / "my figure (1).png"], plot=True
+    )
+    names = ["figures/low_shot.png", "figures/my-figure-1.png", ".eval_results/hf_msn.yaml", "README.md"]
+    assert [str(path.relative_to(out)) for path in written] == names
+    shown = re.findall(r"!\[[^\]]*\]\((.*?)\)", (out / "README.md").read_text())
+    assert shown == names[:2] and all(Image.open(out / name).size[0] >= 4 for name in shown)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(names)
+
+
+def test_the_plot_is_the_same_each_time_and_needs_matplotlib(made, tmp_path, monkeypatch):
+    first, second = (plot_low_shot(made["results"], tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert first == second
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        save_model_card(made["checkpoint"], made["results"], output=tmp_path / "out", plot=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_readme_that_hf_msn_did_not_make_is_replaced_only_by_overwrite(made, tmp_path):
+    (tmp_path / "README.md").write_text("# mine\n")
+    with pytest.raises(ValueError, match="overwrite"):
+        save_model_card(made["checkpoint"], made["results"], output=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    save_model_card(made["checkpoint"], made["results"], output=tmp_path, overwrite=True)
+    save_model_card(made["checkpoint"], made["results"], output=tmp_path)  # its own is replaced
+    assert (tmp_path / "README.md").read_text().startswith("---")
+
+
+@pytest.mark.slow
+def test_the_script_writes_the_card(made, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "make_model_card.py"), "--checkpoint", str(made["export"])]
+    command += ["--results", str(made["results"]), "--output", str(tmp_path), "--name", "tiny", "--license", "mit"]
+    printed = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+    assert printed.split() == [str(tmp_path / ".eval_results" / "hf_msn.yaml"), str(tmp_path / "README.md")]
+    assert ModelCard.load(tmp_path / "README.md").data.model_name == "tiny"
+
+
+def test_the_finished_card_has_the_numbers_of_the_results_beside_it():
+    folder = ROOT / "model_cards" / "msn-vit-digits"
+    record = json.loads((folder / "low_shot.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    rows = table(card, "labelled images")
+    for row, task in zip(rows, record["tasks"]):
+        top1 = [split["top1"] for split in task["splits"]]
+        assert row[1] == f"{np.mean(top1):.1f} ± {np.std(top1, ddof=1):.1f}"
+    assert len(rows) == 4 and record["model"]["weights_sha256"] in card.text
+    expected = [task["summary"]["top1"] for task in record["tasks"]]
+    assert [one.metric_value for one in card.data.eval_results][::2] == expected
+    entries = yaml.safe_load((folder / ".eval_results" / "hf_msn.yaml").read_text())
+    assert [entry["value"] for entry in entries] == expected
+    shown = re.findall(r"!\[[^\]]*\]\((.*?)\)", card.text)
+    assert shown and all((folder / name).is_file() for name in shown)
