@@ -26,11 +26,12 @@ from .checkpoints import (
     saved_world_size,
     staging_folder,
 )
+from .local_update_mixin import LocalUpdateTrainerMixin
 
 logger = logging.get_logger(__name__)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(LocalUpdateTrainerMixin, Trainer):
     """Writes each checkpoint beside and then renames it, so that a folder `checkpoint-<step>` is always whole.
 
     Resuming finds the last whole checkpoint, names the broken ones, and refuses one of another configuration.
