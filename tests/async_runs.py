@@ -45,6 +45,6 @@ class Accounts(AsyncGossip):
 
     def _settle(self):
         mailbox = self._mailbox
-        self.brought = flat(self._flat.buffers)  # before it, exchanges with others may still move x
+        self.brought = flat(self._push_sum.x)  # before it, exchanges with others may still move x
         self.account = self.weight, list(mailbox.weight_posted), list(mailbox.weight_collected)
         super()._settle()

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# `import hf_msn` is lazy, so each module that ranks use is named.
+PRELOADED = ["pytest", "hf_msn.distributed.async_gossip", "hf_msn.distributed.slowmo", "hf_msn.trainers.msn_trainer"]
+
 
 def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
     """Calls `function(rank, *args)` on every rank of a new gloo process group.
@@ -29,9 +32,9 @@ def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
     Raises:
         AssertionError: If a rank raised, with its traceback, or the time was up.
     """
-    # The server imports torch and hf_msn once; its forks start in milliseconds and hold nothing of the parent.
+    # The server imports once; its forks start in milliseconds and hold nothing of the parent.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "hf_msn"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         ranks = [

@@ -1,4 +1,4 @@
-"""Runs a function on ranks of which some die: the others report through files."""
+"""Run a function on ranks of which some die: the others report through files."""
 
 import multiprocessing
 import os
@@ -6,21 +6,22 @@ import time
 from pathlib import Path
 
 import torch
-from launch import _describe_failure, _free_port, _run_rank
+import torch.distributed as dist
+from launch import PRELOADED, _describe_failure, _free_port, _run_rank
 
 
 def run_ranks_that_are_left(function, world_size: int, folder: Path, *args, lost=(), timeout: float = 60.0) -> dict:
-    """Calls `function(rank, *args)` on every rank of a gloo group; those in `lost` may end or be killed in it.
+    """Call `function(rank, *args)` on every rank of a gloo group; those in `lost` may end or be killed in it.
 
     Returns:
-        `dict`: What each of the other ranks returned, by rank.
+        `dict`: Return value of each of the other ranks.
 
     Raises:
         AssertionError: If one of those raised, or did not return in time.
     """
     living = [rank for rank in range(world_size) if rank not in lost]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "hf_msn"])
+    context.set_forkserver_preload(PRELOADED)
     port = _free_port()
     call = (function, str(folder), len(living), args)
     ranks = [
@@ -53,3 +54,10 @@ def _report(rank, function, folder, num_living, args):
     while len(list(Path(folder).glob("*.reported"))) < num_living and time.monotonic() < deadline:
         time.sleep(0.02)
     os._exit(0)
+
+
+def all_pids() -> list[int]:
+    """Return the process id of every rank."""
+    pids = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    return pids

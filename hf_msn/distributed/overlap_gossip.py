@@ -1,75 +1,61 @@
 """Overlap SGP: push-sum gossip whose messages travel while the next steps are computed."""
 
 import logging
-import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checks import check_choice, check_integer
+from .background_gossip import BackgroundGossip
+from .collectives import world_size
 from .comm.exchange import PeerError
-from .comm.wire import checked_wire_dtype
-from .local_training.training_state import frozen_and_buffers, trainable_parameters
-from .local_update import LocalUpdate
-from .mixing.consensus import Consensus, as_bytes, from_bytes, weighted_mean
-from .mixing.push_sum_mass import PushSumMass
-from .topology import ExponentialTopology, Topology
+from .comm.mailbox import Message
+from .push_sum import check_state_size
+from .topology import ExponentialTopology
+from .topology_base import Topology
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_SECONDS = 5.0
+_MASS, _VIEW = range(2)  # kinds of messages
+_KEPT_VIEWS = 16
 
 
-class OverlapGossip(LocalUpdate):
+class OverlapGossip(BackgroundGossip):
     """Push-sum gossip (SGP) that sends without waiting and merges what has arrived, after every optimizer step.
 
-    With d_i what the optimizer's step k subtracts on rank i, of the gradient at z_i, and p the number of peers that i
-    sends to at step k:
+    With d_i what the optimizer's step k subtracts on rank i, of the gradient at z_i, and p the number of peers to
+    which i sends at step k:
 
         x_i <- (x_i - d_i) / (p + 1);  w_i <- w_i / (p + 1);  both are also sent to each of the p peers
-        x_i <- x_i + sum of the x that have arrived;  w_i <- w_i + sum of the w that came with them
+        x_i <- x_i + sum of the x that have arrived;  w_i <- w_i + sum of the w that have arrived
         z_i <- x_i / w_i
 
     Overlap SGP of [arXiv 1811.10792](https://arxiv.org/abs/1811.10792), for every topology. A rank blocks only while
-    mass that was sent to it at a step <= k - `staleness_bound` is missing. With 0 that is SGP itself. Nothing is lost
-    by delays: sum of w over the ranks and under way is n, so z_i tends to the exact mean where x_i does not.
+    mass that was sent to it at a step <= k - `staleness_bound` is missing; 0 is SGP itself. Delays lose no mass: the
+    sum of w over the ranks and in flight is n, so z_i tends to the exact mean where x_i does not.
 
-    The model's parameters are z at all times but inside of `optimizer.step()`, which sees x: a weight decay takes its
-    part of x, which is w times that of z. Between steps change them by `optimizer.step()` only.
+    The model's parameters are z, except inside of `optimizer.step()`, which sees x: weight decay acts on x. Between
+    steps, change them by `optimizer.step()` only.
 
-    **Consensus.** `sync()` waits until what is under way has arrived; then all ranks hold the mean of the x, and w is
-    1 again. Optimizer moments stay each rank's own with `base_buffers="maintain"`, the default; `"average"` takes
-    their means at `sync()`.
+    **Consensus.** `sync()` waits for the messages in flight, sets all ranks to the mean of x, and w to 1. Optimizer
+    moments stay local with `base_buffers="maintain"`, the default; `"average"` takes their means at `sync()`.
 
-    **Runs that repeat.** What is merged when depends on the network. With `deterministic=True` (and always with
+    **Determinism.** Which step merges a message depends on the network. With `deterministic=True` (and always with
     `staleness_bound=0`) mass is merged exactly `staleness_bound` steps after it was sent, by rank of the sender: a run
-    repeats to the bit, as long as no peer is lost. `state_dict` then holds what was sent to this rank and is not
-    merged, and waits for it. Without `deterministic` nobody can know that, so `state_dict` is refused unless
-    everything was merged by a `sync()` and no step has followed.
+    repeats to the bit while no peer is lost, and `state_dict` waits for the messages in flight and holds them. Without
+    it `state_dict` is refused, except after a `sync()` and before the next step.
 
-    **Faults.** Ranks need not agree on who is alive: each sends over the topology of those that it takes for alive,
-    says so, and is waited for by what it said.
+    **Faults.** A peer whose connection closes is named in a warning, and its unreceived mass is taken back. A peer
+    that is waited for and silent for `timeout_seconds` is passed over until it is heard again. `sync()` and `stop()`
+    without all ranks take the weighted mean of the parameters, and the plain mean of frozen parameters and buffers, of
+    those that are there; a rank that was passed over takes the result when it comes to that `sync()`. Without all
+    ranks `consensus_distance` and the outer steps of [`SlowMo`] raise a [`PeerError`].
 
-    - A peer whose connection closes is named in a warning, once on each rank. What it had not received is taken back:
-      sum of w over the others and under way between them stays what it was.
-    - A peer that is waited for and silent for `timeout_seconds` is passed over, and taken back when it is heard again
-      (a warning each). It goes on from where it stood. The others may be steps ahead: mass is mixed all the same.
-    - `sync()` and `stop()` without all ranks go through the first rank in view, over the same connections, and say
-      so. Parameters become the weighted mean of those that take part; frozen parameters and buffers the plain one;
-      optimizer moments stay. A rank that was passed over takes the result when it comes to that `sync()`.
-
-    What does not work without all ranks: `consensus_distance`, the outer steps of [`SlowMo`] and anything else over
-    the process group raise or hang, and so does a peer's death *inside* of a `sync()` of all ranks, by a
-    [`PeerError`] on the others. After the death of rank 0, which usually holds torch's store, no new groups can be
-    made. Evaluation on one rank for longer than `timeout_seconds` gets it passed over.
-
-    **Wire precision.** What `wire_dtype` rounds off stays with the sender, whose own share is x minus all that it
-    sent. So no mass is lost, and the error comes back with later messages (error feedback). `sync()` is not rounded.
-
-    **Memory.** x in float32 or wider, and for each peer one buffer that leaves and one that waits to leave (further
-    mass is added to it), one that arrives and one that waits to be merged. With `deterministic=True` mass is never
-    added up, so that a peer that is s steps ahead has s messages wait. Tensors on a GPU are staged through the CPU.
+    **Wire precision.** The sender keeps the rounding error of its messages, so no mass is lost and the error returns
+    with later messages (error feedback). `sync()` is not rounded.
 
     Example:
 
@@ -85,10 +71,10 @@ class OverlapGossip(LocalUpdate):
         optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
         topology ([`Topology`], *optional*): Who sends to whom, in places of `group`; its step counts the optimizer
             steps here. By default [`ExponentialTopology`].
-        staleness_bound (`int`, *optional*, defaults to 1): Steps that mass may be under way, >= 0. The paper: 1.
+        staleness_bound (`int`, *optional*, defaults to 1): Steps that mass may be in flight, >= 0. The paper: 1.
         deterministic (`bool`, *optional*, defaults to `False`): See above.
         wire_dtype (`str`, *optional*): `"float32"` or `"bfloat16"`, where that is narrower than the parameters; by
-            default that of the parameters, or float32 for narrower ones.
+            default the dtype of the parameters, or float32 for narrower ones.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`]; any backend. Messages go over gloo.
         timeout_seconds (`float`, *optional*, defaults to 60): How long a peer that is waited for may be silent: more
             than a step takes on the slowest rank. Also the deadline of one exchange in `sync()`.
@@ -101,9 +87,8 @@ class OverlapGossip(LocalUpdate):
 
     Raises:
         ValueError: If the topology is for another number of ranks, if `inner_group` is given without
-            `deterministic=True`, if a setting is outside of its rule; and what [`LocalUpdate`] raises.
-        PeerError: If a peer does not connect when entering, or dies inside of a `sync()`; with `inner_group` also if a
-            peer dies or is silent.
+            `deterministic=True`, if a setting is outside of its rule; and the errors of [`LocalUpdate`].
+        PeerError: If a peer does not connect when entering; with `inner_group` also if a peer dies or is silent.
     """
 
     def __init__(
@@ -120,128 +105,86 @@ class OverlapGossip(LocalUpdate):
         base_buffers: str = "maintain",
         **kwargs: Any,
     ):
-        if not isinstance(staleness_bound, int) or isinstance(staleness_bound, bool) or staleness_bound < 0:
-            raise ValueError(
-                "`staleness_bound` counts the steps that mass may be under way and must be an integer >= 0, but is "
-                f"{staleness_bound!r}. The paper uses 1; 0 waits for the messages of the same step."
-            )
-        if base_buffers == "reset":
-            raise ValueError(
-                "`base_buffers` of OverlapGossip must be 'maintain' or 'average', as every step ends a period, but is "
-                "'reset'. Give it to SlowMo over OverlapGossip, which resets at its outer steps."
-            )
-        if timeout_seconds is None:
-            raise ValueError(
-                "`timeout_seconds` is how long a peer may be silent and must be > 0, but is None. Give more than a "
-                "step takes on the slowest rank; the default is 60."
-            )
+        check_integer("staleness_bound", staleness_bound, 0, meaning="counts the steps that mass may be in flight")
+        remedy = "Every step ends a period here: pass 'reset' to SlowMo over OverlapGossip."
+        check_choice("base_buffers", base_buffers, ("maintain", "average"), remedy=remedy)
         if kwargs.get("inner_group") is not None and not deterministic:
             raise ValueError(
                 "`inner_group` needs ranks of a node that stay equal to the bit, but with `deterministic=False` each "
-                "merges what has arrived. Give `deterministic=True`."
+                "merges what has arrived. Set `deterministic=True`."
             )
         super().__init__(
             model,
             optimizer,
+            topology=ExponentialTopology(world_size(group)) if topology is None else topology,
+            wire_dtype=wire_dtype,
             sync_every=1,
             group=group,
             timeout_seconds=timeout_seconds,
             base_buffers=base_buffers,
             **kwargs,
         )
-        n = self._exchange.size
-        self.topology = ExponentialTopology(n) if topology is None else topology
-        if not isinstance(self.topology, Topology) or self.topology.world_size != n:
-            raise ValueError(
-                f"`topology` must be a Topology for the {n} ranks of the group, but is {self.topology!r}. Make it "
-                f"with `world_size={n}`, or leave it out."
-            )
         self.staleness_bound, self.deterministic = staleness_bound, deterministic
-        self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype)
-        self._mass: PushSumMass | None = None
         self._loaded: dict[str, Any] | None = None
-        self._holds_numerators = self._is_attached = self._is_met = False
 
     @property
     def push_sum_weight(self) -> float:
         """w of this rank."""
-        return 1.0 if self._mass is None else self._mass.weight
+        return 1.0 if self._push_sum is None else self._push_sum.weight
 
     @property
     def rounds(self) -> int:
         """Steps with messages so far, the step of the topology."""
-        return 0 if self._mass is None else self._mass.peers.sent
+        return 0 if self._push_sum is None else self._peers.step + 1
 
     @property
     def weight_under_way(self) -> float:
-        """Weight sent to peers that are there, less weight merged of theirs: summed over the ranks what is under way.
+        """Weight sent to connected peers, less weight merged from them.
 
-        The sum over all ranks of this and of `push_sum_weight` is n, and stays what it is when a rank is lost.
+        Its sum over the ranks is the weight in flight. That of `push_sum_weight` and this is n, and stays what it is
+        when a rank is lost.
         """
-        return 0.0 if self._mass is None else self._mass.weight_under_way
+        if self._push_sum is None:
+            return 0.0
+        mailbox, peers = self._mailbox, self._peers.connected
+        sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
+        return sent + sum(message.weight for message in self._unmerged)
 
     @property
     def alive(self) -> list[int]:
-        """The places of the ranks that this rank takes for alive."""
-        return list(range(self._exchange.size)) if self._mass is None else sorted(self._mass.peers.view)
-
-    @property
-    def bytes_sent(self) -> int:
-        return super().bytes_sent + (0 if self._mass is None else self._mass.mailbox.bytes_sent)
-
-    @property
-    def seconds_waiting(self) -> float:
-        return super().seconds_waiting + (0.0 if self._mass is None else self._mass.peers.seconds_waiting)
+        """Places of the ranks that are neither lost nor silent, as this rank sees it."""
+        return sorted(range(self._exchange.size) if self._push_sum is None else self._peers.members)
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            **super()._settings(),
-            "staleness_bound": self.staleness_bound,
-            "deterministic": self.deterministic,
-            "wire_dtype": self.wire_dtype,
-            "topology": self.topology.description(),
-        }
+        own = ("staleness_bound", "deterministic", "wire_dtype")
+        settings = {name: getattr(self, name) for name in own}
+        return {**super()._settings(), **settings, "topology": self.topology.description()}
 
     # From entering to leaving
 
-    def start(self) -> "OverlapGossip":
-        if all(exchange.size == 1 for exchange in self._exchanges):
-            warnings.warn("OverlapGossip has one rank only: it trains as without it.", stacklevel=2)
-        return super().start()
-
     def _attach(self) -> None:
         super()._attach()
-        self._holds_numerators, self._is_attached = False, True
-        self._mass = PushSumMass(
-            [p for _, p, _ in self._parameters],
-            self._exchange.group,
-            self.topology,
-            self.staleness_bound if self.deterministic or self.staleness_bound == 0 else None,
-            self._wire_dtype,
-            self._exchange.timeout_seconds,
-            self._inner is None,
-            lambda message: self._consensus.take(message),
-        )
-        self._consensus = Consensus(self._mass.peers)
+        self._schedule = Schedule(self.topology, self._mailbox.rank)
+        self._unmerged: list[Message] = []  # arrived, but not due
+        self._holds_numerators = self._is_disturbed = False
+        self._go_on_at(0)
         if self._loaded is not None:
-            self._mass.load(self._loaded)
+            self._load(self._loaded)
             self._loaded = None
 
-    def _detach(self) -> None:
-        super()._detach()
-        self._is_attached = False
-        if self._mass is not None:
-            self._mass.mailbox.close(min(_CLOSE_SECONDS, self._exchange.timeout_seconds))
-
     def _begin_local_steps(self) -> None:
-        self._mass.settle()
+        self._settle()
+
+    def _go_on_at(self, step: int) -> None:
+        self._peers.step = step - 1
+        self._schedule.go_on_at(step)
 
     # A step
 
     def _before_local_step(self) -> None:
-        # With w = 1 the parameters are x; once only, should the optimizer step twice before `step()`.
-        if not self._holds_numerators and self.push_sum_weight != 1.0:
-            self._mass.numerators.write()
+        # With w = 1 the parameters are x. Once only, should the optimizer step twice before `step()`.
+        if not self._holds_numerators and self._push_sum.weight != 1.0:
+            self._push_sum.write(1.0)
         self._holds_numerators = True
 
     def _count_local_step(self) -> None:
@@ -250,88 +193,156 @@ class OverlapGossip(LocalUpdate):
     def _after_local_step(self) -> None:
         if self._exchange.size == 1:
             return
-        if self._holds_numerators or self.push_sum_weight == 1.0:
-            self._mass.numerators.read()
+        if self._holds_numerators or self._push_sum.weight == 1.0:
+            self._push_sum.read()
         self._holds_numerators = False
-        self._mass.peers.look()
-        self._mass.push()
-        self._mass.pull(self.staleness_bound)
-        self._mass.numerators.write(self.push_sum_weight)
+        self._peers.update()
+        if not self._merges_on_time:
+            self._merge()
+        self._push()
+        self._pull()
+        self._push_sum.write()
+
+    @torch.no_grad()
+    def _push(self) -> None:
+        """x <- x / (p + 1), w <- w / (p + 1), and send both to p peers."""
+        self._is_settled = False
+        self._peers.step += 1
+
+        def send(peer: int, tensors: list[torch.Tensor]) -> None:
+            if not self._merges_on_time:
+                self._peers.send_sum(peer, _MASS, tensors, self._push_sum.weight)
+                return
+            self._peers.send(peer, _MASS, tensors, weight=self._push_sum.weight)
+            for tensor, sent, narrow in zip(tensors, self._mailbox.rounded(tensors), self._mailbox.narrows):
+                if narrow:
+                    tensor.sub_(sent)
+
+        to = self._schedule.out_peers(self._mailbox.rank, self._peers.step)
+        self._push_sum.push(to, self._mailbox.narrows, send)
+
+    def _pull(self) -> None:
+        """Wait for mass that was sent `staleness_bound` steps ago or earlier, and merge it."""
+        last = self._peers.step - self.staleness_bound
+        self._wait_for_mass(last)
+        self._merge(last if self._merges_on_time else float("inf"))
+
+    @property
+    def _merges_on_time(self) -> bool:
+        return (self.deterministic or self.staleness_bound == 0) and not self._is_disturbed
+
+    def _wait_for_mass(self, step: int) -> None:
+        """Wait until all mass that was sent to this rank at a step <= `step` has arrived."""
+        self._peers.wait_for(lambda: self._schedule.missing(step, self._peers.members))
+        self._schedule.settle_until(step)
+
+    @torch.no_grad()
+    def _merge(self, step: float = float("inf")) -> None:
+        """Merge the mass that has arrived and was sent at a step <= `step`."""
+        due = [message for message in self._unmerged if message.step <= step]
+        self._unmerged = [message for message in self._unmerged if message.step > step]
+        for message in sorted(due, key=lambda message: (message.step, message.sender)):
+            self._push_sum.add([message])
+            self._mailbox.recycle(message)
+
+    def _receive(self, message: Message) -> None:
+        peer = message.sender
+        if message.kind == _MASS:
+            self._schedule.note_mass(peer, message.step, self._peers.step)
+            self._unmerged.append(message)
+        else:
+            view = frozenset(p for p in range(self._peers.size) if message.numbers[1 + p])
+            self._schedule.announce(peer, message.step + 1, view)
+            if len(view) < self._peers.size:
+                self._disturb()
+            if self._peers.rank not in view:
+                self._mailbox.ping(peer, step=self._peers.step)  # this rank is alive
+
+    @torch.no_grad()
+    def _member_changed(self, peer: int) -> None:
+        """Send only to the ranks that are there from now on, and let all know; take back mass for a lost peer."""
+        members, lost = self._peers.members, self._peers.lost
+        self._schedule.announce(self._peers.rank, self._peers.step + 1, members)
+        if peer in members:
+            self._schedule.note_return(peer, self._mailbox.latest[peer][0], self._peers.step)
+        self._peers.tell(self._peers.connected, _VIEW, [float(p in members) for p in range(self._peers.size)])
+        if len(members) < self._peers.size:
+            self._disturb()
+        if peer in lost:
+            self._push_sum.add(message for message in self._mailbox.take_back(peer) if message.kind == _MASS)
+
+    def _disturb(self) -> None:
+        """Merge mass as it arrives, because some rank is lost or silent, until all ranks agree on a mean again."""
+        if self._merges_on_time:
+            logger.warning("Not all ranks are there: mass is merged as it arrives, and the run will not repeat.")
+        self._is_disturbed = True
 
     # Consensus
 
     def sync(self) -> None:
         self._require_started()
-        if self._exchange.size == 1 or self._meet():
-            self._is_met = True
-            try:
-                super().sync()
-            finally:
-                self._is_met = False
-        else:
-            self._sync_by_messages()
+        self._refresh()
+        super().sync()
 
-    def _meet(self) -> bool:
-        """Merges all that is under way. Returns whether all ranks are there."""
-        self._mass.refresh()
-        whole = self._consensus.agree()
-        self._mass.merge_until()
-        return whole
+    def _contribution(self, others: list[torch.Tensor]) -> tuple[float, torch.Tensor]:
+        self._merge()
+        members = self._agreement.members
+        if members[0] == self._peers.rank:
+            logger.warning(f"`sync` takes the mean of {len(members)} of {self._exchange.size} ranks.")
+        return super()._contribution(others)
+
+    def _average_by_collectives(self) -> None:
+        self._write_mean_share()
+        self._average_all()
+
+    def _refresh(self) -> None:
+        """With w = 1 the parameters are x, and the buffers may be older."""
+        if self._push_sum.weight == 1.0:
+            self._push_sum.read()
 
     @torch.no_grad()
     def _before_mean(self) -> None:
         if self._exchange.size == 1:
             return
-        if not self._is_met and not self._meet():
-            missing = set(range(self._exchange.size)) - self._mass.peers.view
-            # Who left did so because of the others.
-            missing = missing - self._mass.mailbox.left or missing
-            ranks = [self._exchange.global_ranks[place] for place in sorted(missing)]
+        self._refresh()
+        if not self._agreement.agree():
+            missing = set(range(self._exchange.size)) - self._peers.members
+            missing = missing - self._mailbox.left or missing  # a rank that left did so because of the others
+            ranks = [self._mailbox.global_ranks[peer] for peer in sorted(missing)]
             raise PeerError(
-                "A mean over the process group needs all of its ranks, but some are gone or silent: as rank "
-                f"{self._exchange.global_ranks[self._exchange.rank]} sees it, {ranks}. OverlapGossip alone goes on "
-                "without them; an outer step over it has to go on from the last checkpoint.",
+                "A mean over the process group needs all of its ranks, but some are gone or silent: as "
+                f"{self._peers.name([self._peers.rank])} sees it, {ranks}. OverlapGossip alone goes on without them; "
+                "an outer step over it has to go on from the last checkpoint.",
                 ranks,
             )
-        weight = torch.tensor([self.push_sum_weight], dtype=torch.float64, device=self._device)
+        self._write_mean_share()
+
+    def _write_mean_share(self) -> None:
+        """Merge all, and write x / mean_i w_i, of which the plain mean is the consensus, into the parameters."""
+        self._merge()
+        weight = torch.tensor([self._push_sum.weight], dtype=torch.float64, device=self._device)
         self._exchange.mean_([weight])
-        # 1 but for rounding, unless ranks were passed over and have met without one another.
-        mean = weight.item() if abs(weight.item() - 1.0) > 1e-9 else 1.0
-        self._mass.numerators.write(mean)
+        # 1 but for rounding, unless ranks were passed over and have taken a mean without one another.
+        self._push_sum.write(weight.item() if abs(weight.item() - 1.0) > 1e-9 else 1.0)
 
     def _after_mean(self) -> None:
-        self._mass.settle()
+        if self._exchange.size > 1:
+            self._agreement.end(self._settle)
+
+    def _settle(self) -> None:
+        """All ranks hold the same, and no mass is in flight."""
+        self._push_sum.weight, self._is_settled = 1.0, True
+        self._schedule.settle(self._peers.step)
+        self._is_disturbed = not self._schedule.is_whole()
 
     @torch.no_grad()
     def _after_change(self) -> None:
-        if self.push_sum_weight != 1.0:
-            self._mass.numerators.read()
-            torch._foreach_mul_(self._mass.x, self.push_sum_weight)
-
-    @torch.no_grad()
-    def _sync_by_messages(self) -> None:
-        """`sync` among those that are there, see [`Consensus`]."""
-        tensors = [*self._mass.x, *frozen_and_buffers(self.model)]
-
-        def find_result(contributions: list[tuple[float, torch.Tensor]]) -> torch.Tensor:
-            me = self._mass.peers.name([self._exchange.rank]).capitalize()
-            logger.warning(
-                f"{me} takes the mean of {len(contributions)} of {self._exchange.size} ranks and sends it to the "
-                "others: not all are there."
-            )
-            return weighted_mean(contributions, tensors, len(self._mass.x))
-
-        # Who has the result first goes on: its next mass belongs to the result.
-        self._mass.holds_back = True
-        result = from_bytes(self._consensus.combine(self.push_sum_weight, as_bytes(tensors), find_result), tensors)
-        for tensor, new in zip(tensors, result):
-            tensor.copy_(new)
-        self._mass.numerators.write()
-        self._mass.settle()
-        self._mass.holds_back = False
+        if self._push_sum.weight != 1.0:
+            self._push_sum.read()
+            torch._foreach_mul_(self._push_sum.x, self._push_sum.weight)
 
     def consensus_distance(self) -> float:
-        if self._mass is not None and len(self._mass.peers.view) < self._exchange.size:
+        if self._push_sum is not None and len(self.alive) < self._exchange.size:
             raise PeerError(
                 f"The consensus distance is over all {self._exchange.size} ranks of the group, but only the places "
                 f"{self.alive} are there. `sync()` goes on without the others.",
@@ -341,24 +352,113 @@ class OverlapGossip(LocalUpdate):
     # State
 
     def _method_state(self) -> dict[str, Any]:
-        if self._mass is None:
+        if self._push_sum is None:
             return self._loaded or {"rounds": 0, "push_sum_weight": 1.0, "numerators": None, "unmerged": []}
-        if self._is_attached and not self._mass.merges_on_time and not self._mass.is_settled:
+        if self._is_attached and not self._merges_on_time and not self._is_settled:
             raise RuntimeError(
-                "A state of OverlapGossip with `deterministic=False` needs everything to be merged, but mass may be "
-                "under way. Call `sync()` on all ranks before `state_dict()`, or give `deterministic=True`."
+                "A state of OverlapGossip with `deterministic=False` needs all mass to be merged, but some may be in "
+                "flight. Call `sync()` on all ranks before `state_dict()`, or set `deterministic=True`."
             )
-        return self._mass.state(waits=self._is_attached)
+        unmerged = []
+        if self._is_attached and self._merges_on_time:
+            self._refresh()
+            self._wait_for_mass(self._peers.step)
+            # A faster peer sends mass of later steps again.
+            unmerged = [message for message in self._unmerged if message.step <= self._peers.step]
+        return {
+            "rounds": self.rounds,
+            "push_sum_weight": self._push_sum.weight,
+            "numerators": [x.clone() for x in self._push_sum.x] if self._push_sum.weight != 1.0 else None,
+            "unmerged": [(m.sender, m.step, m.weight, [t.clone() for t in m.tensors]) for m in unmerged],
+        }
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
-        need = sum(p.numel() for _, p, _ in trainable_parameters(self.model, self.optimizer))
-        have = sum(x.numel() for x in state["numerators"] or [])
-        if state["numerators"] is not None and have != need:
-            raise ValueError(
-                f"A state of OverlapGossip must hold x of every trainable parameter, here {need} numbers, but holds "
-                f"{have}. Load the state of the same model with the same parameters frozen."
-            )
+        check_state_size("A state of OverlapGossip", "x", state["numerators"], self.model, self.optimizer)
         if self._is_attached:
-            self._mass.load(state)
+            self._load(state)
         else:
             self._loaded = {name: state[name] for name in ("rounds", "push_sum_weight", "numerators", "unmerged")}
+
+    @torch.no_grad()
+    def _load(self, state: dict[str, Any]) -> None:
+        self._push_sum.weight, x_buffers = state["push_sum_weight"], self._push_sum.x
+        for x, saved in zip(x_buffers, state["numerators"] or []):
+            x.copy_(saved)
+        self._unmerged = [
+            Message(sender, _MASS, step, weight, (), [t.to(x.device, copy=True) for t, x in zip(tensors, x_buffers)])
+            for sender, step, weight, tensors in state["unmerged"]
+        ]
+        self._go_on_at(state["rounds"])
+        self._is_settled = self._push_sum.weight == 1.0 and not self._unmerged
+
+
+class Schedule:
+    """The steps at which each peer sends mass to this rank, as far as it has announced, and the steps that arrived.
+
+    A rank sends over the topology of the ranks that *it* sees, and announces its view. Push-sum permits that ranks
+    differ in it, since a sender splits only its own mass. A receiver follows the sender's announcements, so it does
+    not wait for mass that was sent elsewhere.
+
+    Args:
+        topology ([`Topology`]): Who sends to whom while all ranks are there.
+        rank (`int`): This rank.
+    """
+
+    def __init__(self, topology: Topology, rank: int):
+        self._topology, self._rank = topology, rank
+        self._all = frozenset(topology.alive)
+        self._repaired = {self._all: topology}
+        self._views = [[(0, self._all)] for _ in range(topology.world_size)]
+        self.go_on_at(0)
+
+    def announce(self, rank: int, step: int, view: frozenset[int]) -> None:
+        """Note that from `step` on `rank` sends to ranks in `view` only."""
+        self._views[rank] = [*self._views[rank], (step, view)][-_KEPT_VIEWS:]
+
+    def out_peers(self, rank: int, step: int) -> list[int]:
+        """Return the peers to which `rank` sends at `step`."""
+        known = [view for first, view in self._views[rank] if first <= step]
+        view = known[-1] if known else self._views[rank][0][1]
+        if view not in self._repaired:
+            self._repaired[view] = self._topology.without(self._all - view)
+        return self._repaired[view].out_peers(rank, step)
+
+    def is_whole(self) -> bool:
+        """Return whether all ranks see all ranks."""
+        return all(views[-1][1] == self._all for views in self._views)
+
+    def go_on_at(self, step: int) -> None:
+        """Begin at `step`, with no mass of earlier steps in flight."""
+        size = self._topology.world_size
+        self._arrived = [step - 1] * size  # last step whose mass has arrived
+        self._settled = [step - 1] * size  # last step that needs no look any more
+        self._lag = [0] * size  # steps that a peer that was passed over is behind
+
+    def settle(self, step: int) -> None:
+        """Note that all ranks are at `step`, and that mass up to it has arrived."""
+        self._arrived = [max(arrived, step) for arrived in self._arrived]
+        self._settled, self._lag = [step] * len(self._settled), [0] * len(self._lag)
+
+    def settle_until(self, step: int) -> None:
+        """Note that nothing is missing up to `step`."""
+        self._settled = [max(settled, step - lag) for settled, lag in zip(self._settled, self._lag)]
+
+    def note_mass(self, peer: int, step: int, now: int) -> None:
+        """Note that mass of the peer's step `step` has arrived, at step `now` of this rank."""
+        self._arrived[peer] = max(self._arrived[peer], step)
+        self._lag[peer] = min(self._lag[peer], max(0, now - step))
+
+    def note_return(self, peer: int, step: int, now: int) -> None:
+        """Note that a silent peer goes on after its step `step`: expect its next steps, not those that it missed."""
+        self._lag[peer] = max(0, now - step)
+        self._settled[peer] = step
+
+    def missing(self, step: int, members: Collection[int]) -> list[int]:
+        """Return the members whose mass for this rank, of their steps until `step`, has not arrived."""
+        missing = []
+        for peer in sorted(members):
+            first = max(self._settled[peer], self._arrived[peer]) + 1
+            steps = range(first, step - self._lag[peer] + 1)
+            if peer != self._rank and any(self._rank in self.out_peers(peer, s) for s in steps):
+                missing.append(peer)
+        return missing

@@ -42,3 +42,15 @@ def test_buckets_hold_one_dtype_keep_the_order_and_the_limit():
     tensors.insert(1, torch.empty(3, dtype=torch.float64))
     buckets = split_into_buckets(tensors, max_bytes=120)
     assert buckets == [[0, 2], [1], [3], [4], [5, 6]]
+
+
+def test_wide_buffers_are_real_and_of_at_least_float32_and_are_divided_before_rounding():
+    half, complex_numbers = torch.ones(3, dtype=torch.bfloat16), torch.tensor([1 + 2j, 3 + 4j])
+    flat = FlatTensors([half, complex_numbers], widen=True)
+    assert [buffer.tolist() for buffer in flat.copy_in()] == [[1, 1, 1], [1, 2, 3, 4]]
+    assert {buffer.dtype for buffer in flat.buffers} == {torch.float32}
+    flat.copy_back(3.0)
+    assert half.tolist() == [torch.tensor(1 / 3).bfloat16().item()] * 3
+    torch.testing.assert_close(complex_numbers, torch.tensor([1 + 2j, 3 + 4j]) / 3)
+    again = FlatTensors([half, complex_numbers], widen=True, buffers=flat.buffers)
+    assert again.copy_in()[0] is flat.buffers[0]

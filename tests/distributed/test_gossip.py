@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from gossip_reference import (
     NUM_STEPS,
     WITH_ZEROS,
@@ -61,7 +60,8 @@ def _train_all_cases(rank, n):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 4])
 def test_every_variant_follows_its_equations_on_every_rank_at_every_step(n):
     results, small = zip(*run_ranks(_train_all_cases, n, n))
     for name, case in CASES.items():
@@ -105,6 +105,8 @@ def test_heterogeneous_quadratics_converge_to_the_common_optimum():
 
 def _wrapped(rank, n):
     """DDP with accumulation by accelerate, a frozen part, and buffers."""
+    from accelerate import Accelerator  # other ranks of this file need not import it
+
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False), nn.Linear(2, 2).requires_grad_(False))
@@ -156,16 +158,12 @@ def test_in_ddp_and_accelerate_only_optimizer_steps_count_and_the_rest_waits_for
     torch.testing.assert_close(results[0][5]["1.running_mean"], mean)
 
 
-def _hierarchical(rank, wrap):
+def _hierarchical(rank):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("between", "inside"))
     outer, inner = mesh.get_group("between"), mesh.get_group("inside")
     results = []
-    for options in (
-        {},
-        {"topology": Star(2)},
-        {"quasi_global_momentum": 0.9, "topology": Star(2), "consensus_target": 0.3},
-    ):
-        torch.manual_seed(rank)
+    cases = ({}, {"topology": Star(2)}, {"quasi_global_momentum": 0.9, "topology": Star(2), "consensus_target": 0.3})
+    for wrap, options in ((wrap, options) for wrap in (False, True) for options in cases):
         model = make_model(rank)
         optimizer = make_optimizer(model, 0.0)
         given = DistributedDataParallel(model, process_group=inner) if wrap else model
@@ -175,26 +173,26 @@ def _hierarchical(rank, wrap):
                 take_step(given, optimizer, (0.1, 0.2), rank, step)
                 sync.step()
                 seen.append(flat(model))
-        results.append((torch.stack(seen), flat(model), sync.extra_rounds))
+        results.append((torch.stack(seen), flat(model)))
     return results
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("wrap", [False, True])
-def test_ranks_of_an_inner_group_stay_equal_to_the_bit_and_gossip_between_groups(wrap):
-    results = run_ranks(_hierarchical, 4, wrap)
+def test_ranks_of_an_inner_group_stay_equal_to_the_bit_and_gossip_between_groups():
+    results = run_ranks(_hierarchical, 4)
     rates = torch.tensor([0.1] * 6 + [0.2] * 2, dtype=torch.float64)
-    for case in range(3):
+    for case in range(6):
         a, b, c, d = (result[case][0] for result in results)
         assert torch.equal(a, b)
         assert torch.equal(c, d)
         assert all(torch.equal(result[case][1], results[0][case][1]) for result in results)
-        assert torch.allclose(a, c) == (case == 0)
+        assert torch.allclose(a, c) == (case % 3 == 0)
     # Two nodes with one peer each, which average exactly: the mean of all gradients at equal parameters.
-    z = results[0][0][0][0]
-    for step in range(NUM_STEPS):
-        z = z - rates * sum(gradient(z, rank, step) for rank in range(4)) / 4
-        torch.testing.assert_close(results[3][0][0][step + 1], z, rtol=1e-9, atol=1e-11)
+    for case in (0, 3):
+        z = results[0][case][0][0]
+        for step in range(NUM_STEPS):
+            z = z - rates * sum(gradient(z, rank, step) for rank in range(4)) / 4
+            torch.testing.assert_close(results[3][case][0][step + 1], z, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["qgm", "qgm, pair and zeros", "qgm, d-psgd, every third step"])

@@ -1,4 +1,4 @@
-"""What mixing alone does: mass, rounds, bytes and consensus."""
+"""Mixing without learning: mass, rounds, bytes and consensus."""
 
 import math
 
@@ -13,8 +13,8 @@ from launch import run_ranks
 from topologies import Star
 
 from hf_msn.distributed.comm.exchange import Exchange
+from hf_msn.distributed.consensus_control import sampled_distance
 from hf_msn.distributed.gossip import Gossip
-from hf_msn.distributed.mixing.consensus_control import sampled_distance
 from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, RandomOnePeerTopology, RingTopology
 
 
@@ -58,7 +58,7 @@ def _mix_alone(rank, n):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("n", [5])
 def test_mass_is_conserved_and_the_quotient_is_the_mean_under_every_topology(n):
     results, values = zip(*run_ranks(_mix_alone, n, n))
     mean = values[0].mean(0)
@@ -91,7 +91,7 @@ def _rounds(rank, n, num_rounds):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("n", [2, 4, 6])
+@pytest.mark.parametrize("n", [4, 6])
 def test_rounds_are_products_of_mixing_matrices_and_contract_by_the_second_singular_value(n):
     outcomes = run_ranks(_rounds, n, n, 6)
     values = outcomes[0][0]

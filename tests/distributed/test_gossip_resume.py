@@ -1,4 +1,4 @@
-"""Gossip goes on where it stopped."""
+"""Gossip resumes where it stopped."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def _resume_all(rank, n):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("n", [2, 4])
-def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_period(n):
-    results = run_ranks(_resume_all, n, n)
+@pytest.mark.slow
+def test_a_run_resumes_bit_for_bit_in_the_middle_of_a_period():
+    results = run_ranks(_resume_all, 4, 4)
     for result in results:
         for case, (ends, saved) in enumerate(result):
             straight, *resumed = ends
@@ -46,7 +46,7 @@ def test_a_state_of_another_method_or_model_is_refused():
     optimizer, other = make_optimizer(model, 0.0), torch.optim.SGD(larger.parameters(), lr=0.1)
     sync = Gossip(model, optimizer, quasi_global_momentum=0.9).start()
     state = sync.state_dict()
-    with pytest.raises(ValueError, match=r"\(True, False\), but has \(True, True\)"):
+    with pytest.raises(ValueError, match="quasi_global_momentum"):
         Gossip(larger, other).load_state_dict(state)
     with pytest.raises(ValueError, match="here 12 numbers, but holds 8"):
         Gossip(larger, other, quasi_global_momentum=0.9).load_state_dict(state)

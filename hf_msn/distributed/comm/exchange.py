@@ -4,24 +4,26 @@ import datetime
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from ...checks import check_number
 from ..collectives import rank, world_size
 
-_STORE_SECONDS = 2.0  # what asking the store for the missing rank may take: its host may be the one that is gone
+_STORE_SECONDS = 2.0  # deadline for asking the store who is missing: its host may be the missing rank
 
-# Exchanges so far by group name. Ranks of a group exchange in lockstep, so whoever is behind has not arrived.
-_arrivals: dict[str, int] = {}
+# torch 2.14 renames these two.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class PeerError(RuntimeError):
     """A peer died, or did not take part in an exchange before the deadline.
 
     Attributes:
-        ranks (`tuple[int, ...]`): Global ranks that had not arrived at the exchange; empty where it is not known who.
+        ranks (`tuple[int, ...]`): Global ranks that are missing; empty where they are not known.
     """
 
     def __init__(self, message: str, ranks: Sequence[int] = ()):
@@ -33,60 +35,50 @@ class Exchange:
     """Collectives over `group`, in place and without gradient, for tensors on a device that the group can reach.
 
     Args:
-        group (`ProcessGroup`, *optional*): `None` for the default group, or this process alone where
-            `torch.distributed` is not initialised: every method then leaves its input as it is.
-        timeout_seconds (`float`, *optional*): Deadline of one exchange. With it each rank also notes its arrival in
-            the store of the default group, one small message for each exchange, so that an error can say who is
-            missing. `None` waits as long as the group itself does.
+        group (`ProcessGroup`, *optional*): `None` for the default group, or for this process alone where
+            `torch.distributed` is not initialised; every method then leaves its input as it is.
+        timeout_seconds (`float`, *optional*): Deadline of one exchange. With it each rank counts its exchanges in the
+            store of the default group, one small message per exchange, so that an error can name the missing rank.
+            `None` waits as long as the group itself does.
 
     Attributes:
-        bytes_sent (`int`): Payload that this rank has sent, counted for n ranks and B bytes as a ring sends them: mean
-            2B(n-1)/n, mean that keeps a shard B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for its
-            source and 0 for the others. What the backend adds is not counted.
+        bytes_sent (`int`): Payload that this rank has sent. With n ranks and B bytes: mean 2B(n-1)/n, mean of which a
+            shard is kept B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for its source.
         seconds_waiting (`float`): Time spent in exchanges. On CUDA without `timeout_seconds` the host does not wait
-            for the device, so that this holds the launches only.
+            for the device, and only the launches count.
 
     Raises:
-        ValueError: If `group` is given but not initialised, or this rank is not in it, or `timeout_seconds` is not a
-            number over 0.
+        ValueError: If this rank is not in `group`, or `timeout_seconds` is not a number over 0.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_seconds: float | None = None):
-        is_number = isinstance(timeout_seconds, (int, float)) and not isinstance(timeout_seconds, bool)
-        if timeout_seconds is not None and not (is_number and timeout_seconds > 0):
+        if timeout_seconds is not None:
+            remedy = "Choose more than the local steps of a slow rank take."
+            check_number("timeout_seconds", timeout_seconds, above=0.0, remedy=remedy)
+        self._is_initialized = dist.is_available() and dist.is_initialized()
+        if (group is not None and not self._is_initialized) or rank(group) < 0:
             raise ValueError(
-                "`timeout_seconds` is how long one exchange may take and must be > 0, or None for the group's own "
-                f"deadline, but is {timeout_seconds!r}. Give more than a slow rank's local steps take."
-            )
-        initialized = dist.is_available() and dist.is_initialized()
-        if group is not None and not initialized:
-            raise ValueError(
-                f"`group` must be a group of an initialised torch.distributed, but is {group!r} and nothing is "
-                "initialised. Call `torch.distributed.init_process_group` first, or give no group for one process."
-            )
-        if initialized and dist.get_rank(group) < 0:
-            raise ValueError(
-                f"`group` must have this rank among its members, but rank {dist.get_rank()} is not one of them. "
-                "Give each rank the group that it is in."
+                "`group` must be an initialised group with this rank among its members, but rank "
+                f"{rank(None)} is not one of them. Pass each rank the group that it is in."
             )
         self.group = group
         self.size, self.rank = world_size(group), rank(group)
         self.timeout_seconds = timeout_seconds
         self.bytes_sent = 0
         self.seconds_waiting = 0.0
+        self._count = 0  # exchanges so far
+        self._store_key: str | None = None
 
     @property
     def global_ranks(self) -> list[int]:
-        """The members of the group, as ranks of the default group."""
-        if self.size == 1 and not (dist.is_available() and dist.is_initialized()):
-            return [0]
-        return dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        """Members of the group, as ranks of the default group."""
+        return dist.get_process_group_ranks(self.group or dist.group.WORLD) if self._is_initialized else [0]
 
     def check_devices(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Refuses tensors that the group's backend cannot send, such as CPU tensors over NCCL.
+        """Check that the group's backend can send the tensors.
 
         Raises:
-            ValueError: With the device and the backend.
+            ValueError: If it cannot, such as CPU tensors over NCCL.
         """
         if self.size == 1:
             return
@@ -95,65 +87,52 @@ class Exchange:
         for device in sorted({tensor.device.type for tensor in tensors} - reached):
             raise ValueError(
                 f"The tensors must be on a device that the group's backend can send from ({config}), but some are on "
-                f"'{device}'. Move the model there, or give a group of a backend for '{device}' (gloo for 'cpu')."
+                f"'{device}'. Move the model there, or pass a group with a backend for '{device}' (gloo for 'cpu')."
             )
 
     @torch.no_grad()
     def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces the tensors by their means over the ranks. They must be contiguous."""
+        """Replace the tensors by their means over the ranks. They must be contiguous."""
         if self.size == 1:
             return
-        self._run(
-            "a mean", [lambda t=t: dist.all_reduce(t, group=self.group, async_op=True) for t in tensors], tensors
-        )
+        self._run("mean", [lambda t=t: dist.all_reduce(t, group=self.group, async_op=True) for t in tensors])
         for tensor in tensors:
             tensor.div_(self.size)
-            self.bytes_sent += 2 * _bytes(tensor) * (self.size - 1) // self.size
+            self.bytes_sent += 2 * num_bytes(tensor) * (self.size - 1) // self.size
 
     @torch.no_grad()
     def mean_shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's shard, `(N / n,)`, of the mean of `tensor`, `(N,)` with N a multiple of n."""
+        """Return this rank's shard `(N / n,)` of the mean of `tensor`, `(N,)` with N a multiple of n."""
         if self.size == 1:
             return tensor
         shard = tensor.new_empty(tensor.numel() // self.size)
-        self._run(
-            "a mean of shards",
-            [lambda: dist.reduce_scatter_tensor(shard, tensor, group=self.group, async_op=True)],
-            [tensor],
-        )
-        self.bytes_sent += _bytes(tensor) * (self.size - 1) // self.size
+        self._run("mean of shards", [lambda: _reduce_scatter(shard, tensor, group=self.group, async_op=True)])
+        self.bytes_sent += num_bytes(tensor) * (self.size - 1) // self.size
         return shard.div_(self.size)
 
     @torch.no_grad()
     def gather_(self, whole: torch.Tensor, shard: torch.Tensor) -> None:
-        """Writes all ranks' shards, `(N / n,)`, into `whole`, `(N,)`, first rank first."""
+        """Write the shards `(N / n,)` of all ranks into `whole`, `(N,)`, first rank first."""
         if self.size == 1:
             if whole is not shard:
                 whole.copy_(shard)
             return
-        self._run(
-            "a gathering of shards",
-            [lambda: dist.all_gather_into_tensor(whole, shard, group=self.group, async_op=True)],
-            [whole],
-        )
-        self.bytes_sent += _bytes(shard) * (self.size - 1)
+        self._run("gathering of shards", [lambda: _all_gather(whole, shard, group=self.group, async_op=True)])
+        self.bytes_sent += num_bytes(shard) * (self.size - 1)
 
     @torch.no_grad()
     def broadcast_(self, tensors: Sequence[torch.Tensor], place: int = 0) -> None:
-        """Replaces the tensors by those of the rank at `place`, the group's first. They must be contiguous."""
+        """Replace the tensors by those of the rank at `place` in the group. They must be contiguous."""
         if self.size == 1:
             return
         source = self.global_ranks[place]
-        self._run(
-            "a broadcast",
-            [lambda t=t: dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors],
-            tensors,
-        )
+        broadcasts = [lambda t=t: dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors]
+        self._run("broadcast", broadcasts)
         if self.rank == place:
-            self.bytes_sent += sum(map(_bytes, tensors))
+            self.bytes_sent += sum(map(num_bytes, tensors))
 
     def texts_that_differ(self, text: str, device: torch.device) -> list[str] | None:
-        """All ranks' texts, first rank first, if they are not all the same; else `None`. Sends digests first."""
+        """Return the texts of all ranks, first rank first, if they are not all equal, else `None`. Compare digests."""
         if self.size == 1:
             return None
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=device)
@@ -170,80 +149,82 @@ class Exchange:
         self.gather_(texts, padded)
         return [bytes(row[:n].tolist()).decode() for row, n in zip(texts.view(self.size, -1), lengths.tolist())]
 
-    def _run(self, what: str, starts: list, tensors: Sequence[torch.Tensor]) -> None:
-        """Starts the collectives one after the other, then waits for all of them until the deadline."""
-        started = time.monotonic()
+    def _run(self, name: str, launches: Sequence[Callable]) -> None:
+        """Launch the collectives one after the other, then wait for all of them until the deadline."""
+        began = time.monotonic()
         try:
             self._note_arrival()
-            works = [start() for start in starts]
-            for work in works:
-                self._wait(work, started)
+            for work in [launch() for launch in launches]:
+                self._wait(work, began)
         except RuntimeError as error:
-            raise self._peer_error(what, error) from error
+            raise self._peer_error(name, error) from error
         finally:
-            self.seconds_waiting += time.monotonic() - started
+            self.seconds_waiting += time.monotonic() - began
 
-    def _wait(self, work, started: float) -> None:
+    def _wait(self, work, began: float) -> None:
         if self.timeout_seconds is None:
             work.wait()
             return
-        # Never 0: it means "without a deadline" to torch.
-        left = max(started + self.timeout_seconds - time.monotonic(), 1e-3)
+        # Never 0, which torch takes for "no deadline".
+        left = max(began + self.timeout_seconds - time.monotonic(), 1e-3)
         work.wait(datetime.timedelta(seconds=left))
 
-    @property
-    def _store_key(self) -> str:
-        return f"hf_msn/exchange/{(self.group or dist.group.WORLD).group_name}"
-
     def _note_arrival(self) -> None:
-        if self.timeout_seconds is not None:
-            count = _arrivals[self._store_key] = _arrivals.get(self._store_key, 0) + 1
-            dist.distributed_c10d._get_default_store().set(f"{self._store_key}/{self.rank}", str(count))
+        """Count an exchange in the store. Ranks exchange in lockstep, so the missing rank has the lower count."""
+        if self.timeout_seconds is None:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if self._store_key is None:  # lockstep gives all ranks the same number
+            group = f"hf_msn/exchange/{(self.group or dist.group.WORLD).group_name}"
+            self._store_key = f"{group}/{store.add(f'{group}/opened/{self.rank}', 1)}"
+        self._count += 1
+        store.set(f"{self._store_key}/{self.rank}", str(self._count))  # returns at once, as `add` does not
 
-    def _peer_error(self, what: str, error: RuntimeError) -> PeerError:
+    def _peer_error(self, name: str, error: RuntimeError) -> PeerError:
         missing = self._missing_ranks() if self.timeout_seconds is not None else None
-        message = f"{what.capitalize()} over the ranks {self.global_ranks} failed on rank {dist.get_rank()}: "
+        message = f"The {name} over the ranks {self.global_ranks} failed on rank {dist.get_rank()}: "
         if self.timeout_seconds is None:
             message += "one of them has died or left. Give `timeout_seconds` to learn which."
         elif missing:
             message += (
                 f"rank {', '.join(map(str, missing))} had not arrived (`timeout_seconds={self.timeout_seconds}`), so "
-                "it has died, hangs or is slow. See its log; if it is only slow, give more seconds."
+                "it has died, hangs or is slow. See its log; if it is only slow, allow more seconds."
             )
         elif missing is None:
-            message += "the store that would know who is missing does not answer, so look at its host, rank 0, first."
+            message += "the store that knows who is missing does not answer, so look at its host, rank 0, first."
         else:
             message += "all ranks had arrived, so one of them died or left during the exchange. See their logs."
         return PeerError(f"{message} ({error})", missing or ())
 
     def _missing_ranks(self) -> list[int] | None:
-        """Global ranks whose arrival at this exchange is not in the store; `None` if the store does not answer."""
-        arrivals = self._arrivals_of_all()
-        count = _arrivals.get(self._store_key, 0)
-        return None if arrivals is None else [rank for rank, arrived in arrivals.items() if arrived < count]
+        """Return the global ranks that have not come to this exchange; `None` if the store does not answer."""
+        counts = self._counts_of_all()
+        return None if counts is None else [rank for rank, count in counts.items() if count < self._count]
 
-    def _arrivals_of_all(self) -> dict[int, int] | None:
-        """How many exchanges each global rank has arrived at; `None` if the store does not answer."""
-        key, found = self._store_key, {}
+    def _counts_of_all(self) -> dict[int, int] | None:
+        """Return the number of exchanges of each global rank; `None` if the store does not answer."""
+        found = {}
 
         def ask():
             store = dist.distributed_c10d._get_default_store()
             for place, global_rank in enumerate(self.global_ranks):
-                found[global_rank] = int(store.get(f"{key}/{place}")) if store.check([f"{key}/{place}"]) else 0
+                key = f"{self._store_key}/{place}"
+                found[global_rank] = int(store.get(key)) if store.check([key]) else 0
 
-        # In a thread: a stopped host of the store would keep this one waiting past the deadline.
-        thread = threading.Thread(target=_without_error, args=(ask,), daemon=True)
+        # In a thread: a stopped host of the store would block this rank past the deadline.
+        thread = threading.Thread(target=_ignore_errors, args=(ask,), daemon=True)
         thread.start()
         thread.join(_STORE_SECONDS)
         return found if len(found) == self.size else None
 
 
-def _without_error(function) -> None:
+def _ignore_errors(function: Callable) -> None:
     try:
         function()
     except RuntimeError:
         return
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Return the size of a tensor in bytes."""
     return tensor.numel() * tensor.element_size()

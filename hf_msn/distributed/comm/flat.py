@@ -1,4 +1,4 @@
-"""Lists of tensors as few flat buffers: one exchange instead of one a tensor."""
+"""Flat buffers: the tensors of a model copied into a few contiguous ones, for exchange with other ranks."""
 
 from collections.abc import Sequence
 
@@ -6,29 +6,44 @@ import torch
 
 
 class FlatTensors:
-    """Copies of tensors in one flat buffer for each dtype and device, for exchange over `torch.distributed`.
+    """Copies of tensors in one flat buffer per dtype and device.
 
-    The tensors themselves are never replaced: `copy_back` writes into them, so that optimizers, DDP and views keep
-    what they hold.
+    The tensors are never replaced: `copy_back` writes into them, so that optimizers, DDP and views stay valid.
 
     Args:
-        tensors (`Sequence[torch.Tensor]`): Of any shapes, dtypes and devices.
-        multiple_of (`int`, *optional*, defaults to 1): Zeros are added to the end of each buffer until its length is a
-            multiple of this, so that it can be cut into equal shards.
+        tensors (`Sequence[torch.Tensor]`): Tensors of any shapes, dtypes and devices.
+        multiple_of (`int`, *optional*, defaults to 1): Pad each buffer with zeros to a length that is a multiple of
+            this, so that it can be cut into equal shards.
+        widen (`bool`, *optional*, defaults to `False`): Make buffers real and of at least float32. A complex tensor is
+            copied as its real and imaginary parts.
+        buffers (`Sequence[torch.Tensor]`, *optional*): Buffers to use, of another object over the same tensors.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], *, multiple_of: int = 1):
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        *,
+        multiple_of: int = 1,
+        widen: bool = False,
+        buffers: Sequence[torch.Tensor] | None = None,
+    ):
         groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for tensor in tensors:
             groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        self._groups = list(groups.values())
-        self.buffers, self._views = [], []
+        self._groups, self.buffers, self._views = [], [], []
         for (dtype, device), group in groups.items():
+            if widen:
+                group = [torch.view_as_real(t.detach()) if t.is_complex() else t for t in group]
+                dtype = torch.promote_types(dtype.to_real(), torch.float32)
             sizes = [tensor.numel() for tensor in group]
             padding = -sum(sizes) % multiple_of
-            buffer = torch.empty(sum(sizes) + padding, dtype=dtype, device=device)
-            buffer[sum(sizes) :].zero_()
+            if buffers is not None:
+                buffer = buffers[len(self.buffers)]
+            else:
+                buffer = torch.empty(sum(sizes) + padding, dtype=dtype, device=device)
+                buffer[sum(sizes) :].zero_()
             parts = buffer.split([*sizes, padding])
+            self._groups.append(group)
             self.buffers.append(buffer)
             self._views.append([part.view(tensor.shape) for part, tensor in zip(parts, group)])
 
@@ -39,32 +54,38 @@ class FlatTensors:
 
     @property
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each tensor with its part of a buffer, a view of the tensor's shape: `(part, tensor)`."""
+        """Pairs `(part, tensor)`: a view of a buffer, and the tensor that it is a copy of, of the same shape."""
         return [pair for views, group in zip(self._views, self._groups) for pair in zip(views, group)]
 
     @torch.no_grad()
     def copy_in(self) -> list[torch.Tensor]:
-        """Copies the tensors into the buffers; returns these."""
+        """Copy the tensors into the buffers. Return the buffers."""
         for views, group in zip(self._views, self._groups):
             torch._foreach_copy_(views, group)
         return self.buffers
 
     @torch.no_grad()
-    def copy_back(self) -> None:
-        """Copies the buffers into the tensors, in place."""
+    def copy_back(self, divisor: float = 1.0) -> None:
+        """Copy the buffers, divided by `divisor`, into the tensors, in place."""
         for views, group in zip(self._views, self._groups):
-            torch._foreach_copy_(group, views)
+            if divisor == 1.0:
+                torch._foreach_copy_(group, views)
+            elif views[0].dtype == group[0].dtype:
+                torch._foreach_copy_(group, views)
+                torch._foreach_div_(group, divisor)
+            else:  # round once, after the division
+                torch._foreach_copy_(group, torch._foreach_div(views, divisor))
 
 
 def split_into_buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> list[list[int]]:
-    """Indices of the tensors in lists of one dtype and device and at most `max_bytes` each, in the order given.
+    """Group the indices of tensors into lists of one dtype and device and at most `max_bytes` each, in order.
 
-    A tensor that is larger than `max_bytes` has a bucket of its own: tensors are not cut. Working through a model
-    bucket by bucket needs a buffer of one bucket instead of a second model.
+    A tensor larger than `max_bytes` gets a bucket of its own. Working through a model bucket by bucket needs a buffer
+    of one bucket instead of a second model.
 
     Args:
-        tensors (`Sequence[torch.Tensor]`): Of any shapes, dtypes and devices.
-        max_bytes (`int`): Of one bucket.
+        tensors (`Sequence[torch.Tensor]`): Tensors of any shapes, dtypes and devices.
+        max_bytes (`int`): Largest size of a bucket.
     """
     open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
     buckets = []

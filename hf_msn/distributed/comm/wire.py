@@ -1,39 +1,38 @@
-"""In what precision parameters travel, and means of which only a rounded part does."""
+"""The wire format: the precision of messages, error feedback for its rounding errors, and tensors as bytes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...checks import check_choice
 from .exchange import Exchange
 
 _WIRE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def checked_wire_dtype(wire_dtype: str | None) -> torch.dtype | None:
-    """The dtype of that name; `None` for that of the parameters.
+    """Return the dtype of a `wire_dtype` argument; `None` stands for the dtype of the parameters.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If `wire_dtype` is not "float32", "bfloat16" or `None`.
     """
-    if not isinstance(wire_dtype, (str, type(None))) or wire_dtype not in _WIRE_DTYPES:
-        raise ValueError(
-            "`wire_dtype` is the precision in which parameters are sent and must be 'float32', 'bfloat16' or None "
-            f"(that of the parameters), but is {wire_dtype!r}. 'bfloat16' halves the bytes of float32."
-        )
-    return _WIRE_DTYPES[wire_dtype]
+    meaning = "is the precision in which parameters are sent"
+    return _WIRE_DTYPES[check_choice("wire_dtype", wire_dtype, list(_WIRE_DTYPES), meaning=meaning)]
 
 
 class RoundedMean:
-    """Means over the ranks of which only what changed since a common anchor is sent, rounded, with error feedback.
+    """Mean over the ranks that sends only the rounded change since a common anchor, with error feedback.
 
         q_i = round(x_i - a + e_i),    e_i <- x_i - a + e_i - q_i,    x <- a + mean_i q_i
 
-    What rounding took from one mean, e, is sent with the next: no error adds up. A sum on its way from rank to rank is
-    rounded too, without feedback: up to 2^-8 of the change for bfloat16, alike on all ranks, which stay equal.
+    The rounding error e of one mean is sent with the next one, so errors do not add up. A partial sum that travels
+    from rank to rank is rounded as well, without feedback: by up to 2^-8 of the change for bfloat16, equally on all
+    ranks.
 
     Args:
         exchange ([`Exchange`]): The ranks.
-        dtype (`torch.dtype`): Of what is sent.
+        dtype (`torch.dtype`): Precision of the messages.
     """
 
     def __init__(self, exchange: Exchange, dtype: torch.dtype):
@@ -42,12 +41,12 @@ class RoundedMean:
 
     @torch.no_grad()
     def mean_(self, index: int, x: torch.Tensor, anchor: torch.Tensor) -> None:
-        """Replaces `x` by its mean.
+        """Replace `x` by its mean over the ranks.
 
         Args:
-            index (`int`): Which of the buffers it is: each has its residual.
-            x (`torch.Tensor` of shape `(N,)`): This rank's values.
-            anchor (`torch.Tensor` of shape `(N,)`): The same on every rank.
+            index (`int`): Number of the buffer; each buffer has its own residual.
+            x (`torch.Tensor` of shape `(N,)`): Values of this rank.
+            anchor (`torch.Tensor` of shape `(N,)`): The same values on every rank.
         """
         x.sub_(anchor)
         if index in self.residuals:
@@ -58,9 +57,22 @@ class RoundedMean:
         torch.add(anchor, sent, out=x)
 
     def state(self) -> dict[int, torch.Tensor]:
-        """The residuals of this rank, copied."""
+        """Return copies of this rank's residuals."""
         return {index: residual.clone() for index, residual in self.residuals.items()}
 
     def load_state(self, state: dict[int, Any], device: torch.device) -> None:
-        """Takes over the residuals that this rank saved."""
+        """Load the residuals that `state` returned on this rank."""
         self.residuals = {int(index): residual.to(device, copy=True) for index, residual in state.items()}
+
+
+def as_bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors of any dtypes as one flat uint8 tensor on the CPU."""
+    parts = [tensor.detach().reshape(-1).cpu().view(torch.uint8) for tensor in tensors if tensor.numel()]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def from_bytes(payload: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tensors that [`as_bytes`] was given, with the shapes, dtypes and devices of `like`."""
+    parts = payload.split([tensor.numel() * tensor.element_size() for tensor in like])
+    # The copy aligns a part to its dtype.
+    return [p.clone().view(t.dtype).view(t.shape).to(t.device) for p, t in zip(parts, like)]

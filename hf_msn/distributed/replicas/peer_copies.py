@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..comm.wire import as_bytes
 from ..local_training.forward_scope import ForwardScope
-from ..mixing.consensus import as_bytes
 
 
 class PeerCopies:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..comm.exchange import Exchange
-from ..mixing.consensus import as_bytes, from_bytes
+from ..comm.wire import as_bytes, from_bytes
 from .batch_digest import batch_digest
 from .distances import PredictionDistance
 from .mail import ReplicaMail

@@ -1,0 +1,238 @@
+"""The agreement protocol: ranks that take their steps at their own pace agree on who takes part in a common result."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+from .connection import Message
+from .exchange import PeerError
+from .membership import Membership
+
+# Kinds of messages. Users of an agreement number their kinds from 0.
+HERE, PART, DONE, AGAIN, RESULT = range(100, 105)
+_LOST, _CONNECTED, _MEMBER = 0.0, 1.0, 2.0  # how a rank sees another one
+
+Contribution = tuple[float, torch.Tensor]  # a weight, and a flat uint8 tensor
+
+
+class _NewAttempt(Exception):
+    """A member was lost or passed over, or another member has begun a new attempt."""
+
+
+class Agreement:
+    """Numbered agreements among the ranks of a [`Membership`], in attempts, because ranks may be lost meanwhile.
+
+    In an attempt every rank
+
+    1. sends HERE, with its view of the other ranks. Connections are first in, first out: with a peer's HERE all its
+       earlier messages have arrived. Ranks go on once all members have sent the same view, else they try again with
+       the members that all of them see.
+    2. takes the result by collectives if all ranks are members, else by messages: each member sends its PART to all
+       others, and each computes the same result from the same parts.
+    3. sends DONE, with its success. The agreement ends if all members succeeded, else they try again.
+
+    A rank that was passed over and comes later takes the RESULT of the others. Messages of other kinds are passed on;
+    those that arrive between 1 and the end belong to the time after it, and are held back until then.
+
+    Args:
+        peers ([`Membership`]): It has to hand its messages to `receive`.
+        pass_on (`Callable`): Called with each message of another kind.
+        waits_for_silent (`bool`): Raise an error where a rank is silent, instead of passing it over.
+    """
+
+    def __init__(self, peers: Membership, pass_on: Callable[[Message], None], waits_for_silent: bool):
+        self._peers, self._pass_on, self._waits_for_silent = peers, pass_on, waits_for_silent
+        self._number = self._attempt = 0
+        self._heard: dict[tuple[int, int, int], dict[int, Message]] = {}
+        self._excluded: set[int] = set()  # silent to some member of this agreement
+        self._results: dict[int, torch.Tensor] = {}  # of this agreement and later ones, reached without this rank
+        self._last_result: tuple[int, torch.Tensor | None, int] = -1, None, 0  # with the rank that sends it
+        self._holds_back, self._held = False, []
+        self._collectives_work = True
+
+    @property
+    def members(self) -> list[int]:
+        """Ranks that take part, this one among them."""
+        peers = self._peers
+        members = {peers.rank, *peers.connected} if self._waits_for_silent else peers.members
+        return sorted(members - self._excluded)
+
+    def receive(self, message: Message) -> None:
+        """Take a message of an agreement; pass on another one, or hold it back."""
+        if message.kind < HERE:
+            self._held.append(message) if self._holds_back else self._pass_on(message)
+            return
+        number, attempt = int(message.numbers[1]), int(message.numbers[2])
+        if message.kind == RESULT:
+            if number >= self._number:
+                self._results[number] = message.tensors[0]
+        elif number >= self._number:
+            self._heard.setdefault((message.kind, number, attempt), {})[message.sender] = message
+        elif message.kind == HERE and number == self._last_result[0] and self._last_result[2] in self._peers.lost:
+            self._send_result([message.sender])
+
+    def reach(
+        self,
+        by_collectives: Callable[[], Any],
+        contribute: Callable[[], Contribution],
+        combine: Callable[[list[Contribution]], torch.Tensor],
+        finish: Callable[[torch.Tensor | None], None],
+        unanswered: Callable[[], Collection[int]] = lambda: (),
+    ) -> None:
+        """Bring the members together and take a common result.
+
+        Args:
+            by_collectives (`Callable`): Called if all ranks are members; again, in a new attempt.
+            contribute (`Callable`): Return this rank's contribution, where not all ranks are members.
+            combine (`Callable`): Return the result, flat uint8, of the contributions in the order of the ranks.
+            finish (`Callable`): Called once, at the end, with the result; with `None` after collectives.
+            unanswered (`Callable`, *optional*): Peers that this rank waits for before it takes part.
+
+        Raises:
+            PeerError: If a peer is silent (with `waits_for_silent`) or has lost this rank. Call it again to wait on.
+        """
+        while True:
+            try:
+                self._wait_for(unanswered)
+                is_whole = self.agree()
+                result = self._results.get(self._number)
+                if result is None:
+                    result = self._take_result(is_whole, by_collectives, contribute, combine)
+                break
+            except _NewAttempt:
+                continue
+        self.end(lambda: finish(result), result)
+
+    def agree(self) -> bool:
+        """Wait until all members have sent the same view. Return whether collectives over all ranks can be used.
+
+        `end` has to follow. Where the result of the others is there already, return at once.
+        """
+        while self._number not in self._results:
+            try:
+                return self._compare_views()
+            except _NewAttempt:
+                continue
+        return False
+
+    def end(self, finish: Callable[[], None], result: torch.Tensor | None = None) -> None:
+        """End this agreement: call `finish`, then pass on the messages that were held back."""
+        finish()
+        first, is_known = self.members[0], self._number in self._results
+        self._last_result = self._number, result, first
+        if first == self._peers.rank and not is_known:
+            self._send_result(set(self._peers.connected) - set(self.members))
+        self._number, self._attempt, self._excluded = self._number + 1, 0, set()
+        self._heard = {key: heard for key, heard in self._heard.items() if key[1] >= self._number}
+        self._results = {number: result for number, result in self._results.items() if number >= self._number}
+        self._release()
+
+    def _compare_views(self) -> bool:
+        peers, me = self._peers, self._peers.rank
+        self._release()
+        members = self.members
+        view = [_MEMBER if p in members else _LOST if p in peers.lost else _CONNECTED for p in range(peers.size)]
+        heard = self._gather(HERE, float(self._collectives_work), numbers=view)
+        if self._number in self._results:
+            return False
+        views = {peer: list(message.numbers[4 : 4 + peers.size]) for peer, message in heard.items()}
+        if others := [peer for peer, seen in views.items() if seen[me] == _LOST]:
+            raise PeerError(
+                f"All living ranks must reach one another, but {peers.name(others)} has lost {peers.name([me])} and "
+                "goes on without it. Go on from the last checkpoint.",
+                [peers.mailbox.global_ranks[peer] for peer in others],
+            )
+        for seen in views.values():
+            for peer in peers.connected:
+                if seen[peer] == _LOST:  # lost to one is lost to all, even where only one connection has failed
+                    peers.mailbox.cut(peer)
+                    peers.lose([peer])
+            self._excluded |= {peer for peer in range(peers.size) if seen[peer] == _CONNECTED}
+        if me in self._excluded:
+            self._excluded.remove(me)
+            self._wait_for(lambda: [] if self._number in self._results else peers.members.intersection(views))
+        elif self.members == members and all(seen == view for seen in views.values()):
+            self._holds_back = True
+            works = self._collectives_work and all(message.numbers[3] for message in heard.values())
+            return works and len(members) == peers.size
+        self._attempt += 1
+        raise _NewAttempt
+
+    def _take_result(self, is_whole, by_collectives, contribute, combine) -> torch.Tensor | None:
+        result, is_good = None, True
+        if is_whole:
+            try:
+                by_collectives()
+            except PeerError:
+                if not self._peers.tolerant:
+                    raise
+                is_good = self._collectives_work = False
+        else:
+            weight, payload = contribute()
+            parts = self._gather(PART, weight, payload=payload)
+            contributions = {peer: (part.numbers[3], part.tensors[0]) for peer, part in parts.items()}
+            contributions[self._peers.rank] = weight, payload
+            if is_good := sorted(contributions) == self.members:
+                result = combine([contribution for _, contribution in sorted(contributions.items())])
+        # A rank that is lost or silent by now has given all that is needed, or some rank has failed.
+        done = self._gather(DONE, float(is_good), needs_all=False)
+        if not is_good or not all(message.numbers[3] for message in done.values()):
+            self._attempt += 1
+            raise _NewAttempt
+        return result
+
+    def _gather(
+        self, kind: int, value: float, *, numbers: Sequence[float] = (), payload=None, needs_all: bool = True
+    ) -> dict[int, Message]:
+        """Send to the other members and return their messages; some are missing where members were lost meanwhile.
+
+        Raises:
+            _NewAttempt: If a member has begun a new attempt.
+        """
+        peers, attempt = self._peers, self._attempt
+        members = [peer for peer in self.members if peer != peers.rank]
+        audience = peers.connected if kind == HERE else members
+        peers.tell(audience, kind, (self._number, attempt, value, *numbers), payload)
+        heard = self._heard.setdefault((kind, self._number, attempt), {})
+
+        def missing() -> list[int]:
+            for (_, number, later), found in self._heard.items():
+                if number == self._number and later > self._attempt and found.keys() & set(members):
+                    self._attempt = later
+            if self._attempt > attempt or self._number in self._results:
+                return []
+            present = self.members if needs_all else peers.members
+            return [peer for peer in members if peer in present and peer not in heard]
+
+        self._wait_for(missing, needs_all)
+        if self._attempt > attempt:
+            raise _NewAttempt
+        return {peer: heard[peer] for peer in members if peer in heard}
+
+    def _wait_for(self, missing: Callable[[], Collection[int]], needs_all: bool = True) -> None:
+        fails, lost = self._waits_for_silent and needs_all, self._peers.lost
+        on_silent = self._fail if fails else self._peers.pass_over
+        self._peers.wait_for(lambda: [peer for peer in missing() if peer not in lost], on_silent)
+
+    def _fail(self, silent: Collection[int]) -> None:
+        peers = self._peers
+        self._attempt += 1
+        peers.tell(peers.connected, AGAIN, (self._number, self._attempt))  # so that nobody goes on with this HERE
+        raise PeerError(
+            f"All living ranks must come to a `sync`, but {peers.name(silent)} is silent for `timeout_seconds="
+            f"{peers.timeout_seconds}`, as {peers.name([peers.rank])} sees it: it hangs, is stopped, or takes longer "
+            "than that for a step. See its log; to wait on, call `sync()` again.",
+            [peers.mailbox.global_ranks[peer] for peer in silent],
+        )
+
+    def _send_result(self, late: Collection[int]) -> None:
+        """Send the last result to ranks that were passed over."""
+        number, result, _ = self._last_result
+        if result is not None:
+            self._peers.tell(late, RESULT, (number, 0), result)
+
+    def _release(self) -> None:
+        self._holds_back, held, self._held = False, self._held, []
+        for message in held:
+            self._pass_on(message)

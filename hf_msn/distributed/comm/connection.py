@@ -1,0 +1,250 @@
+"""One connection between two ranks of a [`Mailbox`], with a thread that sends and one that receives."""
+
+import contextlib
+import dataclasses
+import datetime
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+PING, GOODBYE = -1, -2  # kinds that the mailbox keeps for itself
+_TAKE_BACK_SECONDS = 2.0  # for the sending thread of a peer that is gone to end
+_FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one that ends would close the connection
+_NUM_FIXED = 5  # kind, flags, step, weight and number of bytes precede the numbers of a header
+_HAS_TENSORS, _IS_SUM, _IS_BYTES = 1, 2, 4
+_MAX_SPARE = 8
+_PATIENCE_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class Message:
+    """A whole message from one rank to another.
+
+    Attributes:
+        sender (`int`): Place of the sender in the group.
+        kind (`int`): Kind, >= 0, defined by the user of the mailbox.
+        step (`int`): Step of the sender; the latest one of sums that were added up.
+        weight (`float`): Push-sum weight that belongs to the tensors; the total of sums that were added up.
+        numbers (`tuple[float, ...]`): Further numbers in float64; the latest ones of sums that were added up.
+        tensors (`list[torch.Tensor]`, *optional*): Flat buffers that belong to the receiver.
+        is_sum (`bool`): Whether it was posted by `post_sum`.
+        is_bytes (`bool`): Whether it was posted by `post_bytes`; it then has one uint8 tensor of any size.
+    """
+
+    sender: int
+    kind: int
+    step: int = 0
+    weight: float = 0.0
+    numbers: tuple[float, ...] = ()
+    tensors: list[torch.Tensor] | None = None
+    is_sum: bool = False
+    is_bytes: bool = False
+
+    def absorb(self, later: "Message") -> None:
+        """Take over step, weight and numbers of a later sum. The caller adds the tensors."""
+        self.step, self.weight, self.numbers = max(self.step, later.step), self.weight + later.weight, later.numbers
+
+
+class Buffers:
+    """Sets of flat CPU buffers of equal sizes, reused instead of allocated."""
+
+    def __init__(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]):
+        self._sizes, self._dtypes = list(sizes), list(dtypes)
+        self._spare: list[list[torch.Tensor]] = []
+
+    def take(self) -> list[torch.Tensor]:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return [torch.empty(size, dtype=dtype) for size, dtype in zip(self._sizes, self._dtypes)]
+
+    def give(self, tensors: list[torch.Tensor]) -> None:
+        # Sums of rounded messages have a wider dtype.
+        if len(self._spare) < _MAX_SPARE and [t.dtype for t in tensors] == self._dtypes:
+            self._spare.append(tensors)
+
+
+class SendSlot:
+    """Let one large message at a time use the network: two that share a link both arrive as late as the second one.
+
+    A sender that makes no progress, because its peer is stopped, loses the slot after 1 s plus twice the longest time
+    that a message took so far.
+    """
+
+    def __init__(self):
+        self._freed = threading.Condition()
+        self._holder: object | None = None
+        self._longest = 0.0
+
+    @contextlib.contextmanager
+    def hold(self, gives_up: Callable[[], bool]) -> Iterator[None]:
+        """Wait for the slot; enter at once when `gives_up()`."""
+        with self._freed:
+            is_free = lambda: self._holder is None or gives_up()  # noqa: E731
+            self._freed.wait_for(is_free, _PATIENCE_SECONDS + 2.0 * self._longest)
+            holder, began = object(), time.monotonic()
+            if not gives_up():
+                self._holder = holder
+        try:
+            yield
+        finally:
+            with self._freed:
+                if self._holder is holder:
+                    self._holder = None
+                    self._longest = max(self._longest, time.monotonic() - began)
+                self._freed.notify_all()
+
+    def wake(self) -> None:
+        """Let the waiting senders look whether they give up."""
+        with self._freed:
+            self._freed.notify_all()
+
+
+class Connection:
+    """The connection of a [`Mailbox`] to one peer: gloo groups of two, so that their failures affect no other peer.
+
+    There is one group per direction, because gloo moves bytes over a socket in one direction at a time.
+
+    Raises:
+        RuntimeError: If the peer did not connect.
+    """
+
+    def __init__(self, mailbox, peer: int, store: dist.Store):
+        is_second = mailbox.rank > peer
+        self._mailbox, self.peer, self._other = mailbox, peer, 0 if is_second else 1
+        self.lock = threading.Condition()
+        self.outbox: deque[Message] = deque()
+        self.is_sending = False
+        self.died = self.left = self._has_posted_goodbye = False
+        self.bytes_sent = 0
+        timeout = datetime.timedelta(seconds=mailbox.connect_seconds)
+        up, down = (
+            dist.ProcessGroupGloo(dist.PrefixStore(direction, store), int(is_second), 2, timeout)
+            for direction in ("up", "down")
+        )
+        self._out, self._in = (down, up) if is_second else (up, down)
+        self._threads = [
+            threading.Thread(target=self._run, args=(loop,), name=f"hf_msn mailbox {name} {peer}", daemon=True)
+            for loop, name in ((self._send_loop, "to"), (self._receive_loop, "from"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def is_gone(self) -> bool:
+        return self.died or self.left
+
+    def put(self, message: Message) -> None:
+        with self.lock:
+            self.outbox.append(message)
+            self.lock.notify_all()
+
+    def post_goodbye(self) -> None:
+        with self.lock:
+            if not self._has_posted_goodbye and not self.died:
+                self._has_posted_goodbye = True
+                self.outbox.append(Message(self.peer, GOODBYE))
+                self.lock.notify_all()
+
+    def take_back(self) -> list[Message]:
+        """Remove and return the messages that wait; once the peer is gone also the one that was on its way."""
+        if self.is_gone:
+            self._threads[0].join(_TAKE_BACK_SECONDS)
+        with self.lock:
+            messages = [message for message in self.outbox if message.kind >= 0]
+            self.outbox = deque(message for message in self.outbox if message.kind < 0)
+        return messages
+
+    def cut(self) -> None:
+        """End the connection at once, also under threads that wait for the other side."""
+        # An operation that runs out of time closes its group's connection; there is no other way.
+        for group in (self._out, self._in):
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.empty(1)], self._other, 1).wait(datetime.timedelta(milliseconds=1))
+
+    def join(self, seconds: float) -> bool:
+        """Return whether both threads ended within `seconds`."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def release(self) -> None:
+        self._out = self._in = None
+
+    def _run(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException:
+            with self.lock:
+                self.died = not self.left
+                self.lock.notify_all()
+            self.cut()  # the peer has to notice an error that was not the connection's
+            self._mailbox.notify()
+
+    def _send_loop(self) -> None:
+        while True:
+            with self.lock:
+                self.lock.wait_for(lambda: self.outbox or self.is_gone)
+                is_large = bool(self.outbox) and self.outbox[0].tensors is not None
+            with self._mailbox.slot.hold(lambda: self.is_gone) if is_large else contextlib.nullcontext():
+                with self.lock:  # only now: later sums are added to a message that waits for the slot
+                    if self.died:
+                        return
+                    if not self.outbox and not self.left:  # taken back meanwhile
+                        continue
+                    # A peer that has left reads only a goodbye; the rest stays here to be taken back.
+                    message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
+                    self.is_sending = True
+                try:
+                    self._send(message)
+                except BaseException:
+                    with self.lock:
+                        self.outbox.appendleft(message)
+                    raise
+                finally:
+                    self.is_sending = False
+            if message.kind == GOODBYE:
+                return
+            if message.tensors is not None and not message.is_bytes:
+                self._mailbox.buffers.give(message.tensors)
+            self._mailbox.notify()
+
+    def _receive_loop(self) -> None:
+        while True:
+            message = self._receive()
+            if message.kind == GOODBYE:
+                with self.lock:
+                    self.left = self._has_posted_goodbye = True
+                    self.lock.notify_all()
+                self._mailbox.notify()
+                return
+            self._mailbox.deliver(message)
+
+    def _send(self, message: Message) -> None:
+        flags = _HAS_TENSORS * (message.tensors is not None) + _IS_SUM * message.is_sum + _IS_BYTES * message.is_bytes
+        size = message.tensors[0].numel() if message.is_bytes else 0
+        numbers = [*message.numbers] + [0.0] * (self._mailbox.num_numbers - len(message.numbers))
+        header = [message.kind, flags, message.step, message.weight, size, *numbers]
+        tensors = [torch.tensor(header, dtype=torch.float64), *(message.tensors or ())]
+        works = [self._out.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
+        for work in works:
+            work.wait(_FOREVER)
+        self.bytes_sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _receive(self) -> Message:
+        header = torch.empty(_NUM_FIXED + self._mailbox.num_numbers, dtype=torch.float64)
+        self._in.recv([header], self._other, 0).wait(_FOREVER)
+        kind, flags, step, weight, size, *numbers = header.tolist()
+        is_sum, is_bytes = bool(int(flags) & _IS_SUM), bool(int(flags) & _IS_BYTES)
+        tensors = None
+        if int(flags) & _HAS_TENSORS:
+            tensors = [torch.empty(int(size), dtype=torch.uint8)] if is_bytes else self._mailbox.buffers.take()
+            works = [self._in.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
+            for work in works:
+                work.wait(_FOREVER)
+        return Message(self.peer, int(kind), int(step), weight, tuple(numbers), tensors, is_sum, is_bytes)
