@@ -41,7 +41,7 @@ def step_of(optimizer, sync, seconds=0.0):
 
 
 class Accounts(AsyncGossip):
-    """Notes what this rank brings to each meeting: x, flat, its weight and the mailbox's accounts."""
+    """Record the contribution of this rank to each sync: x, flat, its weight and the accounts of the mailbox."""
 
     def _settle(self):
         mailbox = self._mailbox

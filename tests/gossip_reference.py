@@ -22,7 +22,7 @@ DEFAULTS = {
     "max_extra_rounds": 8,
     "consensus_until_step": None,
 }
-# What is no argument of Gossip: rates of the two groups, momentum of SGD, a sync after a step, SlowMo's arguments.
+# Settings of a run beside Gossip's arguments: rates of the two groups, SGD's momentum, a sync after a step, SlowMo.
 RUN = {"rates": CHANGING, "momentum": 0.9, "sync_after": None, "slowmo": None}
 GROUP = torch.tensor([0] * 6 + [1] * 2)
 
@@ -102,7 +102,7 @@ def gradient(z, rank, step):
 
 
 def mixed(x, matrix, wire_dtype=None):
-    """sum_j P_ij x_j, with messages in the precision of the wire and what is rounded off kept by the sender."""
+    """sum_j P_ij x_j, with messages in the precision of the wire and rounding errors kept by the sender."""
     n = len(x)
     result = [torch.zeros_like(v) for v in x]
     for j in range(n):

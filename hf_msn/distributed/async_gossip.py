@@ -239,7 +239,7 @@ class AsyncGossip(BackgroundGossip):
         self._average_all()
 
     def _unanswered(self) -> set[int]:
-        return self._mixing.unanswered
+        return self._mixing.asked - self._peers.lost
 
     def _settle(self) -> None:
         """All ranks hold the mean, and no messages are in flight."""
@@ -306,46 +306,22 @@ class AsyncGossip(BackgroundGossip):
             self._push_sum.weight = 1.0
 
 
-class Mixing:
-    """Base of the ways to mix between two syncs.
-
-    Args:
-        push_sum ([`PushSum`]): x and w of this rank.
-        peers ([`Membership`]): The other ranks.
-        topology ([`Topology`]): Who mixes with whom.
-        seed (`int`): Seed of random neighbours.
-    """
+class _Mixing:
+    """Mixing of x and w with the `topology` of the ranks that are there; random neighbours are drawn from `seed`."""
 
     def __init__(self, push_sum: PushSum, peers: Membership, topology: Topology, seed: int):
         self._push_sum, self._peers, self._seed = push_sum, peers, seed
         self._topology, self._repaired = topology, {frozenset(): topology}
+        self.asked: set[int] = set()  # peers that have not answered
 
-    @property
-    def unanswered(self) -> set[int]:
-        """Peers that this rank has asked and that have not answered."""
-        return set()
-
-    def topology_of_members(self) -> Topology:
-        """Return the topology among the ranks that are there."""
+    def _topology_of_members(self) -> Topology:
         absent = frozenset(self._peers.lost | self._peers.silent)
         if absent not in self._repaired:
             self._repaired = {frozenset(): self._topology, absent: self._topology.without(absent)}
         return self._repaired[absent]
 
-    def send(self, number: int) -> None:
-        """Send for the mixing `number` of this rank."""
-        raise NotImplementedError
 
-    def receive(self, message: Message) -> bool:
-        """Merge a message. Return whether x has changed."""
-        raise NotImplementedError
-
-    def take_back(self, peer: int) -> bool:
-        """Take back what a lost or silent peer has not received. Return whether x has changed."""
-        raise NotImplementedError
-
-
-class PairwiseAveraging(Mixing):
+class PairwiseAveraging(_Mixing):
     """AD-PSGD between two syncs; w stays 1.
 
     An average counts once the rank that asked has applied the answer. One with a peer that is lost half-way is undone
@@ -354,32 +330,24 @@ class PairwiseAveraging(Mixing):
 
     _sides: tuple[Topology | None, dict[int, int]] = None, {}
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._asked: set[int] = set()
-
-    @property
-    def unanswered(self) -> set[int]:
-        return self._asked - self._peers.lost
-
     def send(self, number: int) -> None:
         """Ask a random neighbour, if this rank is of the side that asks and only silent peers have not answered."""
-        topology, rank = self.topology_of_members(), self._peers.rank
+        topology, rank = self._topology_of_members(), self._peers.rank
         if self._sides[0] is not topology:
             self._sides = topology, two_sides(topology)[0]
-        if self._sides[1][rank] != 0 or self._asked & self._peers.members:
+        if self._sides[1][rank] != 0 or self.asked & self._peers.members:
             return
-        neighbours = [peer for peer in topology.out_peers(rank, number) if peer not in self._asked]
+        neighbours = [peer for peer in topology.out_peers(rank, number) if peer not in self.asked]
         if neighbours:
             peer = random.Random(f"{self._seed} {rank} {number}").choice(neighbours)
             self._peers.send(peer, _REQUEST, self._push_sum.x)
-            self._asked.add(peer)
+            self.asked.add(peer)
 
     def receive(self, message: Message) -> bool:
-        """Answer x_i by d, x_j <- x_j + d; or take the answer d, x_i <- x_i - d."""
+        """Answer x_i by d, x_j <- x_j + d; or take the answer d, x_i <- x_i - d. Return whether x has changed."""
         peer = message.sender
         if message.kind == _ANSWER:
-            self._asked.discard(peer)
+            self.asked.discard(peer)
         if peer in self._peers.lost:
             return False
         if message.kind == _ANSWER:
@@ -393,9 +361,10 @@ class PairwiseAveraging(Mixing):
         return True
 
     def take_back(self, peer: int) -> bool:
+        """Undo an average that a lost peer has not received. Return whether x has changed."""
         if peer not in self._peers.lost:
             return False  # a silent peer still gets its question or answer, and the average ends late
-        self._asked.discard(peer)
+        self.asked.discard(peer)
         answers = [message for message in self._peers.mailbox.take_back(peer) if message.kind == _ANSWER]
         for message in answers:
             self._add(message.tensors, -1.0)
@@ -406,12 +375,12 @@ class PairwiseAveraging(Mixing):
             x.add_(tensor.to(x.device), alpha=sign)
 
 
-class SubgradientPush(Mixing):
+class SubgradientPush(_Mixing):
     """Subgradient-push between two syncs: shares of x and w, which the receivers add."""
 
     def send(self, number: int) -> None:
         """Push shares of x and w to the peers; not while w < 1/2."""
-        peers = self.topology_of_members().out_peers(self._peers.rank, number)
+        peers = self._topology_of_members().out_peers(self._peers.rank, number)
         push_sum, send_sum = self._push_sum, self._peers.send_sum
         if peers and push_sum.weight >= _MIN_WEIGHT_TO_PUSH:
             send = lambda peer, tensors: send_sum(peer, _MASS, tensors, push_sum.weight)  # noqa: E731

@@ -21,16 +21,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class BackgroundGossip(LocalUpdate):
-    """Base class of [`OverlapGossip`] and [`AsyncGossip`]: x and w, a mailbox, its members and their agreements.
-
-    Args:
-        model (`nn.Module`): See [`LocalUpdate`].
-        optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
-        topology ([`Topology`]): Who sends to whom.
-        wire_dtype (`str`, *optional*): Precision of the messages.
-        must_pair (`bool`): Whether the topology has to be symmetric and bipartite.
-        kwargs: Further arguments of [`LocalUpdate`].
-    """
+    """Base class of [`OverlapGossip`] and [`AsyncGossip`]: x and w, a mailbox, its members and their agreements."""
 
     waits_for_silent = False  # whether `sync` raises an error where a rank is silent, instead of passing it over
 
@@ -132,11 +123,9 @@ class BackgroundGossip(LocalUpdate):
 
     def _receive(self, message: Message) -> None:
         """Take a message that is not of an agreement."""
-        raise NotImplementedError
 
     def _member_changed(self, peer: int) -> None:
         """React to a peer that became lost or silent, or was taken back."""
-        raise NotImplementedError
 
     def _unanswered(self) -> Collection[int]:
         """Return the peers that this rank waits for before it takes part in a `sync`."""
@@ -148,8 +137,6 @@ class BackgroundGossip(LocalUpdate):
 
     def _average_by_collectives(self) -> None:
         """Replace the training state by its mean over all ranks; x stays, to be averaged again if this fails."""
-        raise NotImplementedError
 
     def _settle(self) -> None:
         """React to a mean: all ranks hold the same, and no messages are in flight."""
-        raise NotImplementedError

@@ -23,7 +23,7 @@ from .topology_two_sides import check_topology
 class Gossip(LocalUpdate):
     """Mix the parameters with those of the peers that a topology names, after every `sync_every` optimizer steps.
 
-    With P the column-stochastic mixing matrix of the step, and d_i what the optimizer's step subtracts on rank i:
+    With P the column-stochastic mixing matrix of the step, and d_i the change that the optimizer subtracts on rank i:
 
         push-sum (SGP)     z_i = x_i / w_i;  d_i from the gradient at z_i
                            x_i <- sum_j P_ij (x_j - d_j);  w_i <- sum_j P_ij w_j;  z_i <- x_i / w_i

@@ -24,10 +24,10 @@ _KEPT_VIEWS = 16
 
 
 class OverlapGossip(BackgroundGossip):
-    """Push-sum gossip (SGP) that sends without waiting and merges what has arrived, after every optimizer step.
+    """Push-sum gossip (SGP) that sends without waiting and merges mass as it arrives, after every optimizer step.
 
-    With d_i what the optimizer's step k subtracts on rank i, of the gradient at z_i, and p the number of peers to
-    which i sends at step k:
+    With d_i the change that the optimizer subtracts at step k on rank i, from the gradient at z_i, and p the number of
+    peers to which i sends at step k:
 
         x_i <- (x_i - d_i) / (p + 1);  w_i <- w_i / (p + 1);  both are also sent to each of the p peers
         x_i <- x_i + sum of the x that have arrived;  w_i <- w_i + sum of the w that have arrived
@@ -111,7 +111,7 @@ class OverlapGossip(BackgroundGossip):
         if kwargs.get("inner_group") is not None and not deterministic:
             raise ValueError(
                 "`inner_group` needs ranks of a node that stay equal to the bit, but with `deterministic=False` each "
-                "merges what has arrived. Set `deterministic=True`."
+                "merges mass when it arrives. Set `deterministic=True`."
             )
         super().__init__(
             model,
@@ -141,8 +141,8 @@ class OverlapGossip(BackgroundGossip):
     def weight_under_way(self) -> float:
         """Weight sent to connected peers, less weight merged from them.
 
-        Its sum over the ranks is the weight in flight. That of `push_sum_weight` and this is n, and stays what it is
-        when a rank is lost.
+        Its sum over the ranks is the weight in flight. The sum of this and `push_sum_weight` over the ranks is n, and
+        does not change when a rank is lost.
         """
         if self._push_sum is None:
             return 0.0
@@ -449,7 +449,7 @@ class Schedule:
         self._lag[peer] = min(self._lag[peer], max(0, now - step))
 
     def note_return(self, peer: int, step: int, now: int) -> None:
-        """Note that a silent peer goes on after its step `step`: expect its next steps, not those that it missed."""
+        """Note that a silent peer continues after its step `step`: expect its next steps, not those it missed."""
         self._lag[peer] = max(0, now - step)
         self._settled[peer] = step
 

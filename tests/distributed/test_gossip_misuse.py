@@ -1,21 +1,14 @@
 """Settings and topologies that gossip refuses, and the error when a peer is lost."""
 
-import json
 import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from gossip_reference import (
-    flat,
-    gradient,
-    make_model,
-    make_optimizer,
-    take_step,
-)
+from gossip_reference import flat, gradient, make_model, make_optimizer, take_step
 from launch import run_ranks
+from lost_ranks import run_ranks_that_are_left
 from topologies import Star
 
 from hf_msn.distributed.comm.exchange import PeerError
@@ -114,46 +107,32 @@ def test_topologies_that_do_not_fit_the_method_or_differ_between_ranks_are_refus
         assert "at step 3" in late[3]
 
 
-def _train_beside_a_lost_peer(rank, folder, how, timeout_seconds):
+def _train_beside_a_lost_peer(rank, how, timeout_seconds):
     model = make_model()
     optimizer = make_optimizer(model, 0.0)
-    lost, n = 2, dist.get_world_size()
-    started = time.monotonic()
-    try:
-        with Gossip(
-            model, optimizer, topology=RingTopology(n, directed=True), timeout_seconds=timeout_seconds
-        ) as sync:
-            for step in range(60):
-                if step == 5:
-                    started = time.monotonic()
-                    if rank == lost:
-                        if how == "hangs":
-                            while len(list(Path(folder).glob("*.done"))) < n - 1:
-                                time.sleep(0.05)
-                        os._exit(0)
-                take_step(model, optimizer, (0.1, 0.1), rank, step)
-                sync.step()
-    except PeerError as error:
-        report = {"ranks": error.ranks, "message": str(error), "seconds": time.monotonic() - started}
-        Path(folder, f"{rank}.json").write_text(json.dumps(report))
-        Path(folder, f"{rank}.done").touch()
-        # The first rank holds the store: it stays until the others have asked it.
-        deadline = time.monotonic() + 10
-        while len(list(Path(folder).glob("*.done"))) < n - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os._exit(0)
+    topology = RingTopology(dist.get_world_size(), directed=True)
+    began = time.monotonic()
+    gossip = Gossip(model, optimizer, topology=topology, timeout_seconds=timeout_seconds)
+    with pytest.raises(PeerError) as caught, gossip as sync:
+        for step in range(60):
+            if step == 5:
+                began = time.monotonic()
+                if rank == 2:
+                    time.sleep(60.0 if how == "hangs" else 0.0)
+                    os._exit(0)
+            take_step(model, optimizer, (0.1, 0.1), rank, step)
+            sync.step()
+    return caught.value.ranks, time.monotonic() - began
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_lost_peer_is_named_within_the_deadline_also_by_those_who_do_not_hear_from_it(tmp_path, how):
-    # No rank returns: the lost one cannot, and the others report through the folder.
-    with pytest.raises(FileNotFoundError):
-        run_ranks(_train_beside_a_lost_peer, 4, str(tmp_path), how, 2.0, timeout=40.0)
-    for rank in (0, 1, 3):
-        report = json.loads(Path(tmp_path, f"{rank}.json").read_text())
-        assert 2 in report["ranks"], report
-        assert rank not in report["ranks"]
-        assert report["seconds"] < 2.0 + 3.5  # the store is asked for 2 s at most
+def test_a_lost_peer_is_named_within_the_deadline_also_by_ranks_that_do_not_hear_from_it(tmp_path, how):
+    for rank, (ranks, seconds) in run_ranks_that_are_left(
+        _train_beside_a_lost_peer, 4, tmp_path, how, 2.0, lost=[2]
+    ).items():
+        assert 2 in ranks
+        assert rank not in ranks
+        assert seconds < 2.0 + 3.5  # the store is asked for 2 s at most
         if how == "hangs":
-            assert report["ranks"][0] == 2  # behind it whose connection broke because it gave up on rank 2
+            assert ranks[0] == 2  # before the ranks whose connection broke because they gave up on rank 2

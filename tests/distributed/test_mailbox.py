@@ -76,6 +76,7 @@ def _exchange_plain_messages(rank):
         mailbox.ping(peer, step=77, numbers=(1.0, 2.0))
     assert until(lambda: all(mailbox.latest[peer] == (77, (1.0, 2.0)) for peer in others))
     assert mailbox.collect() == []  # a ping is no message
+    dist.barrier()
     weights = sum(mailbox.weight_posted), sum(mailbox.weight_collected)
     sent_bytes = mailbox.bytes_sent
     mixed, counts = stress(mailbox, others, 1.0)
@@ -108,6 +109,7 @@ def stress(mailbox, others, seconds):
             elif mailbox.num_waiting(peer) < 3:
                 mailbox.post(peer, 0, full(value), step=value)
         check(mailbox.collect())
+    dist.barrier()
     check(drain(mailbox, others))
     return mixed, list(counts.values())
 
@@ -149,6 +151,7 @@ def _post_sums(rank, num):
                     total.add_(tensor)
             most_waiting = max(most_waiting, mailbox.num_waiting(1))
         messages = drain(mailbox, [1 - rank])
+        dist.barrier()
         if rank == 0:
             for value in (1.0, 2.0**-9):  # two that arrive one by one, and wait at the receiver
                 mailbox.post_sum(1, 0, full(value, torch.float32), weight=1.0)

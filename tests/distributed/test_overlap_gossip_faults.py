@@ -15,7 +15,6 @@ from topologies import Star
 
 from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.distributed.overlap_gossip import OverlapGossip
-from hf_msn.distributed.push_sum import PushSum
 from hf_msn.distributed.slowmo import SlowMo
 
 
@@ -33,7 +32,7 @@ class Lines(logging.Handler):
 
 
 def make_run(rank, **options):
-    """Each rank has values of its own and only mixes them: what is kept can be told exactly."""
+    """Give each rank its own values, without learning: the exact mean is known."""
     model = torch.nn.Linear(50, 400, bias=False).double()
     model.register_buffer("statistic", torch.tensor(0.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -53,14 +52,14 @@ def take_steps(model, optimizer, sync, num, seconds=0.0):
 
 
 def total(number, group=None):
-    """Nobody goes on before all have their sum."""
+    """Return the sum over the ranks."""
     tensor = torch.tensor([number], dtype=torch.float64)
     dist.all_reduce(tensor, group=group)
     return tensor.item()
 
 
 def sum_among(sync, ranks):
-    """Weight under way to this rank and from it, between `ranks` only."""
+    """Return the weight in flight to this rank and from it, between `ranks` only."""
     mailbox = sync._mailbox
     peers = [rank for rank in ranks if rank != mailbox.rank]
     sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
@@ -83,7 +82,7 @@ def _outlive(rank, lost, how, options):
         time.sleep(60.0)
     mass_before = None
     if how == "killed while stopped":
-        time.sleep(0.3)  # what the lost one has sent arrives
+        time.sleep(0.3)  # for the messages of the lost rank to arrive
         total(0.0, group)
         sync._peers.update()
         sync._merge()
@@ -93,9 +92,7 @@ def _outlive(rank, lost, how, options):
                 os.kill(pids[victim], signal.SIGSTOP)
         total(0.0, group)
         threading.Timer(0.5, lambda: [os.kill(pids[v], signal.SIGKILL) for v in lost]).start()
-    began = time.monotonic()
     take_steps(*run, 20)
-    seconds = time.monotonic() - began
     masses = []
     for _ in range(3):
         total(0.0, group)
@@ -109,14 +106,9 @@ def _outlive(rank, lost, how, options):
     sync.sync()
     mass_after_sync = total(sync.push_sum_weight + sync.weight_under_way, group)
     take_steps(*run, 2)
-    began = time.monotonic()
     sync.stop()
-    stop_seconds = time.monotonic() - began
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("hf_msn mailbox")]
     return {
         "first mass": first_mass,
-        "seconds": seconds,
-        "stop seconds": stop_seconds,
         "masses": masses,
         "mass before": mass_before,
         "moved": (model.weight - before).abs().max().item(),
@@ -126,7 +118,6 @@ def _outlive(rank, lost, how, options):
         "mass after sync": mass_after_sync,
         "died": lines.having("has died"),
         "means": lines.having("takes the mean of"),
-        "threads": len(threads),
     }
 
 
@@ -146,8 +137,6 @@ def test_the_others_go_on_without_the_dead_and_keep_their_mass(tmp_path, num_ran
     survivors = sorted(results)
     for rank, result in results.items():
         assert result["first mass"] == num_ranks
-        assert result["seconds"] < 3.0
-        assert result["stop seconds"] < 3.0
         # One warning per loss on each rank, that names it.
         assert sorted(line.split()[1] for line in result["died"]) == [str(victim) for victim in lost]
         assert result["alive"] == survivors
@@ -162,7 +151,6 @@ def test_the_others_go_on_without_the_dead_and_keep_their_mass(tmp_path, num_ran
         assert result["statistic"] == pytest.approx(sum(survivors) / len(survivors))
         assert result["mass after sync"] == pytest.approx(len(survivors), abs=1e-12)
         assert len(result["means"]) == (2 if rank == survivors[0] else 0)
-        assert result["threads"] == 0
 
 
 def _lose_under_slow_momentum(rank):
@@ -189,38 +177,6 @@ def test_an_outer_step_of_slowmo_without_all_ranks_names_who_is_missing(tmp_path
     for ranks, steps, seconds in results.values():
         assert (ranks, steps) == ((1,), 6)
         assert seconds < 5.0
-
-
-def _lose_with_inner_groups(rank):
-    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
-    model = torch.nn.Linear(5, 4).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sync = OverlapGossip(
-        model,
-        optimizer,
-        deterministic=True,
-        group=groups[2 + rank % 2],
-        inner_group=groups[rank // 2],
-        timeout_seconds=3.0,
-    )
-    try:
-        with sync:
-            for step in range(20):
-                if rank == 3 and step == 3:
-                    os._exit(0)
-                model(torch.ones(2, 5).double()).square().mean().backward()
-                optimizer.step()
-                sync.step()
-    except PeerError as error:
-        return error.ranks
-
-
-@pytest.mark.distributed
-def test_with_inner_groups_a_loss_is_an_error_that_names_the_rank(tmp_path):
-    results = run_ranks_that_are_left(_lose_with_inner_groups, 4, tmp_path, lost=[3])
-    assert results[1] == (3,)
-    assert results[0] is not None
-    assert results[2] is not None
 
 
 # Stops
@@ -310,31 +266,3 @@ def test_who_was_stopped_at_a_sync_takes_its_result_when_it_comes_there():
         assert torch.equal(synced, results[0][1]), lines
         assert torch.equal(end, results[0][3]), lines
     assert sum("takes the mean of 2 of 3 ranks" in line for line in lines[0]) == 1, lines
-
-
-def _lose_the_leader(rank):
-    lines = Lines()
-    run = model, _, sync = make_run(rank, timeout_seconds=5.0)
-    take_steps(*run, 5)
-    if rank == 3:
-        os._exit(0)
-    take_steps(*run, 10)
-    if rank == 0:
-        # It dies with the contributions of the others in its hands.
-        PushSum.combine = lambda *_: os._exit(0)
-    began = time.monotonic()
-    sync.sync()
-    seconds = time.monotonic() - began
-    take_steps(*run, 5)
-    sync.stop()
-    return model.weight.detach(), seconds, sync.alive, lines.having("takes the mean of 2 of 4 ranks")
-
-
-@pytest.mark.distributed
-def test_the_next_rank_leads_a_sync_whose_leader_dies(tmp_path):
-    results = run_ranks_that_are_left(_lose_the_leader, 4, tmp_path, lost=[0, 3])
-    for rank, (weight, seconds, alive, means) in results.items():
-        assert seconds < 3.0
-        assert alive == [1, 2]
-        assert torch.equal(weight, results[1][0])
-        assert len(means) == (2 if rank == 1 else 0)

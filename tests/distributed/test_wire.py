@@ -12,7 +12,7 @@ STEPS, SIZE = 12, 50
 
 
 def _changes(rank, step):
-    """What local training does to the parameters: tiny against them, so that rounding them would lose it."""
+    """Return a change of the parameters that is too small to survive their rounding."""
     return torch.randn(SIZE, generator=torch.Generator().manual_seed(100 * step + rank)) * 1e-3 + 1e-3
 
 

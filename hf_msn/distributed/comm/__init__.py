@@ -1,1 +1,1 @@
-"""What ranks send to one another: collectives with a deadline, messages in the background, the form of tensors."""
+"""Communication between ranks: collectives with a deadline, messages in the background, and the wire format."""

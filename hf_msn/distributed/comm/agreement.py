@@ -1,4 +1,4 @@
-"""The agreement protocol: ranks that take their steps at their own pace agree on who takes part in a common result."""
+"""The agreement protocol: ranks that step at their own pace agree on the members of a common result, and take it."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
