@@ -43,8 +43,15 @@ def step_of(optimizer, sync, seconds=0.0):
 class Accounts(AsyncGossip):
     """Record the contribution of this rank to each sync: x, flat, its weight and the accounts of the mailbox."""
 
-    def _settle(self):
+    def _record(self):
         mailbox = self._mailbox
-        self.brought = flat(self._push_sum.x)  # before it, exchanges with others may still move x
+        self.brought = flat(self._push_sum.x)
         self.account = self.weight, list(mailbox.weight_posted), list(mailbox.weight_collected)
-        super()._settle()
+
+    def _average_by_collectives(self):
+        self._record()
+        super()._average_by_collectives()
+
+    def _contribution(self, others):
+        self._record()
+        return super()._contribution(others)

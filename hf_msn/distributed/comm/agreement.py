@@ -92,6 +92,7 @@ class Agreement:
         Raises:
             PeerError: If a peer is silent (with `waits_for_silent`) or has lost this rank. Call it again to wait on.
         """
+        self._peers.expect((), self._peers.timeout_seconds)  # count the silence of peers from here
         while True:
             try:
                 self._wait_for(unanswered)
