@@ -17,9 +17,7 @@ from .comm.membership import Membership
 from .comm.wire import as_bytes, from_bytes
 from .push_sum import PushSum
 from .step_rates import StepRates
-from .topology import ExponentialTopology
-from .topology_base import Topology
-from .topology_two_sides import TwoSidesTopology, two_sides
+from .topology import ExponentialTopology, Topology, TwoSidesTopology, two_sides
 
 _REQUEST, _ANSWER, _MASS = range(3)  # kinds of messages
 _MIN_WEIGHT_TO_PUSH = 0.5

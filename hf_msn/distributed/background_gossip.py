@@ -11,11 +11,10 @@ from .comm.agreement import Agreement
 from .comm.mailbox import Mailbox, Message
 from .comm.membership import Membership
 from .comm.wire import checked_wire_dtype
-from .local_training.training_state import frozen_and_buffers
 from .local_update import LocalUpdate
 from .push_sum import PushSum
-from .topology_base import Topology
-from .topology_two_sides import check_topology
+from .topology import Topology, check_topology
+from .training_state import frozen_and_buffers
 
 _CLOSE_SECONDS = 5.0
 

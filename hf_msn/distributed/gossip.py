@@ -15,9 +15,7 @@ from .consensus_control import ConsensusControl
 from .local_update import LocalUpdate
 from .push_sum import check_state_size
 from .quasi_global_momentum import QuasiGlobalMomentum
-from .topology import ExponentialTopology
-from .topology_base import Topology
-from .topology_two_sides import check_topology
+from .topology import ExponentialTopology, Topology, check_topology
 
 
 class Gossip(LocalUpdate):

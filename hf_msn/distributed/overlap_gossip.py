@@ -14,8 +14,7 @@ from .collectives import world_size
 from .comm.exchange import PeerError
 from .comm.mailbox import Message
 from .push_sum import check_state_size
-from .topology import ExponentialTopology
-from .topology_base import Topology
+from .topology import ExponentialTopology, Topology
 
 logger = logging.getLogger(__name__)
 

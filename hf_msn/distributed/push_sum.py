@@ -8,7 +8,7 @@ from torch import nn
 from .comm.flat import FlatTensors
 from .comm.mailbox import Message
 from .comm.wire import as_bytes, from_bytes
-from .local_training.training_state import trainable_parameters
+from .training_state import trainable_parameters
 
 
 class PushSum:

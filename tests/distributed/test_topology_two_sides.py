@@ -8,8 +8,10 @@ from hf_msn.distributed.topology import (
     ExponentialTopology,
     RandomOnePeerTopology,
     RingTopology,
+    TwoSidesTopology,
+    check_topology,
+    two_sides,
 )
-from hf_msn.distributed.topology_two_sides import TwoSidesTopology, check_topology, two_sides
 
 
 @pytest.mark.parametrize(
