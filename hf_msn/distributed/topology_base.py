@@ -1,1 +1,0 @@
-from .topology import RepairedTopology, Topology  # noqa: F401

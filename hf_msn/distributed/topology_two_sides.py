@@ -1,1 +1,0 @@
-from .topology import TwoSidesTopology, check_topology, two_sides  # noqa: F401
