@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel, ViTMSNModel
 
-from ..models.patch_dropping import PatchDroppingViTMSNModel
+from ..models.encoder import PatchDroppingViTMSNModel
 
 CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
 # fields of a ViTMSN's configuration that change its features without changing the shapes of its tensors

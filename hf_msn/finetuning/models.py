@@ -17,11 +17,11 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
-from ..models.configuration_semi_supervised import SemiSupervisedConfig
+from ..models.configuration_pretraining import SemiSupervisedConfig
 from ..models.configuration_suncet import SuNCEtConfig
-from ..models.modeling_semi_supervised import SemiSupervisedModel
+from ..models.modeling_pretraining import SemiSupervisedModel
 from ..models.modeling_suncet import SuNCEtForPreTraining
-from ..models.trunks import copy_trunk, fields_for, load_trunk
+from ..models.pretrained_encoders import copy_encoder, load_encoder, select_fields
 
 Start = str | Path | PreTrainedConfig | PreTrainedModel
 _LOSS_FIELDS = {"temperature": 0.1, "label_smoothing": 0.0}  # belong to pretraining, not to the weights
@@ -43,12 +43,12 @@ def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(start, PreTrainedConfig):
-            fields = fields_for(SuNCEtConfig, _own_fields(start), start.model_type)
+            fields = select_fields(SuNCEtConfig, _own_fields(start), start.model_type)
             return SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
         source, encoder, fields, name = _source(start)
-        fields = {**fields_for(SuNCEtConfig, fields, name), **_LOSS_FIELDS}
+        fields = {**select_fields(SuNCEtConfig, fields, name), **_LOSS_FIELDS}
         model = SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
-    copy_trunk(encoder, model.encoder, model.config, fields, name)
+    copy_encoder(encoder, model.encoder, model.config, fields, name)
     if isinstance(source, SemiSupervisedModel):
         _copy_projection_head(source, model)
     return model
@@ -161,7 +161,7 @@ def _source(start: str | Path | PreTrainedModel) -> tuple[PreTrainedModel | None
         if isinstance(config, SemiSupervisedConfig):
             model = AutoModelForPreTraining.from_pretrained(name)
             return model, model.evaluation_encoder, _own_fields(config), name
-    encoder, fields = load_trunk(name)
+    encoder, fields = load_encoder(name)
     return None, encoder, fields, name
 
 

@@ -1,27 +1,26 @@
 """A probe's weights as the head of a classifier that loads without hf_msn."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 from transformers import BaseImageProcessor, ViTMSNForImageClassification
+from transformers.utils import logging
 
 from ..evaluation.backbones import find_backbone, is_timm_model, weights_sha256
 from ..evaluation.features import Features
 from ..evaluation.probes import LinearProbe, LogisticProbe
 from ..files import check_new_folder, whole_folder
 from ..models.modeling_msn import MSNForPreTraining
-from ..models.modeling_semi_supervised import SemiSupervisedModel
-from .export import pretraining_model
-from .export_image_processor import image_processor_for
-from .timm_form import check_timm_can_make, new_network, save_timm_network
+from ..models.modeling_pretraining import SemiSupervisedModel
+from .export import check_timm_can_make, image_processor_for, pretraining_model, save_timm_network
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
-_MOST_DECIDED_OTHERWISE = 0.01  # more than what rounding does
+_MAX_CHANGED = 0.01  # fraction of the images; rounding changes fewer
 
 
 def export_classifier(
@@ -33,26 +32,26 @@ def export_classifier(
     class_names: Sequence[str] | None = None,
     image_processor: BaseImageProcessor | None = None,
 ) -> Path:
-    r"""Writes the evaluated encoder under a probe as an image classifier that loads where hf_msn is not installed.
+    r"""Write the evaluated encoder and a probe as an image classifier that loads where hf_msn is not installed.
 
     A ViT becomes a `ViTMSNForImageClassification`, a network of timm a classifier in timm's form (see
-    [`export_backbone`]); `pipeline("image-classification", path)` takes both. Every image gets the class that the
-    probe gives it.
+    [`export_backbone`]); `pipeline("image-classification", path)` loads both. Every image gets the same class as from
+    the probe.
 
-    A probe centres and normalises the [CLS] before the final LayerNorm, the classifier's head sees it after. Up to its
-    epsilon the LayerNorm does the same and then scales and shifts, `y = gamma sqrt(D) x + beta`, so that
+    A probe takes the centred and normalised [CLS] x before the final LayerNorm, a classifier's head the [CLS] y after
+    it. Up to its epsilon the LayerNorm is `y = gamma sqrt(D) x + beta`, so that
 
     $$W x + b = W' y + b' \quad\text{with}\quad W' = W / (\gamma \sqrt D), \quad b' = b - W' \beta .$$
 
-    The head of a network of timm sees its features as they are: `W'` is `W`, each row minus its mean, over the mean
-    length of the centred features. Ranks of classes are those of the probe, while their probabilities were computed
-    for vectors of equal length. A bias would break this, so a network of timm takes a [`LogisticProbe`] only.
+    The head of a network of timm takes raw features: `W'` is `W` with each row centred, over the mean length of the
+    centred features. This keeps the ranks of the classes, but the probabilities of the probe are those of vectors of
+    equal length. A bias would change the ranks: networks of timm take a [`LogisticProbe`] only.
 
     Args:
         model ([`MSNForPreTraining`], [`PAWSForPreTraining`] or [`SuNCEtForPreTraining`]): The pretrained model; of MSN
             the target encoder is taken.
         probe ([`LogisticProbe`] or [`LinearProbe`]): Fitted on `features`, or on some rows of them.
-        features ([`Features`]): `extract_features(model, ...)`; what is written is held against the probe on them.
+        features ([`Features`]): `extract_features(model, ...)`; the classifier is compared with the probe on them.
         path (`str` or `Path`): Folder to write. It must not exist or be empty.
         class_names (`Sequence[str]`, *optional*): Names by class number, such as `dataset.features["label"].names`. By
             default the numbers.
@@ -82,12 +81,12 @@ def export_classifier(
     weight, bias = _linear_weights(probe)
     _check_features(features, encoder, weight)
     names = _names(probe.classes_, class_names)
+    check_timm_can_make(model.config)
     if is_timm_model(encoder):
-        check_timm_can_make(model.config)
         if bias.any():
             raise ValueError(
-                "The LinearProbe has a bias, which a network of timm cannot take: its features are not of equal "
-                "length. Fit a LogisticProbe, or train the classifier with `finetune_classifier`."
+                "`probe` has a bias, which a network of timm cannot take: its features differ in length. Fit a "
+                "LogisticProbe, or train the classifier with `finetune_classifier`."
             )
         weight = _fold_into_raw_features(weight, features.features)
         inputs = torch.from_numpy(features.features)
@@ -109,33 +108,27 @@ def export_classifier(
 
 
 def _linear_weights(probe: LogisticProbe | LinearProbe) -> tuple[np.ndarray, np.ndarray]:
-    """W (C, D) and b (C,) of a probe, on centred vectors of length 1, in float64."""
-    if not isinstance(probe, (LogisticProbe, LinearProbe)):
+    """Return W (C, D) and b (C,) of a probe, on centred vectors of length 1, in float64."""
+    if not isinstance(probe, (LogisticProbe, LinearProbe)) or not hasattr(probe, "classes_"):
         raise ValueError(
-            f"`probe` must be a LogisticProbe or a LinearProbe, which are linear as a classifier's head is, but is "
-            f"{type(probe).__name__}. Fit one of them: `LogisticProbe().fit(features.features, features.labels)`."
+            "`probe` must be a fitted LogisticProbe or LinearProbe, which are linear like a classifier's head, but is "
+            f"{type(probe).__name__}{'' if hasattr(probe, 'classes_') else ', not fitted'}. Call "
+            "`LogisticProbe().fit(features.features, features.labels)`."
         )
-    if not hasattr(probe, "classes_"):
-        raise ValueError("`probe` is not fitted. Call `probe.fit(features.features, features.labels)` first.")
     if isinstance(probe, LogisticProbe):
         return probe.coef_.astype(np.float64), np.zeros(len(probe.classes_))
     return probe.weight_.cpu().numpy().astype(np.float64), probe.bias_.cpu().numpy().astype(np.float64)
 
 
 def _check_features(features: Features, encoder: nn.Module, weight: np.ndarray) -> None:
-    if not isinstance(features, Features):
+    if not isinstance(features, Features) or features.weights_sha256 != weights_sha256(encoder):
         raise ValueError(
-            f"`features` must be what `extract_features(model, ...)` returns, but is {type(features)}. An array "
-            "alone does not tell which weights it comes from."
-        )
-    if features.weights_sha256 != weights_sha256(encoder):
-        raise ValueError(
-            "`features` must be those of this model's encoder, which the classifier holds, but they come from other "
-            "weights, from projections or from pixels. Extract them with `extract_features(model, ...)`."
+            "`features` must be those of this model's encoder, as `extract_features(model, ...)` returns them, but "
+            f"are {type(features).__name__} or come from other weights, projections or pixels."
         )
     if weight.shape[1] != features.features.shape[1] or weight.shape[1] != _width(encoder):
         raise ValueError(
-            f"A classifier's head sees {_width(encoder)} features, but the probe was fitted on {weight.shape[1]} and "
+            f"A classifier's head takes {_width(encoder)} features, but the probe was fitted on {weight.shape[1]} and "
             f"`features` have {features.features.shape[1]}. Extract with num_last_layers=1, and fit the probe on them."
         )
 
@@ -152,18 +145,17 @@ def _names(classes: np.ndarray, class_names: Sequence[str] | None) -> list[str]:
         return [str(number) for number in numbers]
     if isinstance(class_names, str) or not 0 <= min(numbers) <= max(numbers) < len(class_names):
         raise ValueError(
-            f"`class_names` must name every class number, but there are {len(class_names)} names and the probe has "
-            f"classes from {min(numbers)} to {max(numbers)}. Give them in the order of the numbers."
+            f"`class_names` must be a list with a name for each class number, but has {len(class_names)} names, and "
+            f"the probe has classes from {min(numbers)} to {max(numbers)}."
         )
     names = [class_names[number] for number in numbers]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"`class_names` must differ from each other, but {twice[:3]} stand for several classes.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"`class_names` must differ from each other, but are {names}.")
     return names
 
 
 def _fold_into_layer_norm(weight: np.ndarray, bias: np.ndarray, norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray]:
-    """Weights on what a LayerNorm gives, from those on its centred and l2-normalised input."""
+    """Return weights on the output of a LayerNorm, from those on its centred and l2-normalised input."""
     gamma, beta = (parameter.detach().cpu().double().numpy() for parameter in (norm.weight, norm.bias))
     if not gamma.all():
         raise ValueError(
@@ -192,17 +184,17 @@ def _check_decisions(
     probe: LogisticProbe | LinearProbe,
     features: np.ndarray,
 ) -> None:
-    """Holds the head, in its own dtype, against the probe on the images that are at hand."""
+    """Compare the decisions of the head, in its own dtype, with those of the probe."""
     decided = nn.functional.linear(inputs.to(weight), weight, bias).argmax(dim=1).numpy()
-    otherwise = int((decided != probe.predict_scores(features).argmax(axis=1)).sum())
-    if otherwise > _MOST_DECIDED_OTHERWISE * len(features):
+    changed = int((decided != probe.predict_scores(features).argmax(axis=1)).sum())
+    if changed > _MAX_CHANGED * len(features):
         raise ValueError(
-            f"As a head in {weight.dtype} the probe gives {otherwise} of {len(features)} images another class, so it "
-            "would not be the classifier that was measured. Extract and export with `model.float()`, or train the "
+            f"As a head in {weight.dtype} the probe assigns {changed} of {len(features)} images another class, so the "
+            "classifier would not be the measured one. Extract and export with `model.float()`, or train the "
             "classifier with `finetune_classifier`."
         )
-    if otherwise:
-        logger.warning("As a head the probe gives %d of %d images another class.", otherwise, len(features))
+    if changed:
+        logger.warning(f"As a head the probe assigns {changed} of {len(features)} images another class.")
 
 
 def _vit_classifier(
@@ -220,7 +212,10 @@ def _vit_classifier(
 
 
 def _timm_classifier(model: nn.Module, encoder: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
-    network = new_network(model.config, len(weight)).to(model.dtype)
+    config = model.config
+    with torch.random.fork_rng(devices=[]):
+        network = timm.create_model(config.timm_model, num_classes=len(weight), **(config.timm_options or {}))
+    network = network.to(model.dtype)
     fault = network.load_state_dict(encoder.state_dict(), strict=False)
     head = network.get_classifier()
     of_head = {
@@ -236,8 +231,8 @@ def _timm_classifier(model: nn.Module, encoder: nn.Module, weight: torch.Tensor,
         or set(fault.missing_keys) != of_head
     ):
         raise ValueError(
-            f"'{model.config.timm_model}' has no single linear layer as its head that could be put onto its features. "
-            "Export the backbone, or take another network."
+            f"'{config.timm_model}' has no single linear layer on its features as head. Export the backbone, or use "
+            "another network."
         )
     with torch.no_grad():
         head.weight.copy_(weight.view_as(head.weight))

@@ -1,17 +1,19 @@
-"""What the configurations of all pretraining methods share: a ViTMSN encoder and a projection head."""
+"""Bases of the configurations: an encoder and a projection head; for methods with labels also networks of timm."""
 
+import dataclasses
 from dataclasses import field
-from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTMSNConfig
+
+from ..checks import check_choice, check_integer, check_number
 
 
 @strict
 class PretrainingConfig(ViTMSNConfig):
     r"""
-    Base of the configurations of pretraining methods. The fields of `ViTMSNConfig` describe a ViT encoder (by default
-    ViT-B/16); methods add theirs.
+    Base of the configurations of pretraining methods. The fields of `ViTMSNConfig` describe a ViT encoder, by default
+    ViT-B/16; each method adds its own.
 
     Args:
         projection_hidden_dim (`int`, *optional*, defaults to 2048): Width of the projection head's two hidden layers.
@@ -20,17 +22,9 @@ class PretrainingConfig(ViTMSNConfig):
         temperature (`float`, *optional*, defaults to 0.1): tau of the similarities, > 0.
 
     Raises:
-        ValueError: If a value breaks its rule; the message has value, rule and remedy. (A value of the wrong type
-            raises transformers' own `StrictDataclassFieldValidationError`.)
+        ValueError: If a value is out of range. (A value of the wrong type raises transformers'
+            `StrictDataclassFieldValidationError`.)
     """
-
-    # Fields that a plain ViTMSNConfig does not have.
-    pretraining_fields: ClassVar[tuple[str, ...]] = (
-        "projection_hidden_dim",
-        "projection_dim",
-        "projection_batch_norm",
-        "temperature",
-    )
 
     projection_hidden_dim: int = field(
         default=2048, metadata={"help": "Width of the projection head's hidden layers."}
@@ -41,48 +35,93 @@ class PretrainingConfig(ViTMSNConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in ("projection_dim", "projection_hidden_dim"):
-            self._check_at_least_1(name)
-        self._check_temperature("temperature")
+        check_integer("projection_dim", self.projection_dim)
+        check_integer("projection_hidden_dim", self.projection_hidden_dim)
+        check_number("temperature", self.temperature, above=0, remedy="The papers use 0.1.")
 
     @property
     def num_patches(self) -> int:
         """Patches of a global view."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def prediction_width(self) -> int:
+        """Hidden width of the prediction head, in methods that have one."""
+        return self.projection_dim // 4 if self.prediction_hidden_dim is None else self.prediction_hidden_dim
+
     def to_vit_msn_config(self) -> ViTMSNConfig:
-        """The configuration of the encoder alone, which plain `transformers` can read."""
-        fields = {key: value for key, value in self.to_dict().items() if key not in self.pretraining_fields}
-        for key in ("model_type", "architectures", "transformers_version", "dtype"):
-            fields.pop(key, None)
-        return ViTMSNConfig(**fields)
+        """Return the configuration of the encoder alone, which plain `transformers` can read."""
+        own = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(ViTMSNConfig)}
+        own |= {"model_type", "architectures", "transformers_version", "dtype"}
+        return ViTMSNConfig(**{name: value for name, value in self.to_dict().items() if name not in own})
 
     def _check_vit(self) -> None:
         for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int):
-                raise ValueError(f"`{name}` must be one number, for square images and patches, but is {value}.")
-        if not 1 <= self.patch_size <= self.image_size or self.image_size % self.patch_size:
+            check_integer(name, getattr(self, name), remedy="Images and patches are square.")
+        if self.image_size % self.patch_size:
             raise ValueError(
-                f"`image_size` must be a multiple of `patch_size`, at least one patch, but they are {self.image_size} "
-                f"and {self.patch_size}. Change one of them."
+                f"`image_size` must be a multiple of `patch_size`, but they are {self.image_size} and "
+                f"{self.patch_size}. Change one of them."
             )
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_attention_heads`, but they are {self.hidden_size} and "
-                f"{self.num_attention_heads}. ViTs have 64 dimensions a head."
+                f"{self.num_attention_heads}. ViTs have 64 dimensions per head."
             )
 
-    def _check_at_least_1(self, name: str) -> None:
-        if getattr(self, name) < 1:
-            raise ValueError(f"`{name}` must be >= 1, but is {getattr(self, name)}.")
-
-    def _check_at_least_0(self, name: str) -> None:
-        if not getattr(self, name) >= 0:
-            raise ValueError(f"`{name}` must be >= 0, but is {getattr(self, name)}.")
-
-    def _check_temperature(self, name: str) -> None:
-        if not getattr(self, name) > 0:
+    def _check_prediction_head(self) -> None:
+        if self.prediction_head and self.prediction_width < 1:
             raise ValueError(
-                f"`{name}` must be > 0, but is {getattr(self, name)}. The papers have tau = 0.1 and T = 0.25."
+                "The hidden width of the prediction head, `prediction_hidden_dim` or else `projection_dim` // 4, must "
+                f"be >= 1, but they are {self.prediction_hidden_dim} and {self.projection_dim}. Set "
+                "`prediction_hidden_dim`."
             )
+
+
+@strict
+class SemiSupervisedConfig(PretrainingConfig):
+    r"""
+    Base of [`PAWSConfig`] and [`SuNCEtConfig`]: the encoder is a ViTMSN, described by the fields of `ViTMSNConfig`,
+    or, with `timm_model`, any network of timm.
+
+    Args:
+        timm_model (`str`, *optional*): Name of a timm architecture, such as "resnet50", to use as encoder; also
+            "paws_wide_resnet" (WideResNet-28-2) and "paws_resnet" (a widened ResNet). The fields of the ViT are then
+            ignored.
+        timm_options (`dict`, *optional*): Arguments of `timm.create_model` beside the name, such as
+            `{"drop_path_rate": 0.1}`. A ViT of timm needs `{"dynamic_img_size": True}` for small crops.
+        small_image_stem (`bool`, *optional*, defaults to `False`):
+            For a ResNet of timm: a 3x3 convolution of stride 1 without pooling replaces the stem that divides the
+            sides by 4, as is usual for images of 32 pixels.
+        projection_activation (`str`, *optional*, defaults to `"relu"`): "relu" or "gelu", in both heads.
+        label_smoothing (`float`, *optional*, defaults to 0.0): eps, in [0, 1): a fraction eps of each support's label
+            is spread evenly over the classes of the support.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    timm_model: str | None = field(
+        default=None, metadata={"help": "A timm architecture as the encoder, such as resnet50, instead of a ViT."}
+    )
+    timm_options: dict | None = field(
+        default=None, metadata={"help": "Arguments of timm.create_model, as JSON on the command line."}
+    )
+    small_image_stem: bool = field(
+        default=False,
+        metadata={"help": "For timm ResNets and small images: a 3x3 stem of stride 1 without pooling."},
+    )
+    projection_activation: str = field(default="relu", metadata={"help": "Activation of the heads: relu or gelu."})
+    label_smoothing: float | int = field(default=0.0, metadata={"help": "Smoothing of the supports' labels, eps."})
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.timm_model is None:
+            self._check_vit()
+            if self.timm_options or self.small_image_stem:
+                raise ValueError(
+                    f"`timm_options` and `small_image_stem` need `timm_model`, but are {self.timm_options} and "
+                    f"{self.small_image_stem} without it. Set `timm_model`, or leave them out."
+                )
+        check_choice("projection_activation", self.projection_activation, ("relu", "gelu"))
+        check_number("label_smoothing", self.label_smoothing, minimum=0, below=1, remedy="PAWS uses 0.1.")

@@ -1,8 +1,8 @@
-"""Configuration of SimCLR + SuNCEt: what changes the forward pass."""
+"""Configuration of SimCLR + SuNCEt: the settings of the forward pass."""
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_semi_supervised import SemiSupervisedConfig
+from .configuration_pretraining import SemiSupervisedConfig
 
 
 @strict

@@ -1,4 +1,4 @@
-"""Heads between an encoder and a loss. They are thrown away after pretraining."""
+"""Heads between an encoder and a loss. They are discarded after pretraining."""
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ class ProjectionHead(nn.Module):
         input_dim (`int`): Width of the encoder.
         hidden_dim (`int`): Width of the two hidden layers.
         output_dim (`int`): Dimension of the projections, D.
-        batch_norm (`bool`, *optional*, defaults to `True`): Without it, nothing mixes the images of a batch.
-        activation (`str`, *optional*, defaults to `"gelu"`): "gelu", as MSN has, or "relu", as PAWS has.
+        batch_norm (`bool`, *optional*, defaults to `True`): Without it the images of a batch do not interact.
+        activation (`str`, *optional*, defaults to `"gelu"`): "gelu", as in MSN, or "relu", as in PAWS.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class PredictionHead(nn.Module):
     """Batch normalisation, linear, batch normalisation, activation, linear: `(N, dim)` -> `(N, dim)`.
 
     Args:
-        dim (`int`): Dimension of the projections, which the predictions share.
-        hidden_dim (`int`): Width in between; PAWS has a quarter of `dim`.
-        batch_norm (`bool`, *optional*, defaults to `True`): Without it, nothing mixes the images of a batch.
+        dim (`int`): Dimension of the projections and of the predictions.
+        hidden_dim (`int`): Width of the hidden layer; a quarter of `dim` in PAWS.
+        batch_norm (`bool`, *optional*, defaults to `True`): Without it the images of a batch do not interact.
         activation (`str`, *optional*, defaults to `"relu"`): "relu" or "gelu".
     """
 

@@ -9,12 +9,14 @@ from transformers import AutoConfig, AutoModelForPreTraining
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from ..checks import check_number
 from ..distributed.collectives import rank
 from ..losses.msn import msn_loss
 from .configuration_msn import MSNConfig
-from .heads import ProjectionHead
+from .encoder import PatchDroppingViTMSNModel
+from .heads import PredictionHead, ProjectionHead
+from .masking import draw_kept_patches
 from .modeling_pretraining import PretrainingModel
-from .patch_dropping import PatchDroppingViTMSNModel, draw_kept_patches
 
 
 @dataclass
@@ -40,13 +42,15 @@ class MSNForPreTraining(PretrainingModel):
     """Online and target encoder, their projection heads and the prototypes, with the loss of MSN.
 
     Two calls are enough for any loop: `model(**batch).loss`, and after the optimizer step
-    `model.update_target(momentum)`. All that a run needs to go on is in the state dict, the state of the mask draws
-    included.
+    `model.update_target(momentum)`. The state dict holds everything that a run needs to continue, the state of the
+    mask draws included.
 
     Attributes:
         encoder, target_encoder ([`PatchDroppingViTMSNModel`]): f and its exponential moving average.
         projection_head, target_projection_head ([`ProjectionHead`]): h and its exponential moving average.
-        prototypes (`nn.Parameter` of shape `(K, D)`): Learnt with the online encoder.
+        prediction_head, target_prediction_head ([`PredictionHead`] or `None`): The anchors are compared after it, the
+            targets before it: the average is kept only because checkpoints of the authors hold it.
+        prototypes (`nn.Parameter` of shape `(K, D)`): Trained with the online encoder.
     """
 
     config_class = MSNConfig
@@ -54,22 +58,21 @@ class MSNForPreTraining(PretrainingModel):
 
     def __init__(self, config: MSNConfig):
         super().__init__(config)
-        head = (
-            config.hidden_size,
-            config.projection_hidden_dim,
-            config.projection_dim,
-            config.projection_batch_norm,
-        )
+        batch_norm, dim = config.projection_batch_norm, config.projection_dim
+        head = (config.hidden_size, config.projection_hidden_dim, dim, batch_norm)
         self.encoder = PatchDroppingViTMSNModel(config)
         self.projection_head = ProjectionHead(*head)
         self.target_encoder = PatchDroppingViTMSNModel(config)
         self.target_projection_head = ProjectionHead(*head)
-        self.prototypes = nn.Parameter(torch.empty(config.num_prototypes, config.projection_dim))
+        self.prediction_head = self.target_prediction_head = None
+        if config.prediction_head:
+            self.prediction_head = PredictionHead(dim, config.prediction_width, batch_norm, "gelu")
+            self.target_prediction_head = PredictionHead(dim, config.prediction_width, batch_norm, "gelu")
+        self.prototypes = nn.Parameter(torch.empty(config.num_prototypes, dim))
         # Seed of the masks and number of draws so far. In the state dict, so that a resumed run draws what comes next.
         self.register_buffer("mask_state", torch.zeros(2, dtype=torch.int64))
-        self._mask_draw = (
-            None  # the host's copy of mask_state, read lazily: reading a GPU tensor each step would stall it
-        )
+        # The host's copy of mask_state, read on demand: reading a GPU tensor at each step would stall it.
+        self._mask_draw = None
         self.register_load_state_dict_post_hook(_forget_mask_draw)
         self.post_init()
         self.update_target(0.0)
@@ -85,17 +88,7 @@ class MSNForPreTraining(PretrainingModel):
 
     @classmethod
     def from_backbone(cls, name_or_path: str | Path, **config_fields) -> "MSNForPreTraining":
-        """Starts from a pretrained trunk, as every pretraining model does: both encoders get its weights.
-
-        Args:
-            name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", or of
-                a pretraining model of this package, whose evaluated encoder is taken.
-            **config_fields: Fields of [`MSNConfig`] that differ from the trunk's or from the defaults. With another
-                `image_size` the position embeddings are interpolated.
-
-        Raises:
-            ValueError: If the checkpoint is of another architecture, or a field would change the shape of the trunk.
-        """
+        """Start from a pretrained ViTMSN, as `PretrainingModel.from_backbone`: both encoders get its weights."""
         model = super().from_backbone(name_or_path, **config_fields)
         model.update_target(0.0)
         return model
@@ -117,26 +110,26 @@ class MSNForPreTraining(PretrainingModel):
         Raises:
             ValueError: If there is neither an anchor nor a focal view, or a shape does not fit.
         """
-        batch_size = pixel_values.shape[0]
-        views = [view for view in (anchor_pixel_values, focal_pixel_values) if view is not None and view.shape[1] > 0]
-        if not views or any(view.ndim != 5 or view.shape[0] != batch_size for view in views):
-            shapes = [
-                None if view is None else tuple(view.shape) for view in (anchor_pixel_values, focal_pixel_values)
-            ]
+        given = {"anchor_pixel_values": anchor_pixel_values, "focal_pixel_values": focal_pixel_values}
+        views = {name: view for name, view in given.items() if view is not None and view.shape[1] > 0}
+        batch_size = len(pixel_values)
+        if not views or any(view.ndim != 5 or len(view) != batch_size for view in views.values()):
             raise ValueError(
-                "MSN needs at least one anchor or focal view an image, `anchor_pixel_values` (B, V, C, H, W) or "
-                f"`focal_pixel_values` (B, F, C, h, w), with B = {batch_size} as in `pixel_values`, but got {shapes}."
+                "MSN needs at least one anchor or focal view per image, `anchor_pixel_values` (B, V, C, H, W) or "
+                f"`focal_pixel_values` (B, F, C, h, w), with B = {batch_size} as in `pixel_values`, but got "
+                f"{[None if view is None else tuple(view.shape) for view in given.values()]}."
             )
 
         features = []
-        if anchor_pixel_values is not None and anchor_pixel_values.shape[1] > 0:
-            anchors = anchor_pixel_values.transpose(0, 1).flatten(0, 1)
-            features.append(self._cls(self.encoder, anchors, self._draw_kept_patches(anchors)))
-        if focal_pixel_values is not None and focal_pixel_values.shape[1] > 0:
-            features.append(self._cls(self.encoder, focal_pixel_values.transpose(0, 1).flatten(0, 1)))
+        for name, view in views.items():
+            images = view.transpose(0, 1).flatten(0, 1)  # view-major
+            kept_patches = self._draw_kept_patches(images) if name == "anchor_pixel_values" else None
+            features.append(self._cls(self.encoder, images, kept_patches))
         anchor_projections = self.projection_head(torch.cat(features))
+        if self.prediction_head is not None:
+            anchor_projections = self.prediction_head(anchor_projections)
         with torch.no_grad():
-            target_projections = self.target_projection_head(self._cls(self.target_encoder, pixel_values))
+            target_projections = self.project(pixel_values)
 
         output = msn_loss(
             anchor_projections,
@@ -165,39 +158,40 @@ class MSNForPreTraining(PretrainingModel):
         return self.target_encoder
 
     def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projections of the target: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        """Return projections of the target: `(B, C, H, W)` -> `(B, projection_dim)`."""
         return self.target_projection_head(self._cls(self.target_encoder, pixel_values))
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """theta_target <- momentum * theta_target + (1 - momentum) * theta, for encoder and head.
+        """theta_target <- momentum * theta_target + (1 - momentum) * theta, for encoder and heads.
 
         Parameters only: the running statistics of batch normalisation follow the target's own forward passes.
 
         Raises:
             ValueError: If `momentum` is outside [0, 1].
         """
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"`momentum` must be in [0, 1], but is {momentum}. The paper goes from 0.996 to 1.")
-        target = [*self.target_encoder.parameters(), *self.target_projection_head.parameters()]
-        online = [*self.encoder.parameters(), *self.projection_head.parameters()]
-        torch._foreach_lerp_(target, online, 1.0 - momentum)
+        check_number("momentum", momentum, minimum=0, maximum=1, remedy="The paper goes from 0.996 to 1.")
+        online = [self.encoder, self.projection_head, self.prediction_head]
+        torch._foreach_lerp_(_parameters(self._target_modules()), _parameters(online), 1.0 - momentum)
 
     def _after_loading(self) -> None:
         self._freeze_target()
 
     def _freeze_target(self) -> None:
-        self.target_encoder.requires_grad_(False)
-        self.target_projection_head.requires_grad_(False)
+        for parameter in _parameters(self._target_modules()):
+            parameter.requires_grad_(False)
+
+    def _target_modules(self) -> list[nn.Module | None]:
+        return [self.target_encoder, self.target_projection_head, self.target_prediction_head]
 
     @torch.no_grad()
     def seed_masks(self, seed: int) -> None:
-        """Starts the sequence of mask draws anew from `seed`; each rank then draws its own."""
+        """Restart the sequence of mask draws from `seed`. Each rank draws its own."""
         self.mask_state.copy_(torch.tensor([seed, 0]))
         self._mask_draw = None
 
     def compile_encoders(self, **kwargs) -> None:
-        """`torch.compile` on both encoders, in place: the state dict stays as it is. `kwargs` go to `compile`."""
+        """Compile both encoders in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
         self.encoder.compile(**kwargs)
         self.target_encoder.compile(**kwargs)
 
@@ -220,10 +214,14 @@ class MSNForPreTraining(PretrainingModel):
             seed=(seed, 0 if self.config.shared_mask else rank(), draw),
             shared=self.config.shared_mask,
         )
-        if self.training:  # an evaluation in between leaves the sequence of training as it is
+        if self.training:  # an evaluation does not advance the sequence
             self._mask_draw = (seed, draw + 1)
             self.mask_state[1].fill_(draw + 1)
         return kept.to(pixel_values.device, non_blocking=True)
+
+
+def _parameters(modules: list[nn.Module | None]) -> list[nn.Parameter]:
+    return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
 def _forget_mask_draw(model: MSNForPreTraining, incompatible_keys) -> None:

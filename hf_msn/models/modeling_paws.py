@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 from ..losses.paws import paws_loss
 from .configuration_paws import PAWSConfig
 from .heads import PredictionHead
-from .modeling_semi_supervised import SemiSupervisedModel
+from .modeling_pretraining import SemiSupervisedModel, check_support, check_two_views
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PAWSForPreTrainingOutput(ModelOutput):
 
 
 class PAWSForPreTraining(SemiSupervisedModel):
-    """Encoder, projection head and, if asked for, prediction head, with the loss of PAWS.
+    """Encoder, projection head and optional prediction head, with the loss of PAWS.
 
     `model(**batch, **support).loss` is enough for any loop; `batch` from a [`MultiViewCollator`], `support` from a
     support loader.
@@ -78,8 +78,8 @@ class PAWSForPreTraining(SemiSupervisedModel):
         Raises:
             ValueError: If there are not two global views, or no support, or a shape does not fit.
         """
-        self._check_views(pixel_values, anchor_pixel_values, "PAWS")
-        self._check_support(support_pixel_values, support_labels)
+        check_two_views(pixel_values, anchor_pixel_values)
+        check_support(support_pixel_values, support_labels)
         views = [pixel_values, anchor_pixel_values[:, 0]]
         num_small_crops = 0 if focal_pixel_values is None else focal_pixel_values.shape[1]
         if num_small_crops:

@@ -1,16 +1,30 @@
-"""What the models of all pretraining methods share: how weights start, and how checkpoints load."""
+"""Bases of the pretraining models: initial weights and loading; for methods with labels also support sets."""
 
 import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .configuration_pretraining import PretrainingConfig
-from .patch_dropping import PatchDroppingViTMSNModel
-from .trunks import copy_trunk, fields_for, load_trunk
+from ..distributed.batch_norm import track_statistics_once
+from ..distributed.collectives import all_gather_cat
+from .configuration_pretraining import PretrainingConfig, SemiSupervisedConfig
+from .encoder import PatchDroppingViTMSNModel
+from .heads import ProjectionHead
+from .pretrained_encoders import build_encoder, copy_encoder, load_encoder, select_fields
+
+_LOCATION_ARGUMENTS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "subfolder",
+    "force_download",
+    "proxies",
+)
 
 
 class PretrainingModel(PreTrainedModel):
@@ -30,75 +44,182 @@ class PretrainingModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    trunk_from: str | None = None  # the argument of `from_backbone`
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        # A ViTMSN initialises its own layers, and transformers skips a module without parameters of its own, as a head
-        # is: what comes here beside the layers of a timm encoder are the layers of the heads.
-        if getattr(module, "_is_of_timm", False):
-            # Its weights are as timm drew them. Tables that no checkpoint holds must be made after loading.
-            if hasattr(module, "init_non_persistent_buffers"):
-                module.init_non_persistent_buffers()
-            return
+        # Called for the layers of the heads: a ViTMSN initialises its own layers.
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
-            # As torch.nn.Linear does by itself; transformers' narrow normal distribution is meant for the encoder.
+            # torch's own initialisation; the narrow normal distribution of transformers is meant for the encoder
             bound = module.in_features**-0.5
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             init.uniform_(module.bias, -bound, bound)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint of another method, or without some weights, is an error, not a warning.
+        """Load a checkpoint as transformers does, but raise where it would leave weights at random values.
 
         Raises:
-            ValueError: If the checkpoint is of another architecture.
+            ValueError: If the checkpoint is of another method, or lacks weights.
         """
-        found, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **_where(kwargs))
-        if found.get("model_type", cls.config_class.model_type) != cls.config_class.model_type:
+        where = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
+        fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
+        remedy = f"To start from its encoder, call `{cls.__name__}.from_backbone`."
+        if fields.get("model_type", cls.config_class.model_type) != cls.config_class.model_type:
             raise ValueError(
-                f"'{pretrained_model_name_or_path}' is a checkpoint of type '{found['model_type']}', but "
-                f"{cls.__name__} is of type '{cls.config_class.model_type}'. To start from its trunk, call "
-                f"`{cls.__name__}.from_backbone`."
+                f"'{pretrained_model_name_or_path}' is a checkpoint of type '{fields['model_type']}', but "
+                f"{cls.__name__} is of type '{cls.config_class.model_type}'. {remedy}"
             )
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
                 f"'{pretrained_model_name_or_path}' is not a checkpoint of {cls.__name__}: {len(missing)} tensors are "
-                f"missing, first {missing[:3]}. To start from the trunk of another model, call "
-                f"`{cls.__name__}.from_backbone`."
+                f"missing, first {missing[:3]}. {remedy}"
             )
         model._after_loading()
         return (model, info) if output_loading_info else model
 
-    trunk_from: str | None = None  # what `from_backbone` was given
-
     @classmethod
     def from_backbone(cls, name_or_path: str | Path, **config_fields):
-        """Starts from a pretrained trunk; the heads are fresh.
+        """Start from a pretrained encoder; the heads are fresh.
 
         Args:
             name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, such as "facebook/vit-msn-small", of a
                 network in timm's form, of a classifier on one of these, or of a pretraining model of this package,
                 whose evaluated encoder is taken; or "timm:resnet50", with timm's released weights.
-            **config_fields: Fields of the configuration that differ from the trunk's or from the defaults.
+            **config_fields: Fields of the configuration that differ from the checkpoint's or from the defaults. With
+                another `image_size` the position embeddings of a ViTMSN are interpolated.
 
         Raises:
-            ValueError: If the checkpoint is of another architecture, or a field would change the shape of the trunk.
+            ValueError: If the checkpoint is of another architecture, or a field changes the shape of the encoder.
         """
-        trunk, fields = load_trunk(name_or_path)
-        fields = fields_for(cls.config_class, fields, name_or_path)
+        encoder, fields = load_encoder(name_or_path)
+        fields = select_fields(cls.config_class, fields, name_or_path)
         model = cls(cls.config_class(**{**fields, **config_fields}))
-        copy_trunk(trunk, model.encoder, model.config, fields, name_or_path)
+        copy_encoder(encoder, model.encoder, model.config, fields, name_or_path)
         model.trunk_from = str(name_or_path)
         return model
 
     def _after_loading(self) -> None:
-        """What a method puts right after `from_pretrained`, which makes every floating-point parameter trainable."""
+        """Called after `from_pretrained`, which makes every floating-point parameter trainable."""
 
 
-def _where(kwargs: dict) -> dict:
-    """Those of the arguments of `from_pretrained` that say where a checkpoint is."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
-    return {name: kwargs[name] for name in names if name in kwargs}
+class SemiSupervisedModel(PretrainingModel):
+    """Base of [`PAWSForPreTraining`] and [`SuNCEtForPreTraining`]: any encoder, a projection head, a support set.
+
+    Attributes:
+        encoder ([`PatchDroppingViTMSNModel`] or a network of timm): f.
+        projection_head ([`ProjectionHead`]): h.
+    """
+
+    config: SemiSupervisedConfig
+
+    def __init__(self, config: SemiSupervisedConfig):
+        super().__init__(config)
+        self.encoder, width = build_encoder(config)
+        self._timm_modules = set() if config.timm_model is None else set(self.encoder.modules())
+        self.projection_head = ProjectionHead(
+            width,
+            config.projection_hidden_dim,
+            config.projection_dim,
+            config.projection_batch_norm,
+            config.projection_activation,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if module not in self._timm_modules:
+            super()._init_weights(module)
+        elif hasattr(module, "init_non_persistent_buffers"):  # timm drew the weights; no checkpoint holds these
+            module.init_non_persistent_buffers()
+
+    @property
+    def evaluation_encoder(self) -> nn.Module:
+        """The encoder whose features are evaluated: there is only one."""
+        return self.encoder
+
+    def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return projections, in which images are compared: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        return self.projection_head(self._features(pixel_values))
+
+    def compile_encoders(self, **kwargs) -> None:
+        """Compile the encoder in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
+        self.encoder.compile(**kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        if self.config.timm_model is None:
+            return super()._set_gradient_checkpointing(enable, **kwargs)
+        try:
+            self.encoder.set_grad_checkpointing(enable)
+        except AssertionError as error:  # timm's report of an unsupported network
+            raise ValueError(
+                f"`activation_checkpointing` is on, but timm has none for {self.config.timm_model!r}. Leave it off, "
+                "or choose another `timm_model`."
+            ) from error
+        if enable:
+            track_statistics_once(self.encoder)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.encoder, PatchDroppingViTMSNModel):
+            return self.encoder(pixel_values, cls_only=True).last_hidden_state[:, 0]
+        return self.encoder(pixel_values)
+
+    def _project_together(self, groups: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the projections of each group of images.
+
+        Images of one size share a pass of the encoder, and all share one pass of the head: batch normalisation in the
+        encoder sees all images of one size, in the head all images.
+        """
+        sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
+        order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
+        features = [
+            self._features(torch.cat([group for group in groups if group.shape[-2:] == size])) for size in sizes
+        ]
+        parts = self.projection_head(torch.cat(features)).split([len(groups[place]) for place in order])
+        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]
+
+    def _label_rows(self, support_labels: torch.Tensor) -> torch.Tensor:
+        """Return smoothed one-hot rows of this rank's supports, one column per class in the support of **all** ranks.
+
+        With C classes in the support, a row has 1 - eps + eps / C at its class and eps / C elsewhere.
+        """
+        if support_labels.ndim != 1 or support_labels.is_floating_point() or support_labels.dtype == torch.bool:
+            raise ValueError(
+                "`support_labels` must be one class number per support, (S,), but has shape "
+                f"{tuple(support_labels.shape)} and type {support_labels.dtype}."
+            )
+        classes = torch.unique(all_gather_cat(support_labels))
+        if classes[0] < 0:
+            raise ValueError(
+                f"`support_labels` must be class numbers >= 0, but one is {int(classes[0])}. Images without a label "
+                "cannot be supports."
+            )
+        weight = self.projection_head.fc1.weight
+        rows = F.one_hot(torch.searchsorted(classes, support_labels), len(classes))
+        rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # keeps a float64 model in float64
+        smoothing = self.config.label_smoothing
+        return rows * (1 - smoothing) + smoothing / len(classes)
+
+
+def check_two_views(pixel_values: torch.Tensor, anchor_pixel_values: torch.Tensor | None) -> None:
+    """Raise a `ValueError` unless each image has a second global view."""
+    wanted = (len(pixel_values), 1)
+    if anchor_pixel_values is None or anchor_pixel_values.ndim != 5 or anchor_pixel_values.shape[:2] != wanted:
+        shape = None if anchor_pixel_values is None else tuple(anchor_pixel_values.shape)
+        raise ValueError(
+            "Each image needs two global views, `pixel_values` (B, C, H, W) and `anchor_pixel_values` "
+            f"(B, 1, C, H, W) with B = {len(pixel_values)}, but `anchor_pixel_values` is {shape}. Set `anchor_views` "
+            "of the transform to 1."
+        )
+
+
+def check_support(support_pixel_values: torch.Tensor | None, support_labels: torch.Tensor | None) -> None:
+    """Raise a `ValueError` unless there are supports, and one label per support."""
+    shapes = [None if t is None else tuple(t.shape) for t in (support_pixel_values, support_labels)]
+    if None in shapes or shapes[0][0] != shapes[1][0] or shapes[0][0] == 0:
+        raise ValueError(
+            "The support needs `support_pixel_values` (S, C, H, W) and one label per image in `support_labels` (S,), "
+            f"with S >= 1, but they are {shapes[0]} and {shapes[1]}. A `support_loader` gives both."
+        )

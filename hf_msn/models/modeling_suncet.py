@@ -9,16 +9,16 @@ from transformers.utils import ModelOutput
 from ..losses.simclr import nt_xent_loss
 from ..losses.suncet import suncet_loss
 from .configuration_suncet import SuNCEtConfig
-from .modeling_semi_supervised import SemiSupervisedModel
+from .modeling_pretraining import SemiSupervisedModel, check_support, check_two_views
 
 
 @dataclass
 class SuNCEtForPreTrainingOutput(ModelOutput):
     """
     Args:
-        loss (`torch.Tensor`): Scalar, the total to minimise: the sum of the two that are there.
-        nt_xent (`torch.Tensor`, *optional*): Scalar, of the images without labels, in nats.
-        suncet (`torch.Tensor`, *optional*): Scalar, of the support, in nats.
+        loss (`torch.Tensor`): Scalar, the total to minimise: the sum of the other two.
+        nt_xent (`torch.Tensor`, *optional*): Scalar, the loss of the images without labels, in nats.
+        suncet (`torch.Tensor`, *optional*): Scalar, the loss of the support, in nats.
     """
 
     loss: torch.Tensor | None = None
@@ -29,8 +29,8 @@ class SuNCEtForPreTrainingOutput(ModelOutput):
 class SuNCEtForPreTraining(SemiSupervisedModel):
     """Encoder and projection head with the losses of SimCLR, on images without labels, and SuNCEt, on a support set.
 
-    Either half can be left out: without support it is SimCLR, without other images it is SuNCEt alone, which
-    fine-tunes an encoder on its labelled images.
+    Either half is optional: without support it is SimCLR; without other images it is SuNCEt, which fine-tunes an
+    encoder on labelled images.
 
     Attributes:
         encoder ([`PatchDroppingViTMSNModel`] or a network of timm): f.
@@ -59,16 +59,18 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
             support_labels (`torch.LongTensor` of shape `(S,)`, *optional*): Their class numbers, >= 0, in any order.
 
         Raises:
-            ValueError: If there is neither, views or support are incomplete, or a shape does not fit.
+            ValueError: If there are neither views nor support, one is incomplete, or a shape does not fit.
         """
         if pixel_values is None and support_pixel_values is None:
-            raise ValueError("There is nothing to learn from: give two views of images, a support, or both.")
+            raise ValueError(
+                "`pixel_values` and `support_pixel_values` are both None. Give two views, a support, or both."
+            )
         groups = []
         if support_pixel_values is not None or support_labels is not None:
-            self._check_support(support_pixel_values, support_labels)
+            check_support(support_pixel_values, support_labels)
             groups.append(support_pixel_values)
         if pixel_values is not None:
-            self._check_views(pixel_values, anchor_pixel_values, "SimCLR")
+            check_two_views(pixel_values, anchor_pixel_values)
             groups += [pixel_values, anchor_pixel_values[:, 0]]
         projections = self._project_together(groups)
 

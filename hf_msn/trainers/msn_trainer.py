@@ -7,8 +7,8 @@ from transformers.utils import logging
 
 from ..data.collators import MultiViewCollator
 from ..distributed.collectives import all_reduce_sum
+from ..models.masking import num_kept_patches
 from ..models.modeling_msn import MSNForPreTraining
-from ..models.patch_dropping import num_kept_patches
 from ..schedules import linear
 from .callbacks.update_target import UpdateTargetCallback
 from .msn_arguments import MSNTrainingArguments

@@ -13,7 +13,7 @@ from ..data.datasets import as_crops
 from ..data.labels import check_class_names
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader
-from ..models.modeling_semi_supervised import SemiSupervisedModel
+from ..models.modeling_pretraining import SemiSupervisedModel
 from .argument_names import SUPPORT_FIELDS, in_terms_of
 from .checkpoints import CheckpointError
 from .pretraining_trainer import PretrainingTrainer

@@ -13,7 +13,7 @@ from hf_msn.cli.pretrain import make_recipe
 from hf_msn.cli.recipe_files import RECIPES
 from hf_msn.models.modeling_paws import PAWSForPreTraining
 from hf_msn.models.modeling_suncet import SuNCEtForPreTraining
-from hf_msn.models.trunks import build_encoder
+from hf_msn.models.pretrained_encoders import build_encoder
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("finetune_"))
 

@@ -1,14 +1,14 @@
-"""Saving, loading, and starting from a released trunk."""
+"""Saving and loading MSN, and starting from a released encoder."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModelForPreTraining, ViTConfig, ViTModel, ViTMSNConfig, ViTMSNModel
+from transformers import AutoConfig, AutoModelForPreTraining, ViTMSNConfig, ViTMSNModel
 
 from hf_msn import MSNConfig, MSNForPreTraining
 
-PRETRAINED_LOSS_STEPS = 2
+STEPS = 2
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def trained():
     """A model whose every tensor differs from a fresh one: trunk, target, head, batch statistics, mask state."""
     model = tiny_model(seed=3)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for step in range(PRETRAINED_LOSS_STEPS):
+    for step in range(STEPS):
         model(**tiny_batch(seed=step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -51,11 +51,11 @@ def assert_same_state(found: torch.nn.Module, expected: torch.nn.Module) -> None
 
 @pytest.mark.parametrize("loader", [MSNForPreTraining, AutoModelForPreTraining])
 def test_a_round_trip_is_exact(trained, folder, loader):
-    loaded = loader.from_pretrained(folder)
-    assert type(loaded) is MSNForPreTraining
+    loaded, info = loader.from_pretrained(folder, output_loading_info=True)
+    assert type(loaded) is MSNForPreTraining and not info["missing_keys"]
     assert not loaded.training
     assert_same_state(loaded, trained)
-    assert loaded.mask_state.tolist() == [0, PRETRAINED_LOSS_STEPS]
+    assert loaded.mask_state.tolist() == [0, STEPS]
     batch = tiny_batch(seed=9)
     assert torch.equal(loaded(**batch).loss, trained.eval()(**batch).loss)
 
@@ -83,28 +83,22 @@ def test_another_dtype_leaves_the_mask_state_whole(folder):
     loaded = MSNForPreTraining.from_pretrained(folder, dtype=torch.bfloat16)
     assert loaded.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert loaded.mask_state.dtype == torch.int64
-    assert loaded.mask_state.tolist() == [0, PRETRAINED_LOSS_STEPS]
+    assert loaded.mask_state.tolist() == [0, STEPS]
 
 
-def test_loading_information_can_be_asked_for(folder):
-    model, info = MSNForPreTraining.from_pretrained(folder, output_loading_info=True)
-    assert type(model) is MSNForPreTraining
-    assert not info["missing_keys"]
-
-
-def test_a_plain_trunk_is_refused_with_the_remedy(trunk):
-    with pytest.raises(ValueError, match=r"of type 'vit_msn', but .* call `MSNForPreTraining.from_backbone`"):
+def test_from_pretrained_refuses_an_encoder_alone(trunk):
+    with pytest.raises(ValueError, match=r"vit_msn.*MSNForPreTraining.from_backbone"):
         MSNForPreTraining.from_pretrained(trunk[1])
 
 
 def test_a_checkpoint_without_prototypes_is_refused(folder):
     file = folder / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "prototypes"}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 tensors are missing, first \['prototypes'\]"):
+    with pytest.raises(ValueError, match="prototypes"):
         MSNForPreTraining.from_pretrained(folder)
 
 
-def test_both_encoders_start_from_a_released_trunk(trunk):
+def test_both_encoders_start_from_a_released_encoder(trunk):
     plain, path = trunk
     model = MSNForPreTraining.from_backbone(path, num_prototypes=8, projection_dim=16, projection_hidden_dim=32)
     images = tiny_batch()["pixel_values"]
@@ -139,32 +133,23 @@ def test_positions_are_interpolated_to_another_image_size(trunk):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"hidden_size": 64}, {"patch_size": 8}, {"num_hidden_layers": 3}, {"intermediate_size": 48}], ids=str
+    ("fields", "differing"),
+    [
+        ({"hidden_size": 64}, "embeddings.cls_token"),
+        ({"patch_size": 8}, "embeddings.patch_embeddings"),
+        ({"num_hidden_layers": 3}, "layers.2"),
+        ({"num_hidden_layers": 1}, "layers.1"),
+        ({"intermediate_size": 48}, "mlp.fc1"),
+        ({"num_prototypes": 0}, "num_prototypes"),
+    ],
+    ids=str,
 )
-def test_a_field_that_changes_the_shape_of_the_trunk_is_an_error(trunk, fields):
-    with pytest.raises(ValueError, match=r"does not fit the configuration: .* Leave `hidden_size`, `patch_size`"):
+def test_a_field_that_changes_the_shape_of_the_encoder_is_an_error(trunk, fields, differing):
+    with pytest.raises(ValueError, match=rf"(?s){differing}"):
         MSNForPreTraining.from_backbone(trunk[1], **fields)
 
 
-def test_fewer_layers_than_the_trunk_has_are_an_error_that_names_the_rest(trunk):
-    with pytest.raises(ValueError, match=r"16 tensors differ in shape or .* first \['layers.1.*Leave `hidden_size`"):
-        MSNForPreTraining.from_backbone(trunk[1], num_hidden_layers=1)
-
-
-def test_a_bad_field_is_an_error_of_the_configuration(trunk):
-    with pytest.raises(ValueError, match="`num_prototypes` must be >= 1, but is 0"):
-        MSNForPreTraining.from_backbone(trunk[1], num_prototypes=0)
-
-
-def test_a_trunk_of_another_architecture_is_an_error(tmp_path):
-    plain = tiny_config().to_vit_msn_config()
-    fields = {name: getattr(plain, name) for name in ("image_size", "patch_size", "hidden_size", "intermediate_size")}
-    ViTModel(ViTConfig(**fields, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"of type 'vit'"):
-        MSNForPreTraining.from_backbone(tmp_path)
-
-
-def test_other_settings_of_a_trunk_are_kept(tmp_path):
+def test_other_settings_of_the_encoder_are_kept(tmp_path):
     config = ViTMSNConfig(**{**tiny_config().to_vit_msn_config().to_dict(), "layer_norm_eps": 1e-3, "qkv_bias": False})
     plain = ViTMSNModel(config).eval()
     plain.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_msn import MSNConfig, MSNForPreTraining
 from hf_msn.models import onednn_linear
-from hf_msn.models.onednn_linear import OneDNNLinear, linear_of_all
+from hf_msn.models.onednn_linear import OneDNNLinear, joint_linear
 
 
 def layers_of(*sizes, bias=True):
@@ -16,11 +16,11 @@ def layers_of(*sizes, bias=True):
 
 
 def run(layers, input, autocast=False):
-    """Outputs, and the gradients of a weighted sum of them with respect to input and parameters."""
+    """Return outputs, and the gradients of a weighted sum of them with respect to input and parameters."""
     input = input.clone().requires_grad_()
     layers.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = linear_of_all(list(layers), input) if len(layers) > 1 else (layers[0](input),)
+        outputs = joint_linear(list(layers), input) if len(layers) > 1 else (layers[0](input),)
     weights = [torch.linspace(-1, 1, output.numel()).view(output.shape) for output in outputs]
     sum((output * weight).sum() for output, weight in zip(outputs, weights)).backward()
     return [output.detach() for output in outputs], [input.grad, *(p.grad for p in layers.parameters())]
@@ -28,7 +28,7 @@ def run(layers, input, autocast=False):
 
 @pytest.fixture
 def products(monkeypatch):
-    """Counts the products that oneDNN is asked for."""
+    """The shapes of the products that oneDNN computes."""
     count, product = [], onednn_linear._PRODUCT
 
     def counted(*args):
@@ -62,7 +62,7 @@ def test_under_autocast_they_are_those_of_autocast(sizes, products):
     exact, exact_gradients = run(layers_of(*sizes).double(), input.double())
     OneDNNLinear.replace_in(layers)
     outputs, gradients = run(layers, input, autocast=True)
-    assert len(products) == 1
+    assert len(products) == (1 if onednn_linear._HAS_BFLOAT16 else 0)  # without it torch's own products
     for ours, theirs, truth in zip(
         [*outputs, *gradients], [*expected, *gradients_expected], [*exact, *exact_gradients]
     ):
@@ -95,7 +95,7 @@ def test_frozen_parameters_and_inputs_get_no_gradient(products):
     assert len(products) == 1
 
 
-def test_elsewhere_it_is_the_plain_layer_to_the_bit(products):
+def test_outside_of_training_in_float32_it_is_the_plain_layer_bit_for_bit(products):
     small, large = layers_of((64, 128)), layers_of((192, 256))
     plain = layers_of((192, 256))[0]
     for layers in (small, large):
@@ -114,28 +114,8 @@ def test_layers_with_hooks_or_of_another_class_are_called_one_by_one(products):
     OneDNNLinear.replace_in(layers)
     seen = []
     layers[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    linear_of_all(list(layers), torch.ones(3, 192))
+    joint_linear(list(layers), torch.ones(3, 192))
     assert seen == [(3, 192)] and len(products) == 2
-
-
-def test_a_training_step_of_msn_has_the_losses_and_gradients_of_plain_layers(monkeypatch, products):
-    config = {"image_size": 32, "patch_size": 8, "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
-    views = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    results = []
-    for product in (onednn_linear._PRODUCT, None):
-        monkeypatch.setattr(onednn_linear, "_PRODUCT", product)
-        torch.manual_seed(0)
-        model = MSNForPreTraining(MSNConfig(**config, intermediate_size=768)).train()
-        loss = model(pixel_values=views, anchor_pixel_values=views.flip(3)[:, None]).loss
-        loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    assert len(products) > 20
-    (ours, our_gradients), (plain, gradients) = results
-    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert our_gradients.keys() == gradients.keys()
-    # of all at once: those of a key's bias, or of one before batch normalisation, are nothing but rounding
-    flat, our_flat = (torch.cat([g.flatten() for g in of.values()]) for of in (gradients, our_gradients))
-    assert (our_flat - flat).norm() < 1e-4 * flat.norm()
 
 
 def test_its_operations_are_counted():
@@ -150,18 +130,17 @@ def test_its_operations_are_counted():
     assert counts == [3 * 2 * 15 * 192 * 256] * 2
 
 
-def losses(monkeypatch, product, autocast=False, steps=8):
+def losses(monkeypatch, product, autocast=False):
     """Of a few steps of AdamW on the same views."""
     monkeypatch.setattr(onednn_linear, "_PRODUCT", product)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
-    model = MSNForPreTraining(
-        MSNConfig(image_size=32, patch_size=8, num_prototypes=64, mask_ratio=0.3, **sizes)
-    ).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    views = torch.randn(32, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 384}
+    heads = {"projection_hidden_dim": 64, "projection_dim": 32, "num_prototypes": 16}
+    model = MSNForPreTraining(MSNConfig(image_size=32, patch_size=8, mask_ratio=0.3, **encoder, **heads)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+    views = torch.randn(8, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     values = []
-    for _ in range(steps):
+    for _ in range(6):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(pixel_values=views[:, 0], anchor_pixel_values=views[:, 1:]).loss
         loss.backward()
@@ -172,8 +151,10 @@ def losses(monkeypatch, product, autocast=False, steps=8):
     return values
 
 
-def test_the_losses_of_a_training_stay_those_of_plain_layers(monkeypatch):
+def test_the_losses_of_a_training_are_those_of_plain_layers(monkeypatch, products):
     product = onednn_linear._PRODUCT
     plain = losses(monkeypatch, None)
+    assert max(plain) / min(plain) > 1.05 and not products
     assert losses(monkeypatch, product) == pytest.approx(plain, rel=1e-5)
-    assert losses(monkeypatch, product, autocast=True) == pytest.approx(plain, rel=0.01)
+    assert len(products) > 100
+    assert losses(monkeypatch, product, autocast=True) == pytest.approx(plain, rel=0.02)

@@ -1,14 +1,13 @@
-"""The encoder that drops patches, against the plain ViTMSNModel of transformers."""
+"""The encoder that drops patches and its faster layers, against the plain ViTMSNModel of transformers."""
 
-import fractions
 import math
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import tiny_batch, tiny_config, tiny_model
 from transformers import ViTMSNModel
 
-from hf_msn.models.patch_dropping import PatchDroppingViTMSNModel, draw_kept_patches, num_kept_patches
+from hf_msn.models.encoder import PatchDroppingViTMSNModel, batched_products
 
 PATCH = 4
 
@@ -53,7 +52,7 @@ def test_kept_patches_equal_the_plain_model_on_tokens_picked_by_hand(encoders, a
     )
 
 
-def test_what_is_dropped_cannot_be_seen(encoders):
+def test_dropped_patches_do_not_change_the_output(encoders):
     ours, _ = encoders
     kept = torch.tensor([[1, 2, 3, 6, 9]]).expand(3, -1)
     changed = images()
@@ -131,63 +130,109 @@ def test_cls_token_and_positions_are_drawn_where_the_plain_model_has_zeros():
     assert plain.position_embeddings.abs().max() == 0.0  # if this changes, ours need not draw any more
 
 
-@pytest.mark.parametrize(
-    ("image_size", "patch_size", "mask_ratio", "kept"),
-    [
-        (224, 16, 0.15, 166),  # S/16: floor(196 * 0.85)
-        (224, 16, 0.3, 137),  # B/16
-        (224, 16, 0.5, 98),  # L/16
-        (224, 8, 0.3, 548),  # B/8
-        (224, 4, 0.7, 940),  # B/4
-        (224, 7, 0.7, 307),  # L/7
-    ],
-)
-def test_number_of_kept_patches_for_the_sizes_of_the_paper(image_size, patch_size, mask_ratio, kept):
-    num_patches = (image_size // patch_size) ** 2
-    assert num_kept_patches(num_patches, mask_ratio) == kept
-    assert draw_kept_patches(2, num_patches, mask_ratio, seed=(0,)).shape == (2, kept)
+@pytest.fixture
+def encoder(encoders):
+    """Ours, in training mode."""
+    return encoders[0].train()
 
 
-def test_number_of_kept_patches_is_not_thrown_off_by_floating_point():
-    assert math.floor(10 * (1 - 0.9)) == 0  # what is to be avoided
-    for num_patches in (4, 10, 16, 49, 100, 196, 784, 1024, 3136):
-        for percent in range(100):
-            exact = num_patches * (1 - fractions.Fraction(percent, 100))
-            assert num_kept_patches(num_patches, percent / 100) == math.floor(exact)
+@pytest.fixture
+def pixel_values():
+    return images()
 
 
-def test_no_patch_is_kept_twice():
-    kept = draw_kept_patches(200, 16, 0.25, seed=(1, 2, 3))
-    assert kept.min() == 0
-    assert kept.max() == 15
-    assert all(len(set(row)) == 12 for row in kept.tolist())
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kept_patches", [None, torch.tensor([[0, 5, 9], [2, 3, 4], [15, 1, 0]])])
+def test_the_cls_alone_has_the_value_and_the_gradients_it_has_among_all_tokens(
+    encoder, pixel_values, kept_patches, attention
+):
+    encoder.set_attn_implementation(attention)
+    tolerance = 1e-12 if attention == "sdpa" else 1e-6  # the eager softmax is in float32
+    found = []
+    for cls_only in (False, True):
+        encoder.zero_grad()
+        cls = encoder(pixel_values, kept_patches=kept_patches, cls_only=cls_only).last_hidden_state[:, 0]
+        (cls * torch.arange(cls.numel()).view_as(cls)).sum().backward()
+        found.append({"": cls.detach(), **{name: p.grad for name, p in encoder.named_parameters()}})
+    everything, alone = found
+    scale = max(gradient.abs().max() for gradient in everything.values())
+    for name, value in alone.items():
+        assert (value - everything[name]).abs().max() <= tolerance * scale, name
 
 
-def test_every_patch_is_kept_equally_often():
-    # A patch is kept by Binomial(4000, 3 / 4) images: five standard deviations are 137.
-    counts = draw_kept_patches(4000, 16, 0.25, seed=(7,)).flatten().bincount(minlength=16)
-    assert (counts - 3000).abs().max() < 137
+def test_the_cls_alone_spares_the_other_tokens_of_the_last_layer(encoder, pixel_values):
+    tokens = {}
+    for number, layer in enumerate(encoder.layers):
+        for name in ("attention.q_proj", "attention.k_proj", "attention.o_proj", "mlp.fc1"):
+            layer.get_submodule(name).register_forward_hook(
+                lambda module, inputs, _, key=(number, name): tokens.update({key: inputs[0].shape[1]})
+            )
+    assert encoder(pixel_values, cls_only=True).last_hidden_state.shape == (3, 1, 32)
+    assert [tokens[0, name] for name in ("attention.q_proj", "attention.k_proj", "mlp.fc1")] == [17, 17, 17]
+    assert tokens[1, "attention.k_proj"] == 17
+    assert [tokens[1, name] for name in ("attention.q_proj", "attention.o_proj", "mlp.fc1")] == [1, 1, 1]
 
 
-def test_masks_differ_between_images_draws_ranks_and_seeds():
-    rows = [row for seed in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)) for row in draw(seed).tolist()]
-    assert len({tuple(sorted(row)) for row in rows}) == len(rows) == 32
+def test_the_model_asks_for_the_cls_alone():
+    model, tokens = tiny_model(), []
+    for encoder in (model.encoder, model.target_encoder):
+        encoder.layers[-1].mlp.register_forward_hook(lambda module, inputs, _: tokens.append(inputs[0].shape[1]))
+    model(**tiny_batch())
+    assert tokens == [1, 1, 1]  # anchors, focal views, target
 
 
-def draw(seed: tuple[int, ...]) -> torch.Tensor:
-    return draw_kept_patches(8, 64, 0.5, seed=seed)
+def test_the_cls_alone_and_an_attention_mask_are_an_error(encoder, pixel_values):
+    with pytest.raises(ValueError, match="`cls_only` takes no `attention_mask`"):
+        encoder(pixel_values, cls_only=True, attention_mask=torch.ones(3, 17))
 
 
-def test_a_shared_mask_is_one_for_all_images():
-    kept = draw_kept_patches(8, 64, 0.5, seed=(0, 0, 0), shared=True)
-    assert kept.shape == (8, 32)
-    assert torch.equal(kept, kept[:1].expand(8, -1))
+def test_batched_products_equal_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    found, _ = batched_products(None, query, key, value, None, dropout=0.0, scaling=0.5)
+    for image in range(2):
+        for token in range(5):
+            for head in range(3):
+                scores = [0.5 * float(query[image, head, token] @ key[image, head, other]) for other in range(5)]
+                total = sum(math.exp(score) for score in scores)
+                expected = sum(math.exp(score) / total * value[image, head, i] for i, score in enumerate(scores))
+                torch.testing.assert_close(found[image, token, head], expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_draw_depends_on_its_seed_alone_and_leaves_the_global_generator_alone():
-    torch.manual_seed(1)
-    first, state = draw((5, 0, 9)), torch.get_rng_state()
-    torch.rand(100)
-    assert torch.equal(draw((5, 0, 9)), first)
-    torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_batched_products_drop_as_many_weights_as_asked():
+    torch.manual_seed(0)
+    uniform = torch.zeros(1, 1, 100, 4)
+    found, _ = batched_products(None, uniform, uniform, torch.ones(1, 1, 100, 4), None, dropout=0.75, scaling=1.0)
+    assert found.mean().item() == pytest.approx(1.0, abs=0.1)  # what is kept is scaled up
+    assert found.std().item() == pytest.approx(math.sqrt(0.75 / 0.25 / 100), rel=0.3)
+
+
+def test_sixteen_bits_on_the_cpu_go_backward_without_the_flash_kernel():
+    batch = tiny_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = tiny_model(mask_ratio=0.0)
+        names = operators_of_the_graph(low(**batch).loss)
+    assert "ScaledDotProductFlashAttentionForCpuBackward0" not in names
+    full = tiny_model(mask_ratio=0.0)
+    assert "ScaledDotProductFlashAttentionForCpuBackward0" in operators_of_the_graph(full(**batch).loss)
+
+
+def test_without_gradients_sixteen_bits_equal_the_plain_model_bit_for_bit(encoder, pixel_values):
+    encoder = encoder.to(torch.bfloat16).eval()
+    plain = ViTMSNModel(tiny_config().to_vit_msn_config()).to(torch.bfloat16).eval()
+    plain.load_state_dict(encoder.state_dict())
+    pixel_values = pixel_values.to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(encoder(pixel_values).last_hidden_state, plain(pixel_values).last_hidden_state)
+
+
+def operators_of_the_graph(loss: torch.Tensor) -> set[str]:
+    """Names of all that `loss.backward()` will run."""
+    names, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            todo += [following for following, _ in node.next_functions]
+    return names

@@ -1,4 +1,4 @@
-"""Encoders to start from: what timm makes stays as timm made it; trunks of other checkpoints; errors."""
+"""New encoders and encoders of checkpoints: timm's initial weights, PAWS's networks, errors."""
 
 import pytest
 import timm
@@ -8,6 +8,7 @@ from tiny_semi_supervised import HEADS, RESNET18, RESNETV2, VIT, tiny_paws, tiny
 from transformers import BertConfig, BertModel, ViTMSNModel
 
 from hf_msn import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining
+from hf_msn.evaluation.backbones import is_timm_model
 
 ROPE = {
     "timm_model": "vit_small_patch16_rope_224",
@@ -56,12 +57,6 @@ def test_tables_that_no_checkpoint_holds_are_made_again(network, tmp_path):
     torch.testing.assert_close(loaded.project(images()), model.project(images()), rtol=1e-5, atol=1e-6)
 
 
-def test_a_trunk_that_is_not_there_is_named(tmp_path):
-    for name in (tmp_path, tmp_path / "typo"):
-        with pytest.raises(ValueError, match=r"trunk must be a folder .* cannot be loaded"):
-            PAWSForPreTraining.from_backbone(name)
-
-
 def test_layers_of_the_heads_start_as_torch_draws_them():
     head = new_paws(**RESNET18, prediction_head=True).prediction_head
     for linear in (head.fc1, head.fc2):
@@ -83,33 +78,57 @@ def test_the_small_stem_keeps_the_sides(network):
     assert sides == [32, 8]
     stem = small.encoder if network == "resnet18" else small.encoder.stem
     convolution = stem.conv1 if network == "resnet18" else stem.conv
-    # He's initialisation for what leaves the convolution.
+    # He initialisation by fan-out.
     deviation = (2 / (convolution.out_channels * 9)) ** 0.5
     assert convolution.weight.std().item() == pytest.approx(deviation, rel=0.2)
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
-        ({"timm_model": "resnet19"}, "'resnet19' is none. Similar ones: .*resnet"),
-        ({"timm_model": "qqq"}, "'qqq' is none. `timm.list_models"),
-        ({"timm_model": "resnet18", "timm_options": {"depht": 3}}, "do not fit 'resnet18': .*depht.*. Correct or"),
-        ({"timm_model": "resnet18", "timm_options": {"num_classes": 3}}, "do not fit 'resnet18': .*num_classes"),
-        (
-            {"timm_model": "test_vit", "timm_options": {"embed_dim": 30, "num_heads": 4}},
-            "do not fit 'test_vit': .*divisible",
-        ),
-        ({"timm_model": "test_vit", "small_image_stem": True}, "`small_image_stem` is for ResNets .* 'test_vit' has"),
+        ({"timm_model": "resnet19"}, r"'resnet19'.*Did you mean 'resnet\d+"),
+        ({"timm_model": "resnet18", "timm_options": {"depht": 3}}, "resnet18.*depht"),
+        ({"timm_model": "resnet18", "timm_options": {"num_classes": 3}}, "resnet18.*num_classes"),
+        ({"timm_model": "test_vit", "timm_options": {"embed_dim": 30, "num_heads": 4}}, "test_vit.*divisible"),
+        ({"timm_model": "test_vit", "small_image_stem": True}, "`small_image_stem`.*test_vit"),
     ],
 )
-def test_what_timm_cannot_make_is_said(fields, message):
+def test_a_network_that_timm_cannot_make_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         PAWSForPreTraining(PAWSConfig(**HEADS, **fields))
 
 
+@pytest.mark.parametrize("network", ["paws_wide_resnet", "paws_resnet"])
+def test_the_networks_of_paws_are_made_by_name_and_saved(network, tmp_path):
+    options = {"layers": [1, 1, 1], "channels": [4, 8, 8], "stem_channels": 4}
+    if network == "paws_resnet":
+        options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_channels": 24, "bottleneck": False}
+    model = new_paws(timm_model=network, timm_options=options)
+    assert model.encoder.conv1.out_channels == options["stem_channels"]
+    assert model.encoder(images()).shape == (2, 8)
+    assert is_timm_model(model.encoder)
+    model.save_pretrained(tmp_path)
+    loaded = PAWSForPreTraining.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.project(images()), model.project(images()))
+    assert SuNCEtForPreTraining.from_backbone(tmp_path).config.timm_model == network
+
+
+def test_the_defaults_of_the_networks_of_paws_are_those_of_the_paper():
+    encoder = timm.create_model("paws_wide_resnet")  # WideResNet-28-2
+    kernels = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert sum(kernel.kernel_size == (3, 3) for kernel in kernels) == 1 + 3 * 4 * 2
+    assert sum(p.numel() for p in encoder.parameters()) == 1_467_610 - 1_290 + 2_032  # no classifier, biases
+    wide, plain = timm.create_model("paws_resnet", num_classes=0), timm.create_model("resnet50", num_classes=0)
+    for (name, tensor), reference in zip(wide.named_parameters(), plain.parameters()):
+        wanted = [2 * size for size in reference.shape[:2]] + list(reference.shape[2:])
+        wanted[1:2] = [3] if name == "conv1.weight" else wanted[1:2]
+        assert list(tensor.shape) == wanted, name
+    assert wide.num_features == 4096
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Checkpoints of every kind that a trunk can be taken from, and one that it cannot."""
+    """Checkpoints of every kind that an encoder can be taken from."""
     torch.manual_seed(0)
     msn = tiny_model(**VIT)
     with torch.no_grad():  # target and online encoder differ
@@ -130,7 +149,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("target", [PAWSForPreTraining, SuNCEtForPreTraining])
 @pytest.mark.parametrize("source", ["msn", "paws", "vit_msn", "timm"])
-def test_the_evaluated_encoder_of_any_checkpoint_is_a_trunk(folders, source, target):
+def test_a_model_starts_from_the_evaluated_encoder_of_any_checkpoint(folders, source, target):
     folder, original = folders[source]
     torch.manual_seed(7)
     model = target.from_backbone(folder, projection_hidden_dim=24, projection_dim=12, temperature=0.3)
@@ -144,7 +163,7 @@ def test_the_evaluated_encoder_of_any_checkpoint_is_a_trunk(folders, source, tar
     assert model.projection_head.fc1.weight.shape == (24, model.projection_head.fc1.in_features)
 
 
-def test_a_trunk_of_paws_starts_msn_and_is_interpolated_for_other_images(folders):
+def test_msn_starts_from_an_encoder_of_paws_interpolated_for_other_images(folders):
     folder, original = folders["paws"]
     model = MSNForPreTraining.from_backbone(folder, num_prototypes=8)
     for encoder in (model.encoder, model.target_encoder):
@@ -159,8 +178,8 @@ def test_a_trunk_of_paws_starts_msn_and_is_interpolated_for_other_images(folders
     )
 
 
-def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"'resnetv2_18' of timm, but a MSNConfig has a ViTMSN. Use PAWS or SuNCEt"):
+def test_encoders_of_another_architecture_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"resnetv2_18.*MSNConfig"):
         MSNForPreTraining.from_backbone(folders["timm"][0])
     for source, fields in (
         ("paws", {"hidden_size": 32}),
@@ -168,23 +187,17 @@ def test_trunks_of_another_architecture_are_refused(folders, tmp_path):
         ("timm", {"timm_options": None}),
         ("msn", {"timm_model": "test_resnet"}),
     ):
-        with pytest.raises(ValueError, match=r"does not fit the configuration: .* Leave `"):
+        with pytest.raises(ValueError, match="does not fit"):
             PAWSForPreTraining.from_backbone(folders[source][0], **fields)
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=10, **settings)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'bert'"):
-        PAWSForPreTraining.from_backbone(tmp_path)
+    for name, message in ((tmp_path, "'bert'"), (tmp_path / "typo", "typo"), ("timm:resnet19", "'resnet19'")):
+        with pytest.raises(ValueError, match=message):
+            PAWSForPreTraining.from_backbone(name)
 
 
 def test_a_checkpoint_of_another_method_is_no_model_of_this_one(folders):
-    with pytest.raises(ValueError, match=r"of type 'paws', but MSNForPreTraining is of type 'msn'\. .*from_backbone"):
+    with pytest.raises(ValueError, match=r"'paws'.*MSNForPreTraining.from_backbone"):
         MSNForPreTraining.from_pretrained(folders["paws"][0])
-    with pytest.raises(ValueError, match=r"of type 'msn', but PAWSForPreTraining is of type 'paws'"):
+    with pytest.raises(ValueError, match=r"'msn'.*PAWSForPreTraining.from_backbone"):
         PAWSForPreTraining.from_pretrained(folders["msn"][0])  # whose online encoder would fit
-
-
-def test_an_unknown_name_of_timm_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"What follows 'timm:' must be an architecture of timm, but 'resnet19' is none. Similar"
-    ):
-        PAWSForPreTraining.from_backbone("timm:resnet19")

@@ -7,18 +7,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, TimmWrapperModel, ViTMSNModel
 
-from .configuration_pretraining import PretrainingConfig
-from .configuration_semi_supervised import SemiSupervisedConfig
-from .patch_dropping import PatchDroppingViTMSNModel
-
-_TIMM_FIELDS = ("timm_model", "timm_options", "small_image_stem")
+from ..checks import did_you_mean
+from .configuration_pretraining import PretrainingConfig, SemiSupervisedConfig
+from .encoder import PatchDroppingViTMSNModel
 
 
 def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
-    """A new encoder as `config` describes it, and the width of its features.
+    """Return a new encoder as `config` describes it, and the width of its features.
 
     Raises:
-        ValueError: If timm does not know the architecture or refuses an option, or it has no stem to make smaller.
+        ValueError: If timm does not know the architecture or rejects an option, or it has no stem to make smaller.
     """
     if config.timm_model is None:
         return PatchDroppingViTMSNModel(config), config.hidden_size
@@ -35,8 +33,8 @@ def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
     return encoder, getattr(encoder, "head_hidden_size", None) or encoder.num_features
 
 
-def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
-    """The encoder of a checkpoint, and the fields of its configuration that describe it.
+def load_encoder(name_or_path: str | Path) -> tuple[nn.Module, dict]:
+    """Return the encoder of a checkpoint, and the fields of its configuration that describe it.
 
     Args:
         name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, of a network of timm in timm's own form,
@@ -48,15 +46,14 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
     """
     if str(name_or_path).startswith("timm:"):
         name = str(name_or_path).removeprefix("timm:")
-        _check_name("What follows 'timm:'", name)
-        encoder = timm.create_model(name, pretrained=True, num_classes=0)
-        return encoder, {"timm_model": name}
+        _check_name("The name after 'timm:'", name)
+        return timm.create_model(name, pretrained=True, num_classes=0), {"timm_model": name}
     try:
         source = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The trunk must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but '{name_or_path}' "
-            f"cannot be loaded: {error}"
+            f"The backbone must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but "
+            f"'{name_or_path}' cannot be loaded: {error}"
         ) from error
     if isinstance(source, PretrainingConfig):
         encoder = AutoModelForPreTraining.from_pretrained(name_or_path).evaluation_encoder
@@ -67,7 +64,7 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
         return encoder, {"timm_model": source.architecture, "timm_options": source.model_args}
     else:
         raise ValueError(
-            "The trunk must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
+            "The backbone must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
             f"'{name_or_path}' is of type '{source.model_type}'."
         )
     fields = source.to_dict()
@@ -76,65 +73,55 @@ def load_trunk(name_or_path: str | Path) -> tuple[nn.Module, dict]:
     return encoder, fields
 
 
-def fields_for(config_class: type[PreTrainedConfig], fields: dict, name_or_path: str | Path) -> dict:
-    """Those of a trunk's fields that `config_class` has.
+def select_fields(config_class: type[PreTrainedConfig], fields: dict, name_or_path: str | Path) -> dict:
+    """Return those of an encoder's fields that `config_class` has.
 
     Raises:
-        ValueError: If the trunk is a network of timm and `config_class` describes ViTs only.
+        ValueError: If the encoder is a network of timm and `config_class` describes only ViTs.
     """
     if fields.get("timm_model") and not hasattr(config_class, "timm_model"):
         raise ValueError(
-            f"The trunk of '{name_or_path}' is '{fields['timm_model']}' of timm, but a {config_class.__name__} has a "
-            "ViTMSN. Use PAWS or SuNCEt for it."
+            f"The encoder of '{name_or_path}' is '{fields['timm_model']}' of timm, but a {config_class.__name__} has "
+            "a ViTMSN. Use PAWS or SuNCEt for it."
         )
     return {key: value for key, value in fields.items() if hasattr(config_class, key)}
 
 
-def copy_trunk(
-    trunk: nn.Module, encoder: nn.Module, config: PreTrainedConfig, fields: dict, name_or_path: str | Path
+def copy_encoder(
+    source: nn.Module, encoder: nn.Module, config: PreTrainedConfig, fields: dict, name_or_path: str | Path
 ) -> None:
-    """Copies the weights of a trunk into an encoder made from `config`, whose image size may be another.
+    """Copy the weights of `source` into an encoder made from `config`, interpolating the position embeddings.
 
     Raises:
-        ValueError: If they differ in architecture.
+        ValueError: If their architectures differ.
     """
-    weights = trunk.state_dict()
+    weights = source.state_dict()
     position_key = "embeddings.position_embeddings"
     if position_key in weights and config.patch_size == fields.get("patch_size"):
         num_tokens = 1 + config.num_patches
         if weights[position_key].shape[1] != num_tokens:
             like = weights[position_key].new_empty(1, num_tokens, weights[position_key].shape[2])
             side = config.image_size
-            weights[position_key] = trunk.embeddings.interpolate_pos_encoding(like, side, side).detach()
-    expected = encoder.state_dict()
-    wrong = [
-        key
-        for key in {**expected, **weights}
-        if key not in expected or key not in weights or weights[key].shape != expected[key].shape
-    ]
-    if wrong:
-        names = _TIMM_FIELDS if getattr(config, "timm_model", None) else None
-        names = names or ("hidden_size", "patch_size", "num_hidden_layers", "intermediate_size")
+            weights[position_key] = source.embeddings.interpolate_pos_encoding(like, side, side).detach()
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
         raise ValueError(
-            f"The trunk of '{name_or_path}' does not fit the configuration: {len(wrong)} tensors differ in shape or "
-            f"are only in one of them, first {wrong[:3]}. Leave {', '.join(f'`{name}`' for name in names)} as the "
-            "checkpoint has them."
-        )
-    encoder.load_state_dict(weights)
+            f"The encoder of '{name_or_path}' does not fit the configuration. Leave the fields that describe the "
+            f"encoder (`hidden_size`, `timm_options`, ...) as the checkpoint has them. {error}"
+        ) from error
 
 
 def _check_name(what: str, name: str) -> None:
-    if timm.is_model(name):
-        return
-    near = timm.list_models(f"*{name[:6]}*")[:5]
-    raise ValueError(
-        f"{what} must be an architecture of timm, but {name!r} is none."
-        + (f" Similar ones: {', '.join(near)}." if near else " `timm.list_models()` lists them.")
-    )
+    if not timm.is_model(name):
+        raise ValueError(
+            f"{what} must be an architecture of timm, but is {name!r}. `timm.list_models()` lists them. "
+            f"{did_you_mean(name, timm.list_models())}".rstrip()
+        )
 
 
 def _make_stem_small(encoder: nn.Module, name: str) -> None:
-    """A 3x3 convolution of stride 1 and no pooling, in place of a ResNet's 7x7 of stride 2 and pooling."""
+    """Replace a ResNet's stem, 7x7 of stride 2 and pooling, by a 3x3 convolution of stride 1 without pooling."""
     stem = encoder.stem if isinstance(getattr(encoder, "stem", None), nn.Sequential) else encoder
     convolution, pooling = ("conv", "pool") if stem is not encoder else ("conv1", "maxpool")
     old = getattr(stem, convolution, None)

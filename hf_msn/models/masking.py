@@ -1,0 +1,40 @@
+"""The draw of the patches that each anchor view keeps (MSN, section 3)."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
+    """Return floor(num_patches * (1 - mask_ratio)), correct also where floating point gives 10 * (1 - 0.9) < 1."""
+    return math.floor(num_patches * (1.0 - mask_ratio) + 1e-9)
+
+
+def draw_kept_patches(
+    batch_size: int, num_patches: int, mask_ratio: float, *, seed: tuple[int, ...], shared: bool = False
+) -> torch.Tensor:
+    """Draw the patches that each image keeps, uniformly and without replacement.
+
+    Args:
+        batch_size (`int`): Number of images, B.
+        num_patches (`int`): Patches per image, N.
+        mask_ratio (`float`): Fraction of the patches to drop, in [0, 1).
+        seed (`tuple[int, ...]`): (seed, rank, number of the draw). The draw depends on nothing else.
+        shared (`bool`, *optional*, defaults to `False`): One draw for all images instead of one per image.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, floor(N * (1 - mask_ratio)))`: Indices on the CPU, distinct within a row.
+
+    Raises:
+        ValueError: If no patch is left.
+    """
+    num_kept = num_kept_patches(num_patches, mask_ratio)
+    if num_kept < 1:
+        raise ValueError(
+            f"`mask_ratio` {mask_ratio} leaves none of the {num_patches} patches of a view. Lower it, or choose "
+            "larger views or a smaller `patch_size`."
+        )
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    keys = torch.rand(1 if shared else batch_size, num_patches, generator=generator)
+    return keys.argsort(dim=1)[:, :num_kept].expand(batch_size, -1)
