@@ -1,7 +1,8 @@
-"""The original networks, written plainly from the facts: functions of weights by their original names.
+"""The networks of the authors' code, written plainly as functions of weights by their original names.
 
-Pre-norm ViT with fused qkv, LayerNorm eps 1e-6 and exact GELU; ResNet with the stride in the 3x3; heads on top. Random
-weights and running statistics, so that nothing that is mixed up goes unseen.
+Pre-norm ViT with fused qkv, LayerNorm eps 1e-6 and exact GELU; ResNet with the stride in the 3x3; WideResNet with
+biases and the stride in the second convolution; heads on top. Weights and running statistics are random, so that
+exchanged tensors change the result.
 """
 
 import math
@@ -80,17 +81,18 @@ def add_heads(weights: dict, generator, width: int, hidden: int, dim: int, bn: b
 
 
 def resnet_weights(
-    seed: int = 0, blocks=(1, 1, 1, 1), channels=(8, 16, 24, 32), bottleneck=True, hidden=40, dim=24, pred=0
+    seed: int = 0, blocks=(1, 1, 1, 1), channels=(8, 16, 24, 32), bottleneck=True, hidden=40, dim=24, pred=0, stem=64
 ) -> dict[str, torch.Tensor]:
+    """`stem` is the width of the first convolution, 64 unless the network is widened."""
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
 
     def convolution(name, *shape):
         affine(weights, name, generator, *shape, bias=False)
 
-    convolution("conv1", 64, 3, 7, 7)
-    batch_norm(weights, "bn1", generator, 64)
-    width = 64
+    convolution("conv1", stem, 3, 7, 7)
+    batch_norm(weights, "bn1", generator, stem)
+    width = stem
     for stage, (count, channel) in enumerate(zip(blocks, channels)):
         out = channel * (4 if bottleneck else 1)
         for block in range(count):
@@ -105,6 +107,29 @@ def resnet_weights(
                 convolution(f"{name}.downsample.0", out, width, 1, 1)
                 batch_norm(weights, f"{name}.downsample.1", generator, out)
             width = out
+    add_heads(weights, generator, width, hidden, dim, pred=pred)
+    return weights
+
+
+def wide_resnet_weights(
+    seed: int = 0, blocks: int = 1, channels=(8, 16, 24), stem=4, hidden=40, dim=24, pred=0
+) -> dict[str, torch.Tensor]:
+    """`blocks` per stage; WideResNet-28-2 has 4, and channels (32, 64, 128) after 16."""
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    affine(weights, "conv1", generator, stem, 3, 3, 3)
+    width = stem
+    for stage, channel in enumerate(channels):
+        for block in range(blocks):
+            name = f"layer{stage + 1}.{block}"
+            batch_norm(weights, f"{name}.bn1", generator, width)
+            affine(weights, f"{name}.conv1", generator, channel, width, 3, 3)
+            batch_norm(weights, f"{name}.bn2", generator, channel)
+            affine(weights, f"{name}.conv2", generator, channel, channel, 3, 3)
+            if block == 0 and (stage > 0 or width != channel):
+                affine(weights, f"{name}.shortcut.0", generator, channel, width, 1, 1)
+            width = channel
+    batch_norm(weights, "bn1", generator, width)
     add_heads(weights, generator, width, hidden, dim, pred=pred)
     return weights
 
@@ -144,7 +169,7 @@ def vit_forward(weights: dict, images: torch.Tensor, heads: int) -> tuple[torch.
 
 
 def normalised(weights: dict, name: str, x: torch.Tensor) -> torch.Tensor:
-    """Batch normalisation with the running statistics, or nothing where there is none."""
+    """Batch normalisation with the running statistics, or `x` where there is none."""
     if f"{name}.weight" not in weights:
         return x
     shape = (1, -1) + (1,) * (x.ndim - 2)
@@ -182,6 +207,26 @@ def resnet_forward(weights: dict, images: torch.Tensor) -> torch.Tensor:
     return x.mean(dim=(2, 3))
 
 
+def wide_resnet_forward(weights: dict, images: torch.Tensor) -> torch.Tensor:
+    """Features (B, width) after the mean over the image."""
+
+    def convolution(name, x, stride=1):
+        kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return F.conv2d(x, kernel, bias, stride=stride, padding=kernel.shape[-1] // 2)
+
+    x = convolution("conv1", images)
+    for stage in (1, 2, 3):
+        block = 0
+        while (name := f"layer{stage}.{block}") and f"{name}.conv1.weight" in weights:
+            stride = 2 if stage > 1 and block == 0 else 1
+            inner = convolution(f"{name}.conv1", normalised(weights, f"{name}.bn1", x).relu())
+            inner = convolution(f"{name}.conv2", normalised(weights, f"{name}.bn2", inner).relu(), stride)
+            has_shortcut = f"{name}.shortcut.0.weight" in weights
+            x = inner + (convolution(f"{name}.shortcut.0", x, stride) if has_shortcut else x)
+            block += 1
+    return normalised(weights, "bn1", x).relu().mean(dim=(2, 3))
+
+
 def project(weights: dict, features: torch.Tensor, activation=F.gelu) -> torch.Tensor:
     def linear(name, x):
         return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -191,10 +236,10 @@ def project(weights: dict, features: torch.Tensor, activation=F.gelu) -> torch.T
     return linear("fc.fc3", hidden)
 
 
-def predict(weights: dict, projections: torch.Tensor) -> torch.Tensor:
+def predict(weights: dict, projections: torch.Tensor, activation=F.relu) -> torch.Tensor:
     hidden = normalised(weights, "pred.bn1", projections)
     hidden = F.linear(hidden, weights["pred.fc1.weight"], weights["pred.fc1.bias"])
-    hidden = normalised(weights, "pred.bn2", hidden).relu()
+    hidden = activation(normalised(weights, "pred.bn2", hidden))
     return F.linear(hidden, weights["pred.fc2.weight"], weights["pred.fc2.bias"])
 
 

@@ -209,8 +209,10 @@ def _read_original(path: Path, method: str | None) -> _Original:
             content = content[wrapper]
             epoch = content.get("epoch") if epoch is None else epoch
     sections: dict[str, dict[str, torch.Tensor]] = {"encoder": {}, "target_encoder": {}, "prototypes": {}, "": {}}
-    names: dict[str, str] = {}  # of sections, the entry of the file
+    section_of: dict[Any, str] = {}  # by entry of the file
     for entry, value in content.items():
+        if entry == "epoch":
+            continue
         for raw_name, tensor in _tensors({entry: value}):
             name = _WRAPPERS.sub("", raw_name)
             section, _, rest = name.partition(".")
@@ -220,12 +222,13 @@ def _read_original(path: Path, method: str | None) -> _Original:
                 section, rest = ("", name) if torch.is_tensor(value) else (None, name)
             if section is not None:
                 sections[section][rest] = tensor
-                names[entry] = section
+                section_of[entry] = section
     networks = {name: sections[name] for name in ("target_encoder", "encoder") if sections[name]}
     bare = not networks and (key_maps.is_vit(sections[""]) or key_maps.is_resnet(sections[""]))
     if bare:  # of MSN the target is released
         networks["target_encoder" if sections["prototypes"] or method == "msn" else "encoder"] = sections[""]
-    if not networks:
+    evaluated = next(iter(networks.values()), {})
+    if not key_maps.is_vit(evaluated) and not key_maps.is_resnet(evaluated):
         raise ValueError(
             f"'{path}' must hold 'encoder' or 'target_encoder', or the tensors of a ViT or ResNet, to be a checkpoint "
             f"of MSN or PAWS, but holds {list(content)[:4]}."
@@ -236,7 +239,7 @@ def _read_original(path: Path, method: str | None) -> _Original:
             f"`method` is 'paws', but '{path}' has a target encoder or prototypes, as MSN has. Leave `method` out."
         )
     epoch = epoch.item() if isinstance(epoch, (torch.Tensor, np.generic)) else epoch
-    used = [entry for entry, section in names.items() if section or bare]
+    used = [entry for entry, section in section_of.items() if section or bare]
     return _Original(
         method=method or found,
         networks=networks,
@@ -269,8 +272,8 @@ def _load_file(path: Path) -> Mapping[Any, Any]:
     except Exception as error:  # the readers of torch fail in many ways on bytes that are not theirs
         reasons = re.findall(r"(?:GLOBAL|Unsupported|unrecognized)[^\n]*", str(error)) or str(error).splitlines()
         raise ValueError(
-            f"'{path}' must be a file of `torch.save` with tensors, plain values and numpy scalars only, but cannot be "
-            f"read, and nothing in it was executed: {type(error).__name__} {reasons[0] if reasons else ''}"
+            f"'{path}' must be a file of `torch.save` with tensors, plain values and numpy scalars only, but cannot "
+            f"be read, and nothing in it was executed: {type(error).__name__} {reasons[0] if reasons else ''}"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"'{path}' must hold named tensors, but holds {type(content).__name__}.")

@@ -51,7 +51,7 @@ def test_arguments_of_the_other_way_are_refused(run, tmp_path):
         run("--input", tmp_path, "--output", tmp_path / "a", "--target_only", "true")
     with pytest.raises(ValueError, match="`output` is missing"):
         run("--to_original", "--input", tmp_path)
-    with pytest.raises(ValueError, match="There is nothing to write"):
+    with pytest.raises(ValueError, match="`output_dir`"):
         run("--input", tmp_path / "a")
 
 
@@ -65,5 +65,5 @@ def test_a_file_with_code_ends_with_the_reason_and_nothing_is_run(tmp_path):
     command = [sys.executable, str(SCRIPT), "--input", str(tmp_path / "evil.pth.tar"), "--output", str(tmp_path / "a")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode != 0 and "could run code. Nothing was executed" in done.stderr
+    assert done.returncode != 0 and "mkdir" in done.stderr and "nothing in it was executed" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth.tar"]

@@ -1,8 +1,8 @@
-"""Models in the form of the original code: what was converted comes back bit for bit, and the other way round."""
+"""Models in the form of the authors' code: there and back is exact, bit for bit, from both sides."""
 
 import pytest
 import torch
-from original_reference import msn_checkpoint, prefixed, resnet_weights, vit_weights
+from original_reference import msn_checkpoint, vit_weights
 from tiny import tiny_model
 
 from hf_msn import (
@@ -37,16 +37,15 @@ def load(path) -> dict:
         msn_checkpoint(),
         msn_checkpoint(full=False, prefix=""),
         msn_checkpoint(qkv_bias=False, bn=False),
-        {"encoder": prefixed(resnet_weights(pred=6)), "epoch": 3, "lr": 0.1},
-        {"encoder": resnet_weights(bottleneck=False, blocks=(1, 2, 1, 1))},
-        {"encoder": vit_weights(3, pred=6)},
+        msn_checkpoint(pred=6),
+        msn_checkpoint(full=False, pred=6),
+        {"encoder": vit_weights(3, pred=6), "epoch": 3, "lr": 0.1},
     ],
-    ids=["full msn", "released msn", "msn without bn and qkv bias", "paws resnet", "basic blocks", "paws vit"],
+    ids=["full", "released", "without bn and qkv bias", "prediction head", "released prediction head", "paws vit"],
 )
 def test_a_converted_file_comes_back_bit_for_bit(tmp_path, content):
     torch.save(content, tmp_path / "original.pth.tar")
-    heads = None if any("layer1" in name for name in content.get("encoder", ())) else 4
-    convert_checkpoint(tmp_path / "original.pth.tar", tmp_path / "model", heads)
+    convert_checkpoint(tmp_path / "original.pth.tar", tmp_path / "model", 4)
     convert_to_original(tmp_path / "model", tmp_path / "back.pth.tar")
     kept = ("encoder", "target_encoder", "prototypes", "epoch")
     assert_same(load(tmp_path / "back.pth.tar"), {name: content[name] for name in kept if name in content})
@@ -70,7 +69,7 @@ def test_a_model_made_here_goes_there_and_back_bit_for_bit(tmp_path, prefix, rel
     trunk = [
         name.removeprefix(prefix) for name in written["target_encoder"] if "fc." not in name.replace("mlp.fc", "")
     ]
-    # an optimizer's state of the original counts the parameters in this order
+    # optimizer states of the authors' code index parameters in this order
     assert trunk[:3] + trunk[-2:] == ["cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight", "norm.bias"]
     convert_checkpoint(tmp_path / "msn.pth.tar", tmp_path / "model", 2)
     loaded = MSNForPreTraining.from_pretrained(tmp_path / "model")
@@ -107,7 +106,7 @@ def test_the_written_file_shares_no_memory_with_the_model(tmp_path):
     [
         (
             lambda: PAWSForPreTraining(PAWSConfig(timm_model="test_vit", projection_hidden_dim=8, projection_dim=8)),
-            r"ViTs and plain ResNets, but the encoder is 'test_vit' of timm",
+            "test_vit",
         ),
         (
             lambda: PAWSForPreTraining(
@@ -118,19 +117,19 @@ def test_the_written_file_shares_no_memory_with_the_model(tmp_path):
                     projection_dim=8,
                 )
             ),
-            r"`timm_options` {'avg_down': True}",
+            "avg_down",
         ),
-        (lambda: tiny_model(hidden_act="relu"), r"GELU and a LayerNorm eps of 1e-6, but .* 'relu'"),
-        (lambda: tiny_model(layer_norm_eps=1e-5), r"`layer_norm_eps` 1e-05"),
+        (lambda: tiny_model(hidden_act="relu"), "`hidden_act`.*'relu'"),
+        (lambda: tiny_model(layer_norm_eps=1e-5), "`layer_norm_eps`.*1e-05"),
         (
             lambda: SuNCEtForPreTraining(
                 SuNCEtConfig(timm_model="test_resnet", projection_hidden_dim=8, projection_dim=8)
             ),
-            r"models of MSN and PAWS, but this is one of type SuNCEtForPreTraining",
+            "`model`.*SuNCEtForPreTraining",
         ),
     ],
 )
-def test_what_the_original_code_has_not_is_refused(tmp_path, model, message):
+def test_a_model_that_the_authors_code_lacks_is_refused(tmp_path, model, message):
     with pytest.raises(ValueError, match=message):
         convert_to_original(model(), tmp_path / "original.pth.tar")
     assert list(tmp_path.iterdir()) == []
@@ -138,12 +137,12 @@ def test_what_the_original_code_has_not_is_refused(tmp_path, model, message):
 
 def test_a_file_that_exists_or_a_folder_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "mine.pth").write_text("mine")
-    with pytest.raises(ValueError, match=r"`output_path` must be a new file, but '.*mine.pth' exists"):
+    with pytest.raises(ValueError, match=r"`output_path`.*mine.pth"):
         convert_to_original(tiny_model(), tmp_path / "mine.pth")
     assert (tmp_path / "mine.pth").read_text() == "mine"
-    with pytest.raises(ValueError, match=r"The model must be the folder .*'.*nowhere' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"`model`.*nowhere"):
         convert_to_original(tmp_path / "nowhere", tmp_path / "new.pth")
-    with pytest.raises(ValueError, match="`target_only` is about MSN"):
+    with pytest.raises(ValueError, match="`target_only`"):
         model = PAWSForPreTraining(PAWSConfig(timm_model="resnet18", projection_hidden_dim=8, projection_dim=8))
         convert_to_original(model, tmp_path / "new.pth", target_only=True)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.pth"]

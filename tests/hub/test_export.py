@@ -74,7 +74,7 @@ def test_the_export_loads_where_hf_msn_is_not_installed_with_the_same_features(m
 
 
 @pytest.mark.parametrize("which", ["target", "online"])
-def test_the_encoder_that_was_asked_for_is_exported(model, tmp_path, which):
+def test_target_and_online_encoder_are_exported(model, tmp_path, which):
     encoder, other = model.target_encoder, model.encoder
     if which == "online":
         encoder, other = other, encoder
@@ -90,7 +90,7 @@ def test_the_configuration_is_a_plain_one(model, tmp_path):
     folder = export_backbone(model, str(tmp_path / "export"))
     written = json.loads((folder / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == ("vit_msn", ["ViTMSNModel"])
-    assert not set(written) & set(model.config.pretraining_fields)
+    assert not set(written) & {"mask_ratio", "num_prototypes", "projection_dim", "temperature"}
     config = AutoConfig.from_pretrained(folder)
     assert (config.image_size, config.patch_size, config.hidden_size, config.num_hidden_layers) == (16, 4, 32, 2)
 
@@ -105,15 +105,13 @@ def test_an_empty_folder_is_used_and_one_with_files_is_an_error(model, tmp_path)
     assert (export_backbone(model, tmp_path / "empty") / "model.safetensors").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ValueError, match=r"`path` must be new or empty, but '.*full' is not empty. Choose another, or remove it first"
-    ):
+    with pytest.raises(ValueError, match=r"`path`.*full"):
         export_backbone(model, tmp_path / "full")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
 def test_an_unknown_encoder_is_an_error(model, tmp_path):
-    with pytest.raises(ValueError, match="`which` must be 'target' or 'online', but is 'both'"):
+    with pytest.raises(ValueError, match=r"`which`.*'both'"):
         export_backbone(model, tmp_path / "export", "both")
     assert not (tmp_path / "export").exists()
 
@@ -151,10 +149,10 @@ def test_without_an_image_processor_the_one_saved_with_the_model_is_exported(mod
     assert not caplog.records
 
 
-def test_where_none_is_saved_it_is_that_of_the_paper_at_the_size_of_the_model_and_a_warning(model, tmp_path, caplog):
+def test_without_a_saved_image_processor_the_papers_is_exported_with_a_warning(model, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         folder = export_backbone(model, tmp_path / "export")
-    assert "normalised by ImageNet's mean and standard deviation" in caplog.text and "16 pixels" in caplog.text
+    assert "image processor" in caplog.text and "16 pixels" in caplog.text
     processor = AutoImageProcessor.from_pretrained(folder)
     assert processor.size == {"shortest_edge": round(16 * 256 / 224)}
     assert processor.crop_size == {"height": 16, "width": 16}
@@ -164,8 +162,8 @@ def test_where_none_is_saved_it_is_that_of_the_paper_at_the_size_of_the_model_an
 @pytest.mark.parametrize(
     ("image_processor", "message"),
     [
-        (evaluation_image_processor(20), "with 20 x 20 pixels, but the exported ViT takes 16 x 16"),
-        (lambda image: image, "must be an image processor of transformers, which can be saved"),
+        (evaluation_image_processor(20), "20 x 20.*16 x 16"),
+        (lambda image: image, "`image_processor`.*function"),
     ],
 )
 def test_an_image_processor_that_does_not_fit_is_an_error(model, tmp_path, image_processor, message):
@@ -175,7 +173,7 @@ def test_an_image_processor_that_does_not_fit_is_an_error(model, tmp_path, image
 
 
 class Wrapper(nn.Module):
-    """What `DistributedDataParallel` and accelerate put around a model: the model as `module`."""
+    """A wrapper like `DistributedDataParallel`: the model as `module`."""
 
     def __init__(self, module):
         super().__init__()
@@ -204,23 +202,23 @@ def test_paths_are_read_as_in_a_shell(model, tmp_path, monkeypatch, path):
 
 def test_a_file_at_the_path_is_an_error(model, tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match=r"`path` must be a folder, new or empty, but '.*notes' is a file"):
+    with pytest.raises(ValueError, match=r"`path`.*notes"):
         export_backbone(model, tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-def test_what_is_no_pretraining_model_is_an_error_with_the_remedy(model, tmp_path):
+def test_a_model_that_is_not_of_pretraining_is_an_error(model, tmp_path):
     classifier = ViTMSNForImageClassification(model.config.to_vit_msn_config())
-    with pytest.raises(ValueError, match=r"but is ViTMSNForImageClassification. Plain transformers .*save_pretrained"):
+    with pytest.raises(ValueError, match=r"ViTMSNForImageClassification.*save_pretrained"):
         export_backbone(classifier, tmp_path / "export")
-    with pytest.raises(ValueError, match=r"but is str. A folder is loaded first: .*from_pretrained\(folder\)"):
+    with pytest.raises(ValueError, match=r"str.*from_pretrained"):
         export_backbone("runs/mine", tmp_path / "export")
-    with pytest.raises(ValueError, match=r"spread over ranks or not there.*trainer.save_model\(folder\)"):
+    with pytest.raises(ValueError, match=r"trainer.save_model"):
         export_backbone(copy.deepcopy(model).to("meta"), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pretraining_goes_on_from_the_export(model, tmp_path):
+def test_pretraining_starts_from_the_export(model, tmp_path):
     folder = export_backbone(model, tmp_path / "export")
     again = MSNForPreTraining.from_backbone(folder, projection_dim=8, num_prototypes=4)
     for encoder in (again.encoder, again.target_encoder):
@@ -229,7 +227,7 @@ def test_pretraining_goes_on_from_the_export(model, tmp_path):
     assert larger.encoder.embeddings.position_embeddings.shape == (1, 1 + 64, 32)
 
 
-def test_the_export_evaluates_to_the_very_numbers_of_the_model(model, tmp_path):
+def test_the_export_evaluates_to_the_same_numbers_as_the_model(model, tmp_path):
     digits = load_images("digits"), load_images("digits", split="test")
     evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=2)
     model.save_pretrained(tmp_path / "run")

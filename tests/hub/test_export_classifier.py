@@ -151,7 +151,7 @@ def test_the_encoder_of_the_classifier_is_that_of_the_model(make, digits, tmp_pa
     assert evaluator(load_vision_model(str(folder))) == evaluator(model)
 
 
-def test_a_probe_that_saw_some_classes_names_only_those(digits, tmp_path):
+def test_a_probe_of_some_classes_names_only_those(digits, tmp_path):
     model = msn()
     features = extract_features(model, digits[0], PROCESSOR, batch_size=256)
     rows = np.isin(features.labels, [3, 8])
@@ -169,7 +169,7 @@ def test_a_probe_that_saw_some_classes_names_only_those(digits, tmp_path):
 def test_a_head_that_rounding_changes_is_an_error(digits, tmp_path):
     model = msn().bfloat16()
     features, probe = fitted(model, digits)
-    message = r"As a head in torch.bfloat16 the probe gives \d+ of 1437 images another class.*with `model.float\(\)`"
+    message = r"torch.bfloat16.* \d+ of 1437 images"
     with pytest.raises(ValueError, match=message):
         export_classifier(model, probe, features, tmp_path / "out", image_processor=PROCESSOR)
     assert list(tmp_path.iterdir()) == []
@@ -189,30 +189,30 @@ def test_images_to_which_the_head_gives_another_class_are_counted(digits, tmp_pa
     features, probe = fitted(model, digits, ThreeOtherwise())
     with caplog.at_level(logging.WARNING):
         export_classifier(model, probe, features, tmp_path / "out", image_processor=PROCESSOR)
-    assert "As a head the probe gives 3 of 1437 images another class" in caplog.text
+    assert "3 of 1437 images" in caplog.text
 
 
-def test_what_cannot_be_a_head_is_an_error_before_anything_is_written(digits, tmp_path):
+def test_arguments_that_do_not_fit_are_errors_before_anything_is_written(digits, tmp_path):
     model, other = msn(), tiny_model(seed=1)
     features, probe = fitted(model, digits)
     two_blocks = extract_features(model, digits[0], PROCESSOR, batch_size=256, num_last_layers=2)
     projections = extract_features(model, digits[0], PROCESSOR, batch_size=256, features="projection")
     wide = LogisticProbe().fit(two_blocks.features, two_blocks.labels)
     faults = [
-        ({"probe": LogisticProbe()}, r"`probe` is not fitted. Call `probe.fit\("),
-        ({"probe": LinearProbe()}, r"`probe` is not fitted. Call `probe.fit\("),
-        ({"probe": KNNProbe()}, "must be a LogisticProbe or a LinearProbe.* but is KNNProbe"),
-        ({"model": other}, "`features` must be those of this model's encoder"),
-        ({"features": projections}, "`features` must be those of this model's encoder"),
-        ({"features": pixel_features(digits[1])}, "`features` must be those of this model's encoder"),
-        ({"features": features.features}, r"`features` must be what `extract_features\(model, ...\)` returns"),
-        ({"probe": wide, "features": two_blocks}, "head sees 32 features, but the probe was fitted on 64"),
-        ({"probe": wide}, "head sees 32 features, but the probe was fitted on 64 and `features` have 32"),
-        ({"class_names": NAMES[:9]}, "there are 9 names and the probe has classes from 0 to 9"),
-        ({"class_names": "digits"}, "must name every class number"),
-        ({"class_names": ["one"] * 10}, r"must differ from each other, but \['one'\] stand for several classes"),
-        ({"image_processor": evaluation_image_processor(20)}, "the exported ViT takes 16 x 16"),
-        ({"model": torch.nn.Linear(2, 2)}, "must be an MSNForPreTraining, .* but is Linear"),
+        ({"probe": LogisticProbe()}, r"`probe`.*LogisticProbe.*not fitted"),
+        ({"probe": LinearProbe()}, r"`probe`.*LinearProbe.*not fitted"),
+        ({"probe": KNNProbe()}, "`probe`.*KNNProbe"),
+        ({"model": other}, "`features`.*this model's encoder"),
+        ({"features": projections}, "`features`.*this model's encoder"),
+        ({"features": pixel_features(digits[1])}, "`features`.*this model's encoder"),
+        ({"features": features.features}, "`features`.*ndarray"),
+        ({"probe": wide, "features": two_blocks}, "32 features.* 64"),
+        ({"probe": wide}, "32 features.* 64.* 32"),
+        ({"class_names": NAMES[:9]}, "`class_names`.* 9 names.* 0 to 9"),
+        ({"class_names": "digits"}, "`class_names`"),
+        ({"class_names": ["one"] * 10}, "`class_names`.*one"),
+        ({"image_processor": evaluation_image_processor(20)}, "16 x 16"),
+        ({"model": torch.nn.Linear(2, 2)}, "`model`.*Linear"),
     ]
     given = {"model": model, "probe": probe, "features": features, "path": tmp_path / "out", "class_names": NAMES}
     for fault, message in faults:
@@ -221,7 +221,7 @@ def test_what_cannot_be_a_head_is_an_error_before_anything_is_written(digits, tm
     with torch.no_grad():
         model.target_encoder.layernorm.weight[5] = 0
     features, probe = fitted(model, digits)
-    with pytest.raises(ValueError, match=r"scales 1 of 32 features by 0.*finetune_classifier"):
+    with pytest.raises(ValueError, match=r"1 of 32 features.*finetune_classifier"):
         export_classifier(model, probe, features, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -229,10 +229,10 @@ def test_what_cannot_be_a_head_is_an_error_before_anything_is_written(digits, tm
 def test_a_network_of_timm_takes_no_bias_and_no_small_stem(digits, tmp_path):
     model = paws(RESNET)
     features, probe = fitted(model, digits, LinearProbe(epochs=20))
-    with pytest.raises(ValueError, match=r"has a bias, which a network of timm cannot take.*Fit a LogisticProbe"):
+    with pytest.raises(ValueError, match=r"`probe`.*bias"):
         export_classifier(model, probe, features, tmp_path / "out")
     small = paws(RESNETV2)
     features, probe = fitted(small, digits)
-    with pytest.raises(ValueError, match="`small_image_stem` is no network that timm can make"):
+    with pytest.raises(ValueError, match="small_image_stem"):
         export_classifier(small, probe, features, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
