@@ -62,27 +62,11 @@ def test_the_papers_settings(tmp_path):
     assert (suncet.config_fields["temperature"], suncet.config_fields["label_smoothing"]) == (0.1, 0.0)
 
 
-def test_the_command_line_overrides_the_file_and_values_have_their_types(tmp_path):
-    (tmp_path / "r.yaml").write_text(
-        "head: linear\nlearning_rate: 1e-3\nglobal_scale: [0.5, 1]\nimage_size: 8\nmodel: null\npatch_size: 2\n"
-    )
-    recipe = parse(
-        tmp_path / "run", "--config", tmp_path / "r.yaml", "--learning_rate", "5e-2", "--global_scale", 0.2, 1.0,
-        "--timm_options", '{"drop_path_rate": 0.1}', "--timm_model", "test_resnet", "--refit",
-    )  # fmt: skip
-    assert recipe.training.learning_rate == 0.05 and recipe.views.global_scale == (0.2, 1.0) and recipe.training.refit
-    assert recipe.config_fields["timm_options"] == {"drop_path_rate": 0.1} and recipe.config_fields["patch_size"] == 2
-    assert recipe.start.model is None and recipe.config_fields["image_size"] == 8
-
-
-def test_a_label_source_replaces_that_of_the_file(tmp_path):
-    (tmp_path / "r.yaml").write_text("labelled_images_per_class: 3\nlabelled_seed: 4\n")
-    recipe = parse(tmp_path / "run", "--config", tmp_path / "r.yaml", "--labelled_fraction", "0.1")
-    assert recipe.label_fields == {"labelled_fraction": 0.1, "labelled_seed": 4}
-
-
 def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
-    views = parse(tmp_path).views
+    (tmp_path / "r.yaml").write_text("global_scale: [0.5, 1]\nlearning_rate: 1e-3\n")
+    recipe = parse(tmp_path / "run", "--config", tmp_path / "r.yaml", "--learning_rate", "5e-2")
+    assert recipe.views.global_scale == (0.5, 1.0) and recipe.training.learning_rate == 0.05
+    views = parse(tmp_path / "run").views
     assert (views.color_jitter, views.grayscale, views.blur_probability, views.focal_views) == (0, 0, 0, 0)
     assert views.global_scale == (0.08, 1.0) and views.horizontal_flip == 0.5
 
