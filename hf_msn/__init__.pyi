@@ -95,7 +95,6 @@ from .models.configuration_suncet import SuNCEtConfig as SuNCEtConfig
 from .models.modeling_msn import MSNForPreTraining as MSNForPreTraining
 from .models.modeling_paws import PAWSForPreTraining as PAWSForPreTraining
 from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
-from .models.prediction_average import PredictionAverage as PredictionAverage
 from .optim.lars import LARS as LARS
 from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
 from .trainers.callbacks.local_update import (

@@ -1,34 +1,123 @@
-"""Codistillation: replicas that train on their own and learn from one another's predictions."""
+"""Codistillation: replicas that train separately and learn from each other's predictions."""
 
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .comm.exchange import Exchange, PeerError
-from .falling_weight_decay import ScheduledWeightDecay
+from ..checks import check_choice, check_integer, check_number
+from .comm.exchange import Exchange
+from .comm.flat import FlatTensors, split_into_buckets
 from .local_training import active
 from .local_training.gradient_sync import GradientSync, find_wrapper
 from .local_training.training_state import (
+    compare_ranks,
     frozen_and_buffers,
     plain_optimizer,
     refuse_unsupported,
     trainable_parameters,
 )
-from .replicas.connection import find_peers, open_mail, warn_if_nothing_to_learn
-from .replicas.distances import PredictionDistance
-from .replicas.groups import Replicas
-from .replicas.peer_checkpoints import call_model, checked_predictions, logits_of
-from .replicas.peer_copies import exchanged_tensors
-from .replicas.settings import CodistillationSettings
+from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
+from .same_batch import check_same_batch
+
+_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model
+_PROBED_UPDATES = (0, 1, 10, 100, 1000, 10000)  # after the burn-in, where the ranks compare alpha
+
+
+class PredictionDistance:
+    """D(own, peer) between predictions of shape `(..., C)`, with a gradient for the own ones only.
+
+    With `kind="kl"`, temperature T, p = softmax(peer / T) and q = softmax(own / T), as a mean over positions:
+
+        D = T^2 KL(p || q) = T^2 sum_c p_c (log p_c - log q_c)
+
+    The factor T^2 keeps the scale of the gradients. Log-probabilities may be passed instead of logits.
+
+    With `top_k`, a replica sends the k largest of its p and the log of the remaining mass. S being their classes:
+
+        D = T^2 [ sum_{c in S} p_c (log p_c - log q_c) + p_rest (log p_rest - log q_rest) ]
+
+    with p_rest = 1 - sum_{c in S} p_c and q_rest over the same S. It is a lower bound of the KL over all classes.
+
+    With `kind="mse"`, as a mean over positions:
+
+        D = 1/C sum_c (peer_c - own_c)^2
+
+    Computed in float32, or in float64 for float64 predictions.
+
+    Args:
+        kind (`str`, *optional*, defaults to `"kl"`): `"kl"` or `"mse"`.
+        temperature (`float`, *optional*, defaults to 1.0): T of `"kl"`, > 0.
+        top_k (`int`, *optional*): Number of probabilities to send, with `"kl"`. By default all C.
+
+    Raises:
+        ValueError: If an argument is outside of its rule.
+    """
+
+    def __init__(self, kind: str = "kl", temperature: float = 1.0, top_k: int | None = None):
+        self.kind = check_choice("distance", kind, ("kl", "mse"))
+        self.temperature = check_number(
+            "temperature", temperature, above=0.0, meaning="divides the logits before the softmax"
+        )
+        self.top_k = None if top_k is None else check_integer("top_k", top_k, meaning="counts the probabilities sent")
+        if top_k is not None and kind != "kl":
+            raise ValueError(f"`top_k` needs `distance='kl'`, but `distance` is {kind!r}. Leave `top_k` out.")
+
+    @torch.no_grad()
+    def pack(self, predictions: torch.Tensor, wire_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """Return the tensors that a peer needs.
+
+        Args:
+            predictions (`torch.Tensor` of shape `(..., C)`): Logits.
+            wire_dtype (`torch.dtype`, *optional*): By default the dtype of the predictions.
+
+        Returns:
+            `list[torch.Tensor]`: The predictions, `(..., C)`. With `top_k` below C the log-probabilities of the k
+            largest and of the rest, `(..., k + 1)`, and the classes, `(..., k)` of int32.
+        """
+        dtype = wire_dtype or predictions.dtype
+        if self.top_k is None or self.top_k >= predictions.shape[-1]:
+            return [predictions.detach().to(dtype).contiguous()]
+        log_p = self._log_softmax(predictions)
+        largest, classes = log_p.topk(self.top_k, dim=-1)
+        return [torch.cat([largest, _log_of_rest(log_p, classes)], -1).to(dtype), classes.to(torch.int32)]
+
+    def __call__(self, own: torch.Tensor, peer: list[torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the distance, a scalar.
+
+        Args:
+            own (`torch.Tensor` of shape `(..., C)`): Predictions of this replica, with gradient.
+            peer (`list[torch.Tensor]`): The packed predictions of a peer.
+            mask (`torch.Tensor` of shape `(...)`, *optional*): True (or not 0) at the positions that count.
+
+        Raises:
+            ValueError: If the mask has another shape.
+        """
+        values = peer[0].detach().to(own.device)
+        if self.kind == "mse":
+            dtype = _precision(own)
+            return _masked_mean((own.to(dtype) - values.to(dtype)).square().mean(-1), mask)
+        log_q = self._log_softmax(own)
+        if len(peer) == 1:
+            log_p = self._log_softmax(values.to(log_q.dtype))
+        else:
+            classes = peer[1].to(own.device, torch.int64)
+            log_q = torch.cat([log_q.gather(-1, classes), _log_of_rest(log_q, classes)], -1)
+            log_p = values.to(log_q.dtype).log_softmax(-1)  # normalise again after rounding
+        # p = 0 adds nothing, whatever q is.
+        terms = torch.where(log_p > -float("inf"), log_p.exp() * (log_p - log_q), 0.0)
+        return self.temperature**2 * _masked_mean(terms.sum(-1), mask)
+
+    def _log_softmax(self, predictions: torch.Tensor) -> torch.Tensor:
+        return nn.functional.log_softmax(predictions.to(_precision(predictions)) / self.temperature, dim=-1)
 
 
 class Codistillation:
-    """Trains n replicas that do not average gradients: each adds its distance from the others to its own loss.
+    """Train n replicas without averaging: each adds its distance from the predictions of the others to its loss.
 
     Example:
 
@@ -43,71 +132,68 @@ class Codistillation:
             optimizer.zero_grad()
     ```
 
-    After [A Closer Look at Codistillation for Distributed Training](https://arxiv.org/abs/2010.02838). Replica i with
-    predictions f_i takes the gradient of
+    From [A Closer Look at Codistillation for Distributed Training](https://arxiv.org/abs/2010.02838). Replica i with
+    predictions f_i follows the gradient of
 
         L(y, f_i(x)) + alpha_k / (n - 1) * sum_{j != i} D(f_i(x), sg f_j(x))
 
-    at its k-th update, k = 0, 1, ...; sg: without gradient. D is a [`PredictionDistance`].
+    at its k-th update, k = 0, 1, ...; sg stops the gradient and D is a [`PredictionDistance`].
 
-    **`exchange="predictions"`**: at each `loss` every replica sends its predictions for the batch, which all of them
-    hold: B * C numbers to each peer (with `top_k` B * (2k + 1)). That the batches are the same is checked with a
-    digest of 16 bytes. With equal parameters, too, and no dropout, the replicas would stay equal and learn nothing:
-    initialise each with a seed of its own.
+    **`exchange="predictions"`**: `loss` sends the predictions for the batch, B * C numbers to each peer (with `top_k`
+    B * (2k + 1)). All replicas must hold the same batch, which a digest of 16 bytes checks each time. Initialise the
+    replicas differently, or they stay equal.
 
     **`exchange="checkpoints"`**: after update s = `burn_in_steps` + m `exchange_every`, s > 0, each replica sends its
-    parameters and buffers in the background. They are put to use in the others' copies of it exactly `transfer_steps`
-    updates later, and not before: a rank that does not have them by then waits. Each batch is the replica's own. The
-    loss is 0 before the first copies are there. What it costs in memory: see [`PeerCopies`].
+    parameters and buffers in the background. They come into use in the copies of the peers exactly `transfer_steps`
+    updates later; a rank that has not received them by then waits. Each replica has its own batches. The loss is 0
+    until the first checkpoints are in use. See [`PeerCheckpoints`] for the memory.
 
-    **Entering** (or `start`) compares shapes and settings but leaves the replicas as they are; the ranks of an
-    `inner_group` are made equal to its first one. Gradients are averaged inside of a replica only. **Leaving** (or
-    `stop`) leaves them as they are again: *a model in DDP over several replicas would go on averaging gradients of
-    replicas that differ*. Wrapping in DDP makes all ranks of its group equal: initialise replicas after that, or wrap
-    over the inner group. Build DDP without `find_unused_parameters`.
+    **Entering** (or `start`) compares shapes and settings between the ranks. It leaves the replicas as they are, and
+    makes the ranks of an `inner_group` equal to its first rank. Gradients are averaged inside a replica only.
+    **Leaving** (or `stop`) leaves the replicas as they are. Wrapping a model in DDP makes all ranks of its group
+    equal: wrap over the inner group, or initialise the replicas after wrapping, and do not train on in a DDP over all
+    ranks after leaving. Build DDP without `find_unused_parameters`.
 
     Args:
         model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled.
-        optimizer (`torch.optim.Optimizer`): Or accelerate's wrapper: calls of `step` while it accumulates don't count.
+        optimizer (`torch.optim.Optimizer`): Or the wrapper of accelerate: calls of `step` during accumulation are not
+            counted.
         exchange (`str`, *optional*, defaults to `"predictions"`): `"predictions"` or `"checkpoints"`.
         exchange_every (`int`, *optional*, defaults to 2500): Updates between two checkpoints, >= 1.
-        transfer_steps (`int`, *optional*): Updates from sending a checkpoint to using it, in [0, exchange_every]; by
-            default a tenth of that. Copies are so old when they come into use, and `exchange_every` more at the end.
-        alpha (`float` or `Callable[[int], float]`, *optional*, defaults to 1.0): Weight of the distances, >= 0, or a
-            function of the number of updates so far, the same on all ranks. Strong ones need a smaller learning rate:
-            on digits 10 cost 20 to 60 points, with a ramp or burn-in too, and at a fifth of the rate at most 2.
+        transfer_steps (`int`, *optional*): Updates between sending and using a checkpoint, in [0, exchange_every]. By
+            default a tenth of `exchange_every`.
+        alpha (`float` or `Callable[[int], float]`, *optional*, defaults to 1.0): Weight of the distance, >= 0, or a
+            function of the number of updates, the same on all ranks. A large alpha needs a smaller learning rate.
         ramp_steps (`int`, *optional*, defaults to 0): Updates over which alpha rises from 0, after the burn-in.
-        burn_in_steps (`int`, *optional*, defaults to 0): First updates, without exchange and with a loss of 0.
+        burn_in_steps (`int`, *optional*, defaults to 0): First updates, with alpha 0 and without exchange.
         distance (`str`, *optional*, defaults to `"kl"`): `"kl"` or `"mse"`, see [`PredictionDistance`].
-        temperature (`float`, *optional*, defaults to 1.0): Of the softmax of `"kl"`, > 0.
-        top_k (`int`, *optional*): Only so many of a peer's probabilities travel; of predictions with `"kl"` only.
-        predictions (`Callable`, *optional*): output -> logits or log-probabilities `(..., C)`; by default the output's
+        temperature (`float`, *optional*, defaults to 1.0): See [`PredictionDistance`].
+        top_k (`int`, *optional*): See [`PredictionDistance`]; for predictions only.
+        predictions (`Callable`, *optional*): output -> logits or log-probabilities `(..., C)`. By default the output's
             `logits`, or the output itself if it is a tensor.
-        forward (`Callable`, *optional*): (copy, batch) -> output, for checkpoints; by default `copy(**batch)`, or
-            `copy(batch)` if the batch is no mapping.
-        check_every (`int`, *optional*, defaults to 1): Batches are compared at every so many exchanges, >= 1.
-        wire_dtype (`str`, *optional*): `"float32"` or `"bfloat16"`, of predictions; by default their own.
-        copies_dtype (`str`, *optional*): `"bfloat16"` for copies and what is sent; by default that of the model.
+        forward (`Callable`, *optional*): (copy, batch) -> output, for checkpoints. By default `copy(**batch)` for a
+            mapping, `copy(batch)` otherwise.
+        wire_dtype (`str`, *optional*): `"float32"` or `"bfloat16"`, of the predictions sent. By default their own.
+        copies_dtype (`str`, *optional*): `"bfloat16"` for checkpoints and copies. By default that of the model.
         copies_device (`str`, *optional*): `"cpu"` to keep copies there between forward passes.
-        weight_decay_schedule (`Callable[[int], float]`, *optional*): Number of updates so far -> factor of each
-            group's initial weight decay, such as [`FallingWeightDecay`]. Leaving puts the initial one back.
-        on_lost_replica (`str`, *optional*, defaults to `"raise"`): `"continue"` goes on with the replicas that are
-            left, alone if need be: 1 / (n - 1) is then of those that are there. Predictions then travel over the CPU.
-        group (`ProcessGroup`, *optional*): Links the replicas, one rank of each; by default all ranks.
-        inner_group (`ProcessGroup`, *optional*): The ranks of this replica. The two are the dimensions of a
-            `DeviceMesh`; with predictions, ranks at the same place inside of their replicas hold the same batch.
-        timeout_seconds (`float`, *optional*): How long a replica may be silent where others wait for it. It must cover
-            the lag between them, evaluations too.
+        weight_decay_schedule (`Callable[[int], float]`, *optional*): Number of updates -> factor of the weight decay
+            of each parameter group, such as [`FallingWeightDecay`]. Leaving restores the initial weight decay.
+        group (`ProcessGroup`, *optional*): One rank of each replica; by default all ranks.
+        inner_group (`ProcessGroup`, *optional*): The ranks of this replica. `group` and `inner_group` are the two
+            dimensions of a `DeviceMesh`. With predictions, ranks at the same place in their replicas hold the same
+            batch.
+        timeout_seconds (`float`, *optional*): How long an exchange waits for a replica before it is reported as lost.
+            It must cover the lag between replicas, evaluations included.
 
     Attributes:
-        steps (`int`): Updates so far.
+        steps (`int`): Number of updates.
         distance_of_predictions (`float`, *optional*): The last mean of D over the peers, without alpha.
 
     Raises:
-        ValueError: If a setting is outside of its rule, another sync object is active on the model or the optimizer,
-            the ranks' shapes or settings differ, or (in `loss`) the replicas' batches do.
-        TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
-        PeerError: If a replica died or was silent for too long, and the others are not to go on.
+        ValueError: If a setting is outside of its rule, the model or the optimizer is in use by another method, the
+            shapes or settings of the ranks differ, or (in `loss`) their batches do.
+        TypeError: If the model or the optimizer is sharded (FSDP, DeepSpeed, tensor parallelism).
+        PeerError: If a replica died or was silent for too long. It has the ranks.
     """
 
     def __init__(
@@ -126,182 +212,86 @@ class Codistillation:
         top_k: int | None = None,
         predictions: Callable[[Any], torch.Tensor] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
-        check_every: int = 1,
         wire_dtype: str | None = None,
         copies_dtype: str | None = None,
         copies_device: str | None = None,
         weight_decay_schedule: Callable[[int], float] | None = None,
-        on_lost_replica: str = "raise",
         group: dist.ProcessGroup | None = None,
         inner_group: dist.ProcessGroup | None = None,
         timeout_seconds: float | None = None,
     ):
-        self.settings = CodistillationSettings(
-            exchange=exchange,
-            exchange_every=exchange_every,
-            transfer_steps=transfer_steps,
-            alpha=alpha,
-            ramp_steps=ramp_steps,
-            burn_in_steps=burn_in_steps,
-            check_every=check_every,
-            wire_dtype=wire_dtype,
-            copies_dtype=copies_dtype,
-            copies_device=copies_device,
-            on_lost_replica=on_lost_replica,
+        self.exchange = check_choice("exchange", exchange, ("predictions", "checkpoints"))
+        self.exchange_every = check_integer(
+            "exchange_every", exchange_every, meaning="counts updates", remedy="The paper uses 2500."
         )
+        if transfer_steps is None:
+            transfer_steps = exchange_every // 10
+        self.transfer_steps = check_integer("transfer_steps", transfer_steps, 0, meaning="counts updates")
+        if transfer_steps > exchange_every:
+            raise ValueError(
+                f"`transfer_steps` must be <= `exchange_every`, here {exchange_every}, but is {transfer_steps}. Leave "
+                "it out for a tenth."
+            )
+        self.alpha = alpha if callable(alpha) else _check_alpha(alpha)
+        self.ramp_steps = check_integer("ramp_steps", ramp_steps, 0, meaning="counts updates")
+        self.burn_in_steps = check_integer("burn_in_steps", burn_in_steps, 0, meaning="counts updates")
         self.distance = PredictionDistance(distance, temperature, top_k)
-        self.settings.check_distance(self.distance)
+        self.wire_dtype = check_choice("wire_dtype", wire_dtype, tuple(_DTYPES))
+        self.copies_dtype = check_choice("copies_dtype", copies_dtype, (None, "bfloat16"))
+        self.copies_device = check_choice("copies_device", copies_device, (None, "cpu"))
+        if exchange == "checkpoints" and (top_k is not None or wire_dtype is not None):
+            name, value = ("wire_dtype", wire_dtype) if top_k is None else ("top_k", top_k)
+            raise ValueError(
+                f"`{name}` is for predictions and must be None with `exchange='checkpoints'`, but is {value!r}. "
+                "`copies_dtype='bfloat16'` halves the bytes of checkpoints."
+            )
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
         refuse_unsupported(self.model, self.optimizer)
-        inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
-        self._replicas = Replicas(Exchange(group, timeout_seconds), inner)
+        if weight_decay_schedule is not None and any("weight_decay" not in g for g in self.optimizer.param_groups):
+            raise ValueError(
+                "`weight_decay_schedule` needs a `weight_decay` in each parameter group of the optimizer, but "
+                f"{type(self.optimizer).__name__} has a group without. Use AdamW, or leave the schedule out."
+            )
+        self.weight_decay_schedule = weight_decay_schedule
         self._predictions, self._forward = predictions or logits_of, forward or call_model
-        self._weight_decay = ScheduledWeightDecay(self.optimizer, weight_decay_schedule)
+        self._outer = Exchange(group, timeout_seconds)
+        self._inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
         self.steps = 0
         self._last_distance: torch.Tensor | None = None
-        self._loaded: dict[str, Any] | None = None
+        self._checkpoints: PeerCheckpoints | None = None
         self._gradients: GradientSync | None = None
-        self._mail = None
-        self._peers = None
+        self._state: dict[str, Any] | None = None  # loaded before `start`
 
-    # What there is to see
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload that this rank has sent so far, see [`Exchange`] and [`ReplicaMail`]; without DDP's averaging."""
-        return self._replicas.bytes_sent + (0 if self._mail is None else self._mail.bytes_sent)
-
-    @property
-    def seconds_waiting(self) -> float:
-        """Seconds that this rank has spent in exchanges, or waiting for what others send."""
-        return self._replicas.seconds_waiting + (0.0 if self._mail is None else self._mail.seconds_waiting)
-
-    @property
-    def distance_of_predictions(self) -> float | None:
-        return None if self._last_distance is None else self._last_distance.item()
-
-    @property
-    def staleness(self) -> int | None:
-        """Updates since the snapshots that the peers' copies hold; `None` while there are none."""
-        snapshot_step = None if self._peers is None else self._peers.snapshot_step
-        return None if snapshot_step is None else self.steps - snapshot_step
-
-    @property
-    def live_replicas(self) -> list[int]:
-        """The places of the replicas that are not lost, this one's among them."""
-        if self._mail is None:
-            return list(range(self._replicas.size))
-        return sorted({*self._mail.live, self._replicas.outer.rank})
-
-    def look_for_lost(self, seconds: float) -> None:
-        """Waits for so long at the most whether the connection to a replica closes, where they have one of their own.
-
-        Raises:
-            PeerError: If one does and the others are not to go on; with the rank.
-        """
-        deadline = time.monotonic() + seconds
-        while self._mail is not None and time.monotonic() < deadline:
-            self._mail.look(0.1)
+    # Loss and step
 
     def alpha_at(self, step: int) -> float:
-        """alpha_k for the update after `step` others."""
-        return self.settings.alpha_at(step)
-
-    def parameter_distance(self) -> float:
-        """sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters, xbar their mean. Exchanges all parameters.
-
-        All ranks must call it; the replicas stay as they are.
-        """
-        self._require_all("The distance of parameters")
-        return self._replicas.distance(self._trained)
-
-    # For the end of training
-
-    def values_of_replicas(self, value: float) -> list[float]:
-        """Every replica's number, such as its accuracy, first replica first. All ranks must call it."""
-        self._require_all("Collecting numbers")
-        return self._replicas.values(value, self._trained[0].device)
-
-    def average_predictions(self, predictions: torch.Tensor) -> torch.Tensor:
-        """The mean over the replicas of any tensor, such as probabilities `(B, C)` of one batch, the same on all."""
-        self._require_all("A mean of predictions")
-        return self._replicas.mean(predictions)
-
-    def take_replica(self, place: int) -> None:
-        """Makes every replica the one at `place`, such as the best, to publish it. All ranks must call it."""
-        self._require_all("Taking over a replica")
-        self._replicas.take(place, self._state_tensors)
-
-    # From entering to leaving
-
-    def start(self) -> "Codistillation":
-        """What entering does. To go on where a run stopped, also call `load_state_dict`, before or after."""
-        active.require_free(self.model, self.optimizer)
-        self._parameters = trainable_parameters(self.model, self.optimizer)
-        self._replicas.compare(self._description(), self._state_tensors)
-        if self._loaded is None:
-            self._replicas.make_inner_equal(self._state_tensors)
-        try:
-            if self._replicas.size == 1:
-                warnings.warn("Codistillation has one replica only: it trains as without it.", stacklevel=2)
-            else:
-                self._connect()
-            groups = self._replicas.outer, self._replicas.inner
-            gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, *groups)
-            gradients.keep_local()
-            self._weight_decay.begin()
-            self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._weight_decay.set(self.steps))
-            active.take(self.model, self.optimizer)
-            self._gradients = gradients
-            if self._loaded is not None:
-                self._restore()
-        except BaseException as error:  # whatever it is, the others must not wait for this replica
-            if self._gradients is None:
-                self._disconnect(at_once=True)
-            else:
-                self.stop(error)
-            raise
-        return self
-
-    def stop(self, error: BaseException | None = None) -> None:
-        """What leaving does; `error` is what ended the training early, if anything."""
-        self._require_started()
-        self._gradients.restore()
-        self._gradients = None
-        self._step_hook.remove()
-        active.give_back(self.model, self.optimizer)
-        self._weight_decay.end()
-        self._disconnect(at_once=error is not None)
-
-    def __enter__(self) -> "Codistillation":
-        return self.start()
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        self.stop(error)
-
-    # A step
+        """Return alpha_k for k = `step`: 0 in the burn-in, then rising over the ramp."""
+        if step < self.burn_in_steps:
+            return 0.0
+        alpha = _check_alpha(self.alpha(step)) if callable(self.alpha) else self.alpha
+        return alpha * (min(1.0, (step - self.burn_in_steps) / self.ramp_steps) if self.ramp_steps else 1.0)
 
     def loss(self, output: Any, batch: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """alpha_k / (n - 1) * sum_{j != i} D(f_i(x), sg f_j(x)), to be added to the loss.
+        """Return alpha_k / (n - 1) * sum_{j != i} D(f_i(x), sg f_j(x)), to be added to the loss.
 
-        Exactly 0 in the burn-in, with alpha 0, on one replica, before the first copies are there, and where gradients
-        are off (an evaluation): nothing is exchanged then. With predictions all replicas must call it equally often.
+        It is exactly 0, and nothing is exchanged, if alpha_k is 0, there is one replica, gradients are disabled, or no
+        checkpoint is in use yet. With predictions all replicas must call it equally often.
 
         Args:
-            output: What the model returned for the batch.
-            batch: What it was given, see `forward`.
-            mask (`torch.Tensor` of shape `(...)`, *optional*): The positions that count, of predictions `(..., C)`; of
-                a causal language model `nn.functional.pad(labels[:, 1:] != -100, (0, 1))`.
+            output: The output of the model for the batch.
+            batch: The input of the model, see `forward`.
+            mask (`torch.Tensor` of shape `(...)`, *optional*): The positions that count, for predictions `(..., C)`;
+                for a causal language model `nn.functional.pad(labels[:, 1:] != -100, (0, 1))`.
 
         Returns:
             `torch.Tensor`: A scalar.
         """
         self._require_started()
-        own = checked_predictions(self._predictions(output))
+        own = self._check_predictions(self._predictions(output))
         alpha = self.alpha_at(self.steps)
-        is_off = alpha == 0.0 or self._peers is None or not torch.is_grad_enabled()
-        distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peers.gather(own, batch)]
+        is_off = alpha == 0.0 or self._outer.size == 1 or not torch.is_grad_enabled()
+        distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peer_predictions(own, batch)]
         if not distances:
             return torch.zeros((), device=own.device)
         mean = sum(distances) / len(distances)
@@ -309,97 +299,305 @@ class Codistillation:
         return alpha * mean
 
     def step(self) -> None:
-        """Counts an update, and sends or takes up checkpoints when it is time. Call it after `optimizer.step()`."""
+        """Count an update, and send or use checkpoints when they are due. Call it after `optimizer.step()`."""
         self._require_started()
         if self._gradient_state is not None and not self._gradient_state.sync_gradients:
             return
         self.steps += 1
-        if self._peers is not None:
-            self._peers.after_update(self.steps)
+        if self._checkpoints is not None:
+            if self._is_snapshot_step(self.steps):
+                self._checkpoints.send(self.steps)
+            if self._is_snapshot_step(self.steps - self.transfer_steps):
+                self._checkpoints.use(self.steps - self.transfer_steps)
 
-    # State
+    def _is_snapshot_step(self, step: int) -> bool:
+        if self.alpha == 0.0 or step < max(self.burn_in_steps, 1):
+            return False
+        return (step - self.burn_in_steps) % self.exchange_every == 0
+
+    @torch.no_grad()
+    def _peer_predictions(self, own: torch.Tensor, batch: Any) -> list[list[torch.Tensor]]:
+        """Return the packed predictions of each peer for the batch, in the order of the replicas."""
+        if self._checkpoints is not None:
+            return [[self._predictions(output)] for output in self._checkpoints.outputs(batch, self._forward)]
+        packed = self.distance.pack(own, _DTYPES[self.wire_dtype])
+        check_same_batch(self._outer, batch, packed[0].device)
+        gathered = []
+        for tensor in packed:
+            flat = tensor.new_empty(self._outer.size * tensor.numel())
+            self._outer.gather_(flat, tensor.reshape(-1))
+            gathered.append(flat.view(self._outer.size, *tensor.shape))
+        return [list(parts) for place, parts in enumerate(zip(*gathered)) if place != self._outer.rank]
+
+    # Measures, and the end of training
+
+    @property
+    def distance_of_predictions(self) -> float | None:
+        return None if self._last_distance is None else self._last_distance.item()
+
+    @property
+    def staleness(self) -> int | None:
+        """Number of updates since the checkpoints in use were taken; `None` if there are none."""
+        taken = None if self._checkpoints is None else self._checkpoints.step
+        return None if taken is None else self.steps - taken
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this rank has sent, see [`Exchange`], without the gradients that DDP averages."""
+        return sum(part.bytes_sent for part in (*self._exchanges, self._checkpoints) if part is not None)
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Seconds that this rank has spent in exchanges, or waiting for checkpoints."""
+        return sum(part.seconds_waiting for part in (*self._exchanges, self._checkpoints) if part is not None)
+
+    @torch.no_grad()
+    def parameter_distance(self) -> float:
+        """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters. All ranks must call it."""
+        self._require_started()
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for bucket in _in_buckets(self._trained):
+            own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
+            self._outer.mean_(mean)
+            total += sum((x - y).abs().double().square().sum() for x, y in zip(own, mean))
+        self._outer.mean_([total])
+        return total.sqrt().item()
+
+    def values_of_replicas(self, value: float) -> list[float]:
+        """Return the number of every replica, such as its accuracy, in order. All ranks must call it."""
+        self._require_started()
+        own = torch.tensor([value], dtype=torch.float64, device=self._device)
+        values = own.new_empty(self._outer.size)
+        self._outer.gather_(values, own)
+        return values.tolist()
+
+    def take_replica(self, place: int) -> None:
+        """Replace parameters and buffers by those of the replica at `place`. All ranks must call it."""
+        self._require_started()
+        self._broadcast(self._outer, place)
+
+    # Entering and leaving
+
+    def start(self) -> "Codistillation":
+        """Enter. To resume a run, also call `load_state_dict`, before or after."""
+        active.require_free(self.model, self.optimizer)
+        self._parameters = trainable_parameters(self.model, self.optimizer)
+        for exchange in self._exchanges:
+            exchange.check_devices(self._tensors)
+            compare_ranks(exchange, self._description(), self._device)
+        if self._inner is not None and self._state is None:
+            self._broadcast(self._inner, 0)
+        gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, self._outer, self._inner)
+        if self._outer.size == 1:
+            warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
+        elif self.exchange == "checkpoints":
+            inner_group = None if self._inner is None else self._inner.group
+            self._checkpoints = PeerCheckpoints(
+                self.model, self._outer, inner_group, _DTYPES[self.copies_dtype], self.copies_device
+            )
+            self._checkpoints.connect()
+        elif self._state is None:
+            self._warn_if_equal()
+        self._gradients = gradients
+        self._gradients.keep_local()
+        self._initial_weight_decay = self._weight_decay
+        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._schedule_weight_decay())
+        active.take(self.model, self.optimizer)
+        if self._state is not None:
+            try:
+                self._restore()
+            except ValueError as error:
+                self.stop(error)
+                raise
+        return self
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Leave. `error` is the exception that ended the training, if any: then no replica is waited for."""
+        self._require_started()
+        self._gradients.restore()
+        self._gradients = None
+        self._step_hook.remove()
+        active.give_back(self.model, self.optimizer)
+        self._set_weight_decay(1.0)
+        if self._checkpoints is not None:
+            self._checkpoints.close(wait=error is None)
+
+    def find_lost(self, seconds: float) -> list[int]:
+        """Return the global ranks of the replicas whose connection closes within `seconds`, with checkpoints only."""
+        return [] if self._checkpoints is None else self._checkpoints.find_lost(seconds)
+
+    def __enter__(self) -> "Codistillation":
+        return self.start()
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.stop(error)
 
     def state_dict(self) -> dict[str, Any]:
-        """What *this rank* needs to go on bit for bit, copied: save each one's.
+        """Return the state of *this rank* for a resume that is exact to the bit. Save it on each rank.
 
-        With checkpoints it holds the copies in use and those under way, for which it waits: up to 2 (n - 1) models.
+        With checkpoints it holds the copies in use, and waits for those in transfer: up to 2 (n - 1) models.
         """
         self._require_started()
         return {
             **self._origin,
             "steps": self.steps,
-            "initial_weight_decay": self._weight_decay.initial,
-            "peers": None if self._peers is None else self._peers.state(self.steps),
+            "initial_weight_decay": self._initial_weight_decay,
+            "checkpoints": None if self._checkpoints is None else self._checkpoints.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over the state that this rank saved, before `start` or after it.
+        """Load the state that this rank saved, before or after `start`.
 
         Raises:
-            ValueError: If it is of another method, exchange, rank, number of ranks or model.
+            ValueError: If it is from another exchange, rank, number of ranks or model.
         """
         found = {name: state.get(name) for name in self._origin}
         if found != self._origin:
             raise ValueError(
-                "A state goes on in the method, with the exchange, on the rank and with the number of ranks that "
-                f"saved it, here {self._origin}, but is of {found}. To go on otherwise, load the models, and no state."
+                f"A state must come from {self._origin}, but comes from {found}. To resume otherwise, load the models "
+                "only."
             )
-        self.steps, self._loaded = state["steps"], state
+        self.steps, self._state = state["steps"], state
         if self._gradients is not None:
             self._restore()
 
     def _restore(self) -> None:
-        state, self._loaded = self._loaded, None
-        self._weight_decay.begin(state["initial_weight_decay"])
-        if self._peers is not None:
-            self._peers.load_state(state["peers"])
+        state, self._state = self._state, None
+        self._initial_weight_decay = state["initial_weight_decay"]
+        if self._checkpoints is not None:
+            self._checkpoints.load_state(state["checkpoints"])
 
-    # Inside
+    # Internals
+
+    @property
+    def _exchanges(self) -> list[Exchange]:
+        return [exchange for exchange in (self._inner, self._outer) if exchange is not None]
 
     @property
     def _origin(self) -> dict[str, Any]:
-        return {"method": type(self).__name__, "exchange": self.settings.exchange, "ranks": [*self._replicas.place]}
+        ranks = [number for exchange in self._exchanges for number in (exchange.rank, exchange.size)]
+        return {"method": type(self).__name__, "exchange": self.exchange, "ranks": ranks}
 
     @property
     def _trained(self) -> list[torch.Tensor]:
-        return [p for _, p, _ in self._parameters]
+        return [parameter for _, parameter, _ in self._parameters]
 
     @property
-    def _state_tensors(self) -> list[torch.Tensor]:
+    def _tensors(self) -> list[torch.Tensor]:
         return self._trained + frozen_and_buffers(self.model)
 
+    @property
+    def _device(self) -> torch.device:
+        return self._trained[0].device
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that must be equal on all ranks."""
+        names = ("exchange", "exchange_every", "transfer_steps", "ramp_steps", "burn_in_steps")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "alpha": [self.alpha_at(self.burn_in_steps + step) for step in _PROBED_UPDATES],
+            "wire_dtype": self.wire_dtype,
+            "copies_dtype": self.copies_dtype,
+            "distance": self.distance.kind,
+            "temperature": self.distance.temperature,
+            "top_k": self.distance.top_k,
+        }
+
     def _description(self) -> list[str]:
-        lines = self.settings.lines() + [f"setting {name}={value!r}" for name, value in vars(self.distance).items()]
+        lines = [f"setting {name}={value!r}" for name, value in self._settings().items()]
         lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 
-    def _connect(self) -> None:
-        self._mail = None  # should connecting fail, nothing of an earlier one is left
-        self._mail = open_mail(self.settings, self._replicas)
-        self._peers = find_peers(
-            self.settings, self._replicas, self._mail, self.model, self.distance, self._predictions_of
-        )
-        if self._loaded is None:
-            warn_if_nothing_to_learn(self.settings, self._replicas, self._trained)
+    @property
+    def _weight_decay(self) -> list[float] | None:
+        if self.weight_decay_schedule is None:
+            return None
+        return [group["weight_decay"] for group in self.optimizer.param_groups]
 
-    def _predictions_of(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        return self._predictions(self._forward(model, batch))
+    def _schedule_weight_decay(self) -> None:
+        if self.weight_decay_schedule is not None:
+            self._set_weight_decay(self.weight_decay_schedule(self.steps))
 
-    def _disconnect(self, at_once: bool) -> None:
-        self._peers = None
-        if self._mail is not None:
-            self._mail.close(at_once)
+    def _set_weight_decay(self, factor: float) -> None:
+        for group, initial in zip(self.optimizer.param_groups, self._initial_weight_decay or ()):
+            group["weight_decay"] = factor * initial
+
+    @torch.no_grad()
+    def _broadcast(self, exchange: Exchange, place: int) -> None:
+        for bucket in _in_buckets(self._tensors):
+            flat = FlatTensors(bucket)
+            exchange.broadcast_(flat.copy_in(), place)
+            flat.copy_back()
+
+    def _warn_if_equal(self) -> None:
+        sums = [parameter.detach().abs().double().sum().item() for parameter in self._trained]
+        if self._outer.texts_that_differ(repr(sums), self._device) is None:
+            warnings.warn(
+                "All replicas have the same parameters and see the same batches: apart from dropout they stay equal "
+                "and learn nothing. Initialise each with its own seed, after DDP.",
+                stacklevel=3,
+            )
+
+    def _check_predictions(self, predictions: Any) -> torch.Tensor:
+        if torch.is_tensor(predictions) and predictions.is_floating_point() and predictions.dim() > 0:
+            return predictions
+        found = (predictions.dtype, predictions.shape) if torch.is_tensor(predictions) else type(predictions).__name__
+        raise ValueError(f"`predictions` must return floating-point logits of shape (..., C), but returned {found}.")
 
     def _require_started(self) -> None:
         if self._gradients is None:
             raise RuntimeError(
-                "Codistillation must be entered before it is used, but is not active. Use it as "
-                "`with ... as codistillation:`, or call `start()` first."
+                "Codistillation must be entered before use, but is not. Write `with ... as codistillation:`, or call "
+                "`start()` first."
             )
 
-    def _require_all(self, what: str) -> None:
-        self._require_started()
-        lost = sorted(set(range(self._replicas.size)) - set(self.live_replicas))
-        if lost:
-            ranks = [self._replicas.outer.global_ranks[place] for place in lost]
-            raise PeerError(f"{what} needs all replicas, but rank {ranks} is lost. Go on without it.", ranks)
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the `logits` of a model output, or the output itself if it is a tensor.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if torch.is_tensor(output):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"The output of the model must have `logits`, but is a {type(output).__name__} without. Pass "
+            "`predictions`, a function of the output that returns logits or log-probabilities of shape (..., C)."
+        )
+    return logits
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Return `model(**batch)` for a mapping, `model(batch)` otherwise."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _check_alpha(alpha: Any) -> float:
+    return check_number("alpha", alpha, minimum=0.0, meaning="is the weight of the distance between replicas")
+
+
+def _log_of_rest(log_p: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    # Not -inf: the gradient would be NaN if the rest has no mass.
+    return log_p.scatter(-1, classes, torch.finfo(log_p.dtype).min).logsumexp(-1, keepdim=True)
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return values.mean()
+    if mask.shape != values.shape:
+        raise ValueError(
+            f"`mask` must have the shape of the predictions without the classes, {tuple(values.shape)}, but has "
+            f"{tuple(mask.shape)}."
+        )
+    mask = mask.to(values.device).bool()
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _precision(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _in_buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    return [[tensors[i] for i in bucket] for bucket in split_into_buckets(tensors, _BUCKET_BYTES)]

@@ -14,7 +14,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..hub.cards import save_model_card
-from ..models.prediction_average import PUBLISHED_FILE
 from .callbacks.push import PushCallback
 from .checkpoints import (
     STAGING_FOLDER,
@@ -62,9 +61,9 @@ class CheckpointingTrainer(LocalUpdateTrainerMixin, Trainer):
             )
 
     def _forget_earlier_replicas(self) -> None:
-        """What an earlier run said of its replicas must not be told of the model that takes its place."""
+        """Remove what an earlier run recorded about its replicas: another model takes its place."""
         if self.args.should_save:
-            Path(self.args.output_dir, PUBLISHED_FILE).unlink(missing_ok=True)
+            Path(self.args.output_dir, "codistillation.json").unlink(missing_ok=True)
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)

@@ -1,19 +1,191 @@
-"""Codistillation on real ranks, against its equation in loops over replicas, rows and classes in float64."""
+"""Codistillation against its equation in loops over replicas, rows and classes in float64."""
 
+import copy
 import math
+import os
 import time
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from codistillation_runs import B, C, Classifier, D, data, gradient_by_loops, groups_of, make, take_steps, values
 from launch import run_ranks
+from lost_ranks import run_ranks_that_are_left
+from states import same, saved_and_loaded
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed.codistillation import Codistillation
+from hf_msn.distributed.codistillation import Codistillation, PredictionDistance
+from hf_msn.distributed.collectives import all_gather_cat
+from hf_msn.distributed.comm.exchange import PeerError
+from hf_msn.distributed.local_sgd import LocalSGD
 
-NUM_STEPS = 9
+B, C, D = 5, 4, 3  # rows, classes, inputs
+
+
+# The distance
+
+
+def softmax(row, temperature=1.0):
+    exponentials = [math.exp(value / temperature) for value in row]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def distance_by_loops(own, peer, kind="kl", temperature=1.0, top_k=None, mask=None):
+    total, count = 0.0, 0
+    for i, (own_row, peer_row) in enumerate(zip(own.tolist(), peer.tolist())):
+        if mask is not None and not mask[i]:
+            continue
+        count += 1
+        if kind == "mse":
+            total += sum((a - b) ** 2 for a, b in zip(own_row, peer_row)) / len(own_row)
+            continue
+        p, q = softmax(peer_row, temperature), softmax(own_row, temperature)
+        largest = sorted(range(len(p)), key=lambda c: -p[c])[:top_k]
+        rest_p, rest_q = (sum(r[c] for c in range(len(p)) if c not in largest) for r in (p, q))
+        total += temperature**2 * sum(p[c] * math.log(p[c] / q[c]) for c in largest)
+        total += temperature**2 * rest_p * math.log(rest_p / rest_q) if len(largest) < len(p) else 0.0
+    return total / count
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0}, {"temperature": 3.0, "top_k": 2}, {"kind": "mse"}])
+@pytest.mark.parametrize("mask", [None, [True, False, True]])
+def test_distance_and_gradient_are_those_of_the_equation(options, mask):
+    own, peer = random(3, 5).requires_grad_(), random(3, 5, seed=1).requires_grad_()
+    distance = PredictionDistance(**options)
+    result = distance(own, distance.pack(peer), None if mask is None else torch.tensor(mask))
+    result.backward()
+    assert result.item() == pytest.approx(distance_by_loops(own, peer, mask=mask, **options), rel=1e-12)
+    numeric = torch.zeros(3, 5).double()
+    for i in range(15):
+        ends = [own.detach().clone(), own.detach().clone()]
+        for end, sign in zip(ends, (1e-6, -1e-6)):
+            end.view(-1)[i] += sign
+        high, low = (distance_by_loops(end, peer, mask=mask, **options) for end in ends)
+        numeric.view(-1)[i] = (high - low) / 2e-6
+    torch.testing.assert_close(own.grad, numeric, rtol=1e-6, atol=1e-8)
+    assert peer.grad is None
+    assert distance(own, distance.pack(own.clone())).item() == pytest.approx(0.0, abs=1e-15)
+
+
+def test_distance_is_finite_for_masked_nan_and_for_probabilities_of_0():
+    kinds = PredictionDistance("kl"), PredictionDistance("mse"), PredictionDistance("kl", top_k=2)
+    for distance in kinds:
+        own, peer = random(2, 4).requires_grad_(), random(2, 4, seed=1)
+        peer[1] = float("nan")
+        result = distance(own, distance.pack(peer), torch.tensor([1, 0]))
+        result.backward()
+        assert result.isfinite() and own.grad[0].isfinite().all()
+        assert distance(own, distance.pack(peer), torch.tensor([0, 0])).item() == 0.0
+        with pytest.raises(ValueError, match=r"mask.*\(2,\).*\(3,\)"):
+            distance(own, distance.pack(peer), torch.ones(3))
+    for distance in (kinds[0], PredictionDistance("kl", top_k=3)):
+        own, peer = random(1, 4).requires_grad_(), random(1, 4, seed=1)
+        peer[0, 2] = own.data[0, 2] = -float("inf")
+        result = distance(own, distance.pack(peer))
+        result.backward()
+        assert result.isfinite() and own.grad[0, [0, 1, 3]].isfinite().all()
+
+
+def test_top_k_sends_k_classes_and_is_a_lower_bound():
+    own, peer, values = random(4, 50), random(4, 50, seed=1), []
+    for k in (1, 5, 20, 49, 50):
+        distance = PredictionDistance("kl", top_k=k)
+        packed = distance.pack(peer)
+        values.append(distance(own, packed).item())
+        if k < 50:
+            assert packed[0].shape == (4, k + 1) and packed[1].shape == (4, k) and packed[1].dtype == torch.int32
+            torch.testing.assert_close(packed[0].exp().sum(-1), torch.ones(4).double())
+    assert len(packed) == 1 and values[0] > 0.0 and values == sorted(values)
+
+
+def test_bfloat16_predictions_are_compared_in_float32():
+    own, peer = random(4, 6).bfloat16(), random(4, 6, seed=1).bfloat16()
+    distance = PredictionDistance("kl")
+    result = distance(own, distance.pack(peer, torch.bfloat16))
+    assert result.dtype == torch.float32
+    assert result.item() == pytest.approx(distance_by_loops(own.double(), peer.double()), rel=1e-5)
+
+
+# Training
+
+
+def data(seed, step):
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    x = torch.randn(B, D, generator=generator).double()
+    return {"x": x, "labels": torch.randint(C, (B,), generator=generator)}
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = torch.nn.Linear(D, C).double()
+
+    def forward(self, x, labels=None):
+        logits = self.linear(x)
+        return {"logits": logits, "loss": torch.nn.functional.cross_entropy(logits, labels)}
+
+
+def make(seed, **options):
+    model = Classifier(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    return model, optimizer, Codistillation(model, optimizer, **options)
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def take_steps(model, optimizer, codistillation, steps, data_seed, seconds=0.0, wrapped=None):
+    """Per step: parameters before, gradients, codistillation loss, staleness."""
+    seen = []
+    for step in steps:
+        batch, before = data(data_seed, step), values(model)
+        output = (wrapped or model)(**batch)
+        loss = codistillation.loss(output, batch)
+        staleness = codistillation.staleness
+        optimizer.zero_grad()
+        (output["loss"] + loss).backward()
+        optimizer.step()
+        codistillation.step()
+        seen.append((before, {name: p.grad.clone() for name, p in model.named_parameters()}, loss.item(), staleness))
+        time.sleep(seconds)
+    return seen
+
+
+def gradient_by_loops(own, peers, batch, alpha, distance="kl", temperature=1.0, top_k=None):
+    """Gradient of L(y, f_i(x)) + alpha / (n - 1) sum_j D(f_i(x), sg f_j(x)) for weight and bias of a linear f."""
+
+    def logits_of(parameters, row):
+        weight, bias = parameters["linear.weight"].tolist(), parameters["linear.bias"].tolist()
+        return [sum(w * x for w, x in zip(weight[c], row)) + bias[c] for c in range(C)]
+
+    weight, bias = torch.zeros(C, D).double(), torch.zeros(C).double()
+    for row, label in zip(batch["x"].tolist(), batch["labels"].tolist()):
+        logits = logits_of(own, row)
+        by_logits = [(q - (c == label)) / B for c, q in enumerate(softmax(logits))]
+        for peer in peers:
+            others = logits_of(peer, row)
+            p, q = softmax(others, temperature), softmax(logits, temperature)
+            largest = sorted(range(C), key=lambda c: -p[c])[:top_k]
+            rest_p, rest_q = (sum(r[c] for c in range(C) if c not in largest) for r in (p, q))
+            for c in range(C):
+                if distance == "mse":
+                    derivative = 2 * (logits[c] - others[c]) / C
+                elif c in largest:
+                    derivative = temperature * (q[c] - p[c])
+                else:
+                    derivative = temperature * (q[c] - rest_p * q[c] / rest_q)
+                by_logits[c] += alpha / len(peers) * derivative / B
+        for c in range(C):
+            bias[c] += by_logits[c]
+            for d in range(D):
+                weight[c, d] += by_logits[c] * row[d]
+    return {"linear.weight": weight, "linear.bias": bias}
 
 
 KINDS = [
@@ -21,36 +193,8 @@ KINDS = [
     {"distance": "mse", "alpha": 0.1},
     {"temperature": 2.0, "burn_in_steps": 2, "ramp_steps": 3},
     {"top_k": 2, "temperature": 1.5},
-    {"on_lost_replica": "continue", "timeout_seconds": 20.0},
-    {"alpha": lambda step: 0.1 * step, "check_every": 3},
+    {"alpha": lambda step: 0.1 * step},
 ]
-
-
-def _exchange_predictions(rank):
-    results = []
-    for kind in KINDS:
-        model, optimizer, codistillation = make(rank, **kind)
-        with codistillation:
-            results.append(take_steps(model, optimizer, codistillation, range(4), data_seed=7))
-    return results
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_replicas", [2, 3])
-def test_gradients_with_exchanged_predictions_are_those_of_the_equation(num_replicas):
-    results = run_ranks(_exchange_predictions, num_replicas)
-    for i, kind in enumerate(KINDS):
-        options = {key: kind[key] for key in ("distance", "temperature", "top_k") if key in kind}
-        for rank in range(num_replicas):
-            for step, (own, gradients, loss, staleness, _) in enumerate(results[rank][i]):
-                alpha = make(0, **kind)[2].alpha_at(step)
-                peers = [results[peer][i][step][0] for peer in range(num_replicas) if peer != rank]
-                expected = gradient_by_loops(own, peers, data(7, step), alpha, **options)
-                torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
-                assert (loss > 0) == (alpha > 0)
-                assert staleness is None
-
-
 SCHEDULES = [
     {"exchange_every": 3, "transfer_steps": 2},
     {"exchange_every": 3, "transfer_steps": 0, "burn_in_steps": 1},
@@ -58,170 +202,373 @@ SCHEDULES = [
     {"exchange_every": 1, "transfer_steps": 1},
     {"exchange_every": 4, "copies_device": "cpu", "burn_in_steps": 3},
 ]
+NUM_STEPS = 9
 
 
-def _exchange_checkpoints(rank):
-    results = []
+def _train_all(rank):
+    by_predictions, by_checkpoints = [], []
+    for kind in KINDS:
+        model, optimizer, codistillation = make(rank, **kind)
+        with codistillation:
+            by_predictions.append(take_steps(model, optimizer, codistillation, range(5), data_seed=7))
     for schedule in SCHEDULES:
         model, optimizer, codistillation = make(rank, exchange="checkpoints", **schedule)
         with codistillation:
-            # Ranks of unlike speed: what is in use must not depend on it.
-            seconds = 0.01 * rank
-            results.append(take_steps(model, optimizer, codistillation, range(NUM_STEPS), rank, seconds))
-    return results
+            # What is in use must not depend on the speed of a rank.
+            steps = take_steps(model, optimizer, codistillation, range(NUM_STEPS), rank, seconds=0.01 * rank)
+            by_checkpoints.append(steps)
+    return by_predictions, by_checkpoints
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_replicas", [2, 3])
-def test_copies_are_exactly_as_old_as_asked_and_give_the_gradients_of_the_equation(num_replicas):
-    results = run_ranks(_exchange_checkpoints, num_replicas)
-    for i, schedule in enumerate(SCHEDULES):
-        every, start = schedule["exchange_every"], schedule.get("burn_in_steps", 0)
-        transfer = schedule.get("transfer_steps", every // 10)
-        sent = [s for s in range(1, NUM_STEPS) if s >= start and (s - start) % every == 0]
-        for rank in range(num_replicas):
-            for step, (own, gradients, loss, staleness, _) in enumerate(results[rank][i]):
+def test_gradients_are_those_of_the_equation(num_replicas):
+    by_predictions, by_checkpoints = zip(*run_ranks(_train_all, num_replicas))
+    for rank in range(num_replicas):
+        peers = [peer for peer in range(num_replicas) if peer != rank]
+        for i, kind in enumerate(KINDS):
+            options = {name: kind[name] for name in ("distance", "temperature", "top_k") if name in kind}
+            for step, (own, gradients, loss, staleness) in enumerate(by_predictions[rank][i]):
+                alpha = make(0, **kind)[2].alpha_at(step)
+                theirs = [by_predictions[peer][i][step][0] for peer in peers]
+                expected = gradient_by_loops(own, theirs, data(7, step), alpha, **options)
+                torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+                assert (loss > 0) == (alpha > 0) and staleness is None
+        for i, schedule in enumerate(SCHEDULES):
+            every, first = schedule["exchange_every"], schedule.get("burn_in_steps", 0)
+            transfer = schedule.get("transfer_steps", every // 10)
+            sent = [step for step in range(1, NUM_STEPS) if step >= first and (step - first) % every == 0]
+            for step, (own, gradients, loss, staleness) in enumerate(by_checkpoints[rank][i]):
                 in_use = [s for s in sent if s + transfer <= step]
                 assert staleness == (step - in_use[-1] if in_use else None), (schedule, step)
-                if not in_use:
-                    assert loss == 0.0
-                peers = [results[peer][i][in_use[-1]][0] for peer in range(num_replicas) if peer != rank and in_use]
-                expected = gradient_by_loops(own, peers, data(rank, step), 1.0)
+                assert in_use or loss == 0.0
+                theirs = [by_checkpoints[peer][i][in_use[-1]][0] for peer in peers if in_use]
+                expected = gradient_by_loops(own, theirs, data(rank, step), 1.0)
                 torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
 
 
-def _train_apart(rank):
+def groups_of(rank):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inner"))
+    return {"group": mesh.get_group("replica"), "inner_group": mesh.get_group("inner")}
+
+
+def _train_replicas_of_two(rank):
+    groups, found = groups_of(rank), {}
+    for exchange in ("predictions", "checkpoints"):
+        for wrapping in (None, "inner", "all"):
+            data_seed = rank % 2 if exchange == "predictions" else rank
+            model = Classifier(rank)  # entering makes the ranks of a replica equal
+            wrapped = model
+            if wrapping is not None:
+                group = groups["inner_group"] if wrapping == "inner" else None
+                wrapped = DistributedDataParallel(model, process_group=group)
+                if wrapping == "all":
+                    model.load_state_dict(Classifier(rank).state_dict())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+            with Codistillation(wrapped, optimizer, exchange=exchange, exchange_every=2, **groups) as codistillation:
+                seen = take_steps(model, optimizer, codistillation, range(6), data_seed, wrapped=wrapped)
+                distance = codistillation.parameter_distance()
+            found[exchange, wrapping] = seen, distance, values(model), data_seed
+    return found
+
+
+@pytest.mark.distributed
+def test_gradients_are_averaged_inside_a_replica_only():
+    ranks = run_ranks(_train_replicas_of_two, 4)
+    for case in ranks[0]:
+        results, is_exact = [found[case] for found in ranks], case[0] == "predictions"
+        for step in range(6):
+            seen = [result[0][step] for result in results]
+            for first in (0, 2):
+                assert same(seen[first][:2], seen[first + 1][:2])
+                in_use = step if is_exact else step // 2 * 2
+                parts = []
+                for rank in (first, first + 1):
+                    peers = [results[(rank + 2) % 4][0][in_use][0]] if in_use or is_exact else []
+                    parts.append(gradient_by_loops(seen[rank][0], peers, data(results[rank][3], step), 1.0))
+                expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+                torch.testing.assert_close(seen[first][1], expected, rtol=1e-9, atol=1e-12)
+            assert not torch.equal(seen[0][1]["linear.weight"], seen[2][1]["linear.weight"])
+        ends = [result[2] for result in results]
+        square = sum((ends[0][name] - ends[2][name]).square().sum().item() / 4 for name in ends[0])
+        assert results[0][1] == pytest.approx(math.sqrt(square), rel=1e-9)
+
+
+def _compare_costs_and_ends(rank):
     model = Classifier(rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         model(**data(7, step))["loss"].backward()
         optimizer.step()
-    ends = []
-    for options in (
-        {"alpha": 0.0},
-        {"alpha": 0.0, "exchange": "checkpoints", "exchange_every": 2},
-        {"burn_in_steps": NUM_STEPS},
-        {"alpha": lambda step: 0.0, "exchange": "checkpoints", "exchange_every": 2},
-    ):
-        other, other_optimizer, codistillation = make(rank, **options)
+    alone, sent = values(model), {}
+    never = {"alpha": lambda step: 0.0, "exchange": "checkpoints", "exchange_every": 2}
+    for options in ({"alpha": 0.0}, {**never, "alpha": 0.0}, {"burn_in_steps": NUM_STEPS}, never):
+        model, optimizer, codistillation = make(rank, **options)
         with codistillation:
-            sent = codistillation.bytes_sent
-            seen = take_steps(other, other_optimizer, codistillation, range(NUM_STEPS), 7)
-            ends.append((values(other), {loss for _, _, loss, _, _ in seen}, codistillation.bytes_sent - sent))
-            dist.barrier()  # leaving sends a goodbye, and is answered by one
-    return values(model), ends
-
-
-@pytest.mark.distributed
-def test_with_alpha_zero_or_in_the_burn_in_replicas_train_apart_to_the_bit():
-    for alone, ends in run_ranks(_train_apart, 2):
-        for end, losses, _ in ends:
-            assert losses == {0.0}
-            assert all(torch.equal(alone[name], end[name]) for name in alone)
-        assert [sent for _, _, sent in ends[:3]] == [0, 0, 0]
-
-
-def _train_equal_replicas(rank):
-    model, optimizer, codistillation = make(0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        codistillation.start()
-    seen = take_steps(model, optimizer, codistillation, range(4), 7)
-    with torch.no_grad():
-        evaluated = codistillation.loss(model(**data(rank, 0)), data(rank, 0))  # other batches: not looked at
-    codistillation.stop()
-    return [loss for _, _, loss, _, _ in seen], [str(w.message) for w in caught], evaluated.item(), values(model)
-
-
-@pytest.mark.distributed
-def test_equal_replicas_have_no_extra_loss_and_are_warned_of():
-    results = run_ranks(_train_equal_replicas, 2)
-    for losses, messages, evaluated, end in results:
-        assert losses == [0.0] * 4
-        assert evaluated == 0.0
-        assert any("same parameters" in message for message in messages)
-        assert all(torch.equal(end[name], results[0][3][name]) for name in end)
-
-
-def _train_replicas_of_two(rank, exchange, wrapping):
-    groups, replica = groups_of(rank), rank // 2
-    data_seed = rank % 2 if exchange == "predictions" else rank
-    model = Classifier(rank)  # made equal inside of the replica when entering
-    wrapped = model
-    if wrapping is not None:
-        wrapped = DistributedDataParallel(model, process_group=groups["inner_group"] if wrapping == "inner" else None)
-        if wrapping == "all":
-            model.load_state_dict(Classifier(rank).state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    with Codistillation(wrapped, optimizer, exchange=exchange, exchange_every=2, **groups) as codistillation:
-        seen = take_steps(wrapped, optimizer, codistillation, range(6), data_seed, unwrapped=model)
-        distance = codistillation.parameter_distance()
-    return seen, distance, values(model), data_seed, replica
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("exchange", ["predictions", "checkpoints"])
-@pytest.mark.parametrize("wrapping", [None, "inner", "all"])
-def test_gradients_are_averaged_inside_of_a_replica_only(exchange, wrapping):
-    results = run_ranks(_train_replicas_of_two, 4, exchange, wrapping)
-    for step in range(6):
-        seen = [result[0][step] for result in results]
-        for first in (0, 2):
-            assert all(torch.equal(seen[first][1][name], seen[first + 1][1][name]) for name in seen[0][1])
-            assert all(torch.equal(seen[first][0][name], seen[first + 1][0][name]) for name in seen[0][0])
-            parts = []
-            for rank in (first, first + 1):
-                in_use = step if exchange == "predictions" else step // 2 * 2
-                peers = [results[(rank + 2) % 4][0][in_use][0]] if in_use or exchange == "predictions" else []
-                parts.append(gradient_by_loops(seen[rank][0], peers, data(results[rank][3], step), 1.0))
-            expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
-            torch.testing.assert_close(seen[first][1], expected, rtol=1e-9, atol=1e-12)
-        assert not torch.equal(seen[0][1]["linear.weight"], seen[2][1]["linear.weight"])
-    ends = [result[2] for result in results]
-    square = sum((ends[0][name] - ends[2][name]).square().sum().item() / 4 for name in ends[0])
-    assert results[0][1] == pytest.approx(math.sqrt(square), rel=1e-9)
-
-
-def _count_bytes(rank):
-    sent = {}
+            before = codistillation.bytes_sent
+            seen = take_steps(model, optimizer, codistillation, range(NUM_STEPS), 7)
+            assert codistillation.bytes_sent == before or options is never
+        assert {loss for _, _, loss, _ in seen} == {0.0} and same(alone, values(model))
+    checkpoints = {"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 1}
     for name, options in {
         "predictions": {},
-        "half": {"wire_dtype": "bfloat16"},
+        "bfloat16": {"wire_dtype": "bfloat16"},
         "top 2": {"top_k": 2},
-        "checked twice": {"check_every": 2},
+        "checkpoints": checkpoints,
+        "bfloat16 checkpoints": {**checkpoints, "copies_dtype": "bfloat16"},
     }.items():
         model, optimizer, codistillation = make(rank, **options)
         with codistillation:
             before = codistillation.bytes_sent
-            take_steps(model, optimizer, codistillation, range(4), 7)
+            seen = take_steps(model, optimizer, codistillation, range(7), rank if name.endswith("points") else 7)
             sent[name] = codistillation.bytes_sent - before
-    for name, dtype in (("checkpoints", None), ("half checkpoints", "bfloat16")):
-        model, optimizer, codistillation = make(
-            rank, exchange="checkpoints", exchange_every=3, transfer_steps=1, copies_dtype=dtype
-        )
-        with codistillation:
-            before = codistillation.bytes_sent
-            seen = take_steps(model, optimizer, codistillation, range(7), rank)
-            deadline = time.monotonic() + 10.0
-            mailbox = codistillation._mail._mailbox
-            while any(mailbox.num_waiting(peer) for peer in mailbox._links) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            sent[name] = codistillation.bytes_sent - before
-            dist.barrier()  # leaving sends a goodbye, and is answered by one
-        assert seen[-1][4] > 0.0
-    return sent
+            assert seen[-1][2] > 0.0
+            accuracies = codistillation.values_of_replicas(0.5 + 0.1 * (rank == 1))
+            last = values(model)
+            codistillation.take_replica(accuracies.index(max(accuracies)))
+    with warnings.catch_warnings(record=True) as caught, make(0)[2] as codistillation:
+        warnings.simplefilter("always")
+        with torch.no_grad():  # an evaluation exchanges nothing, whatever the batches
+            batch = data(rank, 0)
+            assert codistillation.loss(codistillation.model(**batch), batch).item() == 0.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(0)[2].start().stop()
+    return sent, accuracies, last, values(model), [str(warning.message) for warning in caught]
 
 
 @pytest.mark.distributed
-def test_bytes_on_the_wire_are_as_computed():
-    peers, parameters, header, digest = 2, C * D + C, 40, 16
-    for sent in run_ranks(_count_bytes, 3):
+def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
+    peers, parameters, digest = 2, C * D + C, 16
+    results = run_ranks(_compare_costs_and_ends, 3)
+    for sent, accuracies, _, end, messages in results:
         assert sent == {
-            "predictions": 4 * peers * (B * C * 8 + digest),
-            "half": 4 * peers * (B * C * 2 + digest),
-            "top 2": 4 * peers * (B * (3 * 8 + 2 * 4) + digest),
-            "checked twice": 4 * peers * B * C * 8 + 2 * peers * digest,
-            "checkpoints": 2 * peers * (parameters * 8 + header),
-            "half checkpoints": 2 * peers * (parameters * 2 + header),
+            "predictions": 7 * peers * (B * C * 8 + digest),
+            "bfloat16": 7 * peers * (B * C * 2 + digest),
+            "top 2": 7 * peers * (B * (3 * 8 + 2 * 4) + digest),
+            "checkpoints": 2 * peers * parameters * 8,
+            "bfloat16 checkpoints": 2 * peers * parameters * 2,
         }
+        assert accuracies == [0.5, 0.6, 0.5] and same(end, results[1][2])
+        assert any("same parameters" in message for message in messages)
+    assert not same(results[0][2], results[1][2])
+
+
+# Resuming
+
+RESUMED = [
+    ({"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2}, (4, 5, 6)),
+    ({"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 2, "copies_dtype": "bfloat16"}, (7,)),
+    ({"burn_in_steps": 1, "ramp_steps": 7}, (4,)),
+]
+
+
+def _resume(rank):
+    groups = groups_of(rank) if dist.get_world_size() == 4 else {}
+    replica, outcomes = rank // 2 if groups else rank, []
+    for options, stops in RESUMED:
+        data_seed = rank if "exchange_every" in options else 7 + rank % 2 * bool(groups)
+        model, optimizer, codistillation = make(replica, **options, **groups)
+        straight, saved = [], {}
+        with codistillation:
+            for step in range(10):
+                if step in stops:
+                    parts = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                    saved[step] = *parts, saved_and_loaded(codistillation.state_dict())
+                straight += take_steps(model, optimizer, codistillation, [step], data_seed)
+        end = values(model)
+        for stop in stops:
+            for enter_first in (False, True):
+                weights, moments, state = saved[stop]
+                model, optimizer, codistillation = make(rank + 50, **options, **groups)
+                if enter_first:
+                    codistillation.start()
+                model.load_state_dict(weights)
+                optimizer.load_state_dict(copy.deepcopy(moments))
+                codistillation.load_state_dict(state)
+                if not enter_first:
+                    codistillation.start()
+                resumed = take_steps(model, optimizer, codistillation, range(stop, 10), data_seed)
+                codistillation.stop()
+                outcomes.append((straight[stop:], end, resumed, values(model)))
+    return outcomes
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_resume_is_exact_to_the_bit_with_copies_in_use_and_in_transfer(num_ranks):
+    for outcomes in run_ranks(_resume, num_ranks):
+        for straight, end, resumed, resumed_end in outcomes:
+            assert same(straight, resumed) and same(end, resumed_end)
+            assert any(loss > 0 for _, _, loss, _ in resumed)
+
+
+# Faults and misuse
+
+
+def _differ(rank):
+    messages = []
+    for batch in (data(8, 0), {name: value[:2] for name, value in data(7, 0).items()}):
+        model, _, codistillation = make(rank)
+        batch = batch if rank == 2 else data(7, 0)
+        with pytest.raises(ValueError) as error, codistillation:
+            codistillation.loss(model(**batch), batch)
+        messages.append(str(error.value))
+    for options in ({"alpha": 1.0 - 0.5 * (rank == 2)}, {"temperature": 1.0 + (rank == 2)}):
+        with pytest.raises(ValueError) as error:
+            make(0, **options)[2].start()
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.distributed
+def test_other_batches_and_settings_are_refused_with_the_two_ranks():
+    for messages in run_ranks(_differ, 3):
+        assert all("rank 0" in message and "rank 2" in message for message in messages)
+        assert "alpha=[1.0" in messages[2] and "alpha=[0.5" in messages[2] and "temperature=2.0" in messages[3]
+
+
+def _lose(rank, options, how):
+    model, optimizer, codistillation = make(rank, timeout_seconds=1.5, **options)
+    seen, data_seed = 0, rank if "exchange_every" in options else 7
+    with pytest.raises(PeerError) as error, codistillation:
+        for step in range(16):
+            if step == 5:
+                started = time.monotonic()
+                if rank == 1:
+                    os._exit(0) if how == "exits" else time.sleep(60.0)
+            take_steps(model, optimizer, codistillation, [step], data_seed, seconds=0.01)
+            seen += 1
+    return error.value.ranks, str(error.value), seen, time.monotonic() - started
+
+
+CHECKPOINTS = {"exchange": "checkpoints", "exchange_every": 3, "transfer_steps": 1}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [{}, CHECKPOINTS], ids=["predictions", "checkpoints"])
+@pytest.mark.parametrize("how", ["exits", "hangs"])
+def test_a_lost_replica_is_named_in_time(tmp_path, options, how):
+    results = run_ranks_that_are_left(_lose, 3, tmp_path, options, how, lost=[1])
+    for ranks, message, seen, seconds in results.values():
+        assert ranks == (1,) and "rank 1" in message
+        assert 5 <= seen < 9 and seconds < 6.0
+
+
+def make_alone(**options):
+    model = torch.nn.Linear(3, 2)
+    return Codistillation(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exchange": "gradients"}, "exchange.*'gradients'"),
+        ({"distance": "cosine"}, "distance.*'cosine'"),
+        ({"alpha": -0.5}, "alpha.*-0.5"),
+        ({"alpha": float("nan")}, "alpha.*nan"),
+        ({"temperature": 0.0}, "temperature.*0.0"),
+        ({"top_k": 0}, "top_k.*0"),
+        ({"top_k": 5, "distance": "mse"}, "top_k.*'mse'"),
+        ({"top_k": 5, "exchange": "checkpoints"}, "top_k.*checkpoints.*5"),
+        ({"wire_dtype": "bfloat16", "exchange": "checkpoints"}, "wire_dtype.*copies_dtype"),
+        ({"wire_dtype": "int8"}, "wire_dtype.*'int8'"),
+        ({"exchange_every": 0}, "exchange_every.*0"),
+        ({"transfer_steps": -1}, "transfer_steps.*-1"),
+        ({"transfer_steps": 11, "exchange_every": 10}, "transfer_steps.*exchange_every.*10.*11"),
+        ({"ramp_steps": 1.5}, "ramp_steps.*1.5"),
+        ({"burn_in_steps": -1}, "burn_in_steps.*-1"),
+        ({"copies_dtype": "float16"}, "copies_dtype.*'float16'"),
+        ({"copies_device": "cuda"}, "copies_device.*'cuda'"),
+        ({"timeout_seconds": 0}, "timeout_seconds.*0"),
+    ],
+)
+def test_settings_outside_of_their_rule_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        make_alone(**options)
+
+
+def test_alpha_is_0_in_the_burn_in_then_rises_then_stays():
+    codistillation = make_alone(alpha=2.0, burn_in_steps=3, ramp_steps=4)
+    assert [codistillation.alpha_at(k) for k in range(9)] == [0.0] * 4 + [0.5, 1.0, 1.5, 2.0, 2.0]
+    codistillation = make_alone(alpha=lambda step: step / 10, burn_in_steps=2)
+    assert [codistillation.alpha_at(k) for k in range(4)] == [0.0, 0.0, 0.2, 0.3]
+    with pytest.raises(ValueError, match=r"alpha.*-1"):
+        make_alone(alpha=lambda step: -1.0).alpha_at(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*one replica only")
+def test_one_replica_trains_as_without_codistillation_and_misuse_is_refused():
+    codistillation = make_alone()
+    with codistillation:
+        output = codistillation.model(torch.ones(2, 3))
+        loss = codistillation.loss(output, None)
+        assert (loss.item(), loss.requires_grad) == (0.0, False)
+        codistillation.step()
+        assert codistillation.staleness is codistillation.distance_of_predictions is None
+        for method in (Codistillation, LocalSGD):
+            with pytest.raises(ValueError):  # the model is in use
+                method(codistillation.model, codistillation.optimizer).start()
+        with pytest.raises(ValueError, match="logits"):
+            codistillation.loss({"hidden": output}, None)
+        with pytest.raises(ValueError, match="int64"):
+            codistillation.loss(output.argmax(-1), None)
+        state = codistillation.state_dict()
+    with pytest.raises(RuntimeError, match="entered"):
+        codistillation.step()
+    with pytest.raises(ValueError, match=r"'checkpoints'.*'predictions'"):
+        make_alone(exchange="checkpoints").load_state_dict(state)
+
+    class FSDPModule(torch.nn.Linear):
+        pass
+
+    model = FSDPModule(3, 2)
+    with pytest.raises(TypeError):
+        Codistillation(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+class OverRanks(torch.nn.Module):
+    """A model whose forward pass gathers over the ranks: those of its replica only, in the copies as well."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        gathered = all_gather_cat(self.linear(x))
+        return {"logits": self.linear(x) - gathered.mean(0), "loss": gathered.square().mean(), "rows": len(gathered)}
+
+
+def _gather_in_forward(rank):
+    groups, model, rows = groups_of(rank), OverRanks(rank // 2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def forward(module, batch):
+        output = module(**batch)
+        rows.append(output["rows"])
+        return output
+
+    with Codistillation(
+        model, optimizer, exchange="checkpoints", exchange_every=2, forward=forward, **groups
+    ) as codistillation:
+        # The replicas are not in step: a gather over all ranks would hang.
+        for step in range(6 if rank < 2 else 7):
+            batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(10 * step + rank))}
+            output = model(**batch)
+            rows.append(output["rows"])
+            (output["loss"] + codistillation.loss(output, batch)).backward()
+            optimizer.step()
+            codistillation.step()
+            optimizer.zero_grad()
+    return rows, model.linear.weight.detach().clone()
+
+
+@pytest.mark.distributed
+def test_collectives_of_the_forward_pass_stay_inside_the_replica_in_copies_too():
+    results = run_ranks(_gather_in_forward, 4)
+    for rank, (rows, weight) in enumerate(results):
+        assert rows == [10] * (6 + 4 if rank < 2 else 7 + 5)
+        assert torch.equal(weight, results[rank // 2 * 2][1])
+    assert not torch.equal(results[0][1], results[2][1])

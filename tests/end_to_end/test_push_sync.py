@@ -40,7 +40,7 @@ RECORD = {
         **{"method": "Codistillation", "replicas": 2, "ranks_per_replica": 1, "exchange": "checkpoints"},
         **{"same_batch": False, "initialization": "own", "publish": "first", "exchange_every": 2, "transfer_steps": 0},
         **{"alpha": 0.5, "ramp_steps": 0, "burn_in_steps": 0, "distance": "kl", "temperature": 1.0},
-        **{"on_lost_replica": "raise", "weight_decay_schedule": "falling"},
+        **{"weight_decay_schedule": "falling"},
     },
 }
 PAPERS = {"slowmo": ["1910.00643"], "codistillation": ["2010.02838"]}

@@ -1,34 +1,35 @@
-"""Codistillation on any Trainer: a callback that adds the replicas' distance to the loss."""
+"""Codistillation on a Trainer: a callback that adds the distance from the other replicas to the loss."""
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from ...checks import check_choice, check_integer
 from ...distributed.codistillation import Codistillation
 from ...distributed.collectives import group_scope, rank, world_size
+from ...distributed.comm.exchange import PeerError
 from ...distributed.falling_weight_decay import FallingWeightDecay
 from ...distributed.subgroups import subgroup
-from .codistillation_rules import check_averageable, check_codistillation
+from ...files import write_json
 from .local_update import PerRankCallback, set_arguments
-from .lost_replicas import name_lost_replica
-from .replica_data import rows_shared_by
-from .replica_evaluation import ReplicaEvaluation
-from .replica_predictions import forward_for, initialize_anew, mask_for, origin_of, predictions_for
-from .replica_publishing import check_metric, publish
+from .replica_data import not_gathered, rows_shared_by
+from .replica_models import forward_for, mask_for, origin_of, predictions_for, reinitialize
 from .sync_record import readable
 
 logger = logging.get_logger(__name__)
 
+_LOST_SECONDS = 2.0  # after which a connection that a peer has closed is seen
+
 
 class CodistillationCallback(PerRankCallback):
-    """Trains by [`Codistillation`] on a Trainer with [`LocalUpdateTrainerMixin`]: replicas teach one another.
+    """Train by [`Codistillation`] on a Trainer with [`LocalUpdateTrainerMixin`]: the ranks are replicas.
 
     Example:
 
@@ -41,57 +42,51 @@ class CodistillationCallback(PerRankCallback):
     trainer.train()
     ```
 
-    **The loss** of a micro-batch is `compute_loss` plus [`Codistillation.loss`] of the model's last forward pass
-    in it. With gradient accumulation the distance counts as its mean over the micro-batches, however the other loss is
-    normalised. A label of -100 leaves its position out of the distance, of causal language models the one before it.
+    **Loss** of a micro-batch: `compute_loss` plus [`Codistillation.loss`] of the last forward pass of the model in it.
+    With gradient accumulation the distance is its mean over the micro-batches. Positions with label -100 do not count;
+    for causal language models the position before each.
 
-    **The data.** With `same_batch` every replica goes over *all* rows in the same order, so that an epoch has as many
-    more updates as there are replicas; else all ranks share them, as ever.
+    **Data**: with `same_batch` every replica iterates over *all* rows in the same order, so that an epoch has as many
+    more updates as there are replicas. Otherwise the ranks share the rows.
 
-    **The start.** Replicas begin with parameters of their own: replica r > 0 is drawn anew with seed + r after DDP has
-    made all equal. Weights from a checkpoint (`from_pretrained`) are kept, with a warning.
+    **Initial parameters**: replica r > 0 is drawn again with seed + r, after DDP has made the ranks equal. Weights of
+    a checkpoint (`from_pretrained`) are kept, with a warning.
 
-    **Evaluations** while training: each rank evaluates its replica on all rows. Under the usual names are the first
-    replica's metrics, `<metric>_replica_<r>` are the others'; all ranks get all of them. A low-shot
-    evaluation is of each rank's own replica, too; the first one's is logged.
+    **Evaluation** during training: each replica is evaluated on all rows. The metrics of the first replica have the
+    usual names, those of replica r are `<metric>_replica_<r>`; all ranks have all of them.
 
-    **A checkpoint** holds the first replica as ever, and a `sync_state_<rank>.pt` for each rank: its model, optimizer,
-    schedule and scaler, and the copies of its peers. A resumed run goes on bit for bit. With another number of ranks,
-    or without these files, all replicas start from the first one's model.
+    **Checkpoints** hold the first replica, and `sync_state_<rank>.pt` per rank: its model, optimizer, schedule and
+    scaler, and the checkpoints of its peers. A resumed run is exact to the bit. With another number of ranks, or
+    without these files, all replicas begin with the model of the first.
 
-    **At the end** all ranks take the replica that is published, and `codistillation.json` in `output_dir` names it.
-    With `publish="average"` that is the first one, and each is saved as `replica_<r>` there, one after the other
-    through rank 0, for which every rank keeps its own on the CPU. [`PredictionAverage`] loads them. With
-    `compute_metrics`, the average is evaluated on the `eval_dataset`, too, in one more pass: `<metric>_average`.
+    **End**: all ranks take the replica that is published. `codistillation.json` in `output_dir` records which.
 
-    **Logged** with the loss (which is the mean over the ranks, distance and all), of this rank and since the last
-    time: `codistillation_distance`, `codistillation_alpha`, `codistillation_staleness`, `sync_megabytes_sent`,
-    `sync_seconds_waiting`.
+    **Logged** with the loss, for this rank and since the last time: `codistillation_distance`, `codistillation_alpha`,
+    `codistillation_staleness`, `sync_megabytes_sent`, `sync_seconds_waiting`. The loss includes the distance.
 
     Args:
-        trainer (`Trainer`): The trainer that the callback is added to, with [`LocalUpdateTrainerMixin`].
+        trainer (`Trainer`): The trainer that the callback is added to.
         exchange (`str`, *optional*, defaults to `"predictions"`): `"predictions"` or `"checkpoints"`.
-        same_batch (`bool`, *optional*): Give all replicas the same batches; by default with predictions only. With
-            predictions `False` means that you do it.
-        inner_size (`int`, *optional*, defaults to 1): Ranks of one replica, that follow each other. Or give `group`
-            and `inner_group`, the dimensions of a `DeviceMesh`.
-        initialization (`str`, *optional*, defaults to `"own"`): `"own"` or `"same"` parameters to begin with. Weights
-            that were loaded in another way than `from_pretrained` need `"same"`.
+        same_batch (`bool`, *optional*): Give all replicas the same batches. By default with predictions only; there
+            `False` means that the data set does it.
+        inner_size (`int`, *optional*, defaults to 1): Consecutive ranks per replica. `group` and `inner_group` of a
+            `DeviceMesh` may be passed instead.
+        initialization (`str`, *optional*, defaults to `"own"`): `"own"` or `"same"` initial parameters. Weights that
+            were not loaded by `from_pretrained` need `"same"`.
         reinitialize (`Callable[[nn.Module], None]`, *optional*): Initialises a model in place, such as the head of a
-            pretrained one; by default as the model's class does.
-        falling_weight_decay (`bool`, *optional*, defaults to `False`): [`FallingWeightDecay`] over the training.
-        publish (`str`, *optional*, defaults to `"first"`): What the run ends with: the `"first"` replica, the `"best"`
-            by `metric_for_best_model` (by default the loss) of an evaluation after the last update, or the
-            `"average"` of their probabilities, of models with `logits` `(..., C)` of classes.
-        log_parameter_distance (`bool`, *optional*, defaults to `False`): Log `codistillation_parameter_distance` too,
+            pretrained one. By default as its class does.
+        falling_weight_decay (`bool`, *optional*, defaults to `False`): Use [`FallingWeightDecay`].
+        publish (`str`, *optional*, defaults to `"first"`): The replica that the run ends with: `"first"`, or `"best"`
+            by `metric_for_best_model` (by default the loss) of an evaluation after the last update.
+        log_parameter_distance (`bool`, *optional*, defaults to `False`): Log `codistillation_parameter_distance`,
             which exchanges all parameters.
         mask (`Callable`, *optional*): batch -> positions that count, see [`Codistillation.loss`].
         settings: Of [`Codistillation`], such as `exchange_every`, `alpha`, `temperature`, `top_k`, `predictions`.
 
     Raises:
-        ValueError: If a setting is outside of its rule, the trainer has another sync callback, a loss that is computed
-            outside of the model, or two weight decay schedules.
-        TypeError: If the trainer shards the model.
+        ValueError: If a setting is outside of its rule, the trainer has another callback of this kind, hides the
+            labels from the model, or has a weight decay schedule besides this one.
+        TypeError: If the trainer lacks the mixin, or shards the model.
     """
 
     saves_model_of_each_rank = True
@@ -111,37 +106,71 @@ class CodistillationCallback(PerRankCallback):
         mask: Callable[[Any], torch.Tensor] | None = None,
         **settings: Any,
     ):
-        if not isinstance(trainer, Trainer):
+        if not hasattr(type(trainer), "per_rank_callback"):
+            name = type(trainer).__name__
             raise TypeError(
-                f"`trainer` must be the Trainer that the callback is added to, but is a {type(trainer).__name__}. "
-                "Build that first: `trainer.add_callback(CodistillationCallback(trainer))`."
+                f"`trainer` must be a Trainer with LocalUpdateTrainerMixin, but is a {name}. Define `class "
+                f"MyTrainer(LocalUpdateTrainerMixin, {name if isinstance(trainer, Trainer) else 'Trainer'})`."
             )
         super().__init__(trainer)
-        if not hasattr(type(trainer), "per_rank_callback"):
-            raise TypeError(
-                "`trainer` must have the LocalUpdateTrainerMixin, through which the callback adds to the loss, but "
-                f"{type(trainer).__name__} has not. Define `class MyTrainer(LocalUpdateTrainerMixin, "
-                f"{type(trainer).__name__})`."
-            )
-        self.settings = {"exchange": exchange, **settings}
         self.same_batch = exchange == "predictions" if same_batch is None else same_batch
-        self.inner_size, self.initialization, self.reinitialize = inner_size, initialization, reinitialize
-        self.falling_weight_decay, self.publish = falling_weight_decay, publish
+        self.inner_size = check_integer("inner_size", inner_size, meaning="counts the ranks of a replica")
+        self.initialization = check_choice("initialization", initialization, ("own", "same"))
+        self.publish = check_choice("publish", publish, ("first", "best"))
+        self.reinitialize, self.falling_weight_decay = reinitialize, falling_weight_decay
         self.log_parameter_distance, self.mask = log_parameter_distance, mask
-        self._initialized = False
-        check_codistillation(self)
-        if self.settings.get("predictions") is None:
-            self.settings["predictions"] = predictions_for(trainer.model)
-        if self.settings.get("forward") is None:
-            self.settings["forward"] = forward_for(trainer.model)
+        self.settings = {"exchange": exchange, **settings}
+        self._check(trainer)
+        for name, default in (("predictions", predictions_for), ("forward", forward_for)):
+            if self.settings.get(name) is None:
+                self.settings[name] = default(trainer.model)
+        # Raises for a wrong setting now, not when the training begins.
         Codistillation(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0), **self._core_settings(1))
         set_arguments(trainer)
-        self._clear()
+        self._initialized = False
+        self.begin()
 
-    # The ranks
+    def _check(self, trainer: Trainer) -> None:
+        args = trainer.args
+        if trainer.compute_loss_func is not None or args.label_smoothing_factor:
+            hides = "compute_loss_func" if trainer.compute_loss_func is not None else "label_smoothing_factor"
+            raise ValueError(
+                f"`{hides}` hides the labels from the model and must not be set with codistillation, but is "
+                f"{getattr(trainer, hides, args.label_smoothing_factor)!r}. Compute the loss in the model."
+            )
+        if args.world_size % self.inner_size:
+            raise ValueError(
+                f"`inner_size` must divide the number of ranks, {args.world_size}, but is {self.inner_size}. Use 1 "
+                "for one replica per rank."
+            )
+        if self.publish == "best" and (trainer.eval_dataset is None or args.load_best_model_at_end):
+            raise ValueError(
+                "`publish='best'` evaluates the replicas at the end: it needs an `eval_dataset`, and no "
+                f"`load_best_model_at_end`, which is {args.load_best_model_at_end}."
+            )
+        metric, _ = self._metric
+        if self.publish == "best" and trainer.compute_metrics is None and not metric.endswith("loss"):
+            raise ValueError(
+                f"`publish='best'` compares the replicas by '{metric}' (`metric_for_best_model`), but an evaluation "
+                "without `compute_metrics` has the loss only. Pass `compute_metrics`."
+            )
+        has_schedule = self.falling_weight_decay or self.settings.get("weight_decay_schedule") is not None
+        if has_schedule and getattr(args, "final_weight_decay", None) is not None:
+            raise ValueError(
+                "The weight decay can have one schedule, but has this one and `final_weight_decay`, which is "
+                f"{args.final_weight_decay}. Set `final_weight_decay` to None."
+            )
+        is_known = self.reinitialize is not None or isinstance(trainer.model, PreTrainedModel)
+        if args.world_size > self.inner_size and self.initialization == "own" and not is_known:
+            raise ValueError(
+                f"A {type(trainer.model).__name__} is no PreTrainedModel, so the callback cannot draw other initial "
+                "parameters for each replica. Pass `reinitialize`, or `initialization='same'`."
+            )
+
+    # Replicas
 
     def _groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """One rank of each replica, and the ranks of this replica."""
+        """Return one rank of each replica, and the ranks of this replica."""
         if "group" in self.settings or "inner_group" in self.settings:
             return self.settings.get("group"), self.settings.get("inner_group")
         ranks, size, own = world_size(), self.inner_size, rank()
@@ -151,37 +180,48 @@ class CodistillationCallback(PerRankCallback):
         return subgroup(range(own % size, ranks, size), name="replicas"), inner
 
     def _inner_place(self) -> tuple[int, int]:
-        """Number of ranks of this replica, and this rank's place among them."""
+        """Return the number of ranks of this replica, and the place of this rank among them."""
         _, inner = self._groups()
         return (1, 0) if inner is None else (world_size(inner), rank(inner))
 
     @property
     def replica(self) -> int:
-        """The place of this rank's replica."""
+        """The place of the replica of this rank."""
         return rank(self._groups()[0])
 
     @property
     def num_replicas(self) -> int:
         return world_size(self._groups()[0])
 
-    # From the beginning to the end
-
-    def _core_settings(self, total_steps: int) -> dict[str, Any]:
-        settings = dict(self.settings)
-        if self.falling_weight_decay:
-            settings["weight_decay_schedule"] = FallingWeightDecay(total_steps)
-        return settings
-
-    def _clear(self) -> None:
-        self._bytes_logged, self._seconds_logged = 0, 0.0
-        self._distance, self._num_distances = 0.0, 0
-        self.evaluation = ReplicaEvaluation(self)
-        self._evaluation_loaders: dict[str, Any] = {}
-        self._is_output_checked = False
+    # Beginning and end
 
     def begin(self) -> None:
-        self._clear()
-        check_metric(self)
+        self._bytes_logged, self._seconds_logged = 0, 0.0
+        self._distance, self._num_distances = 0.0, 0
+        self._evaluated_step, self._metrics = -1, []
+        self._evaluation_loaders: dict[str, Any] = {}
+
+    def initialize(self) -> None:
+        if self._initialized:
+            return
+        self._initialized, model = True, self.trainer.model
+        if self.initialization == "same" or self.num_replicas == 1:
+            return
+        if self.reinitialize is None and origin_of(model):
+            if self.trainer.is_world_process_zero():
+                logger.warning(
+                    f"All replicas begin with the weights of '{origin_of(model)}'. To draw the head again in each, "
+                    "pass `reinitialize`."
+                )
+        elif self.replica > 0:
+            devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), torch.no_grad():
+                torch.manual_seed(self.trainer.args.seed + self.replica)
+                (self.reinitialize or reinitialize)(model)
+
+    def _core_settings(self, total_steps: int) -> dict[str, Any]:
+        schedule = {"weight_decay_schedule": FallingWeightDecay(total_steps)} if self.falling_weight_decay else {}
+        return {**self.settings, **schedule}
 
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Codistillation:
         group, inner_group = self._groups()
@@ -189,21 +229,20 @@ class CodistillationCallback(PerRankCallback):
         return Codistillation(model, optimizer, **{**settings, "group": group, "inner_group": inner_group})
 
     def settings_of(self, sync: Codistillation) -> dict[str, str]:
-        distance = {name: repr(value) for name, value in vars(sync.distance).items()}
-        return {"method": "Codistillation", **sync.settings.described(), **distance}
+        return {"method": "Codistillation", **{name: repr(value) for name, value in sync._settings().items()}}
+
+    def describe(self, sync: Codistillation) -> str:
+        values = {name: value for name, value in self._record(sync).items() if name != "method"}
+        return f"Codistillation: {', '.join(f'{name}={value}' for name, value in values.items())}."
 
     def record(self) -> dict[str, Any] | None:
-        if self.sync is None:
-            return None
-        sync, of_one_exchange = (
-            self.sync,
-            {"checkpoints": ("exchange_every", "transfer_steps"), "predictions": ("check_every",)},
-        )
-        others = next(names for exchange, names in of_one_exchange.items() if exchange != sync.settings.exchange)
-        own = {name: value for name, value in dataclasses.asdict(sync.settings).items() if name not in others}
-        schedule = self.settings.get("weight_decay_schedule")
-        if self.falling_weight_decay or isinstance(schedule, FallingWeightDecay):
-            schedule = "falling"
+        return None if self.sync is None else self._record(self.sync)
+
+    def _record(self, sync: Codistillation) -> dict[str, Any]:
+        own = {**sync._settings(), "alpha": sync.alpha, "copies_device": sync.copies_device}
+        if sync.exchange == "predictions":
+            del own["exchange_every"], own["transfer_steps"]
+        schedule = sync.weight_decay_schedule
         values = {
             "replicas": self.num_replicas,
             "ranks_per_replica": self._inner_place()[0],
@@ -211,45 +250,18 @@ class CodistillationCallback(PerRankCallback):
             "initialization": self.initialization,
             "publish": self.publish,
             **own,
-            **vars(sync.distance),
-            "weight_decay_schedule": schedule,
+            "weight_decay_schedule": "falling" if isinstance(schedule, FallingWeightDecay) else schedule,
         }
         return {"method": "Codistillation", **readable(values)}
 
-    def initialize(self) -> None:
-        if not self._initialized:
-            self._initialize()
-        self._initialized = True
-
-    def _initialize(self) -> None:
-        """Gives each replica but the first parameters of its own, the same on all of its ranks."""
-        if self.initialization == "same" or self.num_replicas == 1:
-            return
-        model = self.trainer.model
-        if self.reinitialize is None and origin_of(model):
-            if self.trainer.is_world_process_zero():
-                logger.warning(
-                    f"The replicas all begin with the weights of '{origin_of(model)}', and differ only by "
-                    "what they see. To draw the head anew in each, give `reinitialize`, a function that does it to a "
-                    "model in place."
-                )
-            return
-        if self.replica > 0:
-            devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(self.trainer.args.seed + self.replica)
-                with torch.no_grad():
-                    (self.reinitialize or initialize_anew)(model)
-
     def finish(self, error: BaseException | None = None) -> None:
-        """Publishes a replica and stops, if it still runs; `error` is what ended the training early."""
         if self.sync is None:
             return
         try:
             if error is None:
-                publish(self)
+                self._publish()
             else:
-                name_lost_replica(self.sync, error)
+                self._name_lost_replica(error)
         except BaseException as failure:
             error = failure
             raise
@@ -257,96 +269,147 @@ class CodistillationCallback(PerRankCallback):
             sync, self.sync = self.sync, None
             sync.stop(error)
 
-    # Within the trainer's methods
+    def _publish(self) -> None:
+        """Make all ranks the published replica, and record which it is."""
+        args, state = self.trainer.args, self.trainer.state
+        published: dict[str, Any] = {"replicas": self.num_replicas, "published": 0, "publish": self.publish}
+        if self.num_replicas > 1:
+            if self.publish == "best":
+                published |= self._best()
+            self.sync.take_replica(published["published"])
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            published["checkpoint"] = Path(state.best_model_checkpoint).name
+        if state.is_world_process_zero:
+            settings = self._record(self.sync)
+            write_json(
+                Path(args.output_dir, "codistillation.json"),
+                {**published, "step": state.global_step, "settings": settings},
+            )
+        self.trainer.accelerator.wait_for_everyone()
+
+    @property
+    def _metric(self) -> tuple[str, bool]:
+        """The metric that decides which replica is the best, and whether a greater value is better."""
+        args = self.trainer.args
+        name = args.metric_for_best_model or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        return name, not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
+
+    def _best(self) -> dict[str, Any]:
+        name, is_greater_better = self._metric
+        if self._evaluated_step != self.trainer.state.global_step:
+            self.trainer.evaluate()
+        if name not in self._metrics[0]:
+            raise ValueError(
+                f"`publish='best'` compares the replicas by '{name}' (`metric_for_best_model`), but the evaluation "
+                f"has {', '.join(sorted(self._metrics[0]))}. Set `metric_for_best_model` to one of them."
+            )
+        values = [metrics[name] for metrics in self._metrics]
+        best = (max if is_greater_better else min)(range(len(values)), key=values.__getitem__)
+        return {"published": best, "metric": name, "values": values}
+
+    def _name_lost_replica(self, error: BaseException) -> None:
+        """Raise a PeerError with the rank if the Trainer's own communication failed because a replica died."""
+        is_broken = isinstance(error, dist.DistError) or "onnection" in str(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, PeerError) and is_broken:
+            lost = self.sync.find_lost(_LOST_SECONDS)
+            if lost:
+                raise PeerError(f"Rank {', '.join(map(str, lost))} has died. See its log.", lost) from error
+
+    # In place of methods of the trainer
 
     def compute_loss(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's loss, and in training the distance from the other replicas."""
         model = self.trainer.model
         if self.sync is None or not (torch.is_grad_enabled() and model.training):
             return original(*args, **kwargs)
-        seen: list[tuple] = []
-        # Only for now: a hook would be copied along with the model.
-        hook = model.register_forward_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+        calls: list[tuple] = []
+        # Removed after the call: a hook would be copied with the model.
+        hook = model.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
         try:
             result = original(*args, **kwargs)
         finally:
             hook.remove()
-        if not seen:
+        if not calls:
             raise RuntimeError(
-                "Codistillation compares what the model returned, but `compute_loss` did not call "
-                f"`trainer.model`, a {type(model).__name__}. Call the model that `compute_loss` is given."
+                f"`compute_loss` must call `trainer.model`, a {type(model).__name__}, but did not. Call the model "
+                "that it is given."
             )
-        positional, named, output = seen[-1]
+        positional, named, output = calls[-1]
         if len(positional) > 1 or (positional and named):
             raise ValueError(
-                "`compute_loss` must call the model with named arguments, or with a batch alone, but gave "
-                f"{len(positional)} arguments by position and {sorted(named)}. Name them all."
+                "`compute_loss` must call the model with named arguments, or with one batch, but passed "
+                f"{len(positional)} arguments by position and {sorted(named)}."
             )
         batch = positional[0] if positional else {n: v for n, v in named.items() if n != "num_items_in_batch"}
         extra = self._distance_loss(output, batch)
-        items = kwargs.get("num_items_in_batch", args[3] if len(args) > 3 else None)
-        if self._is_scaled(items):
+        if self._is_normalised(kwargs.get("num_items_in_batch", args[3] if len(args) > 3 else None)):
             extra = extra / self.trainer.current_gradient_accumulation_steps
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
     def _distance_loss(self, output: Any, batch: Any) -> torch.Tensor:
-        if self.publish == "average" and not self._is_output_checked:
-            check_averageable(self.trainer.model, output)
-            self._is_output_checked = True
         if self.mask is not None:
             mask = self.mask(batch)
         else:
             mask = mask_for(self.trainer.model, batch, self.settings["predictions"](output))
         extra = self.sync.loss(output, batch, mask)
-        if extra.requires_grad:  # else there was nothing to compare with
+        if extra.requires_grad:  # otherwise there is no distance yet
             self._distance = self._distance + extra.detach() / self.sync.alpha_at(self.sync.steps)
             self._num_distances += 1
         return extra
 
-    def _is_scaled(self, items: Any) -> bool:
-        """Whether the trainer leaves the loss of a micro-batch as it is, because it is a part of the update's."""
-        told = getattr(self.trainer, "loss_is_scaled_for_ga", None)
-        return told if told is not None else self.trainer.model_accepts_loss_kwargs and items is not None
+    def _is_normalised(self, items: Any) -> bool:
+        """Return whether the losses of the micro-batches are summed over the update instead of averaged."""
+        is_scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None)
+        return self.trainer.model_accepts_loss_kwargs and items is not None if is_scaled is None else is_scaled
 
     def get_train_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The loader of the training, over the ranks that share its rows."""
         if not self.same_batch or self.num_replicas == 1:
             return original(*args, **kwargs)
         with rows_shared_by(self.trainer, *self._inner_place(), {}):
             return original(*args, **kwargs)
 
     def get_eval_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """A loader of all rows while the ranks hold different models."""
         if self.sync is None or self.num_replicas == 1:
             return original(*args, **kwargs)
         with rows_shared_by(self.trainer, 1, 0, self._evaluation_loaders):
             return original(*args, **kwargs)
 
     def evaluation_loop(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Each replica's own evaluation."""
         if self.sync is None:
             return original(*args, **kwargs)
-        return self.evaluation.of_each(original, *args, **kwargs)
+        with nullcontext() if self.num_replicas == 1 else not_gathered(self.trainer):
+            output = original(*args, **kwargs)
+        gathered: list = [(0, output.metrics)]
+        if self.num_replicas > 1:
+            gathered = [None] * world_size()
+            dist.all_gather_object(gathered, (self.replica, output.metrics))
+        by_replica: dict[int, dict[str, float]] = {}
+        for place, metrics in gathered:
+            by_replica.setdefault(place, metrics)
+        step, replicas = self.trainer.state.global_step, range(self.num_replicas)
+        # Several evaluation sets follow each other.
+        earlier = self._metrics if self._evaluated_step == step else [{} for _ in replicas]
+        self._evaluated_step, self._metrics = step, [{**earlier[place], **by_replica[place]} for place in replicas]
+        metrics = dict(by_replica[0])
+        for place in replicas[1:]:
+            metrics |= {f"{name}_replica_{place}": value for name, value in by_replica[place].items()}
+        return output._replace(metrics=metrics)
 
     def evaluation_scope(self) -> AbstractContextManager:
-        """Keeps an evaluation of the model inside of this rank while the ranks hold different ones."""
         if self.sync is None or self.num_replicas == 1:
             return nullcontext()
         return group_scope(subgroup([rank()], name="alone"))
 
     def images_per_update(self, original: Callable, *args: Any, **kwargs: Any) -> int:
-        """Those of one replica, where each goes over all images."""
         return original(*args, **kwargs) // (self.num_replicas if self.same_batch else 1)
 
     def support_ranks(self, original: Callable) -> tuple[int, int]:
-        """The ranks of one replica share a support, where all replicas must have the same."""
         if not self.same_batch or self.num_replicas == 1:
             return original()
         size, place = self._inner_place()
         return place, size
 
     def values_to_log(self, is_training_log: bool) -> dict[str, float]:
-        """What to add to a log. Every rank must call it, if it is one of the training."""
         if self.sync is None or not is_training_log:
             return {}
         sent, waited = self.sync.bytes_sent, self.sync.seconds_waiting

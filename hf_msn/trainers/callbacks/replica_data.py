@@ -1,4 +1,4 @@
-"""Which rows a replica trains and is evaluated on, where accelerate would share them out over all ranks."""
+"""Data loaders and evaluations of one replica, where accelerate would use all ranks."""
 
 import functools
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from transformers.trainer_utils import seed_worker
 
 @contextmanager
 def rows_shared_by(trainer: Trainer, size: int, place: int, loaders: dict[str, Any]) -> Iterator[None]:
-    """Loaders that the trainer makes inside give this rank its part of the rows as if there were `size` ranks.
+    """Shard the rows of the data loaders made in the block as if there were `size` ranks.
 
     Args:
         trainer (`Trainer`): Its accelerator prepares the loaders.
-        size (`int`): Ranks that share the rows; 1 gives this rank all of them.
-        place (`int`): This rank's place among them. The workers of a loader draw from a seed of it.
-        loaders (`dict[str, Any]`): Those for evaluations that are kept, see `dataloader_persistent_workers`.
+        size (`int`): Ranks that share the rows; with 1 this rank has all of them.
+        place (`int`): The place of this rank among them. It seeds the workers of a loader.
+        loaders (`dict[str, Any]`): The evaluation loaders that `dataloader_persistent_workers` keeps.
     """
     accelerator = trainer.accelerator
 
     def prepare(loader, device_placement=None, slice_fn_for_dispatch=None):
         init = loader.worker_init_fn
         if isinstance(init, functools.partial) and init.func is seed_worker:
-            # Augmentations must be the same in all replicas.
+            # The augmentations are the same in all replicas.
             loader.worker_init_fn = functools.partial(seed_worker, **{**init.keywords, "rank": place})
         prepared = prepare_data_loader(
             loader,
@@ -45,30 +45,29 @@ def rows_shared_by(trainer: Trainer, size: int, place: int, loaders: dict[str, A
         accelerator._dataloaders.append(prepared)
         return prepared
 
-    # Loaders with persistent workers are kept for the next time, which may be another one's.
-    with replaced(accelerator, prepare_data_loader=prepare), replaced(trainer, _eval_dataloaders=loaders):
+    with _replaced(accelerator, prepare_data_loader=prepare), _replaced(trainer, _eval_dataloaders=loaders):
         yield
 
 
 @contextmanager
-def nothing_gathered(trainer: Trainer) -> Iterator[None]:
-    """What the trainer gathers over the ranks inside stays this rank's own."""
+def not_gathered(trainer: Trainer) -> Iterator[None]:
+    """Keep the results of an evaluation in the block on their rank."""
 
     def own(tensor: Any, *args, **kwargs) -> Any:
         return tensor
 
-    with replaced(trainer.accelerator, gather=own, pad_across_processes=own):
+    with _replaced(trainer.accelerator, gather=own, pad_across_processes=own):
         yield
 
 
 @contextmanager
-def replaced(thing: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes of this one object take the place of its own, or hide those of its class, for now."""
-    before = {name: vars(thing)[name] for name in attributes if name in vars(thing)}
-    vars(thing).update(attributes)
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Replace attributes of one object in the block, or hide those of its class."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
     try:
         yield
     finally:
         for name in attributes:
-            vars(thing).pop(name, None)
-        vars(thing).update(before)
+            vars(owner).pop(name, None)
+        vars(owner).update(before)

@@ -7,7 +7,7 @@ import torch
 from ...distributed.topology import Topology
 
 # Names of settings in recipes, where they differ from those of the methods.
-_NAMES = {"method": "async_method", "kind": "distance"}
+_NAMES = {"method": "async_method"}
 
 
 def readable(values: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def _train(rank, folder, method):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["msn", "paws"])
 def test_the_gradient_is_that_of_the_loss_and_of_the_divergence_of_assignments(tmp_path, method):

@@ -1,1 +1,0 @@
-"""The parts of [`Codistillation`]: what replicas compare, exchange, and keep of one another."""
