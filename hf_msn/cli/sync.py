@@ -43,7 +43,6 @@ _NAMES = {
     "base_buffers": "sync_base_buffers",
     "log_consensus_distance": None,
     "log_parameter_distance": None,
-    "on_lost_replica": None,
 }
 
 
