@@ -167,8 +167,9 @@ class Codistillation:
         ramp_steps (`int`, *optional*, defaults to 0): Updates over which alpha rises from 0, after the burn-in.
         burn_in_steps (`int`, *optional*, defaults to 0): First updates, with alpha 0 and without exchange.
         distance (`str`, *optional*, defaults to `"kl"`): `"kl"` or `"mse"`, see [`PredictionDistance`].
-        temperature (`float`, *optional*, defaults to 1.0): See [`PredictionDistance`].
-        top_k (`int`, *optional*): See [`PredictionDistance`]; for predictions only.
+        temperature (`float`, *optional*, defaults to 1.0): Temperature of the softmax of `"kl"`, > 0.
+        top_k (`int`, *optional*): Number of probabilities to send per prediction, with `exchange="predictions"` and
+            `"kl"`. By default all.
         predictions (`Callable`, *optional*): output -> logits or log-probabilities `(..., C)`. By default the output's
             `logits`, or the output itself if it is a tensor.
         forward (`Callable`, *optional*): (copy, batch) -> output, for checkpoints. By default `copy(**batch)` for a
