@@ -11,17 +11,16 @@ from torch import nn
 from ..checks import check_choice, check_integer, check_number
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors, split_into_buckets
-from .local_training import active
-from .local_training.gradient_sync import GradientSync, find_wrapper
-from .local_training.training_state import (
+from .gradient_sync import GradientSync, find_wrapper, require_free
+from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
+from .same_batch import check_same_batch
+from .training_state import (
     compare_ranks,
     frozen_and_buffers,
     plain_optimizer,
     refuse_unsupported,
     trainable_parameters,
 )
-from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
-from .same_batch import check_same_batch
 
 _DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model
@@ -381,29 +380,29 @@ class Codistillation:
 
     def start(self) -> "Codistillation":
         """Enter. To resume a run, also call `load_state_dict`, before or after."""
-        active.require_free(self.model, self.optimizer)
+        require_free(self.model, self.optimizer)
         self._parameters = trainable_parameters(self.model, self.optimizer)
         for exchange in self._exchanges:
             exchange.check_devices(self._tensors)
             compare_ranks(exchange, self._description(), self._device)
         if self._inner is not None and self._state is None:
             self._broadcast(self._inner, 0)
-        gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, self._outer, self._inner)
+        checkpoints = None
         if self._outer.size == 1:
             warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
         elif self.exchange == "checkpoints":
             inner_group = None if self._inner is None else self._inner.group
-            self._checkpoints = PeerCheckpoints(
+            checkpoints = PeerCheckpoints(
                 self.model, self._outer, inner_group, _DTYPES[self.copies_dtype], self.copies_device
             )
-            self._checkpoints.connect()
+            checkpoints.connect()
         elif self._state is None:
             self._warn_if_equal()
-        self._gradients = gradients
+        self._gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, self._outer, self._inner)
+        self._checkpoints = checkpoints
         self._gradients.keep_local()
         self._initial_weight_decay = self._weight_decay
         self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._schedule_weight_decay())
-        active.take(self.model, self.optimizer)
         if self._state is not None:
             try:
                 self._restore()
@@ -418,7 +417,6 @@ class Codistillation:
         self._gradients.restore()
         self._gradients = None
         self._step_hook.remove()
-        active.give_back(self.model, self.optimizer)
         self._set_weight_decay(1.0)
         if self._checkpoints is not None:
             self._checkpoints.close(wait=error is None)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .comm.exchange import Exchange, PeerError
-from .local_training.forward_scope import ForwardScope
+from .gradient_sync import ForwardScope
 
 logger = logging.getLogger(__name__)
 

@@ -231,14 +231,10 @@ class CodistillationCallback(PerRankCallback):
     def settings_of(self, sync: Codistillation) -> dict[str, str]:
         return {"method": "Codistillation", **{name: repr(value) for name, value in sync._settings().items()}}
 
-    def describe(self, sync: Codistillation) -> str:
-        values = {name: value for name, value in self._record(sync).items() if name != "method"}
-        return f"Codistillation: {', '.join(f'{name}={value}' for name, value in values.items())}."
-
     def record(self) -> dict[str, Any] | None:
-        return None if self.sync is None else self._record(self.sync)
-
-    def _record(self, sync: Codistillation) -> dict[str, Any]:
+        sync = self.sync
+        if sync is None:
+            return None
         own = {**sync._settings(), "alpha": sync.alpha, "copies_device": sync.copies_device}
         if sync.exchange == "predictions":
             del own["exchange_every"], own["transfer_steps"]
@@ -280,7 +276,7 @@ class CodistillationCallback(PerRankCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             published["checkpoint"] = Path(state.best_model_checkpoint).name
         if state.is_world_process_zero:
-            settings = self._record(self.sync)
+            settings = self.record()
             write_json(
                 Path(args.output_dir, "codistillation.json"),
                 {**published, "step": state.global_step, "settings": settings},
