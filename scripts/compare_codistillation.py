@@ -1,37 +1,40 @@
-"""Codistillation of replicas with a part of the batch each against DDP with all of it, on scikit-learn's digits.
-
-All have the same number of updates. Real gloo processes on one machine, one for each replica. `alone` is the control:
-replicas with a part of the batch each that never hear of one another. Each is trained with an unchanged weight decay
-and with FallingWeightDecay, the lesson of arXiv 2010.02838.
+"""Compare codistillation with DDP on the digits of scikit-learn.
 
     python scripts/compare_codistillation.py --output runs/codistillation
     python scripts/compare_codistillation.py --search    # how the defaults were chosen
 
-`--search` never sees a test digit: for each seed it draws 360 training digits to measure on, and trains on the rest.
-It chooses learning rate and weight decay for DDP alone. Replicas get the same weight decay, and the part of the
-learning rate that their batch is of DDP's (linear scaling: half of it with 2 replicas). Only what is codistillation's
-own is chosen for them: `alpha`, `temperature` and `exchange_every`.
+All runs have the same number of updates, on one gloo process per rank. A replica has `1 / ranks` of the batch of DDP.
+`alone` is the control: replicas that exchange nothing. Each method is trained with a constant weight decay and with
+FallingWeightDecay (arXiv 2010.02838).
 
-What it shows: replicas reach DDP's accuracy with a part of its bytes, and a weight decay that is too high costs less
-if it falls. What it can't: digits are so easy that `alone` does as well, and falling helps all methods alike.
+`--search` uses no test digit: for each seed it measures on 360 training digits and trains on the rest. It chooses
+learning rate and weight decay for DDP alone. Replicas have the same weight decay, and a learning rate in proportion to
+their batch. For them it chooses `alpha`, `temperature` and `exchange_every`.
+
+The result shows that replicas reach the accuracy of DDP with fewer bytes, and that a weight decay that is too high
+costs less if it falls. Digits are so easy that `alone` does as well, and falling helps all methods.
 """
 
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from benchmark_report import check_methods
-from benchmark_sync import free_port, option, wait_for
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
+
+from hf_msn import Codistillation, FallingWeightDecay, load_images, pixel_features
+from hf_msn.checks import check_choice, check_integer, check_number
+from hf_msn.files import write_json, write_text
 
 METHODS = ("ddp", "alone", "predictions", "checkpoints")
 GOAL = 1.0  # points of accuracy below DDP
@@ -42,104 +45,205 @@ SEARCHED = {
     "temperature": (1.0, 3.0),
     "exchange_every": (25, 50, 100),
 }
-# Far from the seeds of the comparison: another order and other initial models too.
-SEARCH_SEED = 100
+SEARCH_SEED = 100  # other seeds than those of the comparison
+PIXEL_MEAN, PIXEL_STD = 0.305, 0.375  # of the training digits
+HELD_OUT = 360  # training digits that a search measures on: as many as there are test digits
+
+
+def option(help: str, default=None):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class ComparisonArguments:
     methods: list[str] = field(
-        default_factory=lambda: [*METHODS],
-        metadata={"help": f"Of {', '.join(METHODS)}. ddp is what the others are compared with."},
+        default_factory=lambda: [*METHODS], metadata={"help": "Methods; ddp must be among them."}
     )
     ranks: int = option("Ranks of DDP, and replicas.", 2)
-    batch_size: int = option("Of DDP over all ranks. A replica has `1 / ranks` of it.", 64)
+    batch_size: int = option("Batch of DDP over all ranks. A replica has `1 / ranks` of it.", 64)
     steps: int = option("Updates of every run.", 600)
     seeds: int = option("Runs of each row, with seeds 0, 1 and so on.", 3)
-    hidden_size: int = option("Width of the perceptron's two hidden layers.", 256)
-    learning_rate: float = option(
-        "Of DDP's SGD with momentum 0.9; a replica has `1 / ranks` of it. A tenth after each third of the updates.",
-        0.2,
-    )
+    hidden_size: int = option("Width of the two hidden layers of the perceptron.", 256)
+    learning_rate: float = option("Learning rate of DDP, divided by 10 after each third of the updates.", 0.2)
     weight_decays: list[float] = field(
         default_factory=lambda: [0.003, 0.03],
-        metadata={"help": "The first is for the comparison; further ones show what falling does where it is high."},
+        metadata={"help": "The first is for the comparison; others show the effect of falling where it is high."},
     )
     alpha: float = option("Weight of the distance from the other replicas.", 0.3)
-    temperature: float = option("Of the softmax in that distance.", 3.0)
-    exchange_every: int = option("Updates from one checkpoint to the next.", 25)
+    temperature: float = option("Temperature of the softmax in that distance.", 3.0)
+    exchange_every: int = option("Updates between two checkpoints.", 25)
     search: bool = option("Choose settings on held-out training digits instead.", False)
     timeout: float = option("Seconds after which the ranks are killed.", 1800.0)
     output: str | None = option("Folder for results.json, table.md and plot.png.")
 
     def __post_init__(self):
-        check_methods(self.methods, METHODS)
-        if self.ranks < 2 or self.steps < 1 or self.seeds < 1 or self.hidden_size < 1:
-            raise ValueError(
-                "`ranks` must be >= 2, `steps`, `seeds` and `hidden_size` >= 1, but they are "
-                f"{self.ranks}, {self.steps}, {self.seeds} and {self.hidden_size}."
-            )
-        if self.batch_size < 1 or self.batch_size % self.ranks:
-            raise ValueError(
-                "`batch_size` is shared by the ranks and must be a multiple of `ranks`, but is "
-                f"{self.batch_size} with {self.ranks} ranks."
-            )
-        if not self.weight_decays or min(self.weight_decays) < 0.0 or not self.learning_rate > 0.0:
-            raise ValueError(
-                "`weight_decays` must be one number >= 0 or more and `learning_rate` > 0, but they are "
-                f"{self.weight_decays} and {self.learning_rate}."
-            )
+        for method in self.methods:
+            check_choice("methods", method, METHODS)
+        if "ddp" not in self.methods:
+            raise ValueError(f"`methods` must have ddp, the baseline, but is {self.methods}.")
+        check_integer("ranks", self.ranks, 2)
+        for name in ("steps", "seeds", "hidden_size", "batch_size"):
+            check_integer(name, getattr(self, name))
+        if self.batch_size % self.ranks:
+            raise ValueError(f"`batch_size` must be a multiple of `ranks`, {self.ranks}, but is {self.batch_size}.")
+        check_number("learning_rate", self.learning_rate, above=0.0)
+        for value in self.weight_decays or [None]:
+            check_number("weight_decays", value, minimum=0.0)
 
     def run(self, method: str, seed: int, **settings) -> dict:
-        """What a rank needs to know of one run."""
+        """Return the settings of one run."""
         shared = "steps batch_size hidden_size learning_rate alpha temperature exchange_every".split()
         run = {**{name: getattr(self, name) for name in shared}, "weight_decay": self.weight_decays[0]}
         return {**run, "falling": False, **settings, "method": method, "seed": seed}
 
 
-def train_all(args: ComparisonArguments, runs: list[dict], held_out: bool = False) -> list[list[dict]]:
-    """All runs, one after another: what each rank found in each, first rank first."""
+# The ranks
+
+
+class Digits:
+    """Digits to train on and digits to measure on, as tensors.
+
+    Args:
+        held_out_seed (`int`, *optional*): Measure on training digits drawn with this seed, which are not trained on.
+            By default the test digits are measured.
+    """
+
+    def __init__(self, held_out_seed: int | None = None):
+        self.images, self.labels = _tensors("train")
+        if held_out_seed is None:
+            self.measured_images, self.measured_labels = _tensors("test")
+            return
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(held_out_seed))
+        measured, trained = order[:HELD_OUT], order[HELD_OUT:]
+        self.measured_images, self.measured_labels = self.images[measured], self.labels[measured]
+        self.images, self.labels = self.images[trained], self.labels[trained]
+
+
+def _tensors(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = pixel_features(load_images("digits", split=split))  # (N, 3 * 8 * 8), three equal channels
+    images = torch.tensor(pixels.features, dtype=torch.float32)[:, :64].view(-1, 1, 8, 8)
+    return (images - PIXEL_MEAN) / PIXEL_STD, torch.tensor(pixels.labels)
+
+
+def build_model(hidden_size: int) -> nn.Module:
+    sizes = (64, hidden_size, hidden_size)
+    layers = [layer for size in pairwise(sizes) for layer in (nn.Linear(*size), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden_size, 10))
+
+
+def batches_of(rows: int, batch_size: int, seed: int):
+    """Yield row numbers `(batch_size,)` from one shuffled pass after another."""
+    generator, waiting = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(waiting) < batch_size:
+            waiting = torch.cat([waiting, torch.randperm(rows, generator=generator)])
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def train(run: dict, digits: Digits) -> dict:
+    """Train one model on this rank; return its accuracy in per cent, that of the mean of all ranks, bytes, seconds."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    method, seed, steps, is_ddp = run["method"], run["seed"], run["steps"], run["method"] == "ddp"
+    share = run["batch_size"] // ranks
+    torch.manual_seed(1000 * seed + rank)  # replicas differ; DDP makes its ranks equal
+    model = build_model(run["hidden_size"])
+    wrapped = DistributedDataParallel(model) if is_ddp else model
+    decay, factor = run["weight_decay"], FallingWeightDecay(steps)
+    learning_rate = run["learning_rate"] / (1 if is_ddp else ranks)  # in proportion to the batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=decay)
+    falls = [round(fraction * steps) for fraction in factor.fractions]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)
+    # The ranks of DDP share one order; replicas that exchange predictions see the same batches.
+    order_seed = 1000 * seed + (0 if is_ddp or method == "predictions" else rank)
+    draws = batches_of(len(digits.labels), run["batch_size"] if is_ddp else share, order_seed)
+    settings = {name: run[name] for name in ("exchange_every", "alpha", "temperature")}
+    schedule = factor if run["falling"] else None
+    context = nullcontext()
+    if method in ("predictions", "checkpoints"):
+        context = Codistillation(model, optimizer, exchange=method, weight_decay_schedule=schedule, **settings)
+    with context as codistillation:
+        sent = 0 if codistillation is None else codistillation.bytes_sent
+        dist.barrier()
+        started = time.perf_counter()
+        for step in range(steps):
+            rows = next(draws)[rank * share : (rank + 1) * share] if is_ddp else next(draws)
+            logits = wrapped(digits.images[rows])
+            loss = nn.functional.cross_entropy(logits, digits.labels[rows])
+            if codistillation is not None:
+                loss = loss + codistillation.loss(logits, digits.images[rows])
+            elif run["falling"]:
+                optimizer.param_groups[0]["weight_decay"] = decay * factor(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            if codistillation is not None:
+                codistillation.step()
+        seconds = time.perf_counter() - started
+        dist.barrier()
+        sent = 0 if codistillation is None else codistillation.bytes_sent - sent
+    payload = sum(p.numel() * p.element_size() for p in model.parameters())
+    if is_ddp:
+        sent = steps * 2 * payload * (ranks - 1) // ranks  # as a ring sends it
+    with torch.no_grad():
+        own = model.eval()(digits.measured_images).softmax(-1)
+        total = own.clone()
+        dist.all_reduce(total)
+    own, of_mean = (100 * (p.argmax(-1) == digits.measured_labels).double().mean().item() for p in (own, total))
+    return {**run, "accuracy": own, "accuracy_of_mean": of_mean, "bytes_sent": sent, "seconds": seconds}
+
+
+def run_rank(rank: int, ranks: int, runs: list[dict], is_held_out: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    digits: dict = {}
+    results = []
+    for run in runs:
+        seed = run["seed"] if is_held_out else None
+        digits[seed] = digits.get(seed) or Digits(seed)
+        results.append(train(run, digits[seed]))
+    write_json(Path(folder, f"{rank}.json"), results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_all(args: ComparisonArguments, runs: list[dict], is_held_out: bool = False) -> list[list[dict]]:
+    """Return the result of each rank in each run."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder, "spec.json")
-        spec.write_text(json.dumps({"runs": runs, "held_out": held_out, "folder": folder}))
-        port = free_port()
-        processes = []
-        for rank in range(args.ranks):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(args.ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [sys.executable, str(Path(__file__).with_name("codistillation_workload.py")), str(spec)]
-            processes.append(subprocess.Popen(command, env=environment))
-        wait_for(processes, args.timeout)
-        of_ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(args.ranks)]
-    return [list(rows) for rows in zip(*of_ranks)]
+        call = (args.ranks, runs, is_held_out, folder)
+        context = torch.multiprocessing.spawn(run_rank, call, nprocs=args.ranks, join=False)
+        deadline = time.monotonic() + args.timeout
+        while not context.join(timeout=max(deadline - time.monotonic(), 0.0)):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise RuntimeError(f"The ranks did not end within {args.timeout} s. Pass a larger `timeout`.")
+        by_rank = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(args.ranks)]
+    return [list(rows) for rows in zip(*by_rank)]
+
+
+# The comparison
 
 
 def summarize(found: list[list[dict]]) -> list[dict]:
-    """A row for each method, weight decay and its schedule: (mean, standard deviation) over the seeds."""
+    """Return a row per method, weight decay and schedule: (mean, standard deviation) over the seeds."""
     groups: dict[tuple, list[list[dict]]] = {}
     for ranks in found:
         groups.setdefault(tuple(ranks[0][name] for name in ("weight_decay", "method", "falling")), []).append(ranks)
-    summary = []
-    for (weight_decay, method, falling), runs in groups.items():
-        summary.append(
-            {
-                "method": method,
-                "weight_decay": weight_decay,
-                "falling": falling,
-                "first_replica": spread([ranks[0]["accuracy"] for ranks in runs]),
-                "replicas": spread([mean(row["accuracy"] for row in ranks) for ranks in runs]),
-                "mean_of_predictions": spread([ranks[0]["accuracy_of_mean"] for ranks in runs]),
-                "bytes_sent": mean(row["bytes_sent"] for ranks in runs for row in ranks),
-                "seconds": mean(row["seconds"] for ranks in runs for row in ranks),
-            }
-        )
-    # What is usual: the weight decay that was chosen for it, unchanged.
+    summary = [
+        {
+            "method": method,
+            "weight_decay": weight_decay,
+            "falling": falling,
+            "first_replica": spread([ranks[0]["accuracy"] for ranks in runs]),
+            "replicas": spread([mean(row["accuracy"] for row in ranks) for ranks in runs]),
+            "mean_of_predictions": spread([ranks[0]["accuracy_of_mean"] for ranks in runs]),
+            "bytes_sent": mean(row["bytes_sent"] for ranks in runs for row in ranks),
+            "seconds": mean(row["seconds"] for ranks in runs for row in ranks),
+        }
+        for (weight_decay, method, falling), runs in groups.items()
+    ]
     baseline = next(row for row in summary if row["method"] == "ddp" and not row["falling"])
     for row in summary:
         row["points_to_ddp"] = row["replicas"][0] - baseline["replicas"][0]
@@ -152,23 +256,17 @@ def spread(values: list[float]) -> tuple[float, float | None]:
 
 
 def as_table(summary: list[dict]) -> str:
-    lines = [
-        "| weight decay | method | first replica, % | mean of replicas, % | mean of predictions, % | points to DDP | "
-        "MB sent a rank | times fewer | s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = "weight decay|method|first replica, %|mean of replicas, %|mean of predictions, %|points to DDP".split("|")
+    titles += ["MB sent per rank", "times fewer", "s"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in summary:
-        accuracies = " | ".join(shown(row[name]) for name in ("first_replica", "replicas", "mean_of_predictions"))
+        cells = [decay_of(row), row["method"]]
+        for value, deviation in (row[name] for name in ("first_replica", "replicas", "mean_of_predictions")):
+            cells.append(f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}")
         fewer = "-" if row["times_fewer_bytes"] is None else f"{row['times_fewer_bytes']:.0f}"
-        lines.append(
-            f"| {decay_of(row)} | {row['method']} | {accuracies} | {row['points_to_ddp']:+.2f} | "
-            f"{row['bytes_sent'] / 1e6:.2f} | {fewer} | {row['seconds']:.1f} |"
-        )
+        cells += [f"{row['points_to_ddp']:+.2f}", f"{row['bytes_sent'] / 1e6:.2f}", fewer, f"{row['seconds']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def shown(value: tuple[float, float | None]) -> str:
-    return f"{value[0]:.2f}" if value[1] is None else f"{value[0]:.2f} ± {value[1]:.2f}"
 
 
 def decay_of(row: dict) -> str:
@@ -176,51 +274,43 @@ def decay_of(row: dict) -> str:
 
 
 def verdict(summary: list[dict]) -> list[str]:
-    """Which rows come within `GOAL` of DDP with the weight decay of the comparison, and what falling changes."""
+    """Return which rows are within `GOAL` of DDP, and the effect of a falling weight decay."""
     lines = []
     for row in summary:
-        if row["method"] == "ddp" or row["weight_decay"] != summary[0]["weight_decay"]:
-            continue
-        says = "within" if row["points_to_ddp"] >= -GOAL else "NOT within"
-        lines.append(f"{row['method']}, {decay_of(row)}: {says} {GOAL:g} point of DDP ({row['points_to_ddp']:+.2f}).")
-    for unchanged, falling in product(summary, summary):
-        same = all(unchanged[name] == falling[name] for name in ("method", "weight_decay"))
-        if same and falling["falling"] and not unchanged["falling"]:
-            gain = falling["replicas"][0] - unchanged["replicas"][0]
-            lines.append(
-                f"{falling['method']}, weight decay {falling['weight_decay']:g}: falling changes {gain:+.2f}."
-            )
+        if row["method"] != "ddp" and row["weight_decay"] == summary[0]["weight_decay"]:
+            within = "within" if row["points_to_ddp"] >= -GOAL else "NOT within"
+            points = f"{row['points_to_ddp']:+.2f}"
+            lines.append(f"{row['method']}, {decay_of(row)}: {within} {GOAL:g} point of DDP ({points}).")
+    unchanged = {(row["method"], row["weight_decay"]): row["replicas"][0] for row in summary if not row["falling"]}
+    for row in summary:
+        if row["falling"]:
+            gain = row["replicas"][0] - unchanged[row["method"], row["weight_decay"]]
+            lines.append(f"{row['method']}, weight decay {row['weight_decay']:g}: falling changes {gain:+.2f}.")
     return lines
 
 
 def search(args: ComparisonArguments) -> dict:
-    """The settings of the highest accuracy on held-out training digits, the first of equals; prints all."""
-    seeds = range(SEARCH_SEED, SEARCH_SEED + args.seeds)
-
-    def runs(methods: tuple[str, ...], **settings) -> list[dict]:
-        return [args.run(method, seed, **settings) for method in methods for seed in seeds]
-
-    print("For DDP, weight decay unchanged:")
-    names = ("learning_rate", "weight_decay")
-    best = best_of(args, names, lambda settings: runs(("ddp",), **settings))
-    print("For both exchanges, the mean of them, weight decay falling:")
-    names = ("alpha", "temperature")
-    best |= best_of(
-        args, names, lambda settings: runs(("predictions", "checkpoints"), **best, **settings, falling=True)
-    )
-    print("For checkpoints, weight decay falling:")
-    names = ("exchange_every",)
-    return best | best_of(args, names, lambda settings: runs(("checkpoints",), **best, **settings, falling=True))
-
-
-def best_of(args: ComparisonArguments, names: tuple[str, ...], runs_of: Callable[[dict], list[dict]]) -> dict:
-    grid = [dict(zip(names, values)) for values in product(*(SEARCHED[name] for name in names))]
-    runs = [runs_of(settings) for settings in grid]
-    found = iter(train_all(args, [run for of_settings in runs for run in of_settings], held_out=True))
-    scores = [mean(row["accuracy"] for _ in of_settings for row in next(found)) for of_settings in runs]
-    for settings, score in zip(grid, scores):
-        print(f"  {score:.2f} %  " + "  ".join(f"{name} {value:g}" for name, value in settings.items()), flush=True)
-    return grid[scores.index(max(scores))]
+    """Return the settings of the highest accuracy on held-out training digits, and print all."""
+    best: dict = {}
+    for names, methods, falling in (
+        (("learning_rate", "weight_decay"), ("ddp",), False),
+        (("alpha", "temperature"), ("predictions", "checkpoints"), True),
+        (("exchange_every",), ("checkpoints",), True),
+    ):
+        print(f"For {' and '.join(methods)}, weight decay {'falling' if falling else 'unchanged'}:")
+        grid = [dict(zip(names, values)) for values in product(*(SEARCHED[name] for name in names))]
+        seeds = range(SEARCH_SEED, SEARCH_SEED + args.seeds)
+        runs = [
+            [args.run(method, seed, **best, **settings, falling=falling) for method in methods for seed in seeds]
+            for settings in grid
+        ]
+        found = iter(train_all(args, [run for group in runs for run in group], is_held_out=True))
+        scores = [mean(row["accuracy"] for _ in group for row in next(found)) for group in runs]
+        for settings, score in zip(grid, scores):
+            shown = "  ".join(f"{name} {value:g}" for name, value in settings.items())
+            print(f"  {score:.2f} %  {shown}", flush=True)
+        best |= grid[scores.index(max(scores))]
+    return best
 
 
 def plot(summary: list[dict], path: Path) -> None:
@@ -240,19 +330,15 @@ def plot(summary: list[dict], path: Path) -> None:
             label = "falling" if falling else "unchanged"
             bars = axis.bar(places, values, 0.4, yerr=[error or 0.0 for error in errors], color=color, label=label)
             axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=8)
-        lowest = min(row["replicas"][0] for row in summary)
-        axis.set_ylim(max(0.0, lowest - 3.0), 100.0)
+        axis.set_ylim(max(0.0, min(row["replicas"][0] for row in summary) - 3.0), 100.0)
         axis.set_xticks(range(len(methods)), methods)
-        axis.set_ylabel("test accuracy, % (mean of replicas)")
-        axis.set_title(f"weight decay {decay:g}")
+        axis.set(ylabel="test accuracy, % (mean of replicas)", title=f"weight decay {decay:g}")
         axis.legend(loc="lower right")
     rows = [row for row in summary if not row["falling"] and row["weight_decay"] == decays[0] and row["bytes_sent"]]
     bars = axes[-1].bar([row["method"] for row in rows], [row["bytes_sent"] / 1e6 for row in rows], color="tab:orange")
     axes[-1].bar_label(bars, [f"{row['bytes_sent'] / 1e6:.2f}" for row in rows])
-    axes[-1].set_yscale("log")
+    axes[-1].set(yscale="log", ylabel="MB sent per rank", title="alone sends nothing")
     axes[-1].margins(y=0.15)
-    axes[-1].set_ylabel("MB sent by a rank")
-    axes[-1].set_title("alone sends nothing")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -268,21 +354,19 @@ def main() -> None:
     print(f"{len(runs)} runs on {args.ranks} processes", flush=True)
     found = train_all(args, runs)
     summary = summarize(found)
-    table, lines = as_table(summary), verdict(summary)
     heading = (
-        f"Test accuracy after {args.steps} updates, mean ± standard deviation of {args.seeds} seeds. A batch: DDP "
-        f"{args.batch_size} digits over {args.ranks} ranks, the others {args.batch_size // args.ranks} a replica. "
+        f"Test accuracy after {args.steps} updates, mean ± standard deviation of {args.seeds} seeds. Batch: "
+        f"{args.batch_size} digits over {args.ranks} ranks with DDP, {args.batch_size // args.ranks} per replica. "
         f"Differences are from DDP with weight decay {args.weight_decays[0]:g}, unchanged."
     )
-    print(f"\n{heading}\n\n{table}\n")
-    print("\n".join(lines))
+    text = "\n\n".join([heading, as_table(summary), "\n".join(verdict(summary))])
+    print(f"\n{text}")
     if args.output:
         folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
         machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
         results = {"settings": asdict(args), "machine": machine, "summary": summary, "runs": found}
-        (folder / "results.json").write_text(json.dumps(results, indent=1))
-        (folder / "table.md").write_text(f"{heading}\n\n{table}\n\n" + "\n".join(lines) + "\n")
+        write_json(folder / "results.json", results)
+        write_text(folder / "table.md", text + "\n")
         plot(summary, folder / "plot.png")
         print(f"Written to {folder}.")
 

@@ -20,19 +20,19 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "words"),
     [
-        ({"methods": ["ddp", "local_sgd"]}, "local_sgd is not"),
-        ({"methods": ["checkpoints"]}, "must have ddp"),
-        ({"ranks": 1}, "`ranks` must be >= 2"),
-        ({"seeds": 0}, "`seeds` and `hidden_size` >= 1"),
-        ({"batch_size": 63}, "multiple of `ranks`, but is 63 with 2"),
-        ({"weight_decays": []}, "one number >= 0 or more"),
-        ({"weight_decays": [0.01, -0.1]}, "one number >= 0 or more"),
+        ({"methods": ["ddp", "local_sgd"]}, "methods.*local_sgd"),
+        ({"methods": ["checkpoints"]}, "methods.*ddp"),
+        ({"ranks": 1}, "ranks.*1"),
+        ({"seeds": 0}, "seeds.*0"),
+        ({"batch_size": 63}, "batch_size.*63"),
+        ({"weight_decays": []}, "weight_decays"),
+        ({"weight_decays": [0.01, -0.1]}, "weight_decays.*-0.1"),
     ],
 )
-def test_bad_arguments_are_errors(script, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_outside_of_their_rule_are_refused(script, arguments, words):
+    with pytest.raises(ValueError, match=words):
         script.ComparisonArguments(**arguments)
 
 
@@ -53,18 +53,16 @@ def test_rows_are_means_over_replicas_and_seeds_next_to_ddp(script):
     assert (unchanged["points_to_ddp"], unchanged["times_fewer_bytes"]) == (-0.5, 200.0)
     assert falling["points_to_ddp"] == 0.0 and falling["mean_of_predictions"] == (97.0, 0.0)
     assert (alone["points_to_ddp"], alone["times_fewer_bytes"]) == (-2.0, None)
-    says = "\n".join(script.verdict(summary))
-    assert "predictions, 0.01 unchanged: within 1 point of DDP (-0.50)" in says
-    assert "alone, 0.01 unchanged: NOT within 1 point of DDP (-2.00)" in says
-    assert "predictions, weight decay 0.01: falling changes +0.50" in says
+    lines = "\n".join(script.verdict(summary))
+    assert "predictions, 0.01 unchanged: within 1 point of DDP (-0.50)" in lines
+    assert "alone, 0.01 unchanged: NOT within 1 point of DDP (-2.00)" in lines
+    assert "predictions, weight decay 0.01: falling changes +0.50" in lines
     cells = "| 0.01 unchanged | predictions | 95.00 ± 1.00 | 96.50 ± 1.00 | 97.00 ± 0.00 | -0.50 | 0.02 | 200 | 2.0 |"
     assert cells in script.as_table(summary)
 
 
-def test_a_search_measures_on_training_digits_that_are_not_trained_on(script):
-    from codistillation_workload import Digits
-
-    whole, held_out, other = Digits(), Digits(100), Digits(101)
+def test_a_search_measures_on_held_out_training_digits(script):
+    whole, held_out, other = script.Digits(), script.Digits(100), script.Digits(101)
     test, train = (_rows(images) for images in (whole.measured_images, whole.images))
     assert (len(whole.labels), len(whole.measured_labels)) == (1437, 360)
     assert (len(held_out.labels), len(held_out.measured_labels)) == (1077, 360)
@@ -77,8 +75,9 @@ def _rows(images):
     return [image.numpy().tobytes() for image in images]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_a_small_comparison_has_all_rows_and_the_bytes_that_are_computed(tmp_path):
+def test_a_small_comparison_has_all_rows_and_the_computed_bytes(tmp_path):
     command = [sys.executable, str(SCRIPTS / "compare_codistillation.py"), "--output", str(tmp_path)]
     command += "--steps 60 --seeds 1 --batch_size 16 --hidden_size 24 --exchange_every 8 --weight_decays 0.01".split()
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -93,7 +92,7 @@ def test_a_small_comparison_has_all_rows_and_the_bytes_that_are_computed(tmp_pat
         "ddp": 60 * payload,  # a ring of two sends the model once a step
         "alone": 0,
         "predictions": 60 * (8 * 10 * 4 + 16),  # and a digest of the batch
-        "checkpoints": 60 // 8 * (payload + 40) + 40,  # a header each, and a goodbye
+        "checkpoints": 60 // 8 * payload,
     }
     assert {key: row["bytes_sent"] for key, row in found.items()} == {key: expected[key[0]] for key in found}
     assert all(row["replicas"][0] > 50.0 for row in found.values())  # by chance 10
