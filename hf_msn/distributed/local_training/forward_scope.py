@@ -1,1 +1,0 @@
-from ..gradient_sync import ForwardScope  # noqa: F401

@@ -1,1 +1,0 @@
-from ..gradient_sync import GradientSync, find_wrapper  # noqa: F401

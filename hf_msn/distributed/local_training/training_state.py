@@ -1,1 +1,0 @@
-from ..training_state import *  # noqa: F403
