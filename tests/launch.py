@@ -1,4 +1,4 @@
-"""Runs a function on n gloo ranks, with a deadline that leaves no process behind."""
+"""Run a function on n gloo ranks, with a deadline after which no process is left."""
 
 import faulthandler
 import multiprocessing
@@ -17,20 +17,20 @@ PRELOADED = ["pytest", "hf_msn.distributed.async_gossip", "hf_msn.distributed.sl
 
 
 def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
-    """Calls `function(rank, *args)` on every rank of a new gloo process group.
+    """Call `function(rank, *args)` on every rank of a new gloo process group.
 
     Args:
-        function (`Callable`): At the top level of a test module: the ranks import it by name.
+        function (`Callable`): A function at the top level of a test module, which the ranks import.
         world_size (`int`): Number of ranks.
-        args: For every rank the same; pickled.
-        timeout (`float`, *optional*, defaults to 60): Seconds for all. The ranks that still run are then killed, and
-            the error shows where they stood.
+        args: The same for every rank; pickled.
+        timeout (`float`, *optional*, defaults to 60): Deadline. Ranks that still run are killed, and the error shows
+            their stacks.
 
     Returns:
-        `list`: What each rank returned, rank 0 first. It travels through `torch.save`.
+        `list`: The result of each rank, rank 0 first, through `torch.save`.
 
     Raises:
-        AssertionError: If a rank raised, with its traceback, or the time was up.
+        AssertionError: If a rank raised, with its traceback, or at the deadline.
     """
     # The server imports once; its forks start in milliseconds and hold nothing of the parent.
     context = multiprocessing.get_context("forkserver")

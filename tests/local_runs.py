@@ -1,4 +1,4 @@
-"""Small models that ranks train for themselves, for the tests of local training."""
+"""Small models and batches for the tests of local training."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""States of training: through a file and back, and compared to the bit."""
+"""States of training: saved, loaded and compared bitwise."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Topologies of all kinds for the tests, and what mixing with them does."""
+"""Topologies of all kinds for the tests, and products of their mixing matrices."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys()
 
 
 class Star(Topology):
-    """A user's own: all send to rank 0 at even steps, rank 0 to all at odd ones. Directed and irregular."""
+    """Custom topology: all send to rank 0 at even steps, rank 0 to all at odd ones. Directed and irregular."""
 
     period = 2
 

@@ -39,7 +39,7 @@ class LocalSGD(LocalUpdate):
         kwargs: `group` and the other arguments of [`LocalUpdate`].
 
     Raises:
-        ValueError: If `wire_dtype` is unknown; and what [`LocalUpdate`] raises.
+        ValueError: If `wire_dtype` is unknown, and as [`LocalUpdate`] raises.
     """
 
     def __init__(

@@ -55,8 +55,8 @@ class SlowMo(LocalUpdate):
 
     Raises:
         ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` or `wire_dtype` without
-            `average` or with one another, `wire_dtype` unknown, or `base` of another model, optimizer or group; and
-            what [`LocalUpdate`] raises.
+            `average` or with one another, `wire_dtype` unknown, or `base` of another model, optimizer or group,
+            and as [`LocalUpdate`] raises.
     """
 
     can_be_base = False

@@ -1,4 +1,4 @@
-"""What a callback for local training cannot do by events alone, as one mixin over Trainer."""
+"""The mixin that gives a callback for local training its part in the methods of a Trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from .callbacks.local_update import PerRankCallback, bring_to_consensus, find_pe
 
 
 class LocalUpdateTrainerMixin:
-    """Gives a callback for local training its part in the methods of a Trainer, where an event comes too late.
+    """Calls a callback for local training where the events of a Trainer come too late.
 
     Put it before the trainer class; without such a callback it changes nothing.
 

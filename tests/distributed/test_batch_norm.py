@@ -46,14 +46,25 @@ def pass_through(model: nn.Module, x: torch.Tensor) -> dict:
     }
 
 
-def _pass_of_this_rank(rank, num_ranks, dtype):
-    model = synchronize_batch_norm(network(dtype), torch.device("cpu"))
-    return pass_through(model, images(4 * num_ranks, dtype).chunk(num_ranks)[rank])
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_ranks_equal_one_rank_with_the_whole_batch(dtype, tolerance):
-    ranks = run_ranks(_pass_of_this_rank, 2, 2, dtype)
+def _pass_of_this_rank(rank):
+    return {
+        dtype: pass_through(
+            synchronize_batch_norm(network(dtype), torch.device("cpu")), images(8, dtype).chunk(2)[rank]
+        )
+        for dtype in TOLERANCES
+    }
+
+
+def test_ranks_equal_one_rank_with_the_whole_batch():
+    results = run_ranks(_pass_of_this_rank, 2)
+    for dtype, tolerance in TOLERANCES.items():
+        compare_with_one_rank([result[dtype] for result in results], dtype, tolerance)
+
+
+def compare_with_one_rank(ranks, dtype, tolerance):
     one = pass_through(network(dtype), images(8, dtype))
     close = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(torch.cat([result["out"] for result in ranks]), one["out"], **close)

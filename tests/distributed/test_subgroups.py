@@ -1,4 +1,4 @@
-"""Groups made inside of a group: each once, and gone with what used them."""
+"""Subgroups are made once, and end with their users."""
 
 import gc
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_group_is_made_once_for_each_name():
 
 
 def _leave(rank):
-    """As a script ends: what used the groups goes, the groups are destroyed; then no thread of theirs may be left."""
+    """Count the threads of groups before and after the groups are destroyed, as at the end of a script."""
     exchange = PeerExchange(timeout_seconds=20.0)
     exchange.connect()
     received = torch.zeros(3)
@@ -41,13 +41,13 @@ def _leave(rank):
     dist.destroy_process_group()
     gc.collect()
     after = _gloo_threads()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # what the launcher's end expects
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the launcher
     return received.tolist(), during, after
 
 
 @pytest.mark.distributed
 def test_no_thread_outlives_its_group():
-    """One that does can come back from a message while the interpreter ends, and abort the process."""
+    # A thread that does can abort the process while the interpreter ends.
     for rank, (received, during, after) in enumerate(run_ranks(_leave, 2)):
         assert received == [1.0 - rank] * 3
         assert during > 0

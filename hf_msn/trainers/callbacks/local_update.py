@@ -149,6 +149,8 @@ class PerRankCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.finish()
+        handler = self.trainer.callback_handler
+        handler.callbacks = [one for one in handler.callbacks if one is not self._last_callback]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_renamed_weights(self.trainer, state.best_model_checkpoint)
 
@@ -170,7 +172,7 @@ class PerRankCallback(TrainerCallback):
     def _order_callbacks(self) -> None:
         """Move this callback behind the one that asks for evaluations and checkpoints, and a second one to the end.
 
-        The first sees an update before a target encoder does; the second sees what every other callback asks for.
+        The first acts before a target encoder is updated; the second sees the requests of every other callback.
         """
         handler = self.trainer.callback_handler
         others = [one for one in handler.callbacks if one is not self and one is not self._last_callback]
@@ -437,7 +439,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
 
 
 def set_arguments(trainer: Trainer) -> None:
-    """Turn off what makes the ranks wait for one another, unless it was asked for."""
+    """Turn off arguments that make the ranks wait for one another, unless they were set explicitly."""
     args, accelerator = trainer.args, trainer.accelerator
     if args.world_size == 1:
         return

@@ -68,8 +68,8 @@ def load_rank_state(trainer: Trainer, settings: dict[str, str], checkpoint: str 
     if saved and saved != {world_size}:
         _warn(
             trainer,
-            f"'{checkpoint}' was saved by {max(saved)} ranks and goes on with {world_size}: all ranks start from the "
-            "model that it holds, with the optimizer state of rank 0.",
+            f"'{checkpoint}' was saved by {max(saved)} ranks, and now there are {world_size}: all ranks start from "
+            "its model, with the optimizer state of rank 0.",
         )
         return None
     for place, entry in enumerate(reports):

@@ -1,19 +1,21 @@
+"""Collectives of a forward pass while gradients are local."""
+
 import pytest
 import torch
 import torch.distributed as dist
+from launch import run_ranks
 from torch import nn
 
 from hf_msn import LocalSGD, paws_loss
 from hf_msn.distributed.batch_norm import CrossRankBatchNorm
 from hf_msn.distributed.collectives import all_gather_cat, all_reduce_mean, rank, world_size
 from hf_msn.distributed.gradient_sync import ForwardScope
-from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
 class _MeanOverRanks(nn.Module):
-    """Takes the mean of its output over the ranks that `group=None` means, as losses do."""
+    """Averages its output over the ranks that `group=None` stands for, as losses do."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +49,7 @@ def _scoped(rank_here, size):
     return found
 
 
-def test_what_a_forward_pass_exchanges_stays_in_the_limited_group_and_nothing_else_does():
+def test_collectives_of_the_forward_pass_stay_in_the_limited_group():
     for place, found in enumerate(run_ranks(_scoped, 4, 4)):
         own = place + 1.0
         pair = [1.0, 2.0] if place < 2 else [3.0, 4.0]
@@ -75,7 +77,7 @@ def _normalised(rank_here):
     return local, model(batch).flatten().tolist()
 
 
-def test_batch_norm_over_ranks_sees_its_own_batch_only_while_limited():
+def test_batch_norm_over_ranks_uses_its_own_batch_while_limited():
     for place, (local, whole) in enumerate(run_ranks(_normalised, 2)):
         assert local == pytest.approx([-1.0, 1.0], abs=1e-9)
         # All of 0, 2, 10, 12: mean 6, variance 26.
