@@ -76,6 +76,46 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> str | None:
+    """Return the checkpoint folder to resume from, or `None` for a new run.
+
+    Args:
+        resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, `True` for the last whole one of
+            `output_dir`, or `"auto"` for that one if there is any.
+        output_dir (`str` or `Path`): The `output_dir` of the run.
+
+    Raises:
+        CheckpointError: If there is no whole checkpoint, or the given one is not whole.
+    """
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint in (True, "auto"):
+        last = find_last_checkpoint(output_dir)
+        if last is None and resume_from_checkpoint is True:
+            raise CheckpointError(
+                f"'{output_dir}' has no whole checkpoint to resume from. Start without `resume_from_checkpoint`."
+            )
+        return None if last is None else str(last)
+    fault = find_fault(resume_from_checkpoint)
+    if fault is not None:
+        raise CheckpointError(
+            f"Cannot resume from '{resume_from_checkpoint}': {fault}. Give another checkpoint, or "
+            "`resume_from_checkpoint=True` for the last whole one."
+        )
+    return str(resume_from_checkpoint)
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """Raise a `ValueError` if `output_dir` holds the checkpoints or the model of an earlier run."""
+    present = list_checkpoints(output_dir)
+    if present or Path(output_dir, "model.safetensors").exists():
+        found = f"checkpoints up to '{present[-1].name}'" if present else "a model"
+        raise ValueError(
+            f"`output_dir` must not hold an earlier run, but '{output_dir}' has {found}. Go on from a checkpoint with "
+            "`resume_from_checkpoint=True`, start anew with `overwrite_output_dir=True`, or choose another folder."
+        )
+
+
 def find_fault(checkpoint: str | Path) -> str | None:
     """Return why a run cannot resume from a folder, or `None` if it can.
 

@@ -8,11 +8,11 @@ from .semi_supervised_trainer import SemiSupervisedTrainer
 
 
 class PAWSTrainer(SemiSupervisedTrainer):
-    """Trains a [`PAWSForPreTraining`]; see [`SemiSupervisedTrainer`] for the arguments.
+    """Train a [`PAWSForPreTraining`]; see [`SemiSupervisedTrainer`] for the arguments.
 
-    Logged beside the loss and its parts: `mean_max_target_probability`, how sure the targets are; `view_agreement`,
-    the part of the images whose two global views are taken for the same class; `classes_in_use`, the effective number
-    of classes that the targets of a micro-batch are spread over (the exponential of the entropy of their mean).
+    Logged beside the loss and its parts: `mean_max_target_probability`; `view_agreement`, the share of images whose
+    two global views have the same class; `classes_in_use`, the effective number of classes among the targets of a
+    micro-batch (the exponential of the entropy of their mean).
 
     Example:
 

@@ -9,7 +9,7 @@ from .suncet_arguments import SuNCEtTrainingArguments
 
 
 class SuNCEtTrainer(SemiSupervisedTrainer):
-    """Trains a [`SuNCEtForPreTraining`]; see [`SemiSupervisedTrainer`] for the arguments.
+    """Train a [`SuNCEtForPreTraining`]; see [`SemiSupervisedTrainer`] for the arguments.
 
     After `supervised_epochs` no labelled image is read any more, and the loss is that of SimCLR.
     """
@@ -20,23 +20,24 @@ class SuNCEtTrainer(SemiSupervisedTrainer):
         return self.args.supervised_epochs is None or (self.state.epoch or 0.0) < self.args.supervised_epochs - 1e-6
 
     def values_to_log(self, outputs: SuNCEtForPreTrainingOutput) -> dict[str, torch.Tensor]:
-        # 0 where a part is left out, so that all micro-batches between two logs count alike.
+        # 0 for a part that is left out, so that all micro-batches between two logs count alike.
         return {"suncet": torch.zeros_like(outputs.loss), **super().values_to_log(outputs)}
 
     def check_before_training(self) -> None:
         super().check_before_training()
         if self.args.supervised_epochs is not None and not has_length(self.train_dataset):
             raise ValueError(
-                "`supervised_epochs` needs to know how many images there are, which a streamed data set does not "
-                "tell. Leave it out, or load the data without streaming."
+                "`supervised_epochs` needs the number of images, which a streamed data set does not have. Leave it "
+                "out, or load the data without streaming."
             )
-        if getattr(getattr(self.train_dataset, "transform", None), "focal_views", 0):
+        focal_views = getattr(getattr(self.train_dataset, "transform", None), "focal_views", 0)
+        if focal_views:
             raise ValueError(
-                f"SimCLR compares two views of each image and has no small crops, but `focal_views` is "
-                f"{self.train_dataset.transform.focal_views}. Set it to 0."
+                f"`focal_views` of the views must be 0, but is {focal_views}: SimCLR compares two views of each image "
+                "and has no small crops."
             )
         if self.args.global_support_images_per_class * self.support_dataset.views_per_image < 2:
             raise ValueError(
-                "SuNCEt compares each labelled image with others of its class, but the support has 1 image of each in "
-                "1 view. Raise `global_support_images_per_class` or the views of each labelled image to at least 2."
+                "`global_support_images_per_class` is 1, with 1 view per image, but SuNCEt compares each labelled "
+                "image with others of its class. Raise it, or the views per image, to at least 2."
             )
