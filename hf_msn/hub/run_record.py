@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import platform
-import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,53 +42,6 @@ _TRAINING_FIELDS = {
     *("gradient_checkpointing", "torch_compile", "average_tokens_across_devices", "label_smoothing_factor"),
 }
 _NOT_SETTINGS = ("hub_", "push_to_hub", "overwrite_")
-
-
-class RunRecorder:
-    """Keep the recipe, the sync method and the wall time of a training, and write `run.json`.
-
-    Attributes:
-        recipe (`Mapping[str, Any]`, *optional*): The fields of the recipe as they were given.
-        sync (`Mapping[str, Any]`, *optional*): `method` and settings of training with little communication.
-    """
-
-    def __init__(self):
-        self.recipe: Mapping[str, Any] | None = None
-        self.sync: Mapping[str, Any] | None = None
-        self._before: float | None = 0.0
-        self._started: float | None = None
-
-    def begin(self, checkpoint: str | Path | None = None) -> None:
-        """Start the clock: at 0, or at the wall time of the checkpoint from which the run is resumed."""
-        saved = {"wall_time_seconds": 0.0}
-        if checkpoint is not None:
-            try:
-                saved = read_run(checkpoint) or {}
-            except ValueError:  # a damaged record must not prevent a resume
-                saved = {}
-        self._before, self._started = saved.get("wall_time_seconds"), time.monotonic()
-
-    def end(self) -> None:
-        """Stop the clock."""
-        self._before, self._started = self.seconds, None
-
-    @property
-    def seconds(self) -> float | None:
-        """Wall time of the training over all resumes; `None` if that of an earlier part is not known."""
-        if self._before is None or self._started is None:
-            return self._before
-        return self._before + time.monotonic() - self._started
-
-    def save(self, trainer: Trainer, folder: str | os.PathLike) -> None:
-        """Write `run.json` of a trainer into the folder of its model."""
-        record = describe_training(trainer)
-        if self.recipe is not None:
-            record |= {"arguments": None, "recipe": self.recipe}  # the recipe contains the arguments
-        if self.sync is not None:
-            record["sync"] = self.sync
-            if "replicas" in self.sync:  # each replica makes updates of its own
-                record["batch"]["images_per_update"] //= self.sync["replicas"]
-        write_run(folder, {**record, "wall_time_seconds": self.seconds})
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:

@@ -87,11 +87,12 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     Raises:
         CheckpointError: If there is no whole checkpoint, or the given one is not whole.
     """
-    if not resume_from_checkpoint:
+    asked_for = str(resume_from_checkpoint or False).lower()  # also the words of a recipe
+    if asked_for == "false":
         return None
-    if resume_from_checkpoint in (True, "auto"):
+    if asked_for in ("true", "auto"):
         last = find_last_checkpoint(output_dir)
-        if last is None and resume_from_checkpoint is True:
+        if last is None and asked_for == "true":
             raise CheckpointError(
                 f"'{output_dir}' has no whole checkpoint to resume from. Start without `resume_from_checkpoint`."
             )

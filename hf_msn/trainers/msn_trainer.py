@@ -18,14 +18,14 @@ logger = logging.get_logger(__name__)
 
 
 class MSNTrainer(PretrainingTrainer):
-    """Trains an [`MSNForPreTraining`]: schedules, decay and clip groups, moving average and log as in the paper.
+    """Train an [`MSNForPreTraining`] with the schedules, decay and clip groups, moving average and log of the paper.
 
     With gradient accumulation, mean-entropy maximisation and Sinkhorn see one micro-batch of all ranks at a time.
 
     Args:
         model ([`MSNForPreTraining`]): The model to train.
-        args ([`MSNTrainingArguments`]): What changes over training.
-        train_dataset (`torch.utils.data.Dataset`): Items are dicts of views, as [`MultiViewDataset`] gives them.
+        args ([`MSNTrainingArguments`]): The settings that change over training.
+        train_dataset (`torch.utils.data.Dataset`): Items are dicts of views, as [`MultiViewDataset`] returns them.
         data_collator (`Callable`, *optional*): By default [`MultiViewCollator`].
         kwargs: As in `transformers.Trainer`. A `processing_class` (the evaluation image processor) is saved with each
             checkpoint.
@@ -57,11 +57,11 @@ class MSNTrainer(PretrainingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def ema_momentum_now(self) -> float:
-        """Momentum of the target encoder for the next update: a straight line over the stretched horizon."""
+        """Return the momentum of the target encoder for the next update: linear over the stretched horizon."""
         return linear(self.stretched_progress(), self.args.ema_momentum, self.args.final_ema_momentum)
 
     def sharpen_temperature_now(self) -> float:
-        """T of the targets for the next update: a straight line over training."""
+        """Return T of the targets for the next update: linear over training."""
         start, end = self.args.start_sharpen_temperature, self.args.final_sharpen_temperature
         start = self.model.config.sharpen_temperature if start is None else start
         progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
@@ -88,39 +88,31 @@ class MSNTrainer(PretrainingTrainer):
 
     def check_before_training(self) -> None:
         super().check_before_training()
-        config, transform = self.model.config, getattr(self.train_dataset, "transform", None)
-        for name in ("image_size", "focal_size"):
-            size = getattr(transform, name, None)
-            if name == "focal_size" and not getattr(transform, "focal_views", 0):
-                continue
-            if size is not None and (size < config.patch_size or size % config.patch_size):
-                raise ValueError(
-                    f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, "
-                    f"which is {config.patch_size}, at least one patch."
-                )
-        views_size = getattr(transform, "image_size", config.image_size)
+        self.check_view_sizes()
+        config = self.model.config
+        views_size = self.view_sizes().get("image_size", config.image_size)
         num_patches = (views_size // config.patch_size) ** 2
         if num_kept_patches(num_patches, config.mask_ratio) < 1:
             raise ValueError(
-                f"`mask_ratio` {config.mask_ratio} leaves none of the {num_patches} patches of a view of {views_size} "
+                f"`mask_ratio` {config.mask_ratio} keeps none of the {num_patches} patches of a view of {views_size} "
                 "pixels. Lower it, or choose larger views."
             )
         if config.projection_batch_norm and self.args.per_device_train_batch_size < 2:
             raise ValueError(
                 f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, but batch normalisation "
-                "in the projection head needs at least 2 images a batch. Raise it, or set `projection_batch_norm` to "
-                "False."
+                "in the projection head needs at least 2 images per batch. Raise it, or set `projection_batch_norm` "
+                "to False."
             )
 
 
 def describe_collapse(logs: dict[str, float], num_prototypes: int, num_targets: int) -> str | None:
-    """What is wrong if the assignments have collapsed, and what to turn; `None` if they have not.
+    """Return the symptom and the remedy if the assignments have collapsed, else `None`.
 
     Args:
         logs (`dict[str, float]`): With `prototypes_in_use`, `mean_max_target_probability` and `me_max`.
         num_prototypes (`int`): K.
-        num_targets (`int`): Target views that the log is about. Few images cannot use many prototypes: nothing is said
-            of fewer than 32.
+        num_targets (`int`): Number of target views in the log. Few images cannot use many prototypes: below 32 the
+            result is `None`.
     """
     if num_prototypes == 1 or num_targets < 32:
         return None

@@ -1,16 +1,20 @@
-"""What every pretraining method needs of a Trainer: schedules, optimizer, a stop on NaN, a log."""
+"""Base of the pretraining trainers: data, schedules, optimizer, log, checkpoints."""
 
+import os
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import has_length, rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.collators import MultiViewCollator
@@ -18,76 +22,90 @@ from ..data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crop
 from ..data.transforms import gives_crops
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
-from ..hub.run_record import RunRecorder
+from ..hub.cards import save_model_card
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
 from .callbacks.dataset_epoch import DatasetEpochCallback
 from .callbacks.non_finite import NonFiniteLossCallback
+from .callbacks.push import PushCallback
+from .callbacks.run_record import RunRecordCallback
 from .callbacks.throughput import ThroughputCallback, ThroughputProgressCallback
-from .checkpointing_trainer import CheckpointingTrainer
-from .checkpoints import CheckpointError
+from .checkpoints import (
+    CheckpointError,
+    check_output_dir,
+    find_config_differences,
+    resolve_checkpoint,
+    saved_world_size,
+    staging_folder,
+)
 from .freed_memory import keep_freed_memory
+from .local_update_mixin import LocalUpdateTrainerMixin
 from .pretraining_arguments import PretrainingArguments
 
 logger = logging.get_logger(__name__)
 
 
-class PretrainingTrainer(CheckpointingTrainer):
-    """Base of the pretraining trainers. A method adds `compute_loss`, and calls `record` with what it wants logged.
+class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
+    """Base of the pretraining trainers. A method defines `compute_loss`, and calls `record` with the values to log.
 
-    Where the data sets have a [`MultiViewTransform`] and the collator is [`MultiViewCollator`], the loaders give uint8
-    crops, and the trainer finishes them (colour, blur, normalisation) on its device; any other transform or collator
-    gets and gives finished views.
+    Where the data sets have a [`MultiViewTransform`] and the collator is [`MultiViewCollator`], the loaders return
+    uint8 crops, and the trainer finishes them (colour, blur, normalisation) on its device. Any other transform or
+    collator returns finished views.
 
-    Logged beside the loss: `images_per_second` of all ranks; `data_wait_seconds`, how long a rank has waited for its
-    loaders since the last log, as a mean over the ranks; schedules and broken images.
+    Logged beside the loss: `images_per_second` over all ranks; `data_wait_seconds`, the mean over ranks of the time
+    spent waiting for data since the last log; schedules and broken images.
+
+    A checkpoint is written into another folder and then renamed: a folder `checkpoint-<step>` is always whole.
     """
 
     args: PretrainingArguments
+    _staging: Path | None = None
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
         if args.sync_batch_norm and args.world_size > 1:
             model = synchronize_batch_norm(model, args.device)
         super().__init__(model=model, args=args, **kwargs)
-        self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
+        self.loss_is_scaled_for_ga = False  # every micro-batch returns a mean
         self.can_return_loss = True  # without labels: an eval_dataset of views gives eval_loss
-        self._recorded: dict[str, torch.Tensor] = {}
-        self._num_recorded = 0
-        self.run_record = RunRecorder()
         if isinstance(self.train_dataset, StreamingMultiViewDataset):
             self.train_dataset.repeat = True  # one endless epoch, in which a resumed run finds its place
-        self.throughput, self.non_finite = ThroughputCallback(), NonFiniteLossCallback(self)
-        for callback in (DatasetEpochCallback(self.train_dataset), self.throughput, self.non_finite):
+        self._recorded: dict[str, torch.Tensor] = {}
+        self._num_recorded = 0
+        self.throughput = ThroughputCallback()
+        self.non_finite = NonFiniteLossCallback(self)
+        self.run_record = RunRecordCallback(self)
+        for callback in (DatasetEpochCallback(self.train_dataset), self.throughput, self.non_finite, self.run_record):
             self.add_callback(callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ThroughputProgressCallback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`, but resumes from the last checkpoint that is whole, and checks the data first.
+        """Train as `Trainer.train` does, but check the data first and resume from whole checkpoints only.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, `True` for the last whole one of
                 `output_dir`, or `"auto"` for that one if there is any. By default `args.resume_from_checkpoint`.
 
         Raises:
-            ValueError: If the data does not fill one batch, or `output_dir` has checkpoints and no resume is asked.
-            CheckpointError: If there is no whole checkpoint to resume from.
+            ValueError: If the data does not fill one batch, or if `output_dir` holds an earlier run that is neither
+                resumed nor overwritten.
+            CheckpointError: If the checkpoint is not whole or does not fit this run.
         """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
+        args = self.args
         self.check_before_training()
-        resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint or None)
-        if resume_from_checkpoint is None and not self.args.overwrite_output_dir and self.state.global_step == 0:
-            self._check_output_dir()
-        self._forget_earlier_replicas()
-        if self.args.keep_freed_memory and self.args.device.type == "cpu":
+        checkpoint = resolve_checkpoint(resume_from_checkpoint or args.resume_from_checkpoint, args.output_dir)
+        if checkpoint is not None:
+            self.check_checkpoint(checkpoint)
+            logger.info(f"Resuming from '{checkpoint}'.")
+        elif not args.overwrite_output_dir and self.state.global_step == 0:
+            check_output_dir(args.output_dir)
+        if args.should_save:
+            Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)  # describes the model of an earlier run
+        if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
-        self.run_record.begin(resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self.run_record.end()
+        self.run_record.checkpoint = checkpoint
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer takes one step more if that is within an epoch
@@ -96,25 +114,39 @@ class PretrainingTrainer(CheckpointingTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def check_before_training(self) -> None:
-        """Raises a `ValueError` if the training set cannot fill one update. Methods add their own checks."""
+        """Raise a `ValueError` if the training set cannot fill one batch. Methods add their own checks."""
         if self.train_dataset is None:
-            raise ValueError(
-                "There is no `train_dataset`. Pass one, for example `MultiViewDataset(images, transform)`."
-            )
+            raise ValueError("`train_dataset` is missing. Pass one, such as `MultiViewDataset(images, transform)`.")
         if not has_length(self.train_dataset):
             return
-        needed = self.args.per_device_train_batch_size * self.args.world_size
-        if len(self.train_dataset) < max(needed, 2):
+        batch = max(self.args.per_device_train_batch_size * self.args.world_size, 2)
+        if len(self.train_dataset) < batch:
             raise ValueError(
-                f"The training set has {len(self.train_dataset)} images, but one batch takes {max(needed, 2)}: "
-                f"{self.args.per_device_train_batch_size} on each of {self.args.world_size} ranks. Lower "
-                "`per_device_train_batch_size` or give more images."
+                f"The training set has {len(self.train_dataset)} images, but one batch takes {batch}: "
+                f"`per_device_train_batch_size` {self.args.per_device_train_batch_size} on {self.args.world_size} "
+                "ranks. Lower it, or give more images."
             )
+
+    def view_sizes(self) -> dict[str, int]:
+        """Return the sizes in pixels of the views of the training set, by the fields of their transform."""
+        transform = getattr(self.train_dataset, "transform", None)
+        names = ("image_size", "focal_size") if getattr(transform, "focal_views", 0) else ("image_size",)
+        return {name: getattr(transform, name) for name in names if hasattr(transform, name)}
+
+    def check_view_sizes(self) -> None:
+        """Raise a `ValueError` if a view is not a whole number of patches of the model."""
+        patch_size = self.model.config.patch_size
+        for name, size in self.view_sizes().items():
+            if size < patch_size or size % patch_size:
+                raise ValueError(
+                    f"`{name}` of the views must be a multiple of the model's `patch_size` {patch_size}, but is "
+                    f"{size} pixels. Choose another size."
+                )
 
     # Data
 
     def finishes_views_of(self, dataset) -> bool:
-        """Whether the crops of a data set can be finished here, by the transform of the training set."""
+        """Return whether the trainer can finish the crops of a data set by the transform of its training set."""
         transform = getattr(dataset, "transform", None)
         return (
             type(self.data_collator) is MultiViewCollator
@@ -140,7 +172,7 @@ class PretrainingTrainer(CheckpointingTrainer):
     # Optimizer and schedules
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with weight decay: all but biases, norms (any 1-D tensor) and prototypes."""
+        """Return the names of the parameters with weight decay: all but 1-D tensors (biases, norms) and prototypes."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name != "prototypes"]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -148,14 +180,14 @@ class PretrainingTrainer(CheckpointingTrainer):
         decayed, *others = optimizer.param_groups
         decayed["scheduled_weight_decay"] = True
         if self.args.use_lars:
-            decayed["always_adapt"] = True  # also where the weight decay is 0
+            decayed["always_adapt"] = True  # also with a weight decay of 0
         for group in others:
             group["scheduled_weight_decay"] = False
         return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: PretrainingArguments, model: nn.Module | None = None):
-        """LARS where `use_lars` asks for it, else what `optim` names."""
+        """Return LARS with `use_lars`, else the optimizer that `optim` names."""
         if not args.use_lars:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         return LARS, {
@@ -172,10 +204,9 @@ class PretrainingTrainer(CheckpointingTrainer):
             warmup = self._warmup_steps(num_training_steps) / horizon
 
             def factor(step: int) -> float:
-                # The first update already has gone one step of the warm-up, as in the authors' code.
-                progress = min((step + 1) / horizon, 1.0)
+                # The first update is one step into the warm-up, as in the authors' code.
                 value = warmup_cosine(
-                    progress,
+                    min((step + 1) / horizon, 1.0),
                     warmup=warmup,
                     start=args.start_learning_rate,
                     peak=args.learning_rate,
@@ -187,22 +218,6 @@ class PretrainingTrainer(CheckpointingTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and Path(checkpoint, OPTIMIZER_NAME).is_file():
-            self._check_optimizer_of(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _check_optimizer_of(self, checkpoint: str) -> None:
-        # torch takes any state whose groups have as many tensors, and the first update would miss its settings.
-        saved = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
-        missing = sorted(set(self.optimizer.param_groups[0]).difference(saved["param_groups"][0]))
-        if missing:
-            here = "LARS (`use_lars`)" if self.args.use_lars else f"`optim` {self.args.optim}"
-            raise CheckpointError(
-                f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
-                f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
-            )
-
     def _warmup_steps(self, num_training_steps: int) -> int:
         if self.args.warmup_steps:
             steps = self.args.get_warmup_steps(num_training_steps)
@@ -210,8 +225,8 @@ class PretrainingTrainer(CheckpointingTrainer):
             steps = round(self.args.warmup_epochs * len(self.train_dataset) / self.images_per_update())
         else:
             raise ValueError(
-                "`warmup_epochs` needs to know how many images there are, which a streamed data set does not tell. "
-                "Give `warmup_steps`."
+                "`warmup_epochs` needs the number of images, which a streamed data set does not have. Set "
+                "`warmup_steps`."
             )
         if steps >= num_training_steps:
             logger.warning(
@@ -221,11 +236,11 @@ class PretrainingTrainer(CheckpointingTrainer):
         return steps
 
     def stretched_progress(self) -> float:
-        """Part of the stretched horizon that lies before the next update, in [0, 1]."""
+        """Return the part of the stretched horizon before the next update, in [0, 1]."""
         return min(self.state.global_step / (max(self.state.max_steps, 1) * self.args.schedule_stretch), 1.0)
 
     def weight_decay_now(self) -> float:
-        """Weight decay of the next update."""
+        """Return the weight decay of the next update."""
         args = self.args
         if args.final_weight_decay is None:
             return args.weight_decay
@@ -233,7 +248,7 @@ class PretrainingTrainer(CheckpointingTrainer):
         return cosine(min((self.state.global_step + 1) / horizon, 1.0), args.weight_decay, args.final_weight_decay)
 
     def parameters_to_clip(self, model: nn.Module) -> list[nn.Parameter]:
-        """Parameters whose gradients are clipped: encoder and head, not the prototypes."""
+        """Return the parameters whose gradients are clipped: encoder and head, not the prototypes."""
         return [parameter for name, parameter in model.named_parameters() if not name.endswith("prototypes")]
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
@@ -249,8 +264,6 @@ class PretrainingTrainer(CheckpointingTrainer):
         for group in self.optimizer.param_groups:
             if group["scheduled_weight_decay"]:
                 group["weight_decay"] = weight_decay
-        if self.run_record.sync is None:
-            self._note_sync()
         self.throughput.images += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.non_finite.observe(loss)
@@ -260,18 +273,18 @@ class PretrainingTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def record(self, **values: torch.Tensor) -> None:
-        """Adds a micro-batch's values to the means of the next log. Nothing is read from the device here."""
+        """Add the values of a micro-batch to the means of the next log. Nothing is read from the device here."""
         for name, value in values.items():
             value = value.detach().float()
             self._recorded[name] = self._recorded[name] + value if name in self._recorded else value
         self._num_recorded += 1
 
     def extra_logs(self) -> dict[str, float]:
-        """What else to log at each logging step; called on all ranks. Methods add to it."""
+        """Return further values for each log of the loss. All ranks call it. Methods add to it."""
         logs = {"weight_decay": self.weight_decay_now()}
         if hasattr(self.train_dataset, "num_broken"):
             broken = torch.tensor(float(self.train_dataset.num_broken), device=self.args.device)
-            logs["broken_images"] = int(all_reduce_sum(broken).item())  # as each rank has met them
+            logs["broken_images"] = int(all_reduce_sum(broken).item())
         return logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -294,15 +307,141 @@ class PretrainingTrainer(CheckpointingTrainer):
         with self.throughput.paused():
             yield
 
-    def _note_sync(self) -> None:
-        """Keeps how the ranks train together, which the callback forgets at the end."""
-        callback = self.per_rank_callback
-        self.run_record.sync = None if callback is None else callback.record()
+    # Checkpoints
+
+    def check_checkpoint(self, checkpoint: str) -> None:
+        """Raise a [`CheckpointError`] if a whole checkpoint does not fit this run. Methods add their own checks."""
+        differing = find_config_differences(checkpoint, self.model.config)
+        if differing:
+            raise CheckpointError(
+                f"'{checkpoint}' is a checkpoint of another configuration: {differing}. Give the same configuration, "
+                "or start a new run in another `output_dir`."
+            )
+        saved, now = saved_world_size(checkpoint), self.args.world_size
+        if saved != now:
+            logger.warning(
+                f"'{checkpoint}' was saved by {saved} ranks and goes on with {now}: one update now has "
+                f"{self.images_per_update()} images, and the order of the images and the masks differ from those of "
+                "the first run. Adapt `per_device_train_batch_size` or `gradient_accumulation_steps` to keep the "
+                "batch."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer would load the weights whose names fit, and only warn of the others.
+        model = self.model if model is None else model
+        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            # torch loads any state whose groups have as many tensors, and the first update then lacks its settings.
+            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
+            missing = sorted(set(self.optimizer.param_groups[0]).difference(state["param_groups"][0]))
+            if missing:
+                here = "LARS (`use_lars`)" if self.args.use_lars else f"`optim` {self.args.optim}"
+                raise CheckpointError(
+                    f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
+                    f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
+                )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.non_finite.check(weights=True)
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        with self.clock_stopped(), staging_folder(self, run_dir, name) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(run_dir / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+                os.replace(staging / name, run_dir / name)
+                rotate_checkpoints(
+                    output_dir=str(run_dir),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+            self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer.save_model` does, but each file appears whole or not at all."""
+        if _internal_call:  # a checkpoint, which is renamed as a whole
+            return super().save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or self.args.output_dir)
+        self._save_whole_model(folder)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self.push.push_model(folder, "Model save")
+
+    def _save_whole_model(self, folder: Path) -> None:
+        with staging_folder(self, folder) as staging:
+            super().save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                for file in staging.iterdir():
+                    os.replace(file, folder / file.name)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # it would be in training_args.bin
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         if self.args.should_save:
-            self.run_record.save(self, output_dir or self.args.output_dir)
+            self.save_records(Path(output_dir or self.args.output_dir))
 
-    def check_before_saving(self) -> None:
-        self.non_finite.check(weights=True)
+    def save_records(self, folder: Path) -> None:
+        """Write the records of the run beside the model. One rank calls it. Methods add theirs."""
+        self.run_record.save(folder)
+
+    # Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Open the repo `hub_model_id`, to which [`PushCallback`] then pushes."""
+        if self.is_world_process_zero():
+            self.push = PushCallback(self, private, token)
+            self.add_callback(self.push)
+            self.hub_model_id = self.push.repository.repo_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: [`PushCallback`] pushes a checkpoint when it is whole."""
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        private: bool | None = None,
+        **card,
+    ) -> CommitInfo | Future | None:
+        """Save the model to `output_dir` and push it with its card. All ranks must call it.
+
+        Args:
+            commit_message (`str`, *optional*): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Wait for the upload; else return a `Future`.
+            token (`str`, *optional*), private (`bool`, *optional*): For a repo that is not open yet.
+            card: `results`, `figures`, `license` and `tags` of the card.
+
+        Raises:
+            PublishingError: On rank 0, if the push failed. The model is saved.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._save_whole_model(Path(self.args.output_dir))
+        if self.is_world_process_zero():
+            return self.push.push_model(Path(self.args.output_dir), commit_message, blocking, **card)
+
+    def create_model_card(self, **card) -> None:
+        """Write the card of the saved model into `output_dir`. The arguments are those of [`save_model_card`]."""
+        if self.is_world_process_zero():
+            save_model_card(self.args.output_dir, **{"without_results": not card.get("results"), **card})

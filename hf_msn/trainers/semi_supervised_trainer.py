@@ -1,7 +1,5 @@
-"""What PAWS and SimCLR + SuNCEt need of a Trainer: a support set of labelled images beside each batch."""
+"""Base of the trainers with a support set of labelled images beside each batch: PAWS and SimCLR + SuNCEt."""
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from ..data.datasets import as_crops
 from ..data.labels import check_class_names
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader
+from ..files import read_json, write_json
 from ..models.modeling_pretraining import SemiSupervisedModel
 from .argument_names import SUPPORT_FIELDS, in_terms_of
 from .checkpoints import CheckpointError
@@ -27,15 +26,15 @@ LABELLED_IMAGES_FILE = "labelled_images.json"
 class SemiSupervisedTrainer(PretrainingTrainer):
     """Base of [`PAWSTrainer`] and [`SuNCEtTrainer`]: every micro-batch comes with a support set.
 
-    Which images are in it is a function of the seed and the number of the micro-batch alone: a resumed run goes on
-    with the next one. The labelled rows are saved with each checkpoint, and a run does not go on with others.
+    The images of a support set depend on the seed and the number of the micro-batch alone, so that a resumed run goes
+    on with the next one. The labelled rows are saved with each checkpoint, and a run does not resume with others.
 
     Args:
         model ([`SemiSupervisedModel`]): The model to train.
-        args ([`SemiSupervisedArguments`]): What changes over training, and the size of the support.
+        args ([`SemiSupervisedArguments`]): The settings that change over training, and the size of the support.
         support_dataset ([`SupportDataset`]): The labelled images. No label of another image is read.
-        data_collator (`Callable`, *optional*): Of the images without labels; by default [`MultiViewCollator`].
-        kwargs: As in `transformers.Trainer`; `train_dataset` gives the views of the images without labels.
+        data_collator (`Callable`, *optional*): Collator of the unlabelled images, by default [`MultiViewCollator`].
+        kwargs: As in `transformers.Trainer`; `train_dataset` returns the views of the unlabelled images.
     """
 
     args: SemiSupervisedArguments
@@ -51,17 +50,17 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
         if support_dataset is None:
             raise ValueError(
-                "There is no `support_dataset`, the labelled images. Pass one, for example "
+                "`support_dataset`, the labelled images, is missing. Pass one, for example "
                 "`SupportDataset(images, labelled_rows, transform)`."
             )
-        self.label_names = []  # those of the supports are no labels of a batch: an eval_dataset has a loss without any
+        self.label_names = []  # an eval_dataset has a loss without labels of its own
         self.support_dataset = support_dataset
-        sampler = self.support_sampler()  # what is wrong with the support is said before anything else starts
+        sampler = self.support_sampler()
         if sampler.global_classes < 2:
             raise ValueError(
                 f"A support must have at least 2 classes to tell apart, but has {sampler.global_classes} of the "
-                f"{len(sampler.class_sizes)} with labelled images: whatever the model does, they would all be "
-                "predicted right. Label images of another class, or raise `global_support_classes`."
+                f"{len(sampler.class_sizes)} with labelled images. Label images of another class, or raise "
+                "`global_support_classes`."
             )
         if args.compile_encoder:
             self.model.compile_encoders()
@@ -69,10 +68,35 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         self._micro_batch = self._next_support = 0
         self._evaluation_support: dict[str, torch.Tensor] | None = None
 
+    def train(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            logger.info(self.support_sampler().describe(self.support_dataset.views_per_image))
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._supports = None  # ends its workers
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training and "support_pixel_values" not in inputs and self.needs_support():
+            inputs = {**inputs, **self._support_for_evaluation()}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if model.training:
+            self.record(**self.values_to_log(outputs))
+        return (loss, outputs) if return_outputs else loss
+
+    def values_to_log(self, outputs) -> dict[str, torch.Tensor]:
+        """Return the scalars of a forward pass whose means are logged: the parts of the loss. Methods add to them."""
+        return {name: value for name, value in outputs.items() if name != "loss" and value.ndim == 0}
+
+    def extra_logs(self) -> dict[str, float]:
+        return {**super().extra_logs(), "broken_labelled_images": self.support_dataset.num_broken}
+
+    # Supports
+
     def support_sampler(self, start_step: int = 0) -> ClassStratifiedSampler:
-        """The sampler of this rank's part of the supports; its steps are micro-batches."""
+        """Return the sampler of this rank's part of the supports. Its steps are micro-batches."""
         args = self.args
-        place, ranks = self.support_ranks()
+        rank, world_size = self.support_ranks()
         with in_terms_of(SUPPORT_FIELDS):
             return ClassStratifiedSampler(
                 self.support_dataset.labels,
@@ -81,30 +105,21 @@ class SemiSupervisedTrainer(PretrainingTrainer):
                 shard=args.support_shard,
                 on_small_class=args.support_on_small_class,
                 seed=args.seed,
-                rank=place,
-                world_size=ranks,
+                rank=rank,
+                world_size=world_size,
                 start_step=start_step,
             )
 
-    def train(self, *args, **kwargs):
-        """As [`PretrainingTrainer.train`]; says in one line what the support is."""
-        if self.is_world_process_zero():
-            print(self.support_sampler().describe(self.support_dataset.views_per_image), flush=True)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._supports = None  # its workers end with it
-
     def needs_support(self) -> bool:
-        """Whether the next micro-batch is trained with a support."""
+        """Return whether the next micro-batch is trained with a support."""
         return True
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.needs_support():
-            inputs = {**inputs, **self._support_now()}
+            inputs = {**inputs, **self._load_support()}
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _support_now(self) -> dict[str, torch.Tensor]:
+    def _load_support(self) -> dict[str, torch.Tensor]:
         update, accumulated = self.state.global_step, self.args.gradient_accumulation_steps
         if self._supports is None or not update * accumulated <= self._micro_batch < (update + 1) * accumulated:
             self._micro_batch = update * accumulated  # a new update; the last of an epoch may have had fewer
@@ -127,50 +142,29 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         dataset = self.support_dataset
         return as_crops(dataset) if type(dataset) is SupportDataset and self.finishes_views_of(dataset) else dataset
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training and "support_pixel_values" not in inputs and self.needs_support():
-            # a loss on other images, by one fixed support
-            inputs = {**inputs, **self._support_for_evaluation()}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if model.training:
-            self.record(**self.values_to_log(outputs))
-        return (loss, outputs) if return_outputs else loss
-
-    def values_to_log(self, outputs) -> dict[str, torch.Tensor]:
-        """Scalars of a forward pass whose means are logged: the parts of the loss, to which methods add."""
-        return {name: value for name, value in outputs.items() if name != "loss" and value.ndim == 0}
-
     def _support_for_evaluation(self) -> dict[str, torch.Tensor]:
+        """Return one support, the same for every evaluation."""
         if self._evaluation_support is None:
             dataset = self._support_to_load()
             items = [dataset[position] for position in self.support_sampler().batch(0)]
             self._evaluation_support = self._prepare_inputs(SupportCollator()(items))
         return self._evaluation_support
 
-    def extra_logs(self) -> dict[str, float]:
-        return {**super().extra_logs(), "broken_labelled_images": self.support_dataset.num_broken}
+    # Checks
 
     def check_before_training(self) -> None:
         super().check_before_training()
-        config, transform = self.model.config, getattr(self.train_dataset, "transform", None)
         check_class_names(self.support_dataset, self.train_dataset)
-        sizes = {"image_size": getattr(transform, "image_size", None)}
-        if getattr(transform, "focal_views", 0):
-            sizes["focal_size"] = transform.focal_size
-        for name, size in sizes.items():
-            if size is None:
-                continue
-            if config.timm_model is not None:
+        if self.model.config.timm_model is None:
+            self.check_view_sizes()
+        else:
+            for name, size in self.view_sizes().items():
                 self._check_size_by_trying(name, size)
-            elif size < config.patch_size or size % config.patch_size:
-                raise ValueError(
-                    f"`{name}` of the views is {size} pixels, but must be a multiple of the model's `patch_size`, "
-                    f"which is {config.patch_size}, at least one patch."
-                )
-        if getattr(transform, "anchor_views", 1) != 1:
+        anchor_views = getattr(getattr(self.train_dataset, "transform", None), "anchor_views", 1)
+        if anchor_views != 1:
             raise ValueError(
-                f"`anchor_views` of the views is {transform.anchor_views}, but {type(self).__name__} compares two "
-                "global views of each image, the target and one anchor. Set it to 1."
+                f"`anchor_views` of the views must be 1, but is {anchor_views}: {type(self).__name__} compares two "
+                "global views of each image, the target and one anchor."
             )
 
     @torch.no_grad()
@@ -179,19 +173,41 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         was_training = encoder.training
         try:
             encoder.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
-        except (AssertionError, RuntimeError, ValueError) as error:  # each network of timm says it in its own way
+        except (AssertionError, RuntimeError, ValueError) as error:  # networks of timm differ in how they refuse
             raise ValueError(
-                f"`{name}` of the views is {size} pixels, which '{self.model.config.timm_model}' of timm cannot take: "
-                f"{error} Choose another size; a ViT of timm takes any with `timm_options` "
+                f"`{name}` of the views is {size} pixels, but '{self.model.config.timm_model}' of timm does not take "
+                f"them: {error} Choose another size; a ViT of timm takes any with `timm_options` "
                 '{"dynamic_img_size": true}.'
             ) from error
         finally:
             encoder.train(was_training)
 
-    # The labelled rows, with each checkpoint
+    def check_checkpoint(self, checkpoint: str) -> None:
+        super().check_checkpoint(checkpoint)
+        if Path(checkpoint, LABELLED_IMAGES_FILE).is_file():
+            self._compare_labelled_images(read_json(Path(checkpoint, LABELLED_IMAGES_FILE)), checkpoint)
+
+    def _compare_labelled_images(self, saved: dict, checkpoint: str) -> None:
+        now = self.labelled_images()
+        if any(saved[name] != now[name] for name in ("rows", "labels", "class_names")):
+            shared = len(set(saved["rows"]) & set(now["rows"]))
+            raise CheckpointError(
+                f"'{checkpoint}' was trained with other labelled images: {len(saved['rows'])} there, "
+                f"{len(now['rows'])} here, {shared} rows in both. Give the same data, mask or list file, or start a "
+                "new run in another `output_dir`."
+            )
+        pairs = [(name, saved["support"][name], here) for name, here in now["support"].items()]
+        differing = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
+        if differing:
+            logger.warning(
+                f"'{checkpoint}' was trained with another support: {', '.join(differing)}. The run goes on with the "
+                "new one."
+            )
+
+    # Record
 
     def labelled_images(self) -> dict:
-        """The rows that were labelled, with their labels, and how the support is drawn from them; plain JSON types."""
+        """Return the labelled rows, their labels, and how the supports are drawn from them, as plain JSON types."""
         support, args = self.support_dataset, self.args
         return {
             "rows": support.rows.tolist(),
@@ -206,33 +222,6 @@ class SemiSupervisedTrainer(PretrainingTrainer):
             },
         }
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # every rank comes here, one writes
-            return
-        path = os.path.join(output_dir or self.args.output_dir, LABELLED_IMAGES_FILE)
-        Path(path).write_text(json.dumps(self.labelled_images()) + "\n", encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        path = Path(resume_from_checkpoint, LABELLED_IMAGES_FILE)
-        if path.is_file():
-            self._compare_labelled_images(json.loads(path.read_text(encoding="utf-8")), resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _compare_labelled_images(self, saved: dict, checkpoint: str) -> None:
-        now = self.labelled_images()
-        if any(saved[name] != now[name] for name in ("rows", "labels", "class_names")):
-            shared = len(set(saved["rows"]) & set(now["rows"]))
-            raise CheckpointError(
-                f"'{checkpoint}' was trained with other labelled images: {len(saved['rows'])} there, "
-                f"{len(now['rows'])} here, {shared} rows in both. Give the same data, mask or list file, or start a "
-                "new run in another `output_dir`."
-            )
-        there = saved["support"]
-        pairs = [(name, there[name], here) for name, here in now["support"].items()]
-        differing = [f"{name} {before} there, {here} here" for name, before, here in pairs if before != here]
-        if differing:
-            logger.warning(
-                f"'{checkpoint}' was trained with another support: {', '.join(differing)}. The run goes on with "
-                "the new one."
-            )
+    def save_records(self, folder: Path) -> None:
+        super().save_records(folder)
+        write_json(folder / LABELLED_IMAGES_FILE, self.labelled_images())

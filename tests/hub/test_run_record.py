@@ -19,7 +19,8 @@ from hf_msn import (
     parse_recipe,
 )
 from hf_msn.files import public_name
-from hf_msn.hub.run_record import RunRecorder, read_run, write_run
+from hf_msn.hub.run_record import read_run, write_run
+from hf_msn.trainers.callbacks.run_record import RunRecordCallback
 
 SETTINGS = {
     "max_steps": 4,
@@ -88,12 +89,12 @@ def test_wall_time_is_left_out_where_an_earlier_part_is_not_known(tmp_path):
 
 def test_the_clock_stops_after_training(monkeypatch):
     now = [10.0]
-    monkeypatch.setattr("hf_msn.hub.run_record.time.monotonic", lambda: now[0])
-    clock = RunRecorder()
-    clock.begin()
+    monkeypatch.setattr("hf_msn.trainers.callbacks.run_record.time.monotonic", lambda: now[0])
+    clock = RunRecordCallback(None)
+    clock.on_train_begin(None, None, None)
     now[0] = 13.5
     assert clock.seconds == 3.5
-    clock.end()
+    clock.on_train_end(None, None, None)
     now[0] = 99.0
     assert clock.seconds == 3.5
 

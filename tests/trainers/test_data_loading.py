@@ -101,7 +101,7 @@ def test_evaluation_with_another_normalisation_is_finished_by_its_own_transform(
 def test_support_images_are_finished_by_the_trainer_too(tmp_path, method):
     trainer = make_run(tmp_path, method)
     trainer._micro_batch = 0
-    support = trainer._support_now()
+    support = trainer._load_support()
     assert support["support_pixel_values"].dtype == torch.uint8
     finished = trainer._prepare_inputs(support)
     dataset, rows = trainer.support_dataset, trainer.support_sampler().batch(0)
