@@ -1,30 +1,44 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays in the process."""
 
 import subprocess
 import sys
 
-SCRIPT = """
-import resource, sys, torch
-from hf_msn.trainers.freed_memory import keep_freed_memory
+from short_runs import make_trainer
 
-kept = keep_freed_memory() if sys.argv[1] == "keep" else True
-for _ in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(2**24)  # 64 MiB
-print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+from hf_msn.trainers import pretraining_trainer
+
+SCRIPT = """
+import importlib.util, resource, sys, torch
+spec = importlib.util.spec_from_file_location("freed_memory", sys.argv[1])
+freed_memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(freed_memory)
+
+def faults():
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+default = faults()
+print(int(freed_memory.keep_freed_memory()), default, faults())
 """
 
 
-def faults(mode):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, timeout=120)
+def test_freed_memory_is_used_again_without_page_faults():
+    path = pretraining_trainer.__file__.replace("pretraining_trainer", "freed_memory")
+    done = subprocess.run([sys.executable, "-c", SCRIPT, path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    kept, number = map(int, done.stdout.split())
+    kept, default, after = map(int, done.stdout.split())
     assert kept
-    return number
+    assert after < 5 * 2**26 // 4096 / 100
+    assert default > after + 50
 
 
-def test_memory_that_was_freed_is_not_asked_for_again():
-    pages = 5 * 2**26 // 4096
-    assert faults("keep") < pages / 100
-    assert faults("default") > faults("keep") + 50
+def test_memory_is_kept_unless_the_option_is_off(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pretraining_trainer, "keep_freed_memory", lambda: calls.append(1))
+    for kept in (False, True):
+        settings = {"keep_freed_memory": kept, "max_steps": 1, "save_strategy": "no"}
+        make_trainer(tmp_path, **settings).train()
+        assert len(calls) == kept

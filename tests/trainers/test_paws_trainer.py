@@ -1,4 +1,4 @@
-"""PAWSTrainer: which support each micro-batch gets, LARS step by step, what is logged and what is refused."""
+"""PAWSTrainer: the support of each micro-batch, LARS step by step, the log, refusals."""
 
 import copy
 import json
@@ -52,9 +52,10 @@ def test_fewer_classes_and_more_images_than_there_are(tmp_path):
         assert len(set(inputs["support_labels"].tolist())) == 2 and len(inputs["support_labels"]) == 6
 
 
-def test_the_support_is_said_in_one_line(tmp_path, capsys):
+def test_the_support_is_logged_in_one_line(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_msn")
     make_run(tmp_path, max_steps=1, global_support_images_per_class=3, views_per_image=2).train()
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Support")]
+    (line,) = [message for message in caplog.messages if message.startswith("Support")]
     assert line == (
         "Support of each step: 3 classes x 3 images x 2 views = 18 images. Labelled images: 8 of 3 classes, 2 to 3 "
         "per class. Classes with fewer than 3: 1; their images repeat, with different views."
@@ -114,7 +115,7 @@ def test_lars_groups(tmp_path):
     assert len(adapted["params"]) + len(plain["params"]) == len(list(trainer.model.parameters()))
 
 
-def test_the_log_has_the_parts_of_the_loss_and_what_the_targets_are(tmp_path):
+def test_the_log_has_the_parts_of_the_loss_and_of_the_targets(tmp_path):
     trainer = make_run(tmp_path, max_steps=2, logging_steps=2, model_fields={"me_max_weight": 0.5})
     outputs = []
     trainer.model.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -182,13 +183,13 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
             {},
             r"`global_support_images_per_class` = 3 .* 1 have fewer: 9 has 2\..*support_on_small_class='repeat'",
         ),
-        ({}, {"support_dataset": None}, "There is no `support_dataset`"),
-        ({}, {"transform": {"anchor_views": 2}}, "`anchor_views` of the views is 2"),
-        ({}, {"transform": {"focal_size": 6}}, "`focal_size` of the views is 6 pixels"),
+        ({}, {"support_dataset": None}, "`support_dataset`"),
+        ({}, {"transform": {"anchor_views": 2}}, "`anchor_views` .* 2"),
+        ({}, {"transform": {"focal_size": 6}}, "`focal_size` .* 6 pixels"),
         ({"per_device_train_batch_size": 32}, {}, "has 20 images, but one batch takes 32"),
     ],
 )
-def test_what_cannot_be_trained_with_is_refused_before_the_first_step(tmp_path, settings, changes, message):
+def test_wrong_settings_are_refused_before_the_first_step(tmp_path, settings, changes, message):
     if "transform" in changes:
         views = transform(**changes["transform"])
         changes = {"train_dataset": MultiViewDataset(load_images("digits").select(range(20)), views)}
@@ -223,11 +224,11 @@ def test_views_of_a_timm_network_may_have_any_size(tmp_path):
     assert trainer.state.global_step == 2 and math.isfinite(logged(trainer)[2])
 
 
-def test_a_timm_network_that_cannot_take_the_views_says_so_first(tmp_path):
+def test_a_size_that_a_timm_network_does_not_take_is_refused(tmp_path):
     options = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
     fields = {"timm_model": "vit_tiny_patch16_224", "timm_options": options}
     trainer = make_run(tmp_path, model_fields=fields)
-    with pytest.raises(ValueError, match=r"`focal_size` of the views is 4 pixels, which .*dynamic_img_size"):
+    with pytest.raises(ValueError, match=r"`focal_size` .* 4 pixels, .*dynamic_img_size"):
         trainer.train()
     assert trainer.model.encoder.training and trainer.state.global_step == 0
     fields["timm_options"] = {**options, "dynamic_img_size": True}

@@ -1,4 +1,4 @@
-"""N steps are k steps, a stop of any kind, a resume, and N - k steps: bit for bit."""
+"""N steps equal k steps, a stop of any kind, a resume, and N - k steps: bit for bit."""
 
 import shutil
 import subprocess
@@ -7,22 +7,53 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from short_runs import RandomViews, StopAt, assert_same_weights, logged, make_trainer
+import torch
+from launch import run_ranks
+from short_runs import RandomViews, assert_same_weights, logged, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, load_images, multi_view_dataset
 from hf_msn.trainers.checkpoints import CheckpointError, find_last_checkpoint
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stop", [4, 5])  # 20 images, 4 a batch: within an epoch and between two
-def test_resume_is_bit_exact(tmp_path, accumulation, stop):
-    settings = {"gradient_accumulation_steps": accumulation, "save_steps": 1}
-    whole = make_trainer(tmp_path / "whole", **settings)
-    whole.train()
-    make_trainer(tmp_path / "parts", callbacks=[StopAt(stop)], **settings).train()
-    resumed = make_trainer(tmp_path / "parts", **settings)
-    resumed.train(resume_from_checkpoint=True)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of 8 steps, with checkpoints 3, 6 and 8, and its trainer. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = make_trainer(folder)
+    trainer.train()
+    return folder, trainer
 
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def drawn_views(streamed: bool = False):
+    transform = MultiViewTransform.for_small_grayscale(image_size=16, focal_views=1)
+    if not streamed:
+        return MultiViewDataset(load_images("digits").select(range(20)), transform, seed=3)
+    stream = load_images("digits").select(range(13)).to_iterable_dataset()  # not a whole number of batches
+    return multi_view_dataset(stream, transform, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("views", "stop", "settings"),
+    [  # 20 images, 4 per batch: 5 updates per epoch, or 3 with accumulation
+        (RandomViews, 4, {}),
+        (RandomViews, 5, {}),  # between two epochs
+        (RandomViews, 4, {"gradient_accumulation_steps": 2}),
+        (drawn_views, 7, {}),
+        pytest.param(drawn_views, 7, {"dataloader_num_workers": 2}, marks=pytest.mark.slow),
+        (lambda: drawn_views(streamed=True), 5, {}),  # beyond the first pass
+    ],
+)
+def test_resume_is_bit_exact(tmp_path, views, stop, settings):
+    whole = make_trainer(tmp_path / "whole", views(), save_steps=stop, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", views(), save_strategy="no", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert_same_weights(resumed.model, whole.model)
     assert logged(resumed) == logged(whole)
     assert resumed.state.global_step == 8
@@ -30,56 +61,22 @@ def test_resume_is_bit_exact(tmp_path, accumulation, stop):
 
 @pytest.mark.parametrize("steps", [5, 8])  # the end of an epoch, of 5 updates, and within one
 def test_a_finished_run_is_not_trained_any_further(tmp_path, steps):
-    finished = make_trainer(tmp_path, max_steps=steps, save_steps=1)
+    finished, again = (make_trainer(tmp_path, max_steps=steps, save_steps=steps) for _ in range(2))
     finished.train()
-    again = make_trainer(tmp_path, max_steps=steps, save_steps=1)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == steps
     assert_same_weights(again.model, finished.model)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_bit_exact_with_drawn_views_and_workers(tmp_path, workers):
-    transform = MultiViewTransform.for_small_grayscale(image_size=16, focal_views=1)
-
-    def trainer(folder, callbacks=None):
-        images = load_images("digits").select(range(20))
-        dataset = MultiViewDataset(images, transform, seed=3)
-        return make_trainer(tmp_path / folder, dataset, callbacks, dataloader_num_workers=workers, save_steps=1)
-
-    whole = trainer("whole")
-    whole.train()
-    trainer("parts", [StopAt(7)]).train()
-    resumed = trainer("parts")
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_weights(resumed.model, whole.model)
-
-
-def test_resume_of_a_stream_is_bit_exact_beyond_its_first_pass(tmp_path):
-    transform = MultiViewTransform.for_small_grayscale(image_size=16, focal_views=1)
-
-    def trainer(folder, callbacks=None):
-        stream = load_images("digits").select(range(13)).to_iterable_dataset()  # not a whole number of batches
-        dataset = multi_view_dataset(stream, transform, seed=3)
-        return make_trainer(tmp_path / folder, dataset, callbacks, save_steps=1)
-
-    whole = trainer("whole")
-    whole.train()
-    trainer("parts", [StopAt(5)]).train()
-    resumed = trainer("parts")
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_weights(resumed.model, whole.model)
-    assert logged(resumed) == logged(whole)
-
-
 def test_every_epoch_has_its_own_views_and_masks(tmp_path):
-    trainer = make_trainer(tmp_path, learning_rate=1e-30, start_learning_rate=1e-30, final_learning_rate=0.0)
+    still = {"learning_rate": 1e-30, "start_learning_rate": 1e-30, "final_learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, save_strategy="no", **still)
     trainer.train()
-    values = list(logged(trainer).values())
-    assert len(set(values)) == len(values) == 8
+    assert len(set(logged(trainer).values())) == 8
 
 
-def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path, caplog):
+@pytest.mark.slow
+def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path, caplog, finished):
     script = textwrap.dedent(
         """
         import os, signal, sys, torch
@@ -100,20 +97,18 @@ def test_a_kill_while_saving_leaves_the_last_whole_checkpoint(tmp_path, caplog):
         """
     )
     folders = [str(folder) for folder in Path(__file__).parents[:2]]
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed"), *folders], timeout=120)
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path), *folders], timeout=120)
     assert killed.returncode == -9
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [".incomplete", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".incomplete", "checkpoint-3"]
 
-    resumed = make_trainer(tmp_path / "killed")
+    resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)
-    assert "checkpoint-6" in caplog.text and "stopped while it was writing" in caplog.text
-    whole = make_trainer(tmp_path / "whole")
-    whole.train()
-    assert_same_weights(resumed.model, whole.model)
-    assert sorted(path.name for path in (tmp_path / "killed").glob(".*")) == []
+    assert "checkpoint-6" in caplog.text
+    assert_same_weights(resumed.model, finished[1].model)
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_what_a_killed_save_left_does_not_get_into_the_next_checkpoint(tmp_path):
+def test_files_of_a_killed_save_do_not_get_into_the_next_checkpoint(tmp_path):
     abandoned = tmp_path / ".incomplete" / "checkpoint-3"
     abandoned.mkdir(parents=True)
     (abandoned / "rng_state_1.pth").write_bytes(b"half")
@@ -123,80 +118,79 @@ def test_what_a_killed_save_left_does_not_get_into_the_next_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "file, fault",
-    [
-        ("model.safetensors", "damaged"),
-        ("optimizer.pt", "damaged"),
-        ("rng_state.pth", "damaged"),
-        ("trainer_state.json", "damaged"),
-        ("config.json", "damaged"),
-    ],
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "config.json"]
 )
-def test_a_broken_checkpoint_is_named_and_skipped(tmp_path, caplog, file, fault):
-    make_trainer(tmp_path).train()
-    broken = tmp_path / "checkpoint-8" / file
+def test_a_broken_checkpoint_is_named_and_skipped(copy, caplog, name):
+    broken = copy / "checkpoint-8" / name
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert "checkpoint-8" in caplog.text and fault in caplog.text
-    with pytest.raises(CheckpointError, match=fault):
-        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert find_last_checkpoint(copy) == copy / "checkpoint-6"
+    assert "checkpoint-8" in caplog.text and "damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="damaged"):
+        make_trainer(copy).train(resume_from_checkpoint=str(copy / "checkpoint-8"))
 
 
-def test_a_missing_file_is_named(tmp_path, caplog):
-    make_trainer(tmp_path).train()
-    (tmp_path / "checkpoint-8" / "scheduler.pt").unlink()
-    assert find_last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert "'scheduler.pt' is missing" in caplog.text
+@pytest.mark.parametrize("name", ["scheduler.pt", "model.safetensors", "rng_state.pth"])
+def test_a_missing_file_is_named(copy, caplog, name):
+    (copy / "checkpoint-8" / name).unlink()
+    assert find_last_checkpoint(copy) == copy / "checkpoint-6"
+    assert f"'{name}' is missing" in caplog.text
 
 
 def test_resume_without_any_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train(resume_from_checkpoint="auto")
-    assert trainer.state.global_step == 8
+    assert trainer.state.global_step == 2
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
-    make_trainer(tmp_path).train()
+def test_a_checkpoint_of_another_configuration_is_refused(finished):
     with pytest.raises(CheckpointError, match="num_prototypes 8 there, 4 here"):
-        make_trainer(tmp_path, model_fields={"num_prototypes": 4}).train(resume_from_checkpoint=True)
+        make_trainer(finished[0], model_fields={"num_prototypes": 4}).train(resume_from_checkpoint=True)
 
 
-def test_an_output_dir_with_checkpoints_asks_for_a_decision(tmp_path):
-    make_trainer(tmp_path).train()
-    with pytest.raises(ValueError, match="resume_from_checkpoint=True"):
-        make_trainer(tmp_path).train()
-    trained = make_trainer(tmp_path / "model", save_strategy="no")
-    trained.train()
-    trained.save_model()
-    with pytest.raises(ValueError, match="has the model of an earlier run"):
-        make_trainer(tmp_path / "model").train()
-    again = make_trainer(tmp_path, overwrite_output_dir=True)
+def test_an_output_dir_of_an_earlier_run_asks_for_a_decision(tmp_path, copy):
+    with pytest.raises(ValueError, match="checkpoint-8"):
+        make_trainer(copy).train()
+    again = make_trainer(copy, overwrite_output_dir=True, max_steps=2)
     again.train()
-    assert again.state.global_step == 8
+    assert again.state.global_step == 2
+    again.save_model(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"`output_dir` .* a model"):
+        make_trainer(tmp_path / "model").train()
 
 
-def test_another_number_of_ranks_is_said(tmp_path, caplog):
-    make_trainer(tmp_path).train()
-    checkpoint = tmp_path / "checkpoint-6"
-    shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_0.pth")
-    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_1.pth")
-    trainer = make_trainer(tmp_path)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert "saved by 2 ranks and goes on with 1: one update now has 4 images" in caplog.text
-    assert trainer.state.global_step == 8
-
-
-def test_the_best_checkpoint_is_recorded_under_its_final_name(tmp_path):
-    settings = {
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-    }
+def test_the_best_checkpoint_has_its_final_name(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    settings["metric_for_best_model"] = "loss"
     trainer = make_trainer(tmp_path, eval_dataset=RandomViews(8), **settings)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best in {str(tmp_path / "checkpoint-3"), str(tmp_path / "checkpoint-6"), str(tmp_path / "checkpoint-8")}
     assert_same_weights(trainer.model, type(trainer.model).from_pretrained(best))
+
+
+TWO_RANKS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4, "save_steps": 2}
+
+
+def _resume_on_this_rank(rank, folder):
+    trainers = [make_trainer(f"{folder}/{name}", **TWO_RANKS) for name in ("whole", "resumed")]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=f"{folder}/whole/checkpoint-2")
+    return [(trainer.model.state_dict(), logged(trainer)) for trainer in trainers]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_ranks_resume_bit_exactly_and_one_goes_on(tmp_path, caplog):
+    results = [result for rank in run_ranks(_resume_on_this_rank, 2, str(tmp_path), timeout=120) for result in rank]
+    weights, losses = results[0]
+    assert sorted(losses) == [1, 2, 3, 4]
+    for others, other_losses in results[1:]:
+        assert all(torch.equal(others[name], value) for name, value in weights.items())
+        assert other_losses == losses
+
+    alone = make_trainer(tmp_path / "whole", **TWO_RANKS)
+    alone.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert "saved by 2 ranks and goes on with 1: one update now has 4 images" in caplog.text
+    assert alone.state.global_step == 4

@@ -14,24 +14,25 @@ EVERY_SECOND_STEP = {"save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.mark.parametrize(
-    "method, stop, settings",
+    ("method", "stop", "settings"),
     [
         ("paws", 4, {}),
         ("paws", 2, {"gradient_accumulation_steps": 2}),  # the next update, the last of its epoch, has one micro-batch
         ("paws", 3, {"gradient_accumulation_steps": 2, "use_lars": True}),  # and here the last update had
         ("suncet", 4, {"gradient_accumulation_steps": 2, "supervised_epochs": 1.9}),
         ("suncet", 7, {"supervised_epochs": 1}),
+        pytest.param(
+            "paws", 4, {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_resume_is_bit_exact_and_sees_the_same_supports(tmp_path, method, stop, settings):
-    whole = make_run(tmp_path / "whole", method, **settings)
+    whole = make_run(tmp_path / "whole", method, save_strategy="steps", save_steps=stop, **settings)
     seen = watch(whole)
     whole.train()
-    saving = {**settings, "save_strategy": "steps", "save_steps": stop}
-    make_run(tmp_path / "parts", method, changes={"callbacks": [StopAt(stop)]}, **saving).train()
-    resumed = make_run(tmp_path / "parts", method, **settings)
+    resumed = make_run(tmp_path / "resumed", method, **settings)
     seen_again = watch(resumed)
-    resumed.train(resume_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
 
     assert_same_weights(resumed.model, whole.model)
     assert logged(resumed) == logged(whole) and resumed.state.global_step == 8
@@ -40,16 +41,6 @@ def test_resume_is_bit_exact_and_sees_the_same_supports(tmp_path, method, stop, 
         assert again.keys() == first.keys()
         for name, value in first.items():
             assert torch.equal(again[name], value), name
-
-
-def test_resume_with_workers_is_bit_exact(tmp_path):
-    settings = {"dataloader_num_workers": 1, "gradient_accumulation_steps": 2}
-    plain = make_run(tmp_path / "plain", gradient_accumulation_steps=2)
-    plain.train()
-    make_run(tmp_path / "parts", changes={"callbacks": [StopAt(4)]}, **EVERY_SECOND_STEP, **settings).train()
-    resumed = make_run(tmp_path / "parts", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same_weights(resumed.model, plain.model)
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +54,26 @@ def test_other_labelled_images_are_refused(stopped, tmp_path):
     saved = json.loads((stopped / "labelled_images.json").read_text())
     assert saved["rows"] == LABELLED_ROWS
     for rows, shared in (([*LABELLED_ROWS[:-1], 25], 7), (LABELLED_ROWS[:-1], 7), ([0, 2, 10, 18], 0)):
-        with pytest.raises(CheckpointError, match=f"8 there, {len(rows)} here, {shared} rows in both. Give the same"):
+        with pytest.raises(CheckpointError, match=f"8 there, {len(rows)} here, {shared} rows"):
             make_run(tmp_path, rows=rows).train(resume_from_checkpoint=str(stopped))
 
 
-def test_another_support_is_said_and_taken(stopped, tmp_path, caplog):
+def test_another_support_is_named_and_taken(stopped, tmp_path, caplog):
     trainer = make_run(tmp_path, global_support_images_per_class=3, views_per_image=2, max_steps=3)
     seen = watch(trainer)
     trainer.train(resume_from_checkpoint=str(stopped))
     assert "global_images_per_class 2 there, 3 here, views_per_image 1 there, 2 here" in caplog.text
     assert [len(inputs["support_labels"]) for inputs in seen] == [18]
+    caplog.clear()
+    make_run(tmp_path, max_steps=3).train(resume_from_checkpoint=str(stopped))
+    assert "another support" not in caplog.text
 
 
 @pytest.mark.parametrize("lars_first, missing", [(True, "betas"), (False, "trust_coeff")])
 def test_a_checkpoint_of_another_optimizer_is_refused_by_name(tmp_path, lars_first, missing):
     make_run(tmp_path, use_lars=lars_first, changes={"callbacks": [StopAt(2)]}, **EVERY_SECOND_STEP).train()
-    with pytest.raises(
-        CheckpointError, match=rf"another optimizer: its state has no .*{missing}.*Give the same `use_lars`"
-    ):
+    with pytest.raises(CheckpointError, match=missing):
         make_run(tmp_path, use_lars=not lars_first).train(resume_from_checkpoint=True)
-
-
-def test_the_same_support_is_not_spoken_of(stopped, tmp_path, caplog):
-    make_run(tmp_path, max_steps=3).train(resume_from_checkpoint=str(stopped))
-    assert "another support" not in caplog.text
 
 
 def _resume_on_this_rank(rank, folder):
@@ -94,7 +81,7 @@ def _resume_on_this_rank(rank, folder):
     results = {}
     with pytest.raises(
         ValueError,
-        match=r"`global_support_classes` .* 2 ranks .* but is 3\. Use 2, or support_shard='images'",
+        match=r"`global_support_classes` .* 2 ranks .* but is 3",
     ):
         make_run(f"{folder}/refused", support_shard="classes")
     for shard in ("classes", "images"):
@@ -124,6 +111,7 @@ def _resume_on_this_rank(rank, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_ranks_resume_bit_exactly(tmp_path):
     ranks = run_ranks(_resume_on_this_rank, 2, str(tmp_path), timeout=120)
     for shard in ("classes", "images"):

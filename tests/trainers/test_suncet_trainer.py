@@ -62,7 +62,7 @@ def test_evaluation_gives_a_loss(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"global_support_images_per_class": 1}, "1 image of each in 1 view. Raise `global_support_images_per_class`"),
+        ({"global_support_images_per_class": 1}, "`global_support_images_per_class` is 1"),
         ({"supervised_epochs": -1.0}, "`supervised_epochs` .* -1.0"),
         ({"supervised_epochs": float("nan")}, "`supervised_epochs` .* nan"),
     ],
@@ -82,10 +82,10 @@ def test_one_image_in_two_views_is_enough(tmp_path):
 def test_small_crops_and_streams_are_refused(tmp_path):
     images = load_images("digits").select(range(20))
     crops = MultiViewDataset(images, transform("suncet", focal_views=1))
-    with pytest.raises(ValueError, match=r"`focal_views` is 1. Set it to 0"):
+    with pytest.raises(ValueError, match=r"`focal_views` .* 1"):
         make_run(tmp_path, "suncet", changes={"train_dataset": crops}).train()
     stream = multi_view_dataset(images.to_iterable_dataset(), transform("suncet"), seed=3)
-    with pytest.raises(ValueError, match="`supervised_epochs` needs to know how many images there are"):
+    with pytest.raises(ValueError, match="`supervised_epochs`"):
         make_run(tmp_path, "suncet", changes={"train_dataset": stream}, supervised_epochs=1).train()
     trainer = make_run(tmp_path, "suncet", changes={"train_dataset": stream}, max_steps=2)
     trainer.train()
