@@ -101,7 +101,9 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         elif not args.overwrite_output_dir and self.state.global_step == 0:
             check_output_dir(args.output_dir)
         if args.should_save:
-            Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)  # describes the model of an earlier run
+            Path(args.output_dir, "codistillation.json").unlink(
+                missing_ok=True
+            )  # describes the model of an earlier run
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
         self.run_record.checkpoint = checkpoint
