@@ -95,22 +95,13 @@ def convert_checkpoint(
         config = _configuration(original, num_attention_heads, projection_activation, heads="output_dir" in staging)
         with torch.device("meta"):  # draws no weights
             model = (MSNForPreTraining if isinstance(config, MSNConfig) else PAWSForPreTraining)(config)
-        small = getattr(config, "small_image_stem", False) or getattr(config, "timm_model", None) == "paws_wide_resnet"
-        timm_size = 32 if small else 224
-        is_vit = getattr(config, "timm_model", None) is None
-        processor = evaluation_image_processor(config.image_size if is_vit else timm_size)
+        processor = evaluation_image_processor(_image_size(config))
         if "output_dir" in staging:
             made_up = _load_model(model, original, input_path)
             model.save_pretrained(staging["output_dir"])
             processor.save_pretrained(staging["output_dir"])
-            assumed = []
-            if is_vit and num_attention_heads is None:
-                assumed.append(f"num_attention_heads: {config.num_attention_heads}, 64 dimensions each")
-            if original.method == "paws" and is_vit and projection_activation is None:
-                assumed.append("projection_activation: relu")
-            if not is_vit and config.small_image_stem:
-                assumed.append("small_image_stem: a 3x3 stem of stride 1, without pooling")
-            record = _record(input_path, original, config, made_up, assumed)
+            given = {"num_attention_heads": num_attention_heads, "projection_activation": projection_activation}
+            record = _record(input_path, original, config, made_up, given)
             write_json(staging["output_dir"] / CONVERSION_FILE, record)
         else:
             _load_encoder(model, original, input_path)
@@ -283,7 +274,7 @@ def _load_file(path: Path) -> Mapping[Any, Any]:
 @contextmanager
 def _only_numpy_scalars() -> Iterator[None]:
     """Allow numpy scalars, as the authors' loops save in losses and epochs, and nothing that other code allowed."""
-    scalar = np._core.multiarray.scalar
+    scalar = np.float64(0).__reduce__()[0]
     allowed = [np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     others = get_safe_globals()
@@ -387,19 +378,26 @@ def _load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: Path
 
 
 def _record(
-    path: Path, original: _Original, config: MSNConfig | PAWSConfig, made_up: list[str], assumed: list[str]
+    path: Path, original: _Original, config: MSNConfig | PAWSConfig, made_up: list[str], given: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the content of `conversion.json`, and log what was made up and assumed."""
+    is_vit = getattr(config, "timm_model", None) is None
+    assumed = []
+    if is_vit and given["num_attention_heads"] is None:
+        assumed.append(f"num_attention_heads: {config.num_attention_heads}, 64 dimensions each")
+    if original.method == "paws" and is_vit and given["projection_activation"] is None:
+        assumed.append("projection_activation: relu")
+    if not is_vit and config.small_image_stem:
+        assumed.append("small_image_stem: a 3x3 stem of stride 1, without pooling")
     tensors = [tensor for network in original.networks.values() for tensor in network.values()]
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
     if dtypes != {"float32"}:
         made_up.append(f"float32 weights, of {' and '.join(sorted(dtypes))} in the file")
-    is_vit = getattr(config, "timm_model", None) is None
     record = {
         "source": {"file": path.name, "sha256": file_sha256(path)},
         "method": original.method,
         "architecture": key_maps.architecture_name(config),
-        "heads_assumed": any(note.startswith("num_attention_heads") for note in assumed),
+        "heads_assumed": is_vit and given["num_attention_heads"] is None,
         "num_attention_heads": config.num_attention_heads if is_vit else None,
         "epoch": original.epoch,
         "kept": [name for name in ("encoder", "target_encoder") if name in original.networks]
@@ -416,6 +414,13 @@ def _record(
                 f"'{path.name}', {record['architecture']}: {kind.replace('_', ' ')}: {'; '.join(record[kind])}."
             )
     return record
+
+
+def _image_size(config: MSNConfig | PAWSConfig) -> int:
+    """Side of the images to evaluate on. A ResNet takes any: the paper's."""
+    if getattr(config, "timm_model", None) is None:
+        return config.image_size
+    return 32 if config.small_image_stem or config.timm_model == "paws_wide_resnet" else 224
 
 
 def _check_encoder_is_original(config: MSNConfig | PAWSConfig) -> None:

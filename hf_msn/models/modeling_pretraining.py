@@ -16,15 +16,8 @@ from .encoder import PatchDroppingViTMSNModel
 from .heads import ProjectionHead
 from .pretrained_encoders import build_encoder, copy_encoder, load_encoder, select_fields
 
-_LOCATION_ARGUMENTS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "subfolder",
-    "force_download",
-    "proxies",
-)
+# arguments of `from_pretrained` that locate a checkpoint
+_LOCATION = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 
 class PretrainingModel(PreTrainedModel):
@@ -63,7 +56,7 @@ class PretrainingModel(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint is of another method, or lacks weights.
         """
-        where = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
+        where = {name: kwargs[name] for name in _LOCATION if name in kwargs}
         fields, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **where)
         remedy = f"To start from its encoder, call `{cls.__name__}.from_backbone`."
         if fields.get("model_type", cls.config_class.model_type) != cls.config_class.model_type:

@@ -101,14 +101,14 @@ def _widened_resnet(
     network = ResNet(Bottleneck if bottleneck else BasicBlock, layers, channels=tuple(channels), **kwargs)
     network.conv1 = nn.Conv2d(3, stem_channels, 7, stride=2, padding=3, bias=False)
     network.bn1 = nn.BatchNorm2d(stem_channels)
-    block, out_channels = network.layer1[0], network.layer1[0].bn3 if bottleneck else network.layer1[0].bn2
-    out_channels, kernel = out_channels.num_features, 1 if bottleneck else 3
+    block, kernel = network.layer1[0], 1 if bottleneck else 3
+    out_channels = channels[0] * block.expansion
     block.conv1 = nn.Conv2d(stem_channels, block.bn1.num_features, kernel, padding=kernel // 2, bias=False)
     block.downsample = None
     if stem_channels != out_channels:
         convolution = nn.Conv2d(stem_channels, out_channels, 1, bias=False)
         block.downsample = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
-    network.init_weights()
+    network.init_weights(kwargs.get("zero_init_last", True))
     return network
 
 

@@ -51,6 +51,7 @@ def model():
     return model.eval()
 
 
+@pytest.mark.slow
 def test_the_export_loads_where_hf_msn_is_not_installed_with_the_same_features(model, tmp_path):
     images = tiny_batch()["pixel_values"]
     torch.save(images, tmp_path / "images.pt")

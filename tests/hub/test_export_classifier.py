@@ -121,6 +121,7 @@ def test_a_network_of_timm_ranks_the_classes_of_every_test_image_as_the_probe(en
     assert 0.7 < logits.std(axis=1).mean() / spread < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [msn, lambda: paws(RESNET)], ids=["vit", "timm"])
 def test_the_pipeline_classifies_where_hf_msn_is_not_installed(make, digits, tmp_path):
     model = make()

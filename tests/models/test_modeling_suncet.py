@@ -57,19 +57,6 @@ def test_loss_and_gradients_are_the_sum_of_those_of_views_and_support(encoder, n
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_one_hot_labels_give_the_equation_of_the_paper():
-    model = tiny_suncet(projection_batch_norm=False)
-    batch = suncet_batch(SUPPORT)
-    rows = model.project(batch["support_pixel_values"])
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    labels, losses = batch["support_labels"].tolist(), []
-    for i, label in enumerate(labels):
-        weights = {j: torch.exp(rows[i] @ rows[j] / 0.1) for j in range(len(labels)) if j != i}
-        same = sum(weight for j, weight in weights.items() if labels[j] == label)
-        losses.append(-torch.log(same / sum(weights.values())))
-    torch.testing.assert_close(model(**batch).loss, sum(losses) / len(losses), rtol=1e-10, atol=0)
-
-
 def test_ten_steps_are_those_of_a_plain_loop():
     model = tiny_suncet(**ENCODERS["resnetv2"])
     plain = copy.deepcopy(model)
