@@ -72,9 +72,9 @@ class PretrainingConfig(ViTMSNConfig):
     def _check_prediction_head(self) -> None:
         if self.prediction_head and self.prediction_width < 1:
             raise ValueError(
-                "The hidden width of the prediction head, `prediction_hidden_dim` or else `projection_dim` // 4, must "
-                f"be >= 1, but they are {self.prediction_hidden_dim} and {self.projection_dim}. Set "
-                "`prediction_hidden_dim`."
+                f"The hidden width of the prediction head must be >= 1, but is {self.prediction_width}: "
+                f"`prediction_hidden_dim` is {self.prediction_hidden_dim}, and a quarter of `projection_dim` "
+                f"{self.projection_dim} is the default. Set `prediction_hidden_dim`."
             )
 
 
