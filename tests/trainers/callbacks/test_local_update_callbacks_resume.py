@@ -70,7 +70,7 @@ def equal(first, second) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 4])
 def test_a_run_resumes_bit_for_bit_inside_a_period(tmp_path, num_ranks):
     results = run_ranks(_resume, num_ranks, str(tmp_path), timeout=120.0)
     for name in RUNS:
@@ -82,7 +82,7 @@ def test_a_run_resumes_bit_for_bit_inside_a_period(tmp_path, num_ranks):
             assert equal(*result["own"]), (name, rank)
             moments.append(result["own"][0]["optimizer"])
         # optimizer.pt holds rank 0's
-        assert moments[0] is None and (num_ranks == 2 or not equal(moments[1], moments[2])), name
+        assert moments[0] is None and (num_ranks == 1 or not equal(moments[1], moments[2])), name
 
 
 def _broken(rank, folder):
