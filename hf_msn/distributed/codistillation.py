@@ -288,7 +288,7 @@ class Codistillation:
             `torch.Tensor`: A scalar.
         """
         self._require_started()
-        own = self._check_predictions(self._predictions(output))
+        own = _check_predictions(self._predictions(output))
         alpha = self.alpha_at(self.steps)
         is_off = alpha == 0.0 or self._outer.size == 1 or not torch.is_grad_enabled()
         distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peer_predictions(own, batch)]
@@ -381,10 +381,12 @@ class Codistillation:
     def start(self) -> "Codistillation":
         """Enter. To resume a run, also call `load_state_dict`, before or after."""
         require_free(self.model, self.optimizer)
-        self._parameters = trainable_parameters(self.model, self.optimizer)
+        parameters = trainable_parameters(self.model, self.optimizer)
+        self._trained = [parameter for _, parameter, _ in parameters]
+        self._device = self._trained[0].device
         for exchange in self._exchanges:
-            exchange.check_devices(self._tensors)
-            compare_ranks(exchange, self._description(), self._device)
+            exchange.check_devices(self._trained + frozen_and_buffers(self.model))
+            compare_ranks(exchange, self._description(parameters), self._device)
         if self._inner is not None and self._state is None:
             self._broadcast(self._inner, 0)
         checkpoints = None
@@ -401,8 +403,9 @@ class Codistillation:
         self._gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, self._outer, self._inner)
         self._checkpoints = checkpoints
         self._gradients.keep_local()
-        self._initial_weight_decay = self._weight_decay
-        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._schedule_weight_decay())
+        groups = [] if self.weight_decay_schedule is None else self.optimizer.param_groups
+        self._initial_weight_decay = [group["weight_decay"] for group in groups]
+        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
         if self._state is not None:
             try:
                 self._restore()
@@ -417,7 +420,7 @@ class Codistillation:
         self._gradients.restore()
         self._gradients = None
         self._step_hook.remove()
-        self._set_weight_decay(1.0)
+        self._scale_weight_decay(1.0)
         if self._checkpoints is not None:
             self._checkpoints.close(wait=error is None)
 
@@ -477,18 +480,6 @@ class Codistillation:
         ranks = [number for exchange in self._exchanges for number in (exchange.rank, exchange.size)]
         return {"method": type(self).__name__, "exchange": self.exchange, "ranks": ranks}
 
-    @property
-    def _trained(self) -> list[torch.Tensor]:
-        return [parameter for _, parameter, _ in self._parameters]
-
-    @property
-    def _tensors(self) -> list[torch.Tensor]:
-        return self._trained + frozen_and_buffers(self.model)
-
-    @property
-    def _device(self) -> torch.device:
-        return self._trained[0].device
-
     def _settings(self) -> dict[str, Any]:
         """Return the settings that must be equal on all ranks."""
         names = ("exchange", "exchange_every", "transfer_steps", "ramp_steps", "burn_in_steps")
@@ -502,28 +493,23 @@ class Codistillation:
             "top_k": self.distance.top_k,
         }
 
-    def _description(self) -> list[str]:
+    def _description(self, parameters: list[tuple[str, torch.Tensor, int | None]]) -> list[str]:
+        """Return the lines that must be equal on all ranks."""
         lines = [f"setting {name}={value!r}" for name, value in self._settings().items()]
-        lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in self._parameters]
+        lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in parameters]
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 
-    @property
-    def _weight_decay(self) -> list[float] | None:
-        if self.weight_decay_schedule is None:
-            return None
-        return [group["weight_decay"] for group in self.optimizer.param_groups]
-
-    def _schedule_weight_decay(self) -> None:
+    def _before_update(self) -> None:
         if self.weight_decay_schedule is not None:
-            self._set_weight_decay(self.weight_decay_schedule(self.steps))
+            self._scale_weight_decay(self.weight_decay_schedule(self.steps))
 
-    def _set_weight_decay(self, factor: float) -> None:
-        for group, initial in zip(self.optimizer.param_groups, self._initial_weight_decay or ()):
+    def _scale_weight_decay(self, factor: float) -> None:
+        for group, initial in zip(self.optimizer.param_groups, self._initial_weight_decay):
             group["weight_decay"] = factor * initial
 
     @torch.no_grad()
     def _broadcast(self, exchange: Exchange, place: int) -> None:
-        for bucket in _in_buckets(self._tensors):
+        for bucket in _in_buckets(self._trained + frozen_and_buffers(self.model)):
             flat = FlatTensors(bucket)
             exchange.broadcast_(flat.copy_in(), place)
             flat.copy_back()
@@ -536,12 +522,6 @@ class Codistillation:
                 "and learn nothing. Initialise each with its own seed, after DDP.",
                 stacklevel=3,
             )
-
-    def _check_predictions(self, predictions: Any) -> torch.Tensor:
-        if torch.is_tensor(predictions) and predictions.is_floating_point() and predictions.dim() > 0:
-            return predictions
-        found = (predictions.dtype, predictions.shape) if torch.is_tensor(predictions) else type(predictions).__name__
-        raise ValueError(f"`predictions` must return floating-point logits of shape (..., C), but returned {found}.")
 
     def _require_started(self) -> None:
         if self._gradients is None:
@@ -571,6 +551,13 @@ def logits_of(output: Any) -> torch.Tensor:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Return `model(**batch)` for a mapping, `model(batch)` otherwise."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _check_predictions(predictions: Any) -> torch.Tensor:
+    if torch.is_tensor(predictions) and predictions.is_floating_point() and predictions.dim() > 0:
+        return predictions
+    found = (predictions.dtype, predictions.shape) if torch.is_tensor(predictions) else type(predictions).__name__
+    raise ValueError(f"`predictions` must return floating-point logits of shape (..., C), but returned {found}.")
 
 
 def _check_alpha(alpha: Any) -> float:
