@@ -199,7 +199,8 @@ def options_of(
 
     Args:
         source (`type` or `Callable`): A dataclass, or a class or function whose parameters have annotations, with
-            those that `**kwargs` passes to a base class. Parameters that a command line cannot hold are left out.
+            those that `**kwargs` passes to a base class. Parameters without an entry under `Args:`, and those that a
+            command line cannot hold, are left out.
         documented: Further objects whose docstrings describe the parameters. The help of an option is the `help` of
             the field, else its entry under `Args:`.
         names (`Mapping[str, str]`, *optional*): Names of options that differ from those of the parameters. A parameter
@@ -218,7 +219,8 @@ def options_of(
     else:
         found = []
         for name, parameter in parameters_of(source).items():
-            found.append(Option(names.get(name) or name, parameter.annotation, parameter.default, helps.get(name, "")))
+            if name in helps:  # the others are not public
+                found.append(Option(names.get(name) or name, parameter.annotation, parameter.default, helps[name]))
         left_out = {name for name, new in names.items() if new is None}
         found = [option for option in found if option.name not in left_out]
     return [option for option in found if option.is_readable]

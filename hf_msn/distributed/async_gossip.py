@@ -78,7 +78,8 @@ class AsyncGossip(BackgroundGossip):
         topology ([`Topology`], *optional*): In places of `group`; its step counts a rank's own mixings. For AD-PSGD
             symmetric and bipartite; by default all ranks at even places with all at odd ones. For push-sum any; by
             default [`ExponentialTopology`].
-        rate_correction (`bool`, *optional*, defaults to `True`): See above.
+        rate_correction (`bool`, *optional*, defaults to `True`): Scale the steps so that fast ranks do not pull the
+            optimum to their data.
         wire_dtype (`str`, *optional*): `"float32"` or `"bfloat16"`, where that is narrower than the parameters; by
             default the dtype of the parameters, or float32 for narrower ones. The sum over the ranks stays exact: in
             AD-PSGD both apply the rounded d, in push-sum the sender keeps the rounding error (error feedback). The

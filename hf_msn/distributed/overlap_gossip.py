@@ -71,7 +71,8 @@ class OverlapGossip(BackgroundGossip):
         topology ([`Topology`], *optional*): Who sends to whom, in places of `group`; its step counts the optimizer
             steps here. By default [`ExponentialTopology`].
         staleness_bound (`int`, *optional*, defaults to 1): Steps that mass may be in flight, >= 0. The paper: 1.
-        deterministic (`bool`, *optional*, defaults to `False`): See above.
+        deterministic (`bool`, *optional*, defaults to `False`): Merge each message at the step of the bound instead of
+            on arrival, so that a run repeats to the bit.
         wire_dtype (`str`, *optional*): `"float32"` or `"bfloat16"`, where that is narrower than the parameters; by
             default the dtype of the parameters, or float32 for narrower ones.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`]; any backend. Messages go over gloo.
