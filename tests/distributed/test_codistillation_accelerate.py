@@ -54,6 +54,7 @@ def _train_with_accelerate(rank):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_accelerate_loop_with_a_causal_language_model_converges_to_agreement():
     for found in run_ranks(_train_with_accelerate, 2):

@@ -45,7 +45,7 @@ def of_msn(folder, last, inner_size=1):
 LOGGED = ("loss", "codistillation_distance", "codistillation_staleness")
 RUNS = {
     "predictions": lambda *it, **fields: of_images(*it, exchange="predictions", top_k=2, **fields),
-    # At the checkpoint of update 4 the snapshots of update 2 are in use and those of update 4 under way.
+    # At the checkpoint of update 4 the snapshots of update 2 are in use and those of update 4 in transfer.
     "checkpoints": lambda *it, **fields: of_images(
         *it, exchange="checkpoints", exchange_every=2, transfer_steps=2, **fields
     ),

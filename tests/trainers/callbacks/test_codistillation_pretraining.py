@@ -18,7 +18,7 @@ ARGUMENTS = {"max_steps": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 
 
 
 def make(method, folder):
-    """A trainer in float64. With checkpoints, update 3 is the first with copies: they are what was sent before it."""
+    """Return a trainer in float64. With checkpoints, update 3 is the first one with copies in use."""
     if method == "msn":
         dataset = short_runs.RandomViews(64)
         trainer = short_runs.make_trainer(folder, dataset, model_fields={"mask_ratio": 0.5}, **ARGUMENTS)
@@ -29,7 +29,7 @@ def make(method, folder):
 
 
 class Third(TrainerCallback):
-    """This rank's weights before the third update, and the gradients that it is made of."""
+    """The weights of this rank before the third update, and the gradients of that update."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
