@@ -94,16 +94,17 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         """
         args = self.args
         self.check_before_training()
-        checkpoint = resolve_checkpoint(resume_from_checkpoint or args.resume_from_checkpoint, args.output_dir)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = args.resume_from_checkpoint
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir)
         if checkpoint is not None:
             self.check_checkpoint(checkpoint)
             logger.info(f"Resuming from '{checkpoint}'.")
         elif not args.overwrite_output_dir and self.state.global_step == 0:
             check_output_dir(args.output_dir)
         if args.should_save:
-            Path(args.output_dir, "codistillation.json").unlink(
-                missing_ok=True
-            )  # describes the model of an earlier run
+            # It describes the model of an earlier run.
+            Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
         self.run_record.checkpoint = checkpoint
