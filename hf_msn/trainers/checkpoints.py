@@ -112,8 +112,8 @@ def check_output_dir(output_dir: str | Path) -> None:
     if present or Path(output_dir, "model.safetensors").exists():
         found = f"checkpoints up to '{present[-1].name}'" if present else "a model"
         raise ValueError(
-            f"`output_dir` must not hold an earlier run, but '{output_dir}' has {found}. Go on from a checkpoint with "
-            "`resume_from_checkpoint=True`, start anew with `overwrite_output_dir=True`, or choose another folder."
+            f"`output_dir` must not hold an earlier run, but '{output_dir}' has {found}. Resume with "
+            "`resume_from_checkpoint=True`, start from scratch with `overwrite_output_dir=True`, or choose another."
         )
 
 

@@ -1,4 +1,4 @@
-"""The demo with a recipe that takes seconds: the same code and files, a model that has learnt next to nothing."""
+"""The demo with a recipe of a few steps: the same code and files, a model that has learnt next to nothing."""
 
 import importlib
 import json
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 from hf_msn import MSNForPreTraining, load_images
 from hf_msn.data.splits import low_shot_indices
 
+pytestmark = pytest.mark.slow  # a whole demo, twice
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PICTURES = ("low_shot.png", "training.png", "neighbours.png", "embedding.png")
 TINY = {"max_steps": 6, "logging_steps": 2, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}

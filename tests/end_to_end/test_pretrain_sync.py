@@ -13,17 +13,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [
-    *(
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    sys.executable,
+    *"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split(),
+    *"--mixed_precision no --dynamo_backend no --main_process_port 0".split(),
     str(ROOT / "scripts" / "pretrain.py"),
     *"--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64".split(),
     *"--projection_hidden_dim 32 --projection_dim 16 --num_prototypes 16 --warmup_epochs 1 --logging_steps 1".split(),
@@ -51,6 +43,7 @@ def end(process) -> str:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path):
     whole = start(tmp_path / "whole")
     killed = start(tmp_path / "parts")
@@ -60,8 +53,7 @@ def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path):
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    said = end(whole)
-    assert "'sync_megabytes_sent'" in said
+    assert "'sync_megabytes_sent'" in end(whole)
 
     end(start(tmp_path / "parts", "--resume_from_checkpoint", "true"))  # no checkpoint is at the end of a period
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "parts"))

@@ -54,7 +54,10 @@ def make_run(
     changes=None,
     **arguments,
 ):
-    """A trainer of a tiny model: 4 images a batch, 8 updates, supports of 3 classes x 2 images; `changes` go to it."""
+    """Return a trainer of a tiny model: 4 images per batch, 8 updates, supports of 3 classes x 2 images.
+
+    `changes` are further arguments of the trainer.
+    """
     config, model, training_arguments, trainer = METHODS[method]
     arguments = {
         "max_steps": 8,
@@ -83,7 +86,7 @@ def make_run(
 
 
 def watch(trainer) -> list[dict[str, torch.Tensor]]:
-    """The inputs of every training micro-batch, as they come to the model."""
+    """Collect the inputs of every training micro-batch, as the model gets them."""
     seen, compute_loss = [], trainer.compute_loss
 
     def watched(model, inputs, *args, **kwargs):

@@ -8,7 +8,7 @@ from hf_msn import MSNTrainer, MSNTrainingArguments
 
 
 class RandomViews(torch.utils.data.Dataset):
-    """Views of `num_images` random images: other ones in each epoch, the same in each run."""
+    """Views of `num_images` random images: others in each epoch, the same in each run."""
 
     def __init__(self, num_images: int = 20):
         self.num_images, self.epoch = num_images, 0
@@ -29,7 +29,7 @@ class RandomViews(torch.utils.data.Dataset):
 
 
 class StopAt(TrainerCallback):
-    """Ends the training after a step, as a user or a cluster does."""
+    """End the training after a step, as a user or a cluster does."""
 
     def __init__(self, step: int):
         self.step = step
@@ -41,7 +41,7 @@ class StopAt(TrainerCallback):
 def make_trainer(
     output_dir, dataset=None, callbacks=None, model_fields=None, eval_dataset=None, **arguments
 ) -> MSNTrainer:
-    """A trainer of a tiny model, 4 images a batch, 8 steps, a checkpoint every 3."""
+    """Return a trainer of a tiny model: 4 images per batch, 8 steps, a checkpoint every 3."""
     arguments = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,
@@ -68,7 +68,7 @@ def logged(trainer, name: str = "loss") -> dict[int, float]:
 
 
 def assert_same_weights(model, expected) -> None:
-    """Bitwise, buffers included."""
+    """Compare bitwise, buffers included."""
     state, expected = model.state_dict(), expected.state_dict()
     differing = [name for name in expected if not torch.equal(state[name], expected[name])]
     assert not differing

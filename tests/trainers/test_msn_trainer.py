@@ -92,7 +92,7 @@ def test_clipping_leaves_the_prototypes_alone(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
-    # Without what mixes the images of a batch, two micro-batches of 4 are one batch of 8.
+    # Without operations over a batch, two micro-batches of 4 equal one batch of 8.
     fields = {"mask_ratio": 0.0, "projection_batch_norm": False, "me_max_weight": 0.0}
     settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "save_strategy": "no"}
     dataset = RandomViews(24)
@@ -257,12 +257,12 @@ def test_collapse_is_described():
     assert describe_collapse(healthy, 64, 1000) is None
     assert "only 1 of 64 prototypes" in describe_collapse({**healthy, "prototypes_in_use": 1}, 64, 1000)
     assert "flat assignment" in describe_collapse({**healthy, "mean_max_target_probability": 0.016}, 64, 1000)
-    # 40 images cannot use more than 40 of 8192 prototypes, and of 8 images nothing can be said
+    # 40 images cannot use more than 40 of 8192 prototypes, and 8 images are too few for a warning
     assert describe_collapse({**healthy, "prototypes_in_use": 30}, 8192, 40) is None
     assert describe_collapse({**healthy, "prototypes_in_use": 1}, 8192, 8) is None
 
 
-def test_a_collapsed_run_is_warned_of_once(tmp_path, caplog):
+def test_a_collapse_is_reported_once(tmp_path, caplog):
     trainer = make_trainer(tmp_path, save_strategy="no", max_steps=20, logging_steps=10)
     with torch.no_grad():  # all projections are the bias of the last layer: every image gets the same assignment
         for head in (trainer.model.projection_head, trainer.model.target_projection_head):

@@ -31,7 +31,7 @@ def test_each_micro_batch_has_the_support_of_its_number(tmp_path, accumulation):
     trainer = make_run(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, views_per_image=2)
     seen = watch(trainer)
     trainer.train()
-    # 5 micro-batches an epoch: with 2 in an update, the third update of the epoch has one, and its other is left out.
+    # 5 micro-batches per epoch: with 2 per update, the third update has one, and the number of its other is skipped.
     numbers = [0, 1, 2, 3] if accumulation == 1 else [0, 1, 2, 3, 4, 6, 7]
     assert len(seen) == len(numbers)
     for number, inputs in zip(numbers, seen):

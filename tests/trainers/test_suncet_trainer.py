@@ -22,7 +22,7 @@ def spy_on_labelled_images(monkeypatch) -> list[tuple]:
 @pytest.mark.parametrize("supervised_epochs, supervised", [(0, 0), (0.6, 3), (1, 5), (1.6, 8), (None, 8)])
 def test_no_labelled_image_is_read_after_the_supervised_epochs(tmp_path, monkeypatch, supervised_epochs, supervised):
     keys = spy_on_labelled_images(monkeypatch)
-    trainer = make_run(tmp_path, "suncet", supervised_epochs=supervised_epochs)  # 5 micro-batches an epoch
+    trainer = make_run(tmp_path, "suncet", supervised_epochs=supervised_epochs)  # 5 micro-batches per epoch
     seen = watch(trainer)
     trainer.train()
     assert ["support_labels" in inputs for inputs in seen] == [True] * supervised + [False] * (8 - supervised)
@@ -33,11 +33,11 @@ def test_no_labelled_image_is_read_after_the_supervised_epochs(tmp_path, monkeyp
         assert (suncet[step] > 0.01) == (step <= supervised)
 
 
-def test_the_last_updates_are_those_of_simclr_with_accumulation(tmp_path):
+def test_the_last_updates_have_no_support_with_accumulation(tmp_path):
     trainer = make_run(tmp_path, "suncet", supervised_epochs=1, gradient_accumulation_steps=2, max_steps=6)
     seen = watch(trainer)
     trainer.train()
-    # 5 micro-batches an epoch, in updates of 2, 2 and 1.
+    # 5 micro-batches per epoch, in updates of 2, 2 and 1.
     assert ["support_labels" in inputs for inputs in seen] == [True] * 5 + [False] * 5
     assert all("focal_pixel_values" not in inputs or inputs["focal_pixel_values"].shape[1] == 0 for inputs in seen)
 
