@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment
+from jinja2 import Environment, Template
 
 from ..evaluation.results import LowShotResults, TaskResult
 from ..files import public_name, read_json, whole_file
@@ -103,15 +103,10 @@ def save_model_card(
         `list[Path]`: The files that were written.
     """
     folder = Path(checkpoint if output is None else output)
-    present = folder / CARD_FILE
-    if (
-        not overwrite
-        and present.is_file()
-        and _MADE_BY_US not in present.read_text(encoding="utf-8", errors="replace")
-    ):
-        raise ValueError(
-            f"'{present}' was not made by hf_msn, and would be lost. Give another `output`, or `overwrite=True`."
-        )
+    card = folder / CARD_FILE
+    is_ours = not card.is_file() or _MADE_BY_US in card.read_text(encoding="utf-8", errors="replace")
+    if not (is_ours or overwrite):
+        raise ValueError(f"'{card}' was not made by hf_msn, and would be lost. Give another `output`, or `overwrite`.")
     settings = {"repo_id": repo_id, "license": license, "without_results": without_results, "model_name": model_name}
     with tempfile.TemporaryDirectory() as drawings:
         drawn = [plot_low_shot(results, Path(drawings, "low_shot.png"))] if plot else []
@@ -203,44 +198,16 @@ def describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike | 
         "conversion": conversion,
         "codistillation": codistillation,
         "run": record,
-        "training": _training_rows(record),
         "settings": _fenced(record.get("recipe") or record.get("arguments")),
         "papers": _papers(model_type, method, finetuning, codistillation, record.get("sync") or {}),
     }
 
 
-def _template():
+def _template() -> Template:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
-    environment.filters |= {
-        "md": _escaped,
-        "code": _code,
-        "listed": _listed,
-        "span": _span,
-        "public_name": public_name,
-    }
-    environment.globals |= {
-        "data_name": _data_name,
-        "image_count": _image_count,
-        "skipped": lambda data: (
-            f" ({data['num_skipped']} unreadable ones left out)" if data.get("num_skipped") else ""
-        ),
-        "task_title": _task_title,
-        "accuracy": _accuracy,
-        "interval": _interval,
-        "per_class": lambda task: _span(
-            count for split in task.splits for count in (split.fewest_per_class, split.most_per_class)
-        ),
-        "used_l2": lambda results: (
-            ", ".join(
-                map(
-                    str,
-                    sorted({split.fit["l2"] for task in results.tasks for split in task.splits if "l2" in split.fit}),
-                )
-            )
-            or results.probe["l2"]
-        ),
-        "wilson_interval": _wilson_interval,
-    }
+    environment.filters |= {"md": _escaped, "code": _code, "listed": _listed, "span": _span, "duration": _duration}
+    environment.filters |= {"public_name": public_name, "title": _task_title, "penalties": _penalties}
+    environment.globals["wilson_interval"] = _wilson_interval
     return environment.from_string(files("hf_msn.hub").joinpath("card_template.md").read_text(encoding="utf-8"))
 
 
@@ -370,39 +337,6 @@ def _architecture(config: dict[str, Any], num_weights: int) -> str:
     return ", ".join(["a vision transformer", *known, weights])
 
 
-def _training_rows(run: dict[str, Any]) -> dict[str, str]:
-    """Return the rows of the table of a training; entries that `run.json` lacks are left out."""
-    if not run:
-        return {}
-    data, labelled, hardware, batch = (run.get(name) or {} for name in ("data", "labelled", "hardware", "batch"))
-    steps, planned, ranks = run.get("steps"), run.get("planned_steps"), hardware.get("ranks")
-    rows = {
-        "method": run.get("method"),
-        "started from": run.get("start") or (run.get("recipe") or {}).get("from_backbone"),
-        "steps": f"{steps} of {planned} planned" if steps is not None and planned not in (None, steps) else steps,
-        "epochs": run.get("epochs"),
-        "images per update": batch.get("images_per_update"),
-        "precision": run.get("precision"),
-        "seed": run.get("seed"),
-        "versions": ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items()),
-    }
-    rows = {name: _escaped(value) for name, value in rows.items() if value not in (None, "")}
-    for name, images in (("data", data), ("labelled images", labelled)):
-        if images:
-            rows[name] = _data_name(images) + _image_count(images)
-    if hardware:
-        parts = [hardware.get("device_name") or hardware.get("device") or "unknown"]
-        parts += [f"{ranks} rank{'' if ranks == 1 else 's'}"] if ranks else []
-        parts += [f"{hardware['cpu_count']} CPU cores"] if hardware.get("cpu_count") else []
-        rows["hardware"] = _escaped(", ".join(parts))
-    if run.get("sync"):
-        settings = [f"{name} {value}" for name, value in run["sync"].items() if name != "method"]
-        rows["communication"] = _escaped(": ".join(filter(None, [run["sync"].get("method"), ", ".join(settings)])))
-    if run.get("wall_time_seconds") is not None:
-        rows["wall time of training"] = _duration(run["wall_time_seconds"])
-    return rows
-
-
 def _fenced(settings: dict[str, Any] | None) -> str:
     """Return settings as a block of YAML that none of its values can end."""
     if not settings:
@@ -436,16 +370,6 @@ def _span(counts: Iterable[int]) -> str:
     return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
-def _data_name(data: dict[str, Any] | None) -> str:
-    name, split = (data or {}).get("name"), (data or {}).get("split")
-    title = _escaped(public_name(str(name))) if name else "a data set without a name"
-    return f"{title}, split {_escaped(split)}" if split else title
-
-
-def _image_count(data: dict[str, Any]) -> str:
-    return f" ({data['num_images']:,} images)" if isinstance(data.get("num_images"), int) else ""
-
-
 def _task_title(task: TaskResult) -> str:
     """Return "5 images per class" for `5_per_class`."""
     if found := re.fullmatch(r"(\d+)_per_class", task.name):
@@ -454,14 +378,8 @@ def _task_title(task: TaskResult) -> str:
     return f"{found[1]} % of the labels" if found else public_name(task.name)
 
 
-def _accuracy(task: TaskResult) -> str:
-    spread = f" ± {task.summary['top1_std']:.1f}" if len(task.splits) > 1 else ""
-    return f"{task.summary['top1']:.1f}{spread}"
-
-
-def _interval(task: TaskResult) -> str:
-    mean, half = task.summary["top1"], task.summary["top1_ci95"]
-    return f"{max(0.0, mean - half):.1f} to {min(100.0, mean + half):.1f}" if len(task.splits) > 1 else "-"
+def _penalties(task: TaskResult) -> list[float]:
+    return sorted({split.fit["l2"] for split in task.splits if "l2" in split.fit})
 
 
 def _wilson_interval(accuracy: float, count: int) -> tuple[float, float]:

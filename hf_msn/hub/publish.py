@@ -38,7 +38,7 @@ _RECORDS: dict[str, tuple[str, ...]] = {
         *("source", "method", "architecture", "heads_assumed", "num_attention_heads", "epoch", "kept", "left_out"),
         *("made_up", "assumed", "module_prefix", "target_only"),
     ),
-    "codistillation.json": ("replicas", "published", "publish", "metric", "values", "checkpoint", "step"),
+    "codistillation.json": ("replicas", "published", "publish", "metric", "values", "checkpoint", "step", "settings"),
     FINETUNING_FILE: (
         *("format", "files", "weights_sha256", "head", "best_epoch", "validation_accuracy", "accuracy_by_epoch"),
         *("test_accuracy", "num_test_images", "test_data", "seed", "num_train_epochs", "validation_fraction", "refit"),
