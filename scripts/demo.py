@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def pretrain(recipe):
-    """Trains on the images without their labels; returns the trainer, and the model as it was before."""
+    """Train on the images without their labels. Return the trainer, and the model as it was before."""
     recipe.training.disable_tqdm = True
     set_seed(recipe.training.seed)
     trainer = recipe.build_trainer(callbacks=[ProgressLines()])
@@ -91,7 +91,7 @@ def pretrain(recipe):
 
 
 def check_export(model, images, processor, folder: Path) -> None:
-    """Saves the target encoder as a plain ViTMSNModel, loads it with transformers alone, and compares the features."""
+    """Save the target encoder as a plain ViTMSNModel, load it with transformers alone, and compare the features."""
     export_backbone(model, folder, image_processor=processor)
     loaded = extract_features(AutoModel.from_pretrained(folder), images, AutoImageProcessor.from_pretrained(folder))
     difference = np.abs(loaded.features - extract_features(model, images, processor).features).max()
@@ -103,7 +103,7 @@ def check_export(model, images, processor, folder: Path) -> None:
 
 
 def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy in per cent: `scores["msn"]["5"]["mean"]` and `["std"]`, the same labelled images for all features."""
+    """Return accuracy in per cent: `scores["msn"]["5"]["mean"]` and `["std"]`, the same labelled images for all features."""
     evaluator = LowShotEvaluator(
         images["train"],
         images["test"],
@@ -125,9 +125,9 @@ def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def train_with_labels(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy in per cent of PAWS and of the supervised encoder, on the labelled images of `evaluate`'s splits."""
+    """Return accuracy in per cent of PAWS and of the supervised encoder, on the labelled images of `evaluate`'s splits."""
     print(
-        f"Training with {TRAINED_IMAGES_PER_CLASS} labels a class, on each of the {NUM_SPLITS} splits: PAWS, and the "
+        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {NUM_SPLITS} splits: PAWS, and the "
         "same encoder supervised"
     )
     overrides = [] if args.paws_max_steps is None else ["--max_steps", args.paws_max_steps]
@@ -168,7 +168,7 @@ def draw(trainer, features, scores, folder: Path) -> None:
 
 
 def gray_images(pixels: np.ndarray) -> np.ndarray:
-    """(N, 3 * H * H) raw pixels of gray images -> (N, H, H)."""
+    """Map (N, 3 * H * H) raw pixels of gray images to (N, H, H)."""
     side = round((pixels.shape[1] / 3) ** 0.5)
     return pixels.reshape(-1, 3, side, side)[:, 0]
 
@@ -178,7 +178,7 @@ def print_scores(scores, num_test: int) -> None:
         f"Accuracy [%] on the {num_test} test images, mean ± standard deviation of {NUM_SPLITS} splits: features by "
         "logistic regression,\nPAWS and the supervised encoder, trained with the same labels, by themselves"
     )
-    print(f"{'labelled images a class':<24}" + "".join(f"{count:>14}" for count in IMAGES_PER_CLASS))
+    print(f"{'labelled images per class':<24}" + "".join(f"{count:>14}" for count in IMAGES_PER_CLASS))
     for name, by_count in scores.items():
         entries = (by_count.get(str(count)) for count in IMAGES_PER_CLASS)
         cells = ("" if entry is None else f"{entry['mean']:.1f} ± {entry['std']:.1f}" for entry in entries)
@@ -186,7 +186,7 @@ def print_scores(scores, num_test: int) -> None:
 
 
 class ProgressLines(TrainerCallback):
-    """Ten lines a run instead of a log line every few steps."""
+    """Print ten lines per run instead of a log line every few steps."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         weights = sum(parameter.numel() for parameter in model.encoder.parameters())
@@ -212,7 +212,7 @@ class ProgressLines(TrainerCallback):
 
 @contextmanager
 def made_anew(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes the place of `folder` only when all is done; what was there stays until then.
+    """Yield a folder to write to. It replaces `folder` only when everything is done; until then the old one stays.
 
     Raises:
         ValueError: If `folder` holds something else than an earlier demo.

@@ -43,8 +43,8 @@ _STYLE = {
 
 
 def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: int, num_test: int, path: Path) -> None:
-    """Accuracy over the number of labelled images a class: a curve with error bars for each kind of features, a point
-    for what was trained with labels, at one number of them.
+    """Draw accuracy over the number of labelled images per class: a curve with error bars for each kind of features, a point
+    for each network trained with labels, at one number of them.
 
     Args:
         scores (`dict`): `scores["msn"]["5"]["mean"]` and `["std"]`, in per cent.
@@ -101,7 +101,7 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
         axes.set_ylim(0, 105)
         axes.set_yticks(range(0, 101, 20))
         axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-        axes.set_xlabel("labelled images a class")
+        axes.set_xlabel("labelled images per class")
         axes.set_ylabel(f"accuracy on {num_test} test digits")
         axes.set_title(
             f"Few labels, mean ± standard deviation of {num_splits} splits. Curves: logistic regression", loc="left"
@@ -110,7 +110,7 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
 
 
 def draw_training(log_history: list[dict[str, float]], num_prototypes: int, path: Path) -> None:
-    """The two parts of the loss, and how many prototypes are the target of some image between two logs.
+    """Draw the two parts of the loss, and how many prototypes are the target of some image between two logs.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
@@ -146,7 +146,7 @@ def draw_neighbours(
     neighbours: np.ndarray,
     path: Path,
 ) -> None:
-    """Test images, each with its nearest training images, outlined by whether the class is the same.
+    """Draw test images, each with its nearest training images, outlined by whether the class is the same.
 
     Shown are the first test image of each class, and the two whose neighbours are most often of another class.
 
@@ -190,7 +190,7 @@ def draw_neighbours(
 
 
 def draw_embedding(features: dict[str, np.ndarray], labels: np.ndarray, path: Path, seed: int = 0) -> None:
-    """A t-SNE projection of each kind of features to the plane; every image is drawn as its class, in its colour.
+    """Draw a t-SNE projection of each kind of features to the plane; every image is drawn as its class, in its colour.
 
     Args:
         features (`dict[str, np.ndarray]`): By name, each of shape `(N, D)`.
@@ -231,7 +231,7 @@ def _annotate_value(axes: Axes, name: str, place: float, height: float, mean: fl
 
 
 def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
-    """The same heights, the closest pushed up until they are `gap` apart."""
+    """Return the same heights, the closest pushed up until they are `gap` apart."""
     placed: dict[str, float] = {}
     lowest = -np.inf
     for name in sorted(heights, key=heights.get):

@@ -1,4 +1,4 @@
-"""The half of `scripts/demo.py` that trains with labels: PAWS, and the same encoder supervised, on the same ones."""
+"""Training with labels in `scripts/demo.py`: PAWS, and the same encoder supervised, with the same labels."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def train_on_splits(
     folder: Path,
     supervised_epochs: int | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Trains PAWS and the supervised encoder on each split, two splits at a time; yields their accuracies in order.
+    """Train PAWS and the supervised encoder on each split, two splits at a time. Yield their accuracies in order.
 
     Args:
         config (`str`): The recipe of PAWS.
