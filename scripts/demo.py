@@ -103,7 +103,7 @@ def check_export(model, images, processor, folder: Path) -> None:
 
 
 def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
-    """Return accuracy in per cent: `scores["msn"]["5"]["mean"]` and `["std"]`, the same labelled images for all features."""
+    """Return accuracy in per cent, `scores["msn"]["5"]["mean"]` and `["std"]`, with equal labels for all features."""
     evaluator = LowShotEvaluator(
         images["train"],
         images["test"],
@@ -125,10 +125,10 @@ def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def train_with_labels(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Return accuracy in per cent of PAWS and of the supervised encoder, on the labelled images of `evaluate`'s splits."""
+    """Return accuracy in per cent of PAWS and of the supervised encoder, with the labels of `evaluate`'s splits."""
     print(
-        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {NUM_SPLITS} splits: PAWS, and the "
-        "same encoder supervised"
+        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {NUM_SPLITS} splits: PAWS, and "
+        "the same encoder supervised"
     )
     overrides = [] if args.paws_max_steps is None else ["--max_steps", args.paws_max_steps]
     found = []

@@ -43,8 +43,9 @@ _STYLE = {
 
 
 def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: int, num_test: int, path: Path) -> None:
-    """Draw accuracy over the number of labelled images per class: a curve with error bars for each kind of features, a point
-    for each network trained with labels, at one number of them.
+    """Draw accuracy over the number of labelled images per class.
+
+    A curve with error bars shows each kind of features, a point each network that was trained with labels.
 
     Args:
         scores (`dict`): `scores["msn"]["5"]["mean"]` and `["std"]`, in per cent.
