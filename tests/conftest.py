@@ -1,5 +1,6 @@
 """What holds for all tests: no network, one thread, no progress bars; and a tiny model with a batch."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,15 @@ from tiny import tiny_batch, tiny_model
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def info_lines_of_one_test():
+    """A command that ran in this process must not change where the next test finds the log."""
+    yield
+    logger = logging.getLogger("hf_msn")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -47,7 +49,18 @@ def main(arguments: list[str] | None = None) -> None:
     if getattr(launch, "num_processes", 1) > 1:
         launch_processes(launch.num_processes, [command, *rest])
     else:
+        if command in VARIANTS and int(os.environ.get("RANK", 0)) == 0:
+            show_info_lines()
         importlib.import_module(f".{command}", __package__).main(rest)
+
+
+def show_info_lines() -> None:
+    """Write the info lines of the package, such as those of a resume, to the standard error stream."""
+    logger = logging.getLogger("hf_msn")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def help_file(command: str, arguments: list[str]) -> Path:
