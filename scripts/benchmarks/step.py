@@ -175,6 +175,7 @@ def measure(args: BenchmarkArguments, precision: str) -> dict[str, Any]:
             max_steps=args.warmup_steps + args.steps + args.profile,
             compile_encoder=args.compile_encoder,
             gradient_checkpointing=args.gradient_checkpointing,
+            dataloader_num_workers=0,  # the views are in memory
             sync_batch_norm=False,  # the plain step has each rank's own statistics
             warmup_epochs=0,
             logging_strategy="no",
