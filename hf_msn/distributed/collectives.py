@@ -56,30 +56,16 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def all_reduce_mean(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Return the mean of `tensor` over the ranks, with gradient.
-
-    Args:
-        tensor (`torch.Tensor`): Any shape, the same on every rank.
-        group (`ProcessGroup`, *optional*): The ranks to average over.
-
-    Returns:
-        `torch.Tensor`: Of the shape of `tensor`. The backward averages gradients over the ranks.
-    """
+    """Return the mean over the ranks of `tensor`, of one shape on all. The backward averages gradients too."""
     if not is_distributed(group):
         return tensor
     return _AllReduceMean.apply(tensor, resolve_group(group))
 
 
 def all_gather_cat(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Return the concatenation of all ranks' `tensor` along dimension 0, in the order of ranks, with gradient.
+    """Return the tensors of all ranks, each of shape (N, ...), in the order of ranks: (world_size * N, ...).
 
-    Args:
-        tensor (`torch.Tensor` of shape `(N, ...)`): The same shape on every rank.
-        group (`ProcessGroup`, *optional*): The ranks to gather from.
-
-    Returns:
-        `torch.Tensor` of shape `(world_size * N, ...)`: The backward returns to each rank the sum, over all
-        ranks, of the gradients of its rows.
+    The backward returns to each rank the sum, over all ranks, of the gradients of its rows.
     """
     if not is_distributed(group):
         return tensor

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,12 @@ from .subgroups import subgroup
 _in_use: "weakref.WeakSet[nn.Module | torch.optim.Optimizer]" = weakref.WeakSet()
 
 
+@dataclass
 class _Switch:
     """State of the communication hook: the group to average gradients over, or no averaging."""
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.averages = True
-        self.group: dist.ProcessGroup | None = group
+    group: dist.ProcessGroup | None
+    averages: bool = True
 
 
 def _switchable_hook(switch: _Switch, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -40,20 +41,9 @@ def _switchable_hook(switch: _Switch, bucket: dist.GradBucket) -> torch.futures.
 class GradientSync:
     """Controls whether gradients are local, averaged inside `inner`, or averaged over all ranks.
 
-    Collectives of the forward pass follow, see [`ForwardScope`].
-
-    Args:
-        model (`nn.Module`): The model without wrapper.
-        ddp (`DistributedDataParallel`, *optional*): The wrapper. A communication hook switches its averaging; its
-            buffers are not broadcast while gradients are local.
-        optimizer (`torch.optim.Optimizer`): Without `ddp`, gradients that must be averaged are averaged before its
-            step.
-        parameters (`Sequence[torch.Tensor]`): The trainable parameters.
-        outer (`Exchange`): The ranks that train locally.
-        inner (`Exchange`, *optional*): The ranks that share their gradients at every step.
-
-    Raises:
-        ValueError: If another communication hook is registered on `ddp`.
+    Collectives of the forward pass follow, see [`ForwardScope`]. A communication hook switches the averaging of DDP,
+    whose buffers are not broadcast while gradients are local. Without DDP, gradients that must be averaged are
+    averaged before the step of the optimizer.
     """
 
     def __init__(
@@ -83,9 +73,7 @@ class GradientSync:
         if self._ddp is None:
             self._exchanges = [exchange for exchange in (self._inner, self._outer) if exchange is not None]
         else:
-            self._switch.averages = True
-            self._switch.group = self._ddp.process_group if self._inner is not None else self._outer.group
-            self._ddp.broadcast_buffers = self._broadcast_buffers
+            self._average_by_ddp(self._outer.group if self._inner is None else self._ddp.process_group)
 
     def keep_local(self) -> None:
         """Keep gradients on each rank, or inside each inner group."""
@@ -103,9 +91,12 @@ class GradientSync:
         if self._remove_hook is not None:
             self._remove_hook()
         if self._ddp is not None:
-            self._switch.averages, self._switch.group = True, self._ddp.process_group
-            self._ddp.broadcast_buffers = self._broadcast_buffers
+            self._average_by_ddp(self._ddp.process_group)
         _in_use.difference_update((self._model, self._optimizer))
+
+    def _average_by_ddp(self, group: dist.ProcessGroup | None) -> None:
+        self._switch.averages, self._switch.group = True, group
+        self._ddp.broadcast_buffers = self._broadcast_buffers
 
     @torch.no_grad()
     def _average_gradients(self) -> None:
@@ -129,9 +120,6 @@ class ForwardScope:
     A loss over all ranks, such as mean-entropy maximisation or gathered supports, has its right gradient only if DDP
     averages gradients over the same ranks; and it would make the ranks wait for one another at every step. The same
     holds for batch normalisation over ranks ([`CrossRankBatchNorm`], `nn.SyncBatchNorm`).
-
-    Args:
-        model (`nn.Module`): The model without wrapper. Collectives outside of `forward` are not changed.
     """
 
     def __init__(self, model: nn.Module):
@@ -186,11 +174,7 @@ def find_wrapper(model: nn.Module) -> tuple[DistributedDataParallel | None, nn.M
 
 
 def require_free(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that no sync object runs on a model and an optimizer.
-
-    Raises:
-        ValueError: If one does.
-    """
+    """Check that no sync object runs on a model and an optimizer."""
     for one, name in ((model, "A model"), (optimizer, "An optimizer")):
         if one in _in_use:
             raise ValueError(

@@ -20,15 +20,6 @@ class LocalSGD(LocalUpdate):
     plain SGD it is training with averaged gradients, up to rounding. On one rank it does nothing and warns. Other
     arguments, consensus and errors are those of [`LocalUpdate`].
 
-    Example:
-
-    ```python
-    with LocalSGD(model, optimizer, sync_every=12) as sync:
-        ...
-        optimizer.step()
-        sync.step()
-    ```
-
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
         optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
@@ -92,6 +83,5 @@ class LocalSGD(LocalUpdate):
                 f"{'a rounded average' if 'anchors' in state else 'None'}. Set the same."
             )
         if self._rounded is not None:
-            device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
-            self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
-            self._rounded.load_state(state["residuals"], device)
+            self._anchors = [anchor.to(self._device, copy=True) for anchor in state["anchors"]]
+            self._rounded.load_state(state["residuals"], self._device)

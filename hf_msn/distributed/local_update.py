@@ -1,5 +1,6 @@
 """Base class of local training: steps on each rank alone, and an exchange every few of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,9 +128,9 @@ class LocalUpdate:
         """
         require_free(self.model, self.optimizer)
         self._attach()
-        if not self._restored:
-            self._make_equal()
         tensors = [p for _, p, _ in self._parameters]
+        if not self._restored:
+            self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
         self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
         self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
         if self.steps < self.sync_start_step:
@@ -193,10 +194,11 @@ class LocalUpdate:
 
     def _average_all(self) -> None:
         """Replace parameters, frozen parameters and buffers by their means, and moments if they are averaged."""
-        self._average_in_place([p for _, p, _ in self._parameters])
         others = frozen_and_buffers(self.model)
-        self._average_in_place([t for t in others if t.is_floating_point() or t.is_complex()])
-        self._broadcast([t for t in others if not (t.is_floating_point() or t.is_complex())])
+        has_mean = [t.is_floating_point() or t.is_complex() for t in others]
+        self._exchange_in_place(Exchange.mean_, [p for _, p, _ in self._parameters])
+        self._exchange_in_place(Exchange.mean_, [t for t, use_mean in zip(others, has_mean) if use_mean])
+        self._exchange_in_place(Exchange.broadcast_, [t for t, use_mean in zip(others, has_mean) if not use_mean])
         if self.base_buffers == "average":
             self._average_moments()
 
@@ -316,7 +318,7 @@ class LocalUpdate:
 
     @property
     def _device(self) -> torch.device:
-        return self._parameters[0][1].device
+        return next(p for group in self.optimizer.param_groups for p in group["params"]).device
 
     def _bucket_tensors(self) -> list[list[torch.Tensor]]:
         return [[self._parameters[i][1] for i in bucket] for bucket in self._buckets]
@@ -356,22 +358,14 @@ class LocalUpdate:
         for exchange in self._exchanges:
             average_moments(self.optimizer, exchange, self._device, _BUCKET_BYTES)
 
-    def _average_in_place(self, tensors: list[torch.Tensor]) -> None:
+    def _exchange_in_place(
+        self, operation: Callable[[Exchange, list[torch.Tensor]], None], tensors: list[torch.Tensor]
+    ) -> None:
         for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
             flat = FlatTensors([tensors[i] for i in bucket])
             for exchange in self._exchanges:
-                exchange.mean_(flat.copy_in())
+                operation(exchange, flat.copy_in())
                 flat.copy_back()
-
-    def _broadcast(self, tensors: list[torch.Tensor]) -> None:
-        for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
-            flat = FlatTensors([tensors[i] for i in bucket])
-            for exchange in self._exchanges:
-                exchange.broadcast_(flat.copy_in())
-                flat.copy_back()
-
-    def _make_equal(self) -> None:
-        self._broadcast([p for _, p, _ in self._parameters] + frozen_and_buffers(self.model))
 
     def _current_learning_rates(self) -> list[float]:
         return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]

@@ -162,20 +162,6 @@ class SlowMo(LocalUpdate):
         if self.base is not None:
             self.base._after_mean()
 
-    def start(self) -> "SlowMo":
-        super().start()
-        if self._anchors:
-            have = [anchor.numel() * self._num_shards for anchor in self._anchors]
-            need = [FlatTensors(bucket, multiple_of=self._num_shards) for bucket in self._bucket_tensors()]
-            need = [flat.buffers[0].numel() for flat in need]
-            if have != need:
-                self.stop(error=ValueError())
-                raise ValueError(
-                    f"A state of SlowMo must have an anchor for every trainable parameter, here buffers of {need} "
-                    f"numbers, but holds {have}. Load the state of the same model with the same parameters frozen."
-                )
-        return self
-
     @torch.no_grad()
     def _begin_local_steps(self) -> None:
         self._previous_learning_rates = None
@@ -232,8 +218,13 @@ class SlowMo(LocalUpdate):
         torch.sub(x0, x, out=x)
         if self.slow_momentum > 0.0:
             v = self._momenta[index]
-            for group, part in self._parts_by_group(index, v):
-                part.mul_(self.slow_momentum * (1.0 if group is None else factors[group]))
+            start = -self._exchange.rank * v.numel() if self.shard_state else 0
+            for place in self._buckets[index]:
+                _, parameter, group = self._parameters[place]
+                end = start + parameter.numel()
+                factor = 1.0 if group is None else factors[group]
+                v[max(start, 0) : max(end, 0)].mul_(self.slow_momentum * factor)
+                start = end
             v.add_(x)
             x0.sub_(v, alpha=self.slow_lr)
         else:
@@ -244,21 +235,6 @@ class SlowMo(LocalUpdate):
         """Return gamma_t / gamma_prev per parameter group."""
         previous = self._previous_learning_rates or [0.0] * len(self._learning_rates)
         return [now / before if before != 0.0 else 1.0 for now, before in zip(self._learning_rates, previous)]
-
-    def _parts_by_group(self, index: int, v: torch.Tensor) -> list[tuple[int | None, torch.Tensor]]:
-        """Return views of a bucket's v, or of this rank's shard of it, cut where the parameter group changes."""
-        first = self._exchange.rank * v.numel() if self.shard_state else 0
-        bounds: list[list] = []
-        end = 0
-        for place in self._buckets[index]:
-            _, parameter, group = self._parameters[place]
-            start, end = end, end + parameter.numel()
-            if bounds and bounds[-1][0] == group:
-                bounds[-1][2] = end
-            else:
-                bounds.append([group, start, end])
-        cut = [(group, max(start - first, 0), min(end - first, v.numel())) for group, start, end in bounds]
-        return [(group, v[start:end]) for group, start, end in cut if start < end]
 
     def _shard(self, whole: torch.Tensor) -> torch.Tensor:
         # Copied, because a view would keep the whole buffer in memory.
@@ -286,11 +262,10 @@ class SlowMo(LocalUpdate):
                 f"{here}, but has {tuple(state['slow'])}. Set `slow_momentum`, `slow_lr`, `shard_state` and "
                 "`wire_dtype` as they were."
             )
-        device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
-        self._anchors = [anchor.to(device, copy=True) for anchor in state["anchors"]]
-        self._momenta = [momentum.to(device, copy=True) for momentum in state["momenta"]]
+        self._anchors = [anchor.to(self._device, copy=True) for anchor in state["anchors"]]
+        self._momenta = [momentum.to(self._device, copy=True) for momentum in state["momenta"]]
         self._previous_learning_rates = state["previous_learning_rates"]
         if self._rounded is not None:
-            self._rounded.load_state(state["residuals"], device)
+            self._rounded.load_state(state["residuals"], self._device)
         if self.base is not None:
             self.base.load_state_dict(state["base"])

@@ -14,13 +14,9 @@ _made: weakref.WeakValueDictionary[tuple, dist.ProcessGroup] = weakref.WeakValue
 def subgroup(
     ranks: Sequence[int], *, backend: str | None = None, timeout: datetime.timedelta | None = None, name: str = ""
 ) -> dist.ProcessGroup:
-    """Return the group of these ranks. All of them must call it, in the same order if for several groups.
+    """Return the group of these ranks of the default group. All of them call it, in the same order for several groups.
 
-    Args:
-        ranks (`Sequence[int]`): Ranks of the default group in ascending order, with that of this process.
-        backend (`str`, *optional*): By default that of the default group.
-        timeout (`timedelta`, *optional*): Deadline of an operation over the group; by default the backend's.
-        name (`str`, *optional*): Purpose. Groups of the same ranks with different names are independent.
+    Groups of the same ranks with different names are independent.
     """
     world = dist.group.WORLD
     key = (world.group_name, tuple(ranks), backend, timeout, name)

@@ -13,25 +13,13 @@ import math
 import random
 import re
 import zlib
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
 
 from ..checks import check_integer
-from .topology_plot import plot
-
-__all__ = [
-    "BipartiteExponentialTopology",
-    "CompleteTopology",
-    "ExponentialTopology",
-    "RandomOnePeerTopology",
-    "RepairedTopology",
-    "RingTopology",
-    "Topology",
-    "plot",
-]
+from .topology_plot import plot as plot
 
 _DESCRIBED_STEPS = 8
 _MOST_STEPS = 256  # of a topology without a short period, to find its two sides
@@ -61,11 +49,7 @@ class Topology:
         return None
 
     def out_peers(self, rank: int, step: int) -> list[int]:
-        """Return the ranks that `rank` sends to at `step`, without itself and without repetition.
-
-        Args:
-            rank (`int`): Sender, in 0..n-1.
-            step (`int`): Communication step, counted from 0.
+        """Return the ranks that `rank` sends to at `step`, counted from 0, without itself and without repetition.
 
         Raises:
             ValueError: If `rank` is not an integer in 0..n-1, or `step` not an integer >= 0.
@@ -77,11 +61,7 @@ class Topology:
         return self._in_peers(self._check_rank(rank), _check_step(step))
 
     def mixing_matrix(self, step: int) -> torch.Tensor:
-        """Return P of shape (n, n), float64, with columns that sum to 1: the values after `step` are `P @ x`.
-
-        Raises:
-            ValueError: If `step` is not an integer >= 0.
-        """
+        """Return P of shape (n, n), float64, with columns that sum to 1: the values after `step` are `P @ x`."""
         step = _check_step(step)
         matrix = torch.zeros(self.world_size, self.world_size, dtype=torch.float64)
         for sender in range(self.world_size):
@@ -197,14 +177,14 @@ class Topology:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
-class _CirculantTopology(Topology, ABC):
+class _CirculantTopology(Topology):
     """Every rank r sends to r + hop mod n with the same hops: doubly stochastic by construction."""
 
     is_doubly_stochastic = True
 
-    @abstractmethod
     def _hops(self, step: int) -> Iterable[int]:
         """Return the distance to each rank that one sends to."""
+        raise NotImplementedError
 
     def _distinct_hops(self, step: int) -> list[int]:
         if self.world_size == 1:
@@ -225,9 +205,6 @@ class RingTopology(_CirculantTopology):
     Args:
         world_size (`int`): Number of ranks n, >= 1.
         directed (`bool`, *optional*, defaults to `False`): Send to rank + 1 only, which is not symmetric for n > 2.
-
-    Raises:
-        ValueError: If `world_size` is not an integer >= 1.
     """
 
     period = 1
@@ -300,11 +277,7 @@ class ExponentialTopology(_CirculantTopology):
         return self._rounds(peers.pop()) if len(peers) == 1 else None
 
     def peers_at(self, step: int) -> int:
-        """Return p at `step`, at most n - 1, before hops to the sender and repeated targets are left out.
-
-        Raises:
-            ValueError: If `step` is negative, or a function as schedule returns no integer from 1 to n - 1.
-        """
+        """Return p at `step`, at most n - 1, before hops to the sender and repeated targets are left out."""
         step, peers = _check_step(step), self.peers_per_step
         if isinstance(peers, dict):
             peers = peers[max(first for first in peers if first <= step)]
@@ -336,17 +309,7 @@ class ExponentialTopology(_CirculantTopology):
         return {"peers_per_step": self.peers_per_step}
 
 
-class _MatchingTopology(Topology):
-    """Pairs that exchange with one another: symmetric and doubly stochastic by construction."""
-
-    is_doubly_stochastic = True
-    is_symmetric = True
-
-    def _in_peers(self, rank: int, step: int) -> list[int]:
-        return self._out_peers(rank, step)
-
-
-class BipartiteExponentialTopology(_MatchingTopology):
+class BipartiteExponentialTopology(Topology):
     """Pairs of an even and an odd rank, at distances that grow from step to step: undirected, for AD-PSGD.
 
     With n even, at step k the even rank r and the odd rank r + 2^(i + 1) - 1 mod n are a pair, with i = k mod
@@ -359,10 +322,10 @@ class BipartiteExponentialTopology(_MatchingTopology):
 
     Args:
         world_size (`int`): Number of ranks n, >= 1.
-
-    Raises:
-        ValueError: If `world_size` is not an integer >= 1.
     """
+
+    is_doubly_stochastic = True
+    is_symmetric = True
 
     @property
     def period(self) -> int:
@@ -386,6 +349,9 @@ class BipartiteExponentialTopology(_MatchingTopology):
             return []
         position = rank // 2 - (rank // 2 > resting)
         return [2 * ((position + shift) % half) + 1]
+
+    def _in_peers(self, rank: int, step: int) -> list[int]:
+        return self._out_peers(rank, step)
 
 
 class RandomOnePeerTopology(Topology):
@@ -515,11 +481,6 @@ class RepairedTopology(Topology):
         return [self._alive[peer] for peer in self._among_alive._in_peers(self._position[rank], step)]
 
     def resized(self, world_size: int) -> Topology:
-        """Refuse: a number does not say which of the ranks are left.
-
-        Raises:
-            ValueError: Always.
-        """
         raise ValueError(
             f"A repaired topology cannot be resized to {world_size}. Name the ranks that are gone: `without(ranks)`."
         )
@@ -554,11 +515,7 @@ def two_sides(topology: Topology) -> tuple[dict[int, int], tuple[int, int] | Non
 
 
 def check_topology(topology: Topology, size: int, *, must_pair: bool) -> None:
-    """Check that a topology is for `size` ranks and, with `must_pair`, that it is symmetric and bipartite.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Check that a topology is for `size` ranks and, with `must_pair`, that it is symmetric and bipartite."""
     if not isinstance(topology, Topology) or topology.world_size != size:
         raise ValueError(
             f"`topology` must be a Topology for the {size} ranks of the group, but is {topology!r}. Make it with "

@@ -12,9 +12,7 @@ from ..checks import check_integer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STEPS_WITHOUT_PERIOD = 4
-VALUES_PER_RANK = 64
-NO_DISTANCE = 1e-17  # a logarithmic axis has no 0
+_VALUES_PER_RANK = 64
 
 
 def plot(
@@ -58,7 +56,7 @@ def plot(
     figure = Figure(figsize=(width, 8.0), layout="constrained")
     grid = figure.add_gridspec(2, len(topologies), height_ratios=(1.15, 1.0))
     for column, one in enumerate(topologies):
-        _draw_graph(figure.add_subplot(grid[0, column]), one, steps or one.period or STEPS_WITHOUT_PERIOD)
+        _draw_graph(figure.add_subplot(grid[0, column]), one, steps or one.period or 4)
     _draw_consensus(figure.add_subplot(grid[1, :]), topologies, consensus_steps, seed)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=130)
@@ -71,14 +69,9 @@ def consensus_distances(topology: Any, steps: int, seed: int = 0) -> list[float]
 
     x and the push-sum weights w (all 1 at first) are mixed by the same matrices; x(0) of shape (n, d = 64) is standard
     normal, float64. The mean is over the ranks that are alive.
-
-    Args:
-        topology ([`Topology`]): Gives the mixing matrices.
-        steps (`int`): Number of steps, from step 0 on.
-        seed (`int`, *optional*, defaults to 0): Seed of the values.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(topology.world_size, VALUES_PER_RANK, generator=generator, dtype=torch.float64)
+    values = torch.randn(topology.world_size, _VALUES_PER_RANK, generator=generator, dtype=torch.float64)
     weights = torch.ones(topology.world_size, 1, dtype=torch.float64)
     distances = []
     for step in range(steps + 1):
@@ -141,7 +134,8 @@ def _draw_consensus(axes: "Axes", topologies: list[Any], steps: int, seed: int) 
     from matplotlib.ticker import MaxNLocator
 
     for topology, marker in zip(topologies, "osD^vP*Xh<>" * len(topologies)):
-        distances = [max(distance, NO_DISTANCE) for distance in consensus_distances(topology, steps, seed)]
+        # A logarithmic axis has no 0.
+        distances = [max(distance, 1e-17) for distance in consensus_distances(topology, steps, seed)]
         axes.semilogy(range(steps + 1), distances, marker=marker, markersize=4, linewidth=1.4, label=_name(topology))
     axes.set(xlabel="steps taken", ylabel="consensus distance", xlim=(0, steps))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -8,7 +8,12 @@ from torch import nn
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors, split_into_buckets
 
-_SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP", "DeepSpeedEngine": "DeepSpeed"}
+_SHARDED = {
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "FSDP",
+    "DeepSpeedEngine": "DeepSpeed",
+    "DTensor": "tensor parallelism",
+}
 
 
 def trainable_parameters(
@@ -18,9 +23,6 @@ def trainable_parameters(
 
     Parameters of the optimizer that are not the model's are included. The index is `None` for those of the model that
     are not the optimizer's.
-
-    Raises:
-        ValueError: If there is none.
     """
     group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     found = {id(p): (name, p) for name, p in model.named_parameters()}
@@ -45,11 +47,7 @@ def frozen_and_buffers(model: nn.Module) -> list[torch.Tensor]:
 
 
 def plain_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """Return the torch optimizer inside of accelerate's wrapper, and the wrapper's gradient state, or `None`.
-
-    Raises:
-        TypeError: If there is no torch optimizer.
-    """
+    """Return the torch optimizer inside of accelerate's wrapper, and the wrapper's gradient state, or `None`."""
     gradient_state = getattr(optimizer, "gradient_state", None)
     inner = optimizer
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
@@ -63,25 +61,16 @@ def plain_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that every rank has the whole model.
-
-    Raises:
-        TypeError: For FSDP, tensor parallelism (DTensor parameters) and DeepSpeed.
-    """
-    for module in model.modules():
-        for kind in type(module).__mro__:
+    """Refuse FSDP, tensor parallelism (DTensor parameters) and DeepSpeed: every rank must have the whole model."""
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
+    data = [parameter.data for parameter in (*model.parameters(), *optimized)]
+    for part in (*model.modules(), *data):
+        for kind in type(part).__mro__:
             if kind.__name__ in _SHARDED:
                 raise TypeError(
                     "Training with little communication needs the whole model on every rank, but this one is of "
-                    f"{_SHARDED[kind.__name__]} ({type(module).__name__}). Use DistributedDataParallel or no wrapper."
+                    f"{_SHARDED[kind.__name__]} ({type(part).__name__}). Use DistributedDataParallel or no wrapper."
                 )
-    optimized = (p for group in optimizer.param_groups for p in group["params"])
-    for parameter in (*model.parameters(), *optimized):
-        if any(kind.__name__ == "DTensor" for kind in (*type(parameter).__mro__, *type(parameter.data).__mro__)):
-            raise TypeError(
-                "Training with little communication needs the whole model on every rank, but a parameter of shape "
-                f"{tuple(parameter.shape)} is a DTensor (FSDP or tensor parallel). Use DistributedDataParallel."
-            )
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], torch.Tensor]:
@@ -114,10 +103,7 @@ def reset_moments(optimizer: torch.optim.Optimizer) -> None:
 def average_moments(
     optimizer: torch.optim.Optimizer, exchange: Exchange, device: torch.device, bucket_bytes: int
 ) -> None:
-    """Replace the moments that all ranks of `exchange` have by their means.
-
-    A rank lacks one if a gradient scaler has skipped its steps, or a parameter had no gradient yet.
-    """
+    """Replace the moments that all ranks have by their means; a rank may lack those of a step that it skipped."""
     own = moments(optimizer)
     names = {f"{place}/{name}": value for (place, name), value in own.items()}
     texts = exchange.texts_that_differ("\n".join(names), device)
@@ -132,11 +118,7 @@ def average_moments(
 
 
 def compare_ranks(exchange: Exchange, description: list[str], device: torch.device) -> None:
-    """Check that all ranks have the same description.
-
-    Raises:
-        ValueError: If two differ. The message has the first line that differs and the two ranks.
-    """
+    """Check that all ranks have the same description, and name the first line that differs and its two ranks."""
     texts = exchange.texts_that_differ("\n".join(description), device)
     if texts is None:
         return

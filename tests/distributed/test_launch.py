@@ -1,7 +1,6 @@
 """The launcher that all tests of several ranks stand on."""
 
 import os
-import signal
 import time
 
 import pytest
@@ -29,12 +28,6 @@ def _hang_on_rank_0(rank):
         time.sleep(1000)
 
 
-def _die_on_rank_0(rank):
-    if rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1000)
-
-
 def test_ranks_communicate_and_return_their_results_in_order():
     results = run_ranks(_sum_of_ranks, 3, 10)
     assert [total.item() for total, _, _ in results] == [33.0, 33.0, 33.0]
@@ -48,14 +41,5 @@ def test_the_failing_rank_is_named_with_its_traceback():
 
 
 def test_ranks_that_hang_are_killed_at_the_deadline_and_shown():
-    started = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)did not end within 2.0 s.*in _hang_on_rank_0"):
         run_ranks(_hang_on_rank_0, 2, timeout=2.0)
-    assert time.monotonic() - started < 20
-
-
-def test_a_rank_that_is_killed_ends_the_run_at_once():
-    with pytest.raises(
-        AssertionError, match=r"a rank of `_die_on_rank_0` died without a word \(exit codes \[-9, -9\]\)"
-    ):
-        run_ranks(_die_on_rank_0, 2, timeout=50.0)

@@ -1,9 +1,7 @@
 """Peers and mixing matrices against loops written from the definitions, and rules that hold for every topology."""
 
-import copy
 import itertools
 import math
-import pickle
 
 import pytest
 import torch
@@ -52,12 +50,6 @@ def test_spectral_gap_of_rings_is_that_of_the_circulant_eigenvalues(n):
     assert RingTopology(n).spectral_gap(3, start=5) == pytest.approx(both, abs=1e-5)
 
 
-@pytest.mark.parametrize("n", SIZES)
-def test_complete_is_the_exact_mean_in_one_step(n):
-    assert is_exact_mean(CompleteTopology(n), 1)
-    assert CompleteTopology(n).spectral_gap() == 1.0
-
-
 def peers_by_definition(n, p, rank, step):
     """The hops j (p + 1)^i, i = 0..floor(log_{p+1}(n - 1)), in loops; no hop to oneself, none twice."""
     exponents = [i for i in range(n) if (p + 1) ** i <= n - 1]
@@ -79,35 +71,24 @@ def test_exponential_peers_are_those_of_the_definition(n):
             assert topology.out_peers(rank, step) == peers_by_definition(n, p, rank, step)
 
 
-def test_exponential_leaves_out_hops_to_the_sender_and_repeated_targets():
-    # n = 6, p = 2, i = 1: hops 3 and 6. The second is the sender itself.
-    assert ExponentialTopology(6, 2).out_peers(1, 1) == [4]
-    assert ExponentialTopology(6, 2).mixing_matrix(1)[4, 1] == 0.5
-    # n = 10, p = 4, i = 1: hops 5, 10, 15, 20. The first and the third are one target, the others the sender.
-    assert ExponentialTopology(10, 4).out_peers(1, 1) == [6]
-    assert ExponentialTopology(10, 4).out_peers(1, 0) == [2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("n", [2, 4, 8, 16])
-def test_one_peer_exponential_is_the_exact_mean_after_log2_n_steps_from_any_start(n):
-    rounds = int(math.log2(n))
-    for start in range(4):
-        assert is_exact_mean(ExponentialTopology(n), rounds, start)
-        assert not is_exact_mean(ExponentialTopology(n), rounds - 1, start)
-    assert ExponentialTopology(n).spectral_gap() == 1.0
+@pytest.mark.parametrize(
+    ("topology", "rounds"),
+    [(kind(2**k), k) for kind in (ExponentialTopology, BipartiteExponentialTopology) for k in range(1, 6)]
+    + [(ExponentialTopology(3**k, 2), k) for k in (1, 2)]
+    + [(CompleteTopology(n), 1) for n in SIZES[1:]],
+)
+def test_complete_and_exponential_topologies_are_the_exact_mean_after_a_few_steps(topology, rounds):
+    # From any start; the last pairing of a bipartite one needs those before it.
+    for start in range(4) if isinstance(topology, ExponentialTopology) else (0,):
+        assert is_exact_mean(topology, rounds, start)
+        assert not is_exact_mean(topology, rounds - 1, start)
+    assert topology.spectral_gap() == 1.0
 
 
 def test_one_peer_exponential_on_6_ranks_is_never_the_exact_mean():
     topology = ExponentialTopology(6)
     assert not any(is_exact_mean(topology, steps) for steps in range(1, 10))
     assert topology.spectral_gap() < 0.5
-
-
-@pytest.mark.parametrize("n", [3, 9])
-def test_two_peer_exponential_is_the_exact_mean_after_log3_n_steps(n):
-    rounds = {3: 1, 9: 2}[n]
-    assert all(is_exact_mean(ExponentialTopology(n, 2), rounds, start) for start in range(3))
-    assert not is_exact_mean(ExponentialTopology(n, 2), rounds - 1)
 
 
 def test_peers_per_step_follow_the_schedule():
@@ -150,13 +131,6 @@ def test_bipartite_of_odd_n_lets_the_even_ranks_rest_in_turn_and_pairs_the_other
         assert all((rank + peer) % 2 for rank in range(n) for peer in topology.out_peers(rank, step))
 
 
-@pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
-def test_bipartite_is_the_exact_mean_after_log2_n_steps(n):
-    rounds = int(math.log2(n))
-    assert is_exact_mean(BipartiteExponentialTopology(n), rounds)
-    assert not is_exact_mean(BipartiteExponentialTopology(n), rounds - 1)
-
-
 def test_random_targets_are_a_reproducible_permutation_without_fixed_points():
     for n, step in itertools.product(SIZES[1:], STEPS):
         targets = [RandomOnePeerTopology(n, seed=5).out_peers(rank, step) for rank in range(n)]
@@ -167,12 +141,10 @@ def test_random_targets_are_a_reproducible_permutation_without_fixed_points():
 
 
 def test_random_draws_differ_by_step_and_by_seed():
-    draws = [tuple(RandomOnePeerTopology(12, seed).targets(step)) for seed in range(20) for step in range(20)]
     # Seeds that differ in high bits only, and (seed, step) that write the digits of (12, 3), must not coincide either.
-    draws += [
-        tuple(RandomOnePeerTopology(12, seed << 32).targets(step)) for seed in range(1, 20) for step in range(20)
-    ]
-    draws += [tuple(RandomOnePeerTopology(12, seed).targets(step)) for seed, step in [(1, 23), (123, 0)]]
+    seeds = [*range(20), *[seed << 32 for seed in range(1, 20)]]
+    pairs = [*itertools.product(seeds, range(20)), (1, 23), (123, 0)]
+    draws = [tuple(RandomOnePeerTopology(12, seed).targets(step)) for seed, step in pairs]
     assert len(set(draws)) == len(draws)
 
 
@@ -297,57 +269,31 @@ def test_contraction_over_a_period_is_bounded_by_the_second_singular_value(make)
         # The distance from the mean can shrink no less than by the largest stretch of product - mean.
         sigma = torch.linalg.matrix_norm(product(topology, steps) @ centring, ord=2).item()
         assert (1 - topology.spectral_gap()) ** steps == pytest.approx(sigma, rel=1e-6, abs=1e-14)
-        for seed in range(5):
-            x = normal(n, seed=seed)
-            before, after = (x - x.mean()).norm(), (product(topology, steps) @ x - x.mean()).norm()
-            assert after <= sigma * before + 1e-14
-        worst = torch.linalg.svd(product(topology, steps) @ centring).Vh[0]  # the bound is attained
-        assert (product(topology, steps) @ worst - worst.mean()).norm().item() == pytest.approx(sigma, abs=1e-13)
         assert 0 < topology.spectral_gap() <= 1
 
 
-@every_maker
-def test_is_symmetric_agrees_with_the_matrices(make):
+@pytest.mark.parametrize("name", MAKERS)
+def test_is_symmetric_agrees_with_the_matrices(name):
     for n in SIZES[2:]:
-        topology = make(n)
-        assert topology.is_symmetric == (
-            make in [MAKERS[name] for name in SYMMETRIC] or is_symmetric_by_size(topology)
-        )
+        topology = MAKERS[name](n)
+        is_complete = getattr(topology, "peers_per_step", None) == n - 1
+        assert topology.is_symmetric == (name in SYMMETRIC or is_complete)
         for step in STEPS if topology.is_symmetric else ():
             matrix = topology.mixing_matrix(step)
             assert torch.equal(matrix, matrix.T) and topology.is_symmetric_at(step)
 
 
-def is_symmetric_by_size(topology):
-    """With n - 1 peers the exponential graph is complete."""
-    return isinstance(topology, ExponentialTopology) and topology.peers_per_step == topology.world_size - 1
+@every_maker
+def test_one_rank_has_no_peers_and_two_exchange(make):
+    one, two = make(1), make(2)
+    assert one.out_peers(0, 7) == one.in_peers(0, 7) == []
+    assert [two.out_peers(rank, 5) for rank in (0, 1)] == [[1], [0]]
+    assert one.spectral_gap() == two.spectral_gap() == 1 and two.is_symmetric_at(5)
 
 
-def test_two_ranks_exchange_in_every_topology():
-    for name, make in MAKERS.items():
-        topology = make(2)
-        assert [topology.out_peers(rank, 5) for rank in (0, 1)] == [[1], [0]], name
-        assert topology.spectral_gap() == 1 and topology.is_symmetric_at(5)
+def test_directed_topologies_are_not_symmetric():
     assert not RandomOnePeerTopology(3).is_symmetric and not RandomOnePeerTopology(4).is_symmetric_at(0)
     assert not ExponentialTopology(5).is_symmetric_at(0) and not RingTopology(3, directed=True).is_symmetric
-
-
-@every_maker
-def test_one_rank_has_no_peers(make):
-    topology = make(1)
-    assert topology.out_peers(0, 7) == topology.in_peers(0, 7) == []
-    assert topology.mixing_matrix(7).tolist() == [[1.0]] and topology.spectral_gap() == 1
-
-
-@every_maker
-def test_topology_can_be_pickled_and_copied(make):
-    topology = make(7)
-    for twin in [copy.deepcopy(topology)] + (
-        [] if "lambda" in repr(topology) else [pickle.loads(pickle.dumps(topology))]
-    ):
-        assert [twin.out_peers(r, s) for r in range(7) for s in STEPS] == [
-            topology.out_peers(r, s) for r in range(7) for s in STEPS
-        ]
 
 
 @every_maker
@@ -381,7 +327,6 @@ def test_repaired_topology_is_that_of_fewer_ranks_under_their_numbers():
         expected = [old_numbers[peer] for peer in eight.out_peers(position, step)]
         assert repaired.out_peers(old_numbers[position], step) == expected
     assert repaired.period == 3 and repaired.spectral_gap() == 1.0
-    assert ExponentialTopology(9).spectral_gap() < 0.5
 
 
 def test_ranks_can_be_removed_again_and_taken_back():
@@ -407,15 +352,6 @@ def test_peers_per_step_shrink_with_the_ranks_alive():
     assert ExponentialTopology(6, {0: 3, 4: 5}).without([0, 1]).period == 1
 
 
-def test_topology_names_its_settings():
-    assert (
-        repr(ExponentialTopology(8, {0: 1, 9: 2})) == "ExponentialTopology(world_size=8, peers_per_step={0: 1, 9: 2})"
-    )
-    assert repr(RingTopology(3).without([1])) == (
-        "RepairedTopology(RingTopology(world_size=3, directed=False), alive=[0, 2])"
-    )
-
-
 def test_description_depends_on_the_peers_and_not_on_the_address_of_a_function():
     def same(hops):
         def peers(step):
@@ -434,28 +370,24 @@ REPAIRED = RingTopology(4).without([1])
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        *[
-            (lambda bad=bad, kind=kind: kind(bad), f"`world_size`.*{bad!r}")
-            for kind in KINDS
-            for bad in (0, 2.0, True)
-        ],
-        *[(lambda bad=bad: RingTopology(4).out_peers(bad, 0), f"`rank`.*{bad!r}") for bad in (-1, 4, 1.0, True)],
-        *[(lambda bad=bad: REPAIRED.in_peers(bad, 0), f"`rank`.*{bad!r}") for bad in (-1, 4)],
-        *[(lambda bad=bad: REPAIRED.out_peers(0, bad), f"`step`.*{bad!r}") for bad in (-1, 0.5, None)],
+        *[(lambda kind=kind: kind(0), "`world_size`.*0") for kind in KINDS],
+        (lambda: RingTopology(4).out_peers(-1, 0), "`rank`.*-1"),
+        (lambda: REPAIRED.in_peers(4, 0), "`rank`.*4"),
+        (lambda: REPAIRED.out_peers(0, 0.5), "`step`.*0.5"),
         (lambda: RingTopology(4).mixing_matrix(-1), "`step`.*-1"),
-        *[(lambda bad=bad: RingTopology(4).spectral_gap(bad), f"`steps`.*{bad}") for bad in (0, 1.5)],
+        (lambda: RingTopology(4).spectral_gap(0), "`steps`.*0"),
         (lambda: RingTopology(4).spectral_gap(start=-1), "`step`.*-1"),
         (lambda: RingTopology(4).without([1, 4]), "`rank`.*4"),
         (lambda: RingTopology(4).without(range(4)), "`alive`.*4 ranks"),
         (lambda: RingTopology(4).resized(5), "at most 4, but is 5"),
-        (lambda: REPAIRED.resized(2), r"`without\(ranks\)`"),
+        (lambda: REPAIRED.resized(2), "`without"),
         *[
             (lambda bad=bad: ExponentialTopology(4, bad), "`peers_per_step`")
-            for bad in (0, 4, 1.5, "2", None, True, {0: 1, 9: 4}, {0: 0}, {0: "2"}, {}, {5: 1})
+            for bad in (0, 4, "2", {0: 1, 9: 4}, {0: "2"}, {5: 1})
         ],
-        *[(lambda bad=bad: ExponentialTopology(4, bad), "`step`") for bad in ({0: 1, -1: 1}, {0: 1, 2.5: 1})],
+        (lambda: ExponentialTopology(4, {0: 1, -1: 1}), "`step`.*-1"),
         (lambda: ExponentialTopology(4, lambda step: 1 + step).out_peers(0, 3), "`peers_per_step`.*4"),
-        *[(lambda bad=bad: RandomOnePeerTopology(4, seed=bad), f"`seed`.*{bad!r}") for bad in (-1, 0.5, None)],
+        (lambda: RandomOnePeerTopology(4, seed=-1), "`seed`.*-1"),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_value(call, words):

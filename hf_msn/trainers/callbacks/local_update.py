@@ -17,13 +17,7 @@ from ...distributed.local_update import LocalUpdate
 from ...distributed.overlap_gossip import OverlapGossip
 from ...distributed.slowmo import SlowMo
 from .sync_record import readable
-from .sync_state import (
-    has_weights_of,
-    load_rank_state,
-    load_renamed_weights,
-    restore_rank_state,
-    save_rank_state,
-)
+from .sync_state import has_weights_of, load_rank_state, load_renamed_weights, restore_rank_state, save_rank_state
 
 logger = logging.get_logger(__name__)
 
@@ -35,13 +29,6 @@ class PerRankCallback(TrainerCallback):
     state of each rank, and stops the sync object before the best model is loaded and before `on_train_end` of any
     other callback. It needs the events of `transformers.Trainer` only; `LocalUpdateTrainerMixin` calls the other
     methods where an event comes too late.
-
-    Args:
-        trainer (`Trainer`): The trainer that the callback is added to.
-
-    Raises:
-        ValueError: If the trainer has another callback of this kind.
-        TypeError: If the trainer shards the model.
     """
 
     saves_model_of_each_rank = False
@@ -213,24 +200,19 @@ class _ConsensusCallback(TrainerCallback):
 class LocalUpdateCallback(PerRankCallback):
     """Trains by a [`LocalUpdate`] on any `transformers.Trainer`: each rank takes local steps between exchanges.
 
-    Example:
-
     ```python
     trainer.add_callback(SlowMoCallback(trainer, sync_every=12, slow_momentum=0.6))
-    trainer.train()
     ```
 
     The sync object counts every update (also one that a gradient scaler skipped), before any other callback sees it.
     **All ranks come to consensus** before the evaluations and checkpoints of the Trainer, once per update. For another
     use of the model, such as a direct call of `evaluate` in a callback, call [`bring_to_consensus`] on every rank, or
-    derive the trainer from [`LocalUpdateTrainerMixin`]. Stopping takes the outer step if local steps are pending, so
-    that the trained model is one outer step past a checkpoint of the last update.
+    derive the trainer from [`LocalUpdateTrainerMixin`].
 
-    **A checkpoint** has a `sync_state_<rank>.pt` per rank: the sync object's state, and the rank's own optimizer,
-    schedule and gradient scaler. A resumed run continues bit for bit, also inside a period. With another number of
-    ranks, or from a checkpoint without these files, it starts from the consensus that the checkpoint holds, and logs a
-    warning. The checkpoint must be in `output_dir`, or be named by `args.resume_from_checkpoint`, unless the trainer
-    has the mixin.
+    **A checkpoint** has a `sync_state_<rank>.pt` per rank. A resumed run continues bit for bit, also inside a period.
+    With another number of ranks, or without these files, it starts from the consensus that the checkpoint holds, and
+    logs a warning. The checkpoint must be in `output_dir`, or be named by `args.resume_from_checkpoint`, unless the
+    trainer has the mixin.
 
     **Logged** with the loss, for this rank and since the last time: `sync_megabytes_sent`, `sync_seconds_waiting`. And
     `sync_consensus_distance`, measured before each consensus, with the next log.
@@ -386,11 +368,7 @@ class AsyncGossipCallback(LocalUpdateCallback):
 
 
 def find_per_rank_callback(trainer: Trainer | None) -> PerRankCallback | None:
-    """Return the [`PerRankCallback`] that was added to a trainer, or `None`.
-
-    Raises:
-        ValueError: If there are two.
-    """
+    """Return the [`PerRankCallback`] that was added to a trainer, or `None`. Two are refused."""
     handler = getattr(trainer, "callback_handler", None)
     found = [callback for callback in getattr(handler, "callbacks", ()) if isinstance(callback, PerRankCallback)]
     if len(found) > 1:
@@ -416,7 +394,7 @@ def evaluation_scope(trainer: Trainer | None) -> AbstractContextManager:
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
-    """Refuse trainers whose ranks depend on one another at every step. Raises as [`LocalUpdateCallback`] does."""
+    """Refuse trainers whose ranks depend on one another at every step."""
     sharded = {
         "FSDP": getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_fsdp_xla_enabled", False),
         "DeepSpeed": getattr(trainer, "is_deepspeed_enabled", False),

@@ -15,20 +15,10 @@ from ...files import whole_file
 logger = logging.get_logger(__name__)
 
 
-def sync_state_file(folder: str | Path, rank: int) -> Path:
-    return Path(folder, f"sync_state_{rank}.pt")
-
-
 def save_rank_state(
     trainer: Trainer, sync: Any, settings: dict[str, str], folder: str | Path, with_model: bool
 ) -> None:
-    """Write the state of this rank.
-
-    Args:
-        sync: The sync object; it has `state_dict()`.
-        settings (`dict[str, str]`): A resumed run must have the same.
-        with_model (`bool`): Save the model of ranks > 0, which differs from the one that the Trainer saves.
-    """
+    """Write the state of this rank, `with_model` where models differ: the Trainer saves that of rank 0."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     rank = trainer.args.process_index
     state = {
@@ -41,19 +31,15 @@ def save_rank_state(
         "lr_scheduler": trainer.lr_scheduler.state_dict(),  # a scaler may have skipped steps on this rank only
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    with whole_file(sync_state_file(folder, rank), overwrite=True) as path:
+    with whole_file(Path(folder, f"sync_state_{rank}.pt"), overwrite=True) as path:
         torch.save(state, path)
 
 
 def load_rank_state(trainer: Trainer, settings: dict[str, str], checkpoint: str | Path) -> dict[str, Any] | None:
     """Read the state of this rank. Every rank must call it.
 
-    Returns:
-        `dict` or `None`: `None` on all ranks, with a warning, if the checkpoint has no such states or those of
-        another number of ranks.
-
-    Raises:
-        ValueError: On all ranks, if the state of a rank is missing or damaged, or was saved with other settings.
+    All ranks return `None`, with a warning, if the checkpoint has no such states or those of another number of ranks.
+    All ranks raise if the state of a rank is missing or damaged, or was saved with other settings.
     """
     rank, world_size = trainer.args.process_index, trainer.args.world_size
     state, report = _read(checkpoint, rank)
@@ -75,21 +61,20 @@ def load_rank_state(trainer: Trainer, settings: dict[str, str], checkpoint: str 
     for place, entry in enumerate(reports):
         if entry["damage"]:
             raise ValueError(
-                f"Cannot resume from '{checkpoint}': '{sync_state_file('', place)}', the state of rank {place}, "
+                f"Cannot resume from '{checkpoint}': 'sync_state_{place}.pt', the state of rank {place}, "
                 f"{entry['damage']}. Choose another checkpoint, {remedy}."
             )
-    for entry in reports:
-        there = entry["settings"]
-        differing = [
-            f"{name} {there.get(name, 'not there')} there, {settings.get(name, 'not there')} here"
-            for name in {**there, **settings}
-            if there.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"'{checkpoint}' must be resumed with the method and settings that it was saved with, but has "
-                f"{', '.join(differing)}. Set the same, {remedy}."
-            )
+    there = state["settings"]
+    differing = [
+        f"{name} {there.get(name, 'not there')} there, {settings.get(name, 'not there')} here"
+        for name in {**there, **settings}
+        if there.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"'{checkpoint}' must be resumed with the method and settings that it was saved with, but has "
+            f"{', '.join(differing)}. Set the same, {remedy}."
+        )
     return state
 
 
@@ -140,22 +125,15 @@ def _saved_weights(checkpoint: str | Path) -> Iterator[tuple[str, Callable[[str]
 
 def _read(checkpoint: str | Path, rank: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Return the state of a rank, and a report of it for the other ranks."""
-    own, others = sync_state_file(checkpoint, rank), sorted(Path(checkpoint).glob("sync_state_*.pt"))
-    report: dict[str, Any] = {"found": bool(others), "world_size": None, "settings": {}, "damage": "is missing"}
-    if own.is_file():
-        try:
-            state = torch.load(own, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has many ways to fail on half a file
-            return None, {**report, "damage": f"is damaged ({str(error).splitlines()[0]})"}
-        return state, {**report, "world_size": state["world_size"], "settings": state["settings"], "damage": None}
-    if others:
-        try:
-            report["world_size"] = torch.load(others[0], map_location="cpu", mmap=True, weights_only=True)[
-                "world_size"
-            ]
-        except Exception:  # reported by the rank that it belongs to
-            return None, report
-    return None, report
+    file = Path(checkpoint, f"sync_state_{rank}.pt")
+    report = {"found": any(file.parent.glob("sync_state_*.pt")), "world_size": None, "damage": "is missing"}
+    if not file.is_file():
+        return None, report
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many ways to fail on half a file
+        return None, {**report, "damage": f"is damaged ({str(error).splitlines()[0]})"}
+    return state, {**report, "world_size": state["world_size"], "damage": None}
 
 
 def _warn(trainer: Trainer, line: str) -> None:

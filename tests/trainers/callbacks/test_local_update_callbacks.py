@@ -10,7 +10,6 @@ from sync_runs import KINDS, Snapshots, logged, make_local_trainer, make_trainer
 from transformers import TrainerCallback
 
 from hf_msn import LocalSGDCallback, LowShotCallback, SlowMoCallback
-from hf_msn.distributed.local_update import LocalUpdate
 
 METHODS = {
     "local": (LocalSGDCallback, {"sync_every": 3}),
@@ -276,16 +275,6 @@ def test_communication_is_logged_with_the_loss(tmp_path):
         assert [step for step, value in distance.items() if value < 1e-12] == [3, 6]
 
 
-def test_on_one_rank_local_sgd_changes_nothing(tmp_path):
-    plain = make_trainer(tmp_path)
-    plain.train()
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(LocalSGDCallback(trainer, sync_every=3))
-    with pytest.warns(UserWarning, match="one rank only"):
-        trainer.train()
-    assert same(weights(trainer.model), weights(plain.model))
-
-
 class EvaluateDirectly(TrainerCallback):
     """Calls methods of the trainer in the middle of a period, which no event announces."""
 
@@ -314,20 +303,3 @@ def test_with_the_mixin_a_direct_evaluation_is_at_consensus(tmp_path):
     (with_mixin, plain), (with_mixin_there, plain_there) = run_ranks(_evaluate_directly, 2, str(tmp_path))
     assert all(map(same, with_mixin, with_mixin_there))
     assert not any(map(same, plain, plain_there))
-
-
-def test_slowmo_makes_its_base_from_model_and_optimizer(tmp_path):
-    made = []
-
-    class Base(LocalUpdate):
-        def __init__(self, model, optimizer, **settings):
-            super().__init__(model, optimizer, **settings)
-            made.append(self)
-
-        def _take_outer_step(self):
-            self.outer_steps = getattr(self, "outer_steps", 0) + 1
-
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(SlowMoCallback(trainer, sync_every=4, base=lambda *it: Base(*it, sync_every=2)))
-    trainer.train()
-    assert made[-1].outer_steps == 4 and made[-1].model is trainer.model
