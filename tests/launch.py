@@ -17,20 +17,10 @@ PRELOADED = ["pytest", "hf_msn.distributed.async_gossip", "hf_msn.distributed.sl
 
 
 def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
-    """Call `function(rank, *args)` on every rank of a new gloo process group.
+    """Call `function(rank, *args)` on every rank of a new gloo process group, and return the results, rank 0 first.
 
-    Args:
-        function (`Callable`): A function at the top level of a test module, which the ranks import.
-        world_size (`int`): Number of ranks.
-        args: The same for every rank; pickled.
-        timeout (`float`, *optional*, defaults to 60): Deadline. Ranks that still run are killed, and the error shows
-            their stacks.
-
-    Returns:
-        `list`: The result of each rank, rank 0 first, through `torch.save`.
-
-    Raises:
-        AssertionError: If a rank raised, with its traceback, or at the deadline.
+    The function is at the top level of a test module, which the ranks import. At the deadline the ranks that still run
+    are killed. The AssertionError shows their stacks, or the traceback of the rank that raised first.
     """
     # The server imports once; its forks start in milliseconds and hold nothing of the parent.
     context = multiprocessing.get_context("forkserver")

@@ -13,11 +13,7 @@ from launch import PRELOADED, _describe_failure, _free_port, _run_rank
 def run_ranks_that_are_left(function, world_size: int, folder: Path, *args, lost=(), timeout: float = 60.0) -> dict:
     """Call `function(rank, *args)` on every rank of a gloo group; those in `lost` may end or be killed in it.
 
-    Returns:
-        `dict`: Return value of each of the other ranks.
-
-    Raises:
-        AssertionError: If one of those raised, or did not return in time.
+    Return the result of each of the other ranks, or raise if one of those raised or did not return in time.
     """
     living = [rank for rank in range(world_size) if rank not in lost]
     context = multiprocessing.get_context("forkserver")

@@ -57,13 +57,7 @@ def test_collectives_of_the_forward_pass_stay_in_the_limited_group():
         assert found["before"] == found["after"] == 2.5
         assert found["alone"] == (own, own, 1, 0, [own])
         assert found["outside"] == (2.5, 4)
-        assert found["pair"] == (
-            mean,
-            own,
-            2,
-            place % 2,
-            pair,
-        )  # gradients: the mean of the pair's, for DDP to average
+        assert found["pair"] == (mean, own, 2, place % 2, pair)  # the second is the gradient
 
 
 def _normalised(rank_here):

@@ -135,10 +135,5 @@ def watch_batches(trainer) -> list[dict]:
     return seen
 
 
-def same(first: dict, second: dict) -> bool:
-    """Return whether two state dicts are bitwise equal."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 def logged(trainer, name: str) -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}

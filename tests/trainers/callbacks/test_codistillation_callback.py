@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from launch import run_ranks
 from lost_ranks import run_ranks_that_are_left
-from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, make_trainer, same, watch_batches, weights
+from states import same
+from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, make_trainer, watch_batches, weights
 from sync_runs import make_local_trainer as make
 from test_local_update_callbacks import item_losses
 from torch import nn

@@ -5,7 +5,8 @@ import semi_supervised_runs
 import short_runs
 import torch
 from launch import run_ranks
-from sync_runs import logged, same, weights
+from states import same
+from sync_runs import logged, weights
 from transformers import TrainerCallback
 
 from hf_msn import CodistillationCallback

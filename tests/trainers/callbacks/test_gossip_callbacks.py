@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from launch import run_ranks
-from sync_runs import Snapshots, logged, make_trainer, same, weights
+from states import same
+from sync_runs import Snapshots, logged, make_trainer, weights
 
 import hf_msn
 from hf_msn import SlowMoCallback

@@ -6,7 +6,8 @@ import short_runs
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from sync_runs import KINDS, Snapshots, logged, make_local_trainer, make_trainer, same, watch_batches, weights
+from states import same
+from sync_runs import KINDS, Snapshots, logged, make_local_trainer, make_trainer, watch_batches, weights
 from transformers import TrainerCallback
 
 from hf_msn import LocalSGDCallback, LowShotCallback, SlowMoCallback
