@@ -34,17 +34,10 @@ logger = logging.get_logger(__name__)
 def finish_views(
     crops: torch.Tensor, parameters: torch.Tensor, mean: Sequence[float], std: Sequence[float], *, colored: bool = True
 ) -> torch.Tensor:
-    """Turn crops into views: the second half of a [`~hf_msn.data.transforms.MultiViewTransform`].
+    """Turn uint8 crops (..., H, W, 3) into float32 views (..., 3, H, W) on the device of the crops.
 
-    Args:
-        crops (`torch.Tensor` of shape (..., H, W, 3), uint8): The crops.
-        parameters (`torch.Tensor` of shape (..., 12), float32):
-            One row per view, with the columns of `view_parameters`.
-        mean, std (`Sequence[float]`): Normalisation per channel, for values in 0..1.
-        colored (`bool`, *optional*, defaults to `True`): `False` promises that no view has jitter, grayscale or blur.
-
-    Returns:
-        `torch.Tensor` of shape (..., 3, H, W), float32, on the device of the crops.
+    `parameters` (..., 12), float32, has one row per view, with the columns of `view_parameters`. Mean and standard
+    deviation are those of values in 0..1. `colored=False` promises that no view has jitter, grayscale or blur.
     """
     leading, device = crops.shape[:-3], crops.device
     crops, parameters = crops.reshape(-1, *crops.shape[-3:]), parameters.reshape(-1, parameters.shape[-1])
@@ -67,17 +60,10 @@ def finish_views(
 def finish_views_with_torch(
     crops: torch.Tensor, parameters: torch.Tensor, multiplier: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Finish N views with torch's operators. Each operator sees only the views that it changes.
+    """Finish crops (N, H, W, 3) with torch's operators. Each operator sees only the views that it changes.
 
-    Args:
-        crops (`torch.Tensor` of shape (N, H, W, 3), uint8): The crops, on any device.
-        parameters (`torch.Tensor` of shape (N, 12), float32):
-            One row per view. It is copied to the host once, to group the views.
-        multiplier, offset (`torch.Tensor` of shape (3,), float32):
-            Normalisation `value * multiplier - offset` of values in 0..1, on the device of the crops.
-
-    Returns:
-        `torch.Tensor` of shape (N, 3, H, W), float32.
+    `multiplier` and `offset` (3,) normalise values in 0..1 as `value * multiplier - offset`. The parameters (N, 12)
+    are copied to the host once, to group the views.
     """
     views = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
     rows = parameters.cpu()

@@ -4,27 +4,11 @@ import torch
 
 
 class MultiViewCollator:
-    """Stack the views of B images into the batch that the model takes.
-
-    Example:
-
-    ```python
-    >>> batch = MultiViewCollator()([dataset[0], dataset[1]])
-    >>> batch["pixel_values"].shape, batch["anchor_pixel_values"].shape
-    (torch.Size([2, 3, 224, 224]), torch.Size([2, 1, 3, 224, 224]))
-    ```
-    """
+    """Stack the views of B images into the batch that the model takes."""
 
     def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            items (`list[dict[str, torch.Tensor]]`):
-                The views of each image, from [`~hf_msn.data.transforms.MultiViewTransform`].
-
-        Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with
-            focal views, `focal_pixel_values` (B, F, C, h, w). For crops, (B, ..., H, W, 3) in uint8, and
-            `view_parameters` (B, 1 + V + F, 12).
+        """Return `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with focal views,
+        `focal_pixel_values` (B, F, C, h, w). Crops are (B, ..., H, W, 3), with `view_parameters` (B, 1 + V + F, 12).
 
         Raises:
             ValueError: If the items have different names.

@@ -12,20 +12,9 @@ def image_and_label(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Return a dataset with the columns `image` and, if it is labelled, `label`.
+    """Return a dataset with the columns `image`, undecoded, and, if it is labelled, `label` (`ClassLabel` or `int64`).
 
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Any dataset with an image column.
-        source (`str`): Its origin, for the errors.
-        image_column (`str`, *optional*): Column of the images; by default the only one.
-        label_column (`str`, *optional*): Column of the labels, `"outer.inner"` for a nested one; by default guessed.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: with `image` (`datasets.Image(decode=False)`) and, if it is
-        labelled, `label` (`ClassLabel` or `int64`).
-
-    Raises:
-        ValueError: If a column does not exist or cannot be used, or the choice is ambiguous. The columns are listed.
+    `source` names its origin in errors. For the columns see [`~hf_msn.load_images`].
     """
     features = dataset.features
     if features is None:
@@ -53,6 +42,25 @@ def image_and_label(
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
     return _number_labels(dataset, label_column, feature, source)
+
+
+def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    """Return a dataset whose images `datasets` does not decode: a broken one would end the run without its row.
+
+    Raises:
+        ValueError: If there is no column `image`, or there are no rows.
+    """
+    columns = getattr(dataset, "column_names", ())  # `None` for some streams
+    if columns is not None and "image" not in columns:
+        raise ValueError(
+            f"`dataset` must have a column 'image', but is a {type(dataset).__name__} with {list(columns)}. Load it "
+            "with `load_images`."
+        )
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+        raise ValueError("`dataset` must have images, but has no rows. Check its source, split and filters.")
+    if getattr((dataset.features or {}).get("image"), "decode", False):
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    return dataset
 
 
 def _image_column(features: datasets.Features, column: str | None, source: str) -> str:

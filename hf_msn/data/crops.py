@@ -25,11 +25,8 @@ def crop_box(
 ) -> Box:
     """Return a box of random area and aspect ratio: torchvision's `RandomResizedCrop`, from given random numbers.
 
-    Args:
-        size (`tuple[int, int]`): Width and height of the image.
-        scale, aspect_ratio (`tuple[float, float]`): Smallest and largest share of the area, and width / height.
-        random (`list[float]`): Numbers in [0, 1), four per attempt, ten attempts.
-        whole_pixels (`bool`): Round the sides and the position to whole pixels.
+    `random` holds numbers in [0, 1), four per attempt, ten attempts. `size` is width and height of the image; `scale`
+    bounds the share of its area, `aspect_ratio` width / height.
     """
     image_width, image_height = size
     log_ratio = (math.log(aspect_ratio[0]), math.log(aspect_ratio[1]))
@@ -66,16 +63,8 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 def whole_pixel_crops(pixels: torch.Tensor, boxes: list[Box], size: int, interpolation: str) -> torch.Tensor:
     """Cut boxes of whole pixels and resize with antialiasing: torchvision's `resized_crop` on uint8, to the bit.
 
-    Channels last is Pillow's layout, and the one for which torch's kernel is five times as fast as Pillow's.
-
-    Args:
-        pixels (`torch.Tensor` of shape (1, 3, H, W), uint8): From [`pixels_of`].
-        boxes (`list[tuple[int, int, int, int]]`): Left, top, right, bottom.
-        size (`int`): Side of the views.
-        interpolation (`str`): `"bilinear"` or `"bicubic"`.
-
-    Returns:
-        `torch.Tensor` of shape (len(boxes), size, size, 3), uint8.
+    `pixels` (1, 3, H, W) are from [`pixels_of`]; returns (len(boxes), size, size, 3), uint8. Channels last is Pillow's
+    layout, and the one for which torch's kernel is five times as fast as Pillow's.
     """
     crops = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8)
     for crop, (left, top, right, bottom) in zip(crops, boxes):
@@ -102,38 +91,28 @@ def rotated_crops(
     shifts: list[tuple[float, float]],
 ) -> torch.Tensor:
     """Cut boxes that are rotated by `angles` (radians) and moved by `shifts` (shares of their sides)."""
-    resampling = INTERPOLATIONS[interpolation]
-    return _stack([_rotated_crop(image, *row, size, resampling) for row in zip(boxes, angles, shifts)], size)
+    resampling, views = INTERPOLATIONS[interpolation], []
+    for (left, top, right, bottom), angle, shift in zip(boxes, angles, shifts):
+        center_x = (left + right) / 2 - shift[0] * (right - left)
+        center_y = (top + bottom) / 2 - shift[1] * (bottom - top)
+        # an affine transform does not antialias: rotate larger crops at full resolution, then resize
+        reduces = max(right - left, bottom - top) > size
+        out = (max(1, round(right - left)), max(1, round(bottom - top))) if reduces else (size, size)
+        step_x, step_y = (right - left) / out[0], (bottom - top) / out[1]
+        cos, sin = math.cos(angle), math.sin(angle)
+        # Pillow asks for the map from result to source: center + rotation @ (step * (out - out_center))
+        a, b = cos * step_x, -sin * step_y
+        d, e = sin * step_x, cos * step_y
+        c = center_x - (a * out[0] + b * out[1]) / 2
+        f = center_y - (d * out[0] + e * out[1]) / 2
+        view = image.transform(out, Image.Transform.AFFINE, (a, b, c, d, e, f), resampling, fillcolor=0)
+        views.append(view.resize((size, size), resampling) if reduces else view)
+    return _stack(views, size)
 
 
 def between(bounds: tuple[float, float], share: float) -> float:
     """Return the number at a share of the way from the first bound to the second."""
     return bounds[0] + (bounds[1] - bounds[0]) * share
-
-
-def _rotated_crop(
-    image: Image.Image,
-    box: Box,
-    angle: float,
-    shift: tuple[float, float],
-    size: int,
-    resampling: Image.Resampling,
-) -> Image.Image:
-    left, top, right, bottom = box
-    center_x = (left + right) / 2 - shift[0] * (right - left)
-    center_y = (top + bottom) / 2 - shift[1] * (bottom - top)
-    # an affine transform does not antialias: rotate larger crops at full resolution, then resize
-    reduces = max(right - left, bottom - top) > size
-    out = (max(1, round(right - left)), max(1, round(bottom - top))) if reduces else (size, size)
-    step_x, step_y = (right - left) / out[0], (bottom - top) / out[1]
-    cos, sin = math.cos(angle), math.sin(angle)
-    # Pillow asks for the map from result to source: center + rotation @ (step * (out - out_center))
-    a, b = cos * step_x, -sin * step_y
-    d, e = sin * step_x, cos * step_y
-    c = center_x - (a * out[0] + b * out[1]) / 2
-    f = center_y - (d * out[0] + e * out[1]) / 2
-    view = image.transform(out, Image.Transform.AFFINE, (a, b, c, d, e, f), resampling, fillcolor=0)
-    return view.resize((size, size), resampling) if reduces else view
 
 
 def _stack(views: list[Image.Image], size: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import copy
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -14,6 +14,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..checks import check_choice, check_integer
+from .columns import undecoded
 from .decoding import BrokenImageError, decode_reduced_image
 from .labels import class_names
 from .transforms import DrawnViews, gives_crops
@@ -35,13 +36,7 @@ def multi_view_dataset(
 ) -> "MultiViewDataset | StreamingMultiViewDataset":
     """Return a dataset of views: [`MultiViewDataset`], or [`StreamingMultiViewDataset`] for a stream.
 
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Result of [`~hf_msn.load_images`].
-        transform (`Callable`): Makes the views of one image, such as [`~hf_msn.MultiViewTransform`].
-        seed (`int`, *optional*, defaults to 0): Seed of the views.
-        on_broken_image (`str`, *optional*, defaults to `"skip"`): `"skip"` or `"raise"`.
-        shuffle_buffer (`int`, *optional*, defaults to 1000):
-            Images among which a stream is shuffled; 0 keeps its order. Other data is shuffled by the sampler.
+    The arguments are theirs. `shuffle_buffer` matters for streams alone: other data is shuffled by the sampler.
     """
     if isinstance(dataset, datasets.IterableDataset):
         return StreamingMultiViewDataset(
@@ -53,21 +48,14 @@ def multi_view_dataset(
 class EncodedImages:
     """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views.
 
-    Args:
-        num_counts (`int`): Length of the shared tensor in which broken images are counted.
+    `num_counts` is the length of the shared tensor in which broken images are counted.
     """
 
     def __init__(self, dataset, transform, seed: int, on_broken_image: str, num_counts: int):
         check_choice("on_broken_image", on_broken_image, ("skip", "raise"))
         check_integer("seed", seed, 0)
-        columns = list(dataset.features or ())
-        if "image" not in columns:
-            raise ValueError(f"The dataset must have a column 'image', but has {columns}. Load it with `load_images`.")
         self.class_names = class_names(dataset)  # from the features: no label is read
-        if getattr(dataset.features["image"], "decode", False):
-            # decoded by `datasets`, a broken image would end the run without naming its row
-            dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        self._dataset = dataset.with_format(None).select_columns("image")
+        self._dataset = undecoded(dataset).with_format(None).select_columns("image")
         self.info, self.split = self._dataset.info, self._dataset.split
         self.transform = transform
         self.seed = seed
@@ -98,17 +86,20 @@ class EncodedImages:
     def _views_of_other_transform(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return self.transform(image)
 
-    def _decode(self, position: int, value: Any, reduction, row: int) -> tuple | BrokenImageError:
-        """Decode an image, or return its error, which is counted and logged the first time."""
-        try:
-            return decode_reduced_image(value, reduction, row=row)
-        except BrokenImageError as error:
-            if self.on_broken_image == "raise":
-                raise
-            if not self._broken[position]:
-                self._broken[position] = 1
-                logger.warning("Skipped: %s", error)
-            return error
+    def _first_readable(self, positions: Iterable[int], value: dict, reduction) -> tuple | BrokenImageError:
+        """Decode the first readable image, or return the last error. `value` is that of the first position."""
+        for place, position in enumerate(positions):
+            encoded = self._dataset[position]["image"] if place else value
+            try:
+                return decode_reduced_image(encoded, reduction, row=int(self.rows[position]))
+            except BrokenImageError as error:
+                if self.on_broken_image == "raise":
+                    raise
+                if not self._broken[position]:
+                    self._broken[position] = 1
+                    logger.warning("Skipped: %s", error)
+                last = error
+        return last
 
 
 class _EpochViews(EncodedImages):
@@ -154,8 +145,7 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
         on_broken_image: str = "skip",
     ):
         super().__init__(dataset, transform, seed, on_broken_image, num_counts=len(dataset))
-        if len(dataset) == 0:
-            raise ValueError("The dataset must have at least one image, but has none. Check the source and the split.")
+        self.rows = range(len(dataset))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -165,7 +155,7 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         """Read a batch of rows, as a DataLoader does: one access to the table instead of one per row."""
-        indices = [range(len(self))[index] for index in indices]
+        indices = [self.rows[index] for index in indices]
         values = self._dataset[indices]["image"]
         return [
             self._views(functools.partial(self._readable, row, value), hash_numbers(self.seed, self.epoch, row))
@@ -174,14 +164,11 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
 
     def _readable(self, row: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
         limit = min(len(self), _MOST_BROKEN_IN_SUCCESSION)
-        for step in range(limit):
-            candidate = (row + step) % len(self)
-            encoded = value if step == 0 else self._dataset[candidate]["image"]
-            image = self._decode(candidate, encoded, reduction, candidate)
-            if not isinstance(image, BrokenImageError):
-                return image
-        which = "no image of the dataset" if limit == len(self) else f"none of {limit} rows in succession"
-        raise BrokenImageError(f"{which} is readable; the last: {image.reason}", row=image.row, path=image.path)
+        image = self._first_readable((position % len(self) for position in range(row, row + limit)), value, reduction)
+        if not isinstance(image, BrokenImageError):
+            return image
+        reason = f"none of {limit} rows in succession is readable; the last: {image.reason}"
+        raise BrokenImageError(reason, row=image.row, path=image.path)
 
 
 class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
@@ -194,18 +181,15 @@ class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
 
     Args:
         dataset (`datasets.IterableDataset`): Stream with a column `image`, from `load_images(..., streaming=True)`.
-        transform (`Callable`): Makes the views of one image from torch's global generator.
-        seed (`int`, *optional*, defaults to 0): Seed of the views and of the order.
+        transform, seed: As in [`MultiViewDataset`]; the order depends on the seed too.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` warns, counts and drops; `"raise"` stops. The row in the message counts within the worker's part
-            of the stream.
+            `"skip"` warns, counts and drops; `"raise"` stops. Rows are counted within the worker's part of the stream.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
             Images that each worker holds in memory to shuffle among; 0 keeps the source's order.
 
     Attributes:
         repeat (`bool`, defaults to `False`):
-            Repeat the stream without end, each pass as the next epoch. The pretraining trainers turn it on: all
-            batches are then whole, and a resumed run finds its position by counting batches.
+            Repeat the stream without end, each pass as the next epoch. The pretraining trainers turn it on.
 
     Raises:
         ValueError: If there are no images or no column `image`, `on_broken_image` is unknown, or the buffer negative.
@@ -277,12 +261,8 @@ def as_crops(dataset: Any) -> Any:
     The two share epoch and count of broken images. A quarter of the bytes passes through the workers' memory, and
     colour and blur are left to the device of the batch: `dataset.transform.finish(batch)`.
 
-    Args:
-        dataset ([`MultiViewDataset`], [`StreamingMultiViewDataset`] or [`~hf_msn.SupportDataset`]):
-            With a [`~hf_msn.MultiViewTransform`] as its transform.
-
     Raises:
-        ValueError: If the transform is another one, or a subclass that makes the views itself.
+        ValueError: If the transform is no [`~hf_msn.MultiViewTransform`], or a subclass that makes the views itself.
     """
     if not gives_crops(dataset.transform):
         raise ValueError(

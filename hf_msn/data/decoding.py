@@ -18,14 +18,9 @@ _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values tha
 
 
 class BrokenImageError(ValueError):
-    """An image that cannot be read.
+    """An image that cannot be read: its `reason`, the `row` of the dataset and its `path`, if they are known.
 
     A DataLoader passes an error of a worker on as text alone; row, path and reason are parsed from that text again.
-
-    Args:
-        reason (`str`): Why the image cannot be read, in a few words.
-        row (`int`, *optional*): Row of the dataset.
-        path (`str`, *optional*): File of the image, or its name in its shard.
     """
 
     _FORM = re.compile(r"The image in row (None|\d+) \(path (None|'.*?')\) cannot be read: (.*)", re.DOTALL)
@@ -85,19 +80,8 @@ def decode_reduced_image(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an image as [`decode_image`] does, but a JPEG file no larger than needed, which is much faster.
 
-    Args:
-        value, row:
-            As in [`decode_image`]. An image that is already open is not reduced.
-        reduction (`Callable[[tuple[int, int]], int]`, *optional*):
-            Returns for the image's displayed width and height the number by which its sides may be divided: 1, 2, 4 or
-            8. It is called only for files that can be decoded so.
-
-    Returns:
-        `tuple[PIL.Image.Image, tuple[int, int]]`: the image in mode RGB, its pixels loaded, and its unreduced width
-        and height.
-
-    Raises:
-        BrokenImageError: As in [`decode_image`].
+    `reduction` returns for the displayed width and height the number by which the sides may be divided: 1, 2, 4 or 8.
+    It is called only for JPEG files that are not open yet. Returns the image and its unreduced width and height.
     """
     path = _path_of(value)
     try:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -13,18 +13,11 @@ _EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
 
 @dataclass
 class FolderSplit:
-    """One split of a folder of images.
+    """One split of a folder of images."""
 
-    Args:
-        folders (`list[str]`): All folders that directly hold images or metadata of this split, sorted.
-        class_names (`list[str]`):
-            Names of the classes over all labelled splits, sorted; empty where this split has no labels.
-        has_metadata (`bool`): Whether there is a `metadata.csv`, `.jsonl` or `.parquet` with the images.
-    """
-
-    folders: list[str] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
-    has_metadata: bool = False
+    folders: list[str]  # that directly hold images or metadata, sorted
+    class_names: list[str]  # over all labelled splits, sorted; empty if this split has no labels
+    has_metadata: bool
 
 
 def is_image_file(path: str | os.PathLike) -> bool:
@@ -33,19 +26,11 @@ def is_image_file(path: str | os.PathLike) -> bool:
 
 
 def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str, FolderSplit], list[str]]:
-    """Return the splits of images and the shards in a folder.
+    """Return the splits of images by name (`val` as `val` and as `validation`), and the shards in a folder.
 
     The folders directly under `root` are splits if all of those with images are named like splits (`train`, `val`,
     `test` and the other names that `datasets` knows), or at least two are: a class may be named `train` as well.
     Otherwise there is one split, `train`.
-
-    Args:
-        root (`str`): The folder.
-        shard_extensions (`Collection[str]`): Extensions of shards, in lower case, such as `".tar"`.
-
-    Returns:
-        `tuple[dict[str, FolderSplit], list[str]]`: the splits of images by name (`val` as `val` and as `validation`),
-        empty if there is no image; and the shards.
     """
     folders = _walk(root, shard_extensions)
     shards = [shard for folder in folders for shard in folder.shards]

@@ -24,7 +24,7 @@ def labelled_rows(
     Args:
         dataset (`datasets.Dataset`): Result of [`~hf_msn.load_images`], not streamed.
         mask (`Sequence[bool]`, `Sequence[int]` or `numpy.ndarray`, *optional*):
-            True for each labelled row, (N,), or the numbers of the labelled rows. Either this or `list_file`.
+            True for each labelled row, (N,), or the row numbers. Either this or `list_file`.
         list_file (`str` or `os.PathLike`, *optional*):
             File with the names of the labelled images, see [`~hf_msn.data.splits.match_list_file`].
         classes (`Sequence[str]` or `Sequence[int]`, *optional*):
@@ -75,9 +75,7 @@ def draw_labelled_rows(
 
     Args:
         dataset (`datasets.Dataset`): Labelled dataset, from [`~hf_msn.load_images`].
-        images_per_class (`int`, *optional*): Images per class, k >= 1. Either this or `fraction`.
-        fraction (`float`, *optional*): Share of each class in (0, 1], rounded to whole images, at least one.
-        seed (`int`): Seed of the draw, >= 0.
+        images_per_class, fraction, seed: As in [`~hf_msn.data.splits.low_shot_indices`].
 
     Returns:
         `numpy.ndarray`: the rows, ascending, int64.
@@ -103,18 +101,11 @@ def class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[st
 
 
 def class_numbers(dataset: datasets.Dataset, rows: np.ndarray | None = None, which: str = "dataset") -> np.ndarray:
-    """Read and check the labels of some rows, and of no other.
-
-    Args:
-        dataset (`datasets.Dataset`): Dataset with a column `label`.
-        rows (`numpy.ndarray`, *optional*): The rows to read, (R,). By default all.
-        which (`str`, *optional*, defaults to `"dataset"`): The dataset's name, for the errors.
-
-    Returns:
-        `numpy.ndarray`: class number of each of these rows, (R,), int64.
+    """Return the labels (R,) of some rows, by default all, as int64, and read those of no other row.
 
     Raises:
-        ValueError: If there is no column `label`, or a label is not a class number or beyond the names.
+        ValueError: If there is no column `label`, or a label is not a class number or beyond the names. The message
+            calls the dataset `which`.
     """
     columns = list(dataset.features or ())
     if "label" not in columns:
@@ -140,12 +131,7 @@ def check_class_names(
 ) -> list[str] | None:
     """Check that the class numbers of two datasets mean the same classes. Reads their features, never a row.
 
-    Args:
-        first, second (`datasets.Dataset`, `datasets.IterableDataset` or a dataset of views):
-            The datasets. One without class names agrees with any.
-
-    Returns:
-        `list[str]`, *optional*: the class names of the first.
+    Returns the class names of the first. A dataset without class names agrees with any.
 
     Raises:
         ValueError: If both have class names, and these differ.
@@ -168,11 +154,7 @@ def check_class_names(
 def check_every_class_is_learnt(
     train_labels: np.ndarray, test_labels: np.ndarray, where: str, class_names: list[str] | None
 ) -> None:
-    """Check that every class of the test labels occurs in the train labels. `where` names the latter.
-
-    Raises:
-        ValueError: If classes are missing. The message names them.
-    """
+    """Check that every class of the test labels occurs in the train labels. `where` names the latter."""
     unseen = np.setdiff1d(test_labels, train_labels).tolist()
     if unseen:
         names = dict(enumerate(class_names or ()))
@@ -183,11 +165,7 @@ def check_every_class_is_learnt(
 
 
 def check_rows(name: str, values: Sequence[int] | np.ndarray, num_rows: int) -> np.ndarray:
-    """Return row numbers as an ascending int64 array.
-
-    Raises:
-        ValueError: If they are not different integers in [0, `num_rows`), or there is none.
-    """
+    """Return row numbers as an ascending int64 array, if they are different integers in [0, `num_rows`)."""
     values = np.asarray(values)
     if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iu":
         raise ValueError(

@@ -46,14 +46,6 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
     Raises:
         ValueError: If labels are not class numbers, an argument is out of range, C or k is not divisible by the ranks,
             or a class has fewer than k images under `"raise"` (up to five are named).
-
-    Example:
-
-    ```python
-    >>> sampler = ClassStratifiedSampler(support.labels, global_images_per_class=5)
-    >>> logger.info(sampler.describe(views_per_image=2))
-    >>> rows = sampler.batch(step=100)
-    ```
     """
 
     def __init__(
@@ -110,14 +102,7 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
         return itertools.islice(itertools.count(self.start_step), self.num_steps)
 
     def batch(self, step: int) -> list[int]:
-        """Return this rank's part of a step's support.
-
-        Args:
-            step (`int`): Number of the step, >= 0.
-
-        Returns:
-            `list[int]`: positions in `labels`; the i-th is at `places[i]` of the global support.
-        """
+        """Return this rank's part of a step's support: positions in `labels`, whose places in it are `places`."""
         sequence = np.random.SeedSequence([int(self.seed), int(step), _STREAM])
         # RandomState is frozen by numpy: its streams are the same in every version
         random = np.random.RandomState(np.random.MT19937(sequence))
@@ -127,30 +112,21 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
         return np.concatenate(rows)[self.places].tolist()
 
     def describe(self, views_per_image: int) -> str:
-        """Return the global support in one line, for the log.
-
-        Args:
-            views_per_image (`int`): Views per support image.
-        """
+        """Return the global support in one line, for the log."""
 
         def size(classes: int, images: int) -> str:
-            counts = ((classes, "class"), (images, "image"), (views_per_image, "view"))
-            return f"{' x '.join(_counted(*count) for count in counts)} = {classes * images * views_per_image}"
+            product = classes * images * views_per_image
+            return f"{classes} classes x {images} images x {views_per_image} views = {product}"
 
         classes, images, ranks = self.global_classes, self.global_images_per_class, self.world_size
-        if ranks == 1:
-            text = f"Support of each step: {size(classes, images)} images."
-        else:
-            by_class = self.shard == "classes"
-            part = size(classes // ranks, images) if by_class else size(classes, images // ranks)
-            text = (
-                f"Support of each step, over all {ranks} ranks: {size(classes, images)} images; each of the {ranks} "
-                f"ranks holds {part} ({'different' if by_class else 'the same'} classes per rank)."
-            )
-        smallest, largest = min(self.class_sizes.values()), max(self.class_sizes.values())
-        sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-        known = _counted(len(self.class_sizes), "class")
-        text += f" Labelled images: {len(self.labels)} of {known}, {sizes} per class."
+        text = f"Support of each step: {size(classes, images)} images"
+        if ranks > 1:
+            part = (classes // ranks, images) if self.shard == "classes" else (classes, images // ranks)
+            text += f" over all {ranks} ranks, {size(*part)} on each (shard='{self.shard}')"
+        sizes = self.class_sizes.values()
+        text += (
+            f". Labelled images: {len(self.labels)} of {len(sizes)} classes, {min(sizes)} to {max(sizes)} per class."
+        )
         if self._num_small:
             text += f" Classes with fewer than {images}: {self._num_small}; their images repeat, with different views."
         return text
@@ -163,10 +139,6 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
         check_integer("start_step", self.start_step, 0)
         if self.num_steps is not None:
             check_integer("num_steps", self.num_steps, 0)
-        check_integer("world_size", self.world_size)
-        check_integer("rank", self.rank, 0)
-        if self.rank >= self.world_size:
-            raise ValueError(f"`rank` must be below `world_size`, {self.world_size}, but is {self.rank}.")
         if self.global_classes > len(self._rows):
             raise ValueError(
                 f"`global_classes` must be at most {len(self._rows)}, the classes of the labelled images, but is "
@@ -180,8 +152,3 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
                 f"`{name}` must be divisible by the {ranks} ranks with shard='{self.shard}', but is {value}. Use "
                 f"{max(value // ranks, 1) * ranks}, or shard='{other}'."
             )
-
-
-def _counted(count: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{count} {noun if count == 1 else plural}"

@@ -76,9 +76,7 @@ def load_images(
     """
     source = os.path.expanduser(os.fspath(source))
     if not source:
-        raise ValueError(
-            "`source` is empty. Give a folder, shards, a Hub id such as 'ILSVRC/imagenet-1k' or 'digits'."
-        )
+        raise ValueError("`source` is empty. Give a folder, shards, a Hub id such as 'owner/name', or 'digits'.")
     name = source
     if source == "digits":
         dataset = _select_split(_digits(), split, source)
@@ -86,7 +84,8 @@ def load_images(
         dataset, name = _load_local(source, split, config, streaming, data_files), _local_name(source)
     else:
         _check_hub_id(source)
-        dataset = _load_from_hub(source, split, config, revision, streaming, data_files, token)
+        settings = {"name": config, "revision": revision, "data_files": data_files, "token": token}
+        dataset = _load_from_hub(source, split, streaming, **settings)
     if streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
     dataset = image_and_label(dataset, source, image_column=image_column, label_column=label_column)
@@ -99,11 +98,7 @@ def load_images(
 
 
 def image_file_names(dataset: datasets.Dataset) -> list[str | None]:
-    """Return the file name of every row, or `None`, without reading the images.
-
-    Args:
-        dataset (`datasets.Dataset`): Result of [`load_images`], not streamed.
-    """
+    """Return the file name of every row, or `None`, without reading the images."""
     # flatten() splits the undecoded image into its two Arrow columns, so that the bytes stay on disk
     return dataset.select_columns("image").flatten()["image.path"][:]
 
@@ -195,22 +190,14 @@ def _load_image_folder(
         if part.class_names:
             features["label"] = datasets.ClassLabel(names=part.class_names)
     patterns = [os.path.join(glob.escape(folder), "*") for folder in part.folders]
-    return _load(
-        "imagefolder",
-        split,
-        streaming,
-        source,
-        data_files={name: patterns},
-        drop_labels=None if part.has_metadata else not part.class_names,
-        features=features,
-    )
+    drop_labels = None if part.has_metadata else not part.class_names
+    files = {name: patterns}
+    return _load("imagefolder", split, streaming, source, data_files=files, drop_labels=drop_labels, features=features)
 
 
-def _load_from_hub(source, split, config, revision, streaming, data_files, token) -> datasets.Dataset:
+def _load_from_hub(source: str, split: str, streaming: bool, **settings) -> datasets.Dataset:
     try:
-        return _load(
-            source, split, streaming, source, name=config, revision=revision, data_files=data_files, token=token
-        )
+        return _load(source, split, streaming, source, **settings)
     except (ConnectionError, FileNotFoundError) as error:
         kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
         raise kind(

@@ -72,13 +72,9 @@ def low_shot_indices(
 def check_labels(
     labels: Sequence[int] | np.ndarray, rows: np.ndarray | None = None, which: str = "labelled data"
 ) -> np.ndarray:
-    """Return labels as an int64 array, (N,).
+    """Return class numbers as an int64 array (N,): integers >= 0, not necessarily 0 to n - 1.
 
-    Args:
-        labels (`Sequence[int]` or `numpy.ndarray`):
-            Class number of each labelled image, (N,): integers >= 0, not necessarily 0 to n - 1.
-        rows (`numpy.ndarray`, *optional*): Their rows, for the errors. By default 0 to N - 1.
-        which (`str`, *optional*): The data's name, for the errors.
+    `rows` and `which` name the rows and the data in errors.
 
     Raises:
         ValueError: If there is none, the shape differs, or a label is `None`, negative or not an integer.
@@ -89,10 +85,8 @@ def check_labels(
             f"Labels of the {which} must be one or more numbers, (N,), but have shape {values.shape}. Check the split "
             "and the labelled rows."
         )
-    if values.dtype.kind in "iu":
-        is_wrong = values < 0
-    else:
-        is_wrong = np.array([not _is_class_number(label) for label in values])
+    is_integer = values.dtype.kind in "iu"
+    is_wrong = values < 0 if is_integer else np.array([not _is_class_number(label) for label in values])
     if is_wrong.any():
         place = int(is_wrong.argmax())
         label = values[place].item() if isinstance(values[place], np.generic) else values[place]
@@ -106,12 +100,6 @@ def check_labels(
 
 def read_list_file(path: str | os.PathLike) -> list[str]:
     """Read a list in the format of the published ImageNet subsets: one file name per line, `<class>_<image>.JPEG`.
-
-    Args:
-        path (`str` or `os.PathLike`): The list. Empty lines are skipped.
-
-    Returns:
-        `list[str]`: the names, in the order of the file.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -134,18 +122,11 @@ def read_list_file(path: str | os.PathLike) -> list[str]:
 
 
 def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -> np.ndarray:
-    """Return the rows of a dataset that a list file names, and log how many images per class it holds.
+    """Return the rows of a dataset that a list file names, in its order, and log how many images per class it holds.
 
     Names are compared without folder and extension: first as they are, then without the `_<class>` that the Hub's
     ImageNet rows end in (`n01440764_10026_n01440764.JPEG`). Uneven counts, and counts that differ from the number in
     the file's name, are logged as a warning (one published list named for 3 images per class holds 5).
-
-    Args:
-        path (`str` or `os.PathLike`): The list, see [`read_list_file`].
-        file_names (`Sequence[str | None]`): File name of each row, from [`~hf_msn.data.sources.image_file_names`].
-
-    Returns:
-        `numpy.ndarray`: the rows, in the list's order, each once, int64.
 
     Raises:
         FileNotFoundError: If the list does not exist.

@@ -35,9 +35,7 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
         transform ([`~hf_msn.MultiViewTransform`]): Its `global_views` makes the views.
         views_per_image (`int`, *optional*, defaults to 1): Views V per image.
         seed (`int`, *optional*, defaults to 0): Seed of the views.
-        on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` warns once per broken row, counts it and takes the next readable one of its class; `"raise"`
-            stops.
+        on_broken_image (`str`, *optional*, defaults to `"skip"`): As in [`~hf_msn.MultiViewDataset`].
 
     Attributes:
         rows (`numpy.ndarray`): The labelled rows, (N,), ascending, int64.
@@ -76,12 +74,7 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
     def __getitems__(self, keys: Sequence[int | SupportKey]) -> list[dict[str, torch.Tensor | int]]:
         """Read a batch, as a DataLoader does: one access to the table instead of one per image.
 
-        Args:
-            keys (`Sequence[tuple[int, int, int]]` or `Sequence[int]`):
-                (step, place in the global support, position) of each image, or its position alone.
-
-        Returns:
-            `list[dict]`: per key, `support_pixel_values` (V, 3, H, H) and `support_labels`, the class number.
+        Returns per key `support_pixel_values` (V, 3, H, H) and `support_labels`, the class number.
         """
         keys = [key if isinstance(key, tuple | list) else (0, 0, key) for key in keys]
         keys = [(int(step), int(place), range(len(self))[position]) for step, place, position in keys]
@@ -101,11 +94,10 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
 
     def _readable(self, position: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
         of_class = np.flatnonzero(self.labels == self.labels[position])
-        for candidate in np.roll(of_class, -int(np.searchsorted(of_class, position))).tolist():
-            encoded = value if candidate == position else self._dataset[candidate]["image"]
-            image = self._decode(candidate, encoded, reduction, int(self.rows[candidate]))
-            if not isinstance(image, BrokenImageError):
-                return image
+        candidates = np.roll(of_class, -int(np.searchsorted(of_class, position))).tolist()
+        image = self._first_readable(candidates, value, reduction)
+        if not isinstance(image, BrokenImageError):
+            return image
         number = int(self.labels[position])
         name = f"class {number}" if self.class_names is None else f"class {number} ('{self.class_names[number]}')"
         raise BrokenImageError(
@@ -116,11 +108,7 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
 
 
 class SupportBatches(torch.utils.data.Sampler[list[SupportKey]]):
-    """A batch sampler: the rows of a [`ClassStratifiedSampler`] as keys of a [`SupportDataset`].
-
-    Args:
-        sampler ([`ClassStratifiedSampler`]): Draws each step's rows.
-    """
+    """A batch sampler: the rows of a [`ClassStratifiedSampler`] as keys of a [`SupportDataset`]."""
 
     def __init__(self, sampler: ClassStratifiedSampler):
         self.sampler = sampler
@@ -135,25 +123,10 @@ class SupportBatches(torch.utils.data.Sampler[list[SupportKey]]):
 
 
 class SupportCollator:
-    """Stack the views of S support images into the support of a batch, the views of one image next to each other.
-
-    Example:
-
-    ```python
-    >>> batch = SupportCollator()([support[0], support[1]])
-    >>> batch["support_pixel_values"].shape, batch["support_labels"]
-    (torch.Size([4, 3, 224, 224]), tensor([7, 7, 2, 2]))
-    ```
-    """
+    """Stack the views of S support images into the support of a batch, the views of one image next to each other."""
 
     def __call__(self, items: Sequence[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            items (`Sequence[dict]`): Items of a [`SupportDataset`].
-
-        Returns:
-            `dict[str, torch.Tensor]`: `support_pixel_values` (S * V, C, H, W) and `support_labels` (S * V,), int64.
-        """
+        """Return `support_pixel_values` (S * V, C, H, W) and `support_labels` (S * V,), int64."""
         labels = torch.tensor([item["support_labels"] for item in items], dtype=torch.int64)
         names = [name for name in items[0] if name != "support_labels"]  # of crops, the parameters too
         return {
@@ -163,11 +136,7 @@ class SupportCollator:
 
 
 def support_loader(
-    support: SupportDataset,
-    sampler: ClassStratifiedSampler,
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    support: SupportDataset, sampler: ClassStratifiedSampler, *, num_workers: int = 0, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
     """Return the loader of this rank's supports, one per step, from the sampler's `start_step` on.
 
@@ -177,8 +146,7 @@ def support_loader(
         support ([`SupportDataset`]): The labelled images.
         sampler ([`ClassStratifiedSampler`]): Draws from `support.labels`.
         num_workers (`int`, *optional*, defaults to 0): Processes that read ahead; they do not change the batches.
-        pin_memory (`bool`, *optional*, defaults to `False`):
-            Copy the batches into page-locked memory, from which they are copied to a GPU faster.
+        pin_memory (`bool`, *optional*, defaults to `False`): As in `torch.utils.data.DataLoader`.
 
     Returns:
         `torch.utils.data.DataLoader`: yields `support_pixel_values` (S * V, 3, H, H) and `support_labels` (S * V,).

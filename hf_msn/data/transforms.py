@@ -53,14 +53,6 @@ class MultiViewTransform:
 
     Raises:
         ValueError: If a value is outside its range.
-
-    Example:
-
-    ```python
-    >>> views = MultiViewTransform(focal_views=2)(image)
-    >>> views["pixel_values"].shape, views["anchor_pixel_values"].shape, views["focal_pixel_values"].shape
-    (torch.Size([3, 224, 224]), torch.Size([1, 3, 224, 224]), torch.Size([2, 3, 96, 96]))
-    ```
     """
 
     image_size: int = field(default=224, metadata={"help": "Side of the target and anchor views, in pixels."})
@@ -144,10 +136,7 @@ class MultiViewTransform:
     def for_small_grayscale(cls, image_size: int = 8, **settings) -> "MultiViewTransform":
         """Return the recipe for small gray images such as digits: crops, small rotations and shifts, no colour.
 
-        Args:
-            image_size (`int`, *optional*, defaults to 8): Side of the target and anchor views, in pixels.
-            **settings:
-                Any field of the class, instead of the recipe's.
+        `settings` are fields of the class, in place of the recipe's.
         """
         recipe = {
             "focal_size": max(1, image_size // 2),
@@ -168,19 +157,11 @@ class MultiViewTransform:
 
     def evaluation_image_processor(self, crop_fraction: float = 224 / 256) -> BitImageProcessor:
         """Return [`evaluation_image_processor`] with this size, normalisation and interpolation."""
-        return evaluation_image_processor(
-            self.image_size,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-            crop_fraction=crop_fraction,
-            interpolation=self.interpolation,
-        )
+        settings = {name: getattr(self, name) for name in ("image_mean", "image_std", "interpolation")}
+        return evaluation_image_processor(self.image_size, crop_fraction=crop_fraction, **settings)
 
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """Draw the views of one image.
-
-        Args:
-            image (`PIL.Image.Image`): The image, such as [`~hf_msn.data.decoding.decode_image`] returns.
 
         Returns:
             `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
@@ -189,22 +170,11 @@ class MultiViewTransform:
         return self.finish(self.crops(image))
 
     def global_views(self, image: Image.Image, num_views: int) -> torch.Tensor:
-        """Draw views of one image in the way of the target view, such as those of PAWS' support images.
-
-        Args:
-            image (`PIL.Image.Image`): The image.
-            num_views (`int`): Number of views V, >= 1.
-
-        Returns:
-            `torch.Tensor` of shape (V, 3, H, H), float32, normalised.
-        """
+        """Draw views (V, 3, H, H) of one image in the way of the target view, such as PAWS' support images."""
         return self.finish(self.draw_support(num_views).crops(_rgb(image)))["support_pixel_values"]
 
     def crops(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """Draw and cut the views of one image, without finishing them.
-
-        Args:
-            image (`PIL.Image.Image`): The image.
 
         Returns:
             `dict[str, torch.Tensor]`: uint8 crops, channels last: `pixel_values` (H, H, 3); `anchor_pixel_values`
@@ -216,13 +186,9 @@ class MultiViewTransform:
     def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Finish the views of a batch on its device: flip, colour jitter, grayscale, blur, normalisation.
 
-        Args:
-            batch (`dict[str, torch.Tensor]`):
-                Crops and `view_parameters` from [`~MultiViewTransform.crops`], of one image or stacked, and
-                `support_pixel_values` with `support_view_parameters`. Other entries, and finished views, stay.
-
-        Returns:
-            `dict[str, torch.Tensor]`: the same with finished views (..., 3, H, W), float32, and without parameters.
+        `batch` has crops and `view_parameters` from [`~MultiViewTransform.crops`], of one image or stacked, or
+        `support_pixel_values` with `support_view_parameters`. Returns it with finished views (..., 3, H, W), float32,
+        and without parameters. Other entries, and finished views, stay.
         """
 
         def finished(crops: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -267,38 +233,31 @@ class MultiViewTransform:
 
 
 class DrawnViews:
-    """Views that are drawn but not cut. [`MultiViewTransform.draw`] returns them.
+    """Views that are drawn but not cut, from torch's global generator. [`MultiViewTransform.draw`] returns them.
 
-    Args:
-        transform ([`MultiViewTransform`]): The ranges to draw from. The numbers come from torch's global generator.
-        groups (`list[tuple[str, int, bool]]`): Name of the crops, number of views, and whether they are focal views.
-        parameters_name (`str`, *optional*, defaults to `"view_parameters"`): Name of the rows of parameters.
+    `groups` holds the name of the crops, the number of views, and whether they are focal views.
     """
 
     def __init__(
-        self,
-        transform: MultiViewTransform,
-        groups: list[tuple[str, int, bool]],
-        parameters_name: str = "view_parameters",
+        self, transform: MultiViewTransform, groups: list[tuple[str, int, bool]], parameters_name="view_parameters"
     ):
         self._transform = transform
         self._groups = groups
         self._parameters_name = parameters_name
-        num_views = sum(number for _, number, _ in groups)
-        self._random = torch.rand(num_views, _NUM_RANDOM, dtype=torch.float64).tolist()
+        self._is_focal = [is_focal for _, number, is_focal in groups for _ in range(number)]
+        self._random = torch.rand(len(self._is_focal), _NUM_RANDOM, dtype=torch.float64).tolist()
         self._boxes: dict[tuple[int, int], list[Box]] = {}
         self._rotates = transform.rotation > 0 or transform.translation > 0
 
     def boxes(self, size: tuple[int, int]) -> list[Box]:
         """Return the box of each view, in pixels, in an image of this width and height."""
         if size not in self._boxes:
-            transform, rows = self._transform, iter(self._random)
-            scales = {False: transform.global_scale, True: transform.focal_scale}
+            transform = self._transform
+            scales = (transform.global_scale, transform.focal_scale)
             whole_pixels = self._cuts_whole_pixels(size)
             self._boxes[size] = [
-                crop_box(size, scales[is_focal], transform.aspect_ratio, next(rows), whole_pixels)
-                for _, number, is_focal in self._groups
-                for _ in range(number)
+                crop_box(size, scales[is_focal], transform.aspect_ratio, row, whole_pixels)
+                for is_focal, row in zip(self._is_focal, self._random)
             ]
         return self._boxes[size]
 
@@ -310,25 +269,17 @@ class DrawnViews:
         """
         if not self._cuts_whole_pixels(size):
             return 1
-        boxes = iter(self.boxes(size))
-        spare = math.inf
-        for _, number, is_focal in self._groups:
-            side = self._side(is_focal)
-            for _ in range(number):
-                left, top, right, bottom = next(boxes)
-                spare = min(spare, (right - left) / side, (bottom - top) / side)
+        spare = min(
+            min(right - left, bottom - top) / self._side(is_focal)
+            for is_focal, (left, top, right, bottom) in zip(self._is_focal, self.boxes(size))
+        )
         return next((reduction for reduction in _REDUCTIONS if reduction <= spare), 1)
 
     def crops(self, image: Image.Image, full_size: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
-        """Cut the views out of the image.
+        """Cut the views out of an RGB image. `full_size` is its width and height before it was reduced in decoding.
 
-        Args:
-            image (`PIL.Image.Image`): In mode RGB.
-            full_size (`tuple[int, int]`, *optional*): Width and height of the image before it was reduced in decoding.
-
-        Returns:
-            `dict[str, torch.Tensor]`: the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and
-            the parameters of all views, (views, 12), float32.
+        Returns the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and the parameters of all
+        views, (views, 12), float32.
         """
         transform = self._transform
         full_size = full_size or image.size
@@ -408,14 +359,10 @@ def evaluation_image_processor(
 
     Args:
         image_size (`int`, *optional*, defaults to 224): Side of the square the encoder sees, in pixels.
-        image_mean, image_std (`tuple[float, float, float]`, *optional*, default to ImageNet's):
-            Normalisation of values in 0..1; the same as in pretraining.
+        image_mean, image_std (*optional*, default to ImageNet's): For values in 0..1; the same as in pretraining.
         crop_fraction (`float`, *optional*, defaults to 224 / 256):
             The crop's side over the resized shortest edge. 1.0 keeps all of a square image.
         interpolation (`str`, *optional*, defaults to `"bilinear"`): `"bilinear"` or `"bicubic"`.
-
-    Returns:
-        `transformers.BitImageProcessor`: returns `pixel_values` (B, 3, image_size, image_size).
 
     Raises:
         ValueError: If `image_size` is below 1, `crop_fraction` outside (0, 1], or `interpolation` unknown.

@@ -99,12 +99,8 @@ def evaluated_module(
 ) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """Return the module that features depend on, and the function (B, C, H, W) -> (B, D) that computes them with it.
 
-    Args:
-        model (`nn.Module`): As in `find_backbone`.
-        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
-            "backbone": `find_backbone(model)` and its `feature_function`. "projection": the whole model and
-            `model.project`, the space in which PAWS makes its predictions.
-        num_last_layers (`int`, *optional*, defaults to 1): As in `feature_function`; 1 for projections.
+    "backbone": `find_backbone(model)` and its `feature_function`. "projection": the whole model and `model.project`,
+    the space in which PAWS makes its predictions.
 
     Raises:
         ValueError: If `features` is unknown, the model has no `project`, or `num_last_layers` does not fit.
@@ -256,26 +252,18 @@ def resolve_image_processor(model: nn.Module) -> Any:
         raise ValueError(f"No image processor can be loaded from {path!r}: {error} {remedy}") from error
 
 
-def describe_image_processor(image_processor: Any) -> str:
-    """Return all settings of an image processor as a string, equal for equal settings: the key of the cache."""
+def describe_image_processor(image_processor: Any) -> dict[str, Any] | str:
+    """Return all settings of an image processor as plain JSON types, equal for equal settings; else its `repr`."""
     if hasattr(image_processor, "to_dict"):
-        return json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+        return json.loads(json.dumps(image_processor.to_dict(), default=str))
     return repr(image_processor)
 
 
 def checkpoint_weights_sha256(
     path: str | Path, features: Literal["backbone", "projection"] = "backbone", *, revision: str | None = None
 ) -> str:
-    """Return the hash that `LowShotEvaluator` writes into its results for a checkpoint.
+    """Return the hash that `LowShotEvaluator` writes into its results for a checkpoint: a folder or Hub id.
 
-    Args:
-        path (`str` or `Path`): Folder, or another name for [`load_vision_model`]: a pretraining checkpoint, an export,
-            a classifier.
-        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`): The evaluated features; for
-            projections the hash is that of the whole model.
-        revision (`str`, *optional*): As in [`load_vision_model`].
-
-    Raises:
-        ValueError: If there is no such checkpoint, or it has no projections.
+    For projections the hash is that of the whole model.
     """
     return weights_sha256(evaluated_module(load_vision_model(str(path), revision=revision), features)[0])

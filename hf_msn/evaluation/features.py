@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..checks import check_choice, check_integer
+from ..data.columns import undecoded
 from ..data.decoding import BrokenImageError, decode_image
 from ..data.labels import check_rows
 from ..data.spare_cores import spare_cores
@@ -44,24 +45,14 @@ _MIN_IMAGES_FOR_WORKERS = 1024
 
 @dataclass(frozen=True)
 class Features:
-    """Features of the images of a dataset, in the order of its rows.
+    """Features of the images of a dataset, in the order of its rows."""
 
-    Args:
-        features (`np.ndarray` of shape `(N, D)`): float32.
-        labels (`np.ndarray` of shape `(N,)`, *optional*): int64, -1 for a row without a label; `None` for data without
-            labels.
-        rows (`np.ndarray` of shape `(N,)`): Row of each image in the dataset. Skipped rows are missing.
-        skipped (`list[BrokenImageError]`): The images that could not be read.
-        weights_sha256 (`str`, *optional*): Of the backbone, for projections of the whole model; `None` for pixels.
-        data_fingerprint (`str`, *optional*): Of the dataset; `None` for streams.
-    """
-
-    features: np.ndarray
-    labels: np.ndarray | None
-    rows: np.ndarray
+    features: np.ndarray  # (N, D), float32
+    labels: np.ndarray | None  # (N,), int64, -1 for a row without a label; `None` for data without labels
+    rows: np.ndarray  # (N,): row of each image in the dataset; skipped rows are missing
     skipped: list[BrokenImageError] = field(default_factory=list)
-    weights_sha256: str | None = None
-    data_fingerprint: str | None = None
+    weights_sha256: str | None = None  # of the backbone, for projections of the whole model; `None` for pixels
+    data_fingerprint: str | None = None  # of the dataset; `None` for streams
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,7 +121,7 @@ def extract_features(
             f"`dtype` must be that of the weights, {weights_dtype}, unless they are float32, but is {dtype}. Load the "
             "model with dtype=torch.float32."
         )
-    images = _encoded_images(dataset)
+    images = undecoded(dataset)
     rows = _selected_rows(images, rows)
     fingerprint = getattr(images, "_fingerprint", None)
     sha256 = gather_objects(weights_sha256(module) if rank() == 0 else None)[0]
@@ -148,7 +139,7 @@ def extract_features(
         "format": 2,
     }
     path = None
-    if cache_dir is not None and fingerprint is not None and " at 0x" not in processor:
+    if cache_dir is not None and fingerprint is not None and " at 0x" not in str(processor):
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = Path(cache_dir) / f"features-{digest[:40]}.safetensors"
     elif cache_dir is not None and rank() == 0:
@@ -174,16 +165,11 @@ def pixel_features(
 ) -> Features:
     """Return the pixels themselves as features: the baseline of every representation.
 
-    Args:
-        dataset: As in `extract_features`.
-        image_processor (*optional*):
-            As in `extract_features`. By default RGB values in [0, 1] of the unchanged images, all of one size.
-
-    Returns:
-        [`Features`] of dimension `3 * H * W`.
+    The arguments are those of `extract_features`. By default features are the RGB values in [0, 1] of the unchanged
+    images, all of one size: dimension `3 * H * W`.
     """
     image_processor = _unit_range if image_processor is None else image_processor
-    images = _encoded_images(dataset)
+    images = undecoded(dataset)
     device = torch.device("cpu")
     loader = _image_loader(images, _selected_rows(images), image_processor, batch_size, num_workers, device)
     return _extract(images, loader, lambda pixels: pixels.flatten(1), on_broken_image)
@@ -191,23 +177,6 @@ def pixel_features(
 
 def _unit_range(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
-
-
-def _encoded_images(
-    dataset: datasets.Dataset | datasets.IterableDataset,
-) -> datasets.Dataset | datasets.IterableDataset:
-    columns = getattr(dataset, "column_names", ())
-    if columns is not None and "image" not in columns:
-        raise ValueError(
-            f"`dataset` must be a datasets.Dataset or IterableDataset with a column 'image', but is a {type(dataset)} "
-            f"with {list(columns)}. Use `load_images`."
-        )
-    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
-        raise ValueError("`dataset` must have images, but has no rows. Check its split and filters.")
-    feature = (dataset.features or {}).get("image")
-    if isinstance(feature, datasets.Image) and feature.decode:
-        return dataset.cast_column("image", datasets.Image(decode=False))
-    return dataset
 
 
 def _selected_rows(

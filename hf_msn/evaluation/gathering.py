@@ -23,17 +23,10 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(array: np.ndarray, counts: list[int], chunk_rows: int = 8192) -> np.ndarray:
-    """Return the rows of all ranks, rank 0's first.
+    """Return the rows of all ranks, rank 0's first. `counts` are the numbers of rows of each rank; they may be 0.
 
-    Args:
-        array (`np.ndarray` of shape `(counts[rank], D)`):
-            This rank's rows; the same `D` and dtype on every rank. Their number may differ, and be 0.
-        counts (`list[int]`): Number of rows of each rank.
-        chunk_rows (`int`, *optional*, defaults to 8192):
-            Rows per message, which bounds the extra memory at `world_size * chunk_rows` rows.
-
-    Returns:
-        `np.ndarray` of shape `(sum(counts), D)`.
+    `array` (counts[rank], D) has the same `D` and dtype on every rank. Messages of `chunk_rows` rows bound the extra
+    memory at `world_size * chunk_rows` rows.
     """
     if world_size() == 1:
         return array
@@ -54,19 +47,10 @@ def gather_rows(array: np.ndarray, counts: list[int], chunk_rows: int = 8192) ->
 
 
 def run_on_every_rank(work: Callable[[], T], summarize: Callable[[T], S]) -> tuple[T, list[S]]:
-    """Run `work` on this rank and gather a summary of it. A failure on one rank is raised on all ranks.
+    """Run `work` on this rank and gather a small summary of it: this rank's result, and the summaries in rank order.
 
-    Without this, the other ranks would wait for the failed one in the next collective until its timeout.
-
-    Args:
-        work (`Callable[[], T]`): The work of this rank. It must not use collectives.
-        summarize (`Callable[[T], S]`): Extracts what the other ranks need; small, as it is pickled.
-
-    Returns:
-        `tuple[T, list[S]]`: this rank's result, and the summaries of all ranks in rank order.
-
-    Raises:
-        Exception: The exception of `work` on the rank where it failed; `RuntimeError` naming that rank on the others.
+    A failure on one rank is raised on all, as itself there and as a `RuntimeError` that names the rank elsewhere. The
+    others would wait for it in the next collective until its timeout. `work` must not use collectives.
     """
     result, summary, error = None, None, None
     try:

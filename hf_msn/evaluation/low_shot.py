@@ -1,7 +1,6 @@
 """Low-shot evaluation: the accuracy of frozen features with a few labelled images per class."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..data.labels import check_class_names, check_every_class_is_learnt, check_
 from ..data.sources import image_file_names
 from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
+from ..files import public_name
 from .backbones import describe_image_processor, find_backbone, resolve_image_processor
 from .features import Features, extract_features
 from .gathering import run_on_every_rank
@@ -89,11 +89,8 @@ class LowShotEvaluator:
     Example:
 
     ```python
-    >>> from hf_msn import LowShotEvaluator, load_images, load_vision_model
-
     >>> evaluator = LowShotEvaluator(load_images("digits"), load_images("digits", split="test"))
-    >>> metrics = evaluator(load_vision_model("runs/demo/model"))
-    >>> metrics[evaluator.primary_metric]
+    >>> evaluator(load_vision_model("runs/demo/model"))[evaluator.primary_metric]
     ```
     """
 
@@ -157,8 +154,9 @@ class LowShotEvaluator:
         self._splits = self._draw_splits(train_labels, candidates)
         if test_labels is not None:
             for task, given in self._rows.items():
-                self._check_learnt(train_labels[np.isin(candidates, given)], test_labels, f"rows of {task!r}")
-            self._check_learnt(train_labels, test_labels, "train data")
+                labels = train_labels[np.isin(candidates, given)]
+                check_every_class_is_learnt(labels, test_labels, f"rows of {task!r}", self._class_names)
+            check_every_class_is_learnt(train_labels, test_labels, "train data", self._class_names)
 
     @property
     def primary_metric(self) -> str:
@@ -170,13 +168,7 @@ class LowShotEvaluator:
         return f"{self.name}/{[*(self._list_files or self._rows)][-1]}/top1"
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Evaluate a model; see the class for the metrics.
-
-        Args:
-            model (`nn.Module`):
-                A pretraining model of hf_msn (its `evaluation_encoder` is used), a vision model of transformers or a
-                timm model.
-        """
+        """Evaluate a model, one that `extract_features` takes. See the class for the metrics."""
         image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
         rows = None
         if self._splits is not None:
@@ -186,10 +178,10 @@ class LowShotEvaluator:
         about = {
             "class": type(model).__name__,
             "backbone": type(find_backbone(model)).__name__,
-            "name_or_path": _public_origin(getattr(model, "name_or_path", "")),
+            "name_or_path": public_name(getattr(model, "name_or_path", "")) or None,
         }
         settings = {
-            "image_processor": _as_json(describe_image_processor(image_processor)),
+            "image_processor": describe_image_processor(image_processor),
             "features": self._extraction["features"],
             "num_last_layers": self._extraction["num_last_layers"],
             "dtype": str(self._extraction["dtype"] or "that of the weights"),
@@ -206,11 +198,7 @@ class LowShotEvaluator:
     ) -> dict[str, float]:
         """Evaluate features from another source: `pixel_features`, or a model that `extract_features` cannot read.
 
-        Args:
-            train ([`Features`]): Of `train_dataset`, at least the rows that the splits need.
-            test ([`Features`]): Of `test_dataset`.
-            model (`dict`, *optional*): Entries of `results.model` besides the weights hash.
-            settings (`dict`, *optional*): Entries of `results.settings` besides seed and number of splits.
+        `train` holds at least the rows that the splits need. `model` and `settings` are entries of the results.
         """
         for features, which in ((train, "train"), (test, "test")):
             if features.labels is None:
@@ -284,9 +272,6 @@ class LowShotEvaluator:
             splits[task] = [Split(np.sort(match_list_file(path, file_names)), list_file=path) for path in paths]
         return splits | {task: [Split(given)] for task, given in self._rows.items()}
 
-    def _check_learnt(self, train_labels: np.ndarray, test_labels: np.ndarray, where: str) -> None:
-        check_every_class_is_learnt(train_labels, test_labels, where, self._class_names)
-
     def _fit(self, task: str, split: Split, train: Features, test: Features) -> tuple[SplitResult, int]:
         found = np.isin(train.rows, split.rows)
         missing = len(split.rows) - int(found.sum())
@@ -297,7 +282,8 @@ class LowShotEvaluator:
                 f"split of {task!r} are missing. Extract them from the whole of `train_dataset`."
             )
         labels = train.labels[found]
-        self._check_learnt(labels, test.labels, f"readable images of a split of {task!r}")
+        where = f"readable images of a split of {task!r}"
+        check_every_class_is_learnt(labels, test.labels, where, self._class_names)
         probe = self.probe.fit(train.features[found], labels)
         scores = probe.predict_scores(test.features)
         columns = np.searchsorted(probe.classes_, test.labels)
@@ -362,19 +348,6 @@ def _describe_data(features: Features, dataset: datasets.Dataset | datasets.Iter
             for error in features.skipped[:20]
         ],
     }
-
-
-def _public_origin(name_or_path: str) -> str | None:
-    """Return a Hub id as it is, and the last component of a local path."""
-    return (Path(name_or_path).name if os.path.exists(name_or_path) else name_or_path) or None
-
-
-def _as_json(image_processor: str) -> Any:
-    """Return the description as a JSON object, or as a string if it is not JSON."""
-    try:
-        return json.loads(image_processor)
-    except json.JSONDecodeError:
-        return image_processor
 
 
 def _version(package: str) -> str:

@@ -61,13 +61,6 @@ class LogisticProbe:
 
     After `fit`, `coef_` (C, D) holds W in float64, rows in the order of `classes_`, and `fit_report` the penalty `l2`,
     `iterations`, `converged` (within `tol`), `objective` (as above) and `largest_gradient` (its largest entry).
-
-    Example:
-
-    ```python
-    >>> probe = LogisticProbe().fit(train_features, train_labels)
-    >>> scores = probe.predict_scores(test_features)  # (N, C): log-odds, columns in the order of probe.classes_
-    ```
     """
 
     def __init__(
@@ -86,7 +79,6 @@ class LogisticProbe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, as the results record them."""
         l2 = self.l2 if self.l2 is not None else "0.0025 up to 10 images per class on average, else 0.075"
         return {"probe": "logistic", "l2": l2, "max_iter": self.max_iter, "tol": self.tol}
 
@@ -114,10 +106,7 @@ class LogisticProbe:
         self.coef_ = solution.weights.cpu().numpy()
         self.fit_report = {
             "l2": l2,
-            "iterations": solution.iterations,
-            "converged": solution.converged,
-            "objective": solution.objective,
-            "largest_gradient": solution.largest_gradient,
+            **{name: getattr(solution, name) for name in ("iterations", "converged", "objective", "largest_gradient")},
         }
         return self
 
@@ -145,7 +134,6 @@ class KNNProbe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, as the results record them."""
         return {"probe": "knn", "k": self.k, "temperature": self.temperature}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "KNNProbe":
@@ -177,13 +165,6 @@ class SoftNearestNeighborProbe:
 
     Args:
         temperature (`float`, *optional*, defaults to 0.1): tau; a smaller one favours the nearest supports more.
-
-    Example:
-
-    ```python
-    >>> probe = SoftNearestNeighborProbe().fit(train_features, train_labels)
-    >>> probabilities = np.exp(probe.predict_scores(test_features))  # (N, C): rows sum to 1
-    ```
     """
 
     def __init__(self, temperature: float = 0.1):
@@ -193,7 +174,6 @@ class SoftNearestNeighborProbe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, as the results record them."""
         return {"probe": "soft_nearest_neighbor", "temperature": self.temperature}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "SoftNearestNeighborProbe":
@@ -260,7 +240,6 @@ class LinearProbe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, as the results record them."""
         names = ("batch_size", "learning_rate", "epochs", "momentum", "weight_decay", "seed")
         return {"probe": "linear", **{name: getattr(self, name) for name in names}}
 

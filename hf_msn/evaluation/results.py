@@ -17,26 +17,16 @@ RESULTS_FORMAT = "hf_msn low-shot results 1"
 
 @dataclass(frozen=True)
 class SplitResult:
-    """One probe on one split.
+    """One probe on one split."""
 
-    Args:
-        seed (`int`, *optional*): Seed of the split, if it was drawn.
-        list_file (`str`, *optional*): List file of the split, if it was read.
-        num_images (`int`): Labelled images the probe was fitted on, without skipped ones.
-        fewest_per_class, most_per_class (`int`): Smallest and largest number of these images per class.
-        num_skipped (`int`): Images of the split that could not be read.
-        fit (`dict`): `fit_report` of the probe.
-        top1 (`float`), top5 (`float`, *optional*): Accuracy on the test images, in percent.
-    """
-
-    seed: int | None
-    list_file: str | None
-    num_images: int
+    seed: int | None  # of a split that was drawn
+    list_file: str | None  # of a split that was read
+    num_images: int  # labelled images that the probe was fitted on, without skipped ones
     fewest_per_class: int
     most_per_class: int
-    num_skipped: int
-    fit: dict[str, Any]
-    top1: float
+    num_skipped: int  # images of the split that could not be read
+    fit: dict[str, Any]  # `fit_report` of the probe
+    top1: float  # accuracy on the test images, in percent
     top5: float | None
 
 
@@ -63,27 +53,16 @@ class TaskResult:
 
 @dataclass
 class LowShotResults:
-    """The numbers of a low-shot evaluation and all that they depend on.
+    """The numbers of a low-shot evaluation and all that they depend on."""
 
-    Args:
-        name (`str`): Prefix of the metrics.
-        primary_metric (`str`): The metric to compare models by.
-        tasks (`list[TaskResult]`): The tasks, with every split.
-        model (`dict`): Class, origin and weights hash.
-        probe (`dict`): Settings of the probe.
-        data (`dict`): Names, fingerprints and counts of the train and test images.
-        settings (`dict`): Image processor, features, layers, seed.
-        versions (`dict`): Versions of the packages that the numbers depend on.
-    """
-
-    name: str
-    primary_metric: str
+    name: str  # prefix of the metrics
+    primary_metric: str  # to compare models by
     tasks: list[TaskResult]
-    model: dict[str, Any] = field(default_factory=dict)
-    probe: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)  # class, origin and weights hash
+    probe: dict[str, Any] = field(default_factory=dict)  # its settings
+    data: dict[str, Any] = field(default_factory=dict)  # names, fingerprints and counts of train and test images
+    settings: dict[str, Any] = field(default_factory=dict)  # image processor, features, layers, seed
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that the numbers depend on
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -43,36 +43,23 @@ _FIRST_ROWS = 1024
 
 @dataclass(frozen=True)
 class SoftmaxSolution:
-    """The result of `fit_softmax_regression`.
+    """The result of `fit_softmax_regression`."""
 
-    Args:
-        weights (`torch.Tensor` of shape `(C, D)`): float64, on the device of the inputs.
-        iterations (`int`): L-BFGS iterations in both precisions.
-        converged (`bool`): Whether no entry of the gradient exceeds `tol`.
-        objective (`float`): f(W).
-        largest_gradient (`float`): The largest absolute entry of the gradient at W.
-    """
-
-    weights: torch.Tensor
-    iterations: int
-    converged: bool
+    weights: torch.Tensor  # (C, D), float64, on the device of the inputs
+    iterations: int  # in both precisions
+    converged: bool  # no entry of the gradient exceeds `tol`
     objective: float
-    largest_gradient: float
+    largest_gradient: float  # largest absolute entry
 
 
 @torch.no_grad()
 def fit_softmax_regression(
     inputs: torch.Tensor, targets: torch.Tensor, num_classes: int, l2: float, max_iter: int = 300, tol: float = 1e-8
 ) -> SoftmaxSolution:
-    """Find the minimum of the module's objective, from W = 0. Deterministic.
+    """Find the minimum of the module's objective, from W = 0, with lambda = l2 / N. Deterministic.
 
-    Args:
-        inputs (`torch.Tensor` of shape `(N, D)`): float64, on the device to compute on.
-        targets (`torch.Tensor` of shape `(N,)`): int64 in `[0, num_classes)`, on the same device.
-        num_classes (`int`): C.
-        l2 (`float`): The penalty, > 0; lambda is `l2 / N`.
-        max_iter (`int`, *optional*, defaults to 300): Most iterations.
-        tol (`float`, *optional*, defaults to 1e-8): Stops when no entry of the gradient exceeds this.
+    `inputs` (N, D) are float64 on the device to compute on, `targets` (N,) int64 in `[0, num_classes)`. It stops after
+    `max_iter` iterations, or when no entry of the gradient exceeds `tol`.
     """
     with torch.autocast(inputs.device.type, enabled=False):
         basis, coordinates, curvature = _eigenbasis(inputs)

@@ -6,13 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from hf_msn.data import augmentation
 from hf_msn.data.augmentation import finish_views
-from hf_msn.data.transforms import MultiViewTransform
 from hf_msn.data.view_parameters import FACTORS, FLIP, GRAYSCALE, JITTER, NUM_PARAMETERS, ORDER, SIGMA
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -52,8 +49,8 @@ def _rows(number: int, seed: int = 0, sigmas: tuple[float, float] = (0.1, 2.0)) 
     return torch.from_numpy(rows)
 
 
-def _by_torchvision(crop: torch.Tensor, row: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    view = crop.permute(2, 0, 1).to(dtype) / 255
+def _by_torchvision(crop: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    view = crop.permute(2, 0, 1) / 255
     row = row.tolist()
     if row[FLIP]:
         view = F.horizontal_flip(view)
@@ -79,43 +76,9 @@ def test_operators_in_any_order_equal_torchvision(kernel, side):
         torch.testing.assert_close(finished[number], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("operator", range(4))
-def test_each_operator_equals_torchvision_in_double_precision(kernel, operator):
-    crops, rows = _crops(8, 24), torch.zeros(8, NUM_PARAMETERS)
-    rows[:, JITTER] = 1
-    rows[:, FACTORS : FACTORS + 3] = 1
-    rows[:, ORDER : ORDER + 4] = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    rows[:, FACTORS + operator] = torch.linspace(-0.5, 0.5, 8) if operator == 3 else torch.linspace(0, 2, 8)
-    finished = finish_views(crops, rows, MEAN, STD)
-    for number in range(8):
-        expected = _by_torchvision(crops[number], rows[number], torch.float64)
-        torch.testing.assert_close(finished[number].double(), expected, atol=1e-5, rtol=0)
-
-
-def test_blur_is_a_sum_over_reflected_neighbours(kernel):
-    crops, rows = _crops(3, 9), torch.zeros(3, NUM_PARAMETERS)
-    rows[:, SIGMA] = torch.tensor([0.1, 0.7, 2.0])
-    finished = finish_views(crops, rows, (0, 0, 0), (1, 1, 1))
-    for number, sigma in enumerate((0.1, 0.7, 2.0)):
-        radius = min(int(np.ceil(4 * np.float32(sigma))), 8)
-        distances = np.arange(-radius, radius + 1)
-        weights = np.exp(-0.5 * (distances / np.float32(sigma).astype(np.float64)) ** 2)
-        weights /= weights.sum()
-        padded = np.pad(crops[number].numpy() / 255.0, ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
-        expected = np.zeros((9, 9, 3))
-        for y in range(9):
-            for x in range(9):
-                for i, down in enumerate(weights):
-                    for j, across in enumerate(weights):
-                        expected[y, x] += down * across * padded[y + i, x + j]
-        np.testing.assert_allclose(finished[number].permute(1, 2, 0), expected, atol=1e-6)
-
-
 def test_neutral_parameters_only_normalise(kernel):
     crops = _crops(4, 6)
-    expected = (crops.permute(0, 3, 1, 2).double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
-        3, 1, 1
-    )
+    expected = ((crops.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
     rows = torch.zeros(4, NUM_PARAMETERS)
     rows[2, FLIP] = 1
     expected[2] = expected[2].flip(-1)
@@ -151,35 +114,6 @@ def test_no_views_give_no_views():
     assert finish_views(_crops(0, 8), torch.zeros(0, NUM_PARAMETERS), MEAN, STD).shape == (0, 3, 8, 8)
     empty = torch.empty(2, 0, 8, 8, 3, dtype=torch.uint8)
     assert finish_views(empty, torch.zeros(2, 0, NUM_PARAMETERS), MEAN, STD).shape == (2, 0, 3, 8, 8)
-
-
-def test_colour_and_blur_have_the_distribution_of_torchvision(kernel):
-    # one image, whole, many times: our transform against torchvision's classes on float tensors
-    number, side = 1500, 16
-    image = v2.functional.to_pil_image(_crops(1, side, seed=3)[0].permute(2, 0, 1))
-    torch.manual_seed(0)
-    plain = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0), "horizontal_flip": 0.0}
-    whole = {"global_scale": (1.0, 1.0), "aspect_ratio": (1.0, 1.0), "focal_views": 0, "anchor_views": number}
-    ours = MultiViewTransform(image_size=side, **plain, **whole)(image)["anchor_pixel_values"]
-    theirs_of = v2.Compose(
-        [
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomApply([v2.GaussianBlur(15, (0.1, 2.0))], p=0.5),
-        ]
-    )
-    pixels = v2.functional.to_dtype(v2.functional.pil_to_tensor(image), torch.float32, scale=True)
-    theirs = torch.stack([theirs_of(pixels) for _ in range(number)])
-
-    def features(views):
-        gray = views.mean(dim=1)
-        roughness = (gray[:, 1:] - gray[:, :-1]).abs().mean(dim=(1, 2))
-        saturation = (views.amax(dim=1) - views.amin(dim=1)).mean(dim=(1, 2))
-        warmth = (views[:, 0] - views[:, 2]).mean(dim=(1, 2))
-        return [*views.mean(dim=(2, 3)).T, gray.std(dim=(1, 2)), roughness, saturation, warmth]
-
-    for one, other in zip(features(ours), features(theirs)):
-        assert stats.ks_2samp(one.numpy(), other.numpy()).pvalue > 0.01
 
 
 def test_missing_numba_is_logged_once(monkeypatch, caplog):

@@ -14,9 +14,7 @@ def test_views_are_stacked_batch_first(picture):
         "anchor_pixel_values": (5, 2, 3, 8, 8),
         "focal_pixel_values": (5, 3, 3, 4, 4),
     }
-    for name in batch:
-        for position in range(5):
-            assert torch.equal(batch[name][position], items[position][name])
+    assert all(torch.equal(batch[name][position], items[position][name]) for name in batch for position in range(5))
 
 
 def test_items_with_different_names_are_refused():

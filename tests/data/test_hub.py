@@ -18,16 +18,13 @@ import json, sys
 from hf_msn import decode_image, load_images
 answers = {}
 for name, settings in json.loads(sys.argv[1]).items():
-    try:
-        rows = list(load_images("someone/photos", **settings))
-        answers[name] = {
-            "columns": sorted(rows[0]),
-            "labels": [row["label"] for row in rows],
-            "paths": [row["image"]["path"] for row in rows],
-            "sums": [sum(decode_image(row["image"]).tobytes()) for row in rows],
-        }
-    except Exception as error:
-        answers[name] = f"{type(error).__name__}: {error}"
+    rows = list(load_images("someone/photos", **settings))
+    answers[name] = {
+        "columns": sorted(rows[0]),
+        "labels": [row["label"] for row in rows],
+        "paths": [row["image"]["path"] for row in rows],
+        "sums": [sum(decode_image(row["image"]).tobytes()) for row in rows],
+    }
 print(json.dumps(answers))
 """
 
@@ -44,7 +41,6 @@ def answers(image_rows, tmp_path_factory) -> dict:
     settings = {
         "whole": {"split": "test", "revision": REVISION},
         "streamed": {"split": "test", "revision": REVISION, "streaming": True},
-        "no split": {"split": "val"},
     }
     command = [sys.executable, "-c", PROGRAM, json.dumps(settings)]
     with HubServer() as hub:
@@ -63,8 +59,3 @@ def test_hub_data_is_loaded(answers, picture, name):
         "paths": ["photo_0.png", "photo_1.png"],
         "sums": [sum(picture(number).tobytes()) for number in range(2)],
     }
-
-
-def test_unknown_split_of_hub_data_is_named(answers):
-    assert answers["no split"].startswith("ValueError")
-    assert all(name in answers["no split"] for name in ("'val'", "'train', 'test'", "'someone/photos'"))

@@ -1,5 +1,3 @@
-import logging
-
 import datasets
 import numpy as np
 import pytest
@@ -57,12 +55,6 @@ def test_masks_and_numbers_give_the_same_rows(mask):
     assert (rows.dtype, rows.tolist()) == (np.int64, [1, 4, 5])
 
 
-def test_list_file_gives_the_rows_it_names(tmp_path):
-    (tmp_path / "subset.txt").write_text("n02_5.JPEG\nn01_1.JPEG\nn01_4.JPEG\n")
-    rows = labelled_rows(_labelled([0] * 6), list_file=tmp_path / "subset.txt")
-    assert (rows.dtype, rows.tolist()) == (np.int64, [1, 4, 5])
-
-
 def test_no_label_is_read_to_find_the_rows(tmp_path):
     (tmp_path / "subset.txt").write_text("n02_5.JPEG\nn01_1.JPEG\n")
     dataset = WithoutLabels(_labelled([0] * 6))
@@ -91,12 +83,10 @@ def test_required_classes_are_searched_in_the_labelled_rows_alone():
         ({}, "neither"),
         ({"mask": [0], "list_file": "list.txt"}, "both"),
         ({"mask": []}, r"\(0,\)"),
-        ({"mask": [False] * 6}, r"\(0,\)"),
         ({"mask": [True] * 5}, r"\(6,\), but has shape \(5,\)"),
         ({"mask": [0, 6, -1]}, "from 0 to 5, but holds -1, 6"),
         ({"mask": [0, 1, 1, 0, 2]}, "0, 1 more than once"),
         ({"mask": [0.0, 1.0]}, "float64"),
-        ({"mask": ["0"]}, "<U1"),
         ({"mask": [[True] * 6]}, r"\(1, 6\)"),
     ],
 )
@@ -105,12 +95,9 @@ def test_masks_that_do_not_fit_are_refused(settings, message):
         labelled_rows(_labelled([0] * 6), **settings)
 
 
-def test_streams_and_lists_that_do_not_fit_are_refused(tmp_path):
+def test_stream_has_no_row_numbers():
     with pytest.raises(ValueError, match="IterableDataset"):
         labelled_rows(_labelled([0]).to_iterable_dataset(), mask=[0])
-    (tmp_path / "subset.txt").write_text("n02_5.JPEG\nn01_99.JPEG\n")
-    with pytest.raises(ValueError, match="1 of 2 are not: n01_99"):
-        labelled_rows(_labelled([0] * 6), list_file=tmp_path / "subset.txt")
 
 
 def test_drawn_rows_are_those_of_the_low_shot_split():
@@ -120,8 +107,6 @@ def test_drawn_rows_are_those_of_the_low_shot_split():
         np.testing.assert_array_equal(draw_labelled_rows(dataset, **settings), low_shot_indices(labels, **settings))
     with pytest.raises(ValueError, match="dog has 3, fox has 3"):
         draw_labelled_rows(dataset, images_per_class=4, seed=0)
-    with pytest.raises(ValueError, match="row 1 has label -1"):
-        draw_labelled_rows(_labelled([0, -1]), images_per_class=1, seed=0)
     with pytest.raises(ValueError, match=r"\['image'\]"):
         draw_labelled_rows(dataset.select_columns("image"), images_per_class=1, seed=0)
 
@@ -141,13 +126,6 @@ def test_different_class_names_are_refused():
         check_class_names(named, _labelled([0], ["cat", "dog"]))
 
 
-def test_uneven_list_is_logged(tmp_path, caplog):
-    (tmp_path / "2imgs_class.txt").write_text("n02_5.JPEG\nn01_1.JPEG\nn01_4.JPEG\n")
-    with caplog.at_level(logging.WARNING):
-        labelled_rows(_labelled([0] * 6), list_file=tmp_path / "2imgs_class.txt")
-    assert "1 to 2 per class, although its name says 2" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("labels", "row"),
     [
@@ -155,8 +133,6 @@ def test_uneven_list_is_logged(tmp_path, caplog):
         ([3, None], "row 1 has label None"),
         ([3, 2, -1], "row 2 has label -1"),
         (["cat", "dog"], "row 0 has label 'cat'"),
-        ([1.0, 2.0], "row 0 has label 1.0"),
-        ([True, False], "row 0 has label True"),
         (np.array([1, True, 2], dtype=object), "row 1 has label True"),
         ([[1], [2]], r"\(2, 1\)"),
     ],

@@ -31,10 +31,6 @@ def test_each_step_draws_c_classes_with_k_different_images_each():
         assert all(sorted(images.values()) == [1, 1] for images in drawn.values())
 
 
-def test_without_a_number_of_classes_all_are_drawn():
-    assert set(_drawn(_sampler(), 0)) == {3, 7, 20, 41}
-
-
 def test_classes_and_images_are_drawn_equally_often_whatever_their_number():
     sampler, steps = _sampler(global_classes=2, seed=3), 4000
     counts = Counter(position for step in range(steps) for position in sampler.batch(step))
@@ -48,13 +44,6 @@ def test_classes_and_images_are_drawn_equally_often_whatever_their_number():
         share = 2 / 4 * 2 / size
         for position in np.flatnonzero(np.array(LABELS) == number):
             assert abs(counts[position] - steps * share) < 5 * math.sqrt(steps * share * (1 - share))
-
-
-def test_pairs_of_classes_are_drawn_equally_often():
-    sampler, steps = _sampler(global_classes=2), 3000
-    pairs = Counter(tuple(sorted(_drawn(sampler, step))) for step in range(steps))
-    assert len(pairs) == 6
-    assert all(abs(count - steps / 6) < 5 * math.sqrt(steps * 5 / 36) for count in pairs.values())
 
 
 def test_small_class_repeats_all_its_images_equally():
@@ -89,17 +78,6 @@ def test_ranks_together_draw_the_same_as_one_rank(shard, world_size):
             assert (len(drawn), {sum(images.values()) for images in drawn.values()}) == (per_rank[0], {per_rank[1]})
 
 
-def test_ranks_draw_different_images():
-    labels = np.repeat([5, 6, 9, 30], 8)
-    for shard in ("classes", "images"):
-        ranks = [
-            ClassStratifiedSampler(labels, global_images_per_class=4, shard=shard, rank=rank, world_size=4)
-            for rank in range(4)
-        ]
-        rows = [row for rank in ranks for row in rank.batch(6)]
-        assert len(set(rows)) == 16
-
-
 def test_draws_are_a_function_of_seed_and_step():
     first, again, other = _sampler(seed=1), _sampler(seed=1), _sampler(seed=2)
     _ = [again.batch(step) for step in (40, 3)]
@@ -116,16 +94,10 @@ def test_draws_are_the_same_on_every_machine():
 def test_resumed_sampler_continues():
     whole = list(_sampler(num_steps=9))
     assert list(_sampler(num_steps=5, start_step=4)) == whole[4:]
+    assert len(_sampler(num_steps=5, start_step=4)) == 5
     endless = _sampler(start_step=4)
     assert list(itertools.islice(endless, 5)) == whole[4:]
     assert list(itertools.islice(endless, 5)) == whole[4:]
-
-
-def test_length_is_known_only_with_a_number_of_steps():
-    assert len(_sampler(num_steps=7, start_step=3)) == 7
-    assert len(list(_sampler(num_steps=7, start_step=3))) == 7
-    with pytest.raises(TypeError, match="infinite"):
-        len(_sampler())
 
 
 def test_rank_and_world_size_default_to_the_process_group(monkeypatch):
@@ -138,19 +110,11 @@ def test_rank_and_world_size_default_to_the_process_group(monkeypatch):
 
 def test_description_states_the_global_support():
     labels = np.repeat(np.arange(1000), [5 + number % 16 for number in range(1000)])
-    sampler = ClassStratifiedSampler(labels, global_classes=960, global_images_per_class=5, rank=0, world_size=4)
+    sampler = ClassStratifiedSampler(labels, global_classes=960, global_images_per_class=6, rank=0, world_size=4)
     assert sampler.describe(views_per_image=2) == (
-        "Support of each step, over all 4 ranks: 960 classes x 5 images x 2 views = 9600 images; each of the 4 ranks "
-        "holds 240 classes x 5 images x 2 views = 2400 (different classes per rank). Labelled images: 12468 of 1000 "
-        "classes, 5 to 20 per class."
-    )
-    assert _sampler(global_images_per_class=4, shard="images", world_size=2).describe(views_per_image=1) == (
-        "Support of each step, over all 2 ranks: 4 classes x 4 images x 1 view = 16 images; each of the 2 ranks holds "
-        "4 classes x 2 images x 1 view = 8 (the same classes per rank). Labelled images: 19 of 4 classes, 2 to 9 per "
-        "class. Classes with fewer than 4: 2; their images repeat, with different views."
-    )
-    assert _sampler([6, 6], global_images_per_class=1).describe(views_per_image=2) == (
-        "Support of each step: 1 class x 1 image x 2 views = 2 images. Labelled images: 2 of 1 class, 2 per class."
+        "Support of each step: 960 classes x 6 images x 2 views = 11520 images over all 4 ranks, 240 classes x 6 "
+        "images x 2 views = 2880 on each (shard='classes'). Labelled images: 12468 of 1000 classes, 5 to 20 per "
+        "class. Classes with fewer than 6: 63; their images repeat, with different views."
     )
 
 
@@ -167,16 +131,10 @@ def test_small_classes_raise_on_request():
     [
         ({"global_classes": 0}, "`global_classes` .* but is 0"),
         ({"global_classes": 5}, "`global_classes` .* 4, .* but is 5"),
-        ({"global_classes": 2.0}, "`global_classes` .* but is 2.0"),
         ({"global_images_per_class": 0}, "`global_images_per_class` .* >= 1, but is 0"),
         ({"shard": "rows"}, "`shard` .* but is 'rows'"),
         ({"on_small_class": "skip"}, "`on_small_class` .* but is 'skip'"),
-        ({"start_step": -1}, "`start_step` .* >= 0, but is -1"),
-        ({"num_steps": -1}, "`num_steps` .* >= 0, but is -1"),
         ({"seed": -1}, "`seed` .* >= 0, but is -1"),
-        ({"rank": 2, "world_size": 2}, "`rank` .* but is 2"),
-        ({"rank": -1}, "`rank` .* >= 0, but is -1"),
-        ({"world_size": 0}, "`world_size` .* >= 1, but is 0"),
         ({"global_classes": 3, "world_size": 2}, "`global_classes` .* 2 ranks .* but is 3. Use 2"),
         ({"world_size": 3}, "`global_classes` .* 3 ranks .* but is 4. Use 3"),
         (

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -35,31 +34,6 @@ def _bytes(views: torch.Tensor) -> np.ndarray:
     return (views * 255).round().permute(*range(views.dim() - 3), -2, -1, -3).numpy().astype(np.uint8)
 
 
-def test_defaults_are_the_papers():
-    transform = MultiViewTransform()
-    assert dataclasses.asdict(transform) == {
-        "image_size": 224,
-        "focal_size": 96,
-        "anchor_views": 1,
-        "focal_views": 10,
-        "global_scale": (0.3, 1.0),
-        "focal_scale": (0.05, 0.3),
-        "aspect_ratio": (0.75, 4 / 3),
-        "horizontal_flip": 0.5,
-        "color_jitter": 0.5,
-        "color_jitter_probability": 0.8,
-        "grayscale": 0.2,
-        "blur_probability": 0.5,
-        "blur_radius": (0.1, 2.0),
-        "rotation": 0.0,
-        "translation": 0.0,
-        "interpolation": "bilinear",
-        "image_mean": (0.485, 0.456, 0.406),
-        "image_std": (0.229, 0.224, 0.225),
-    }
-    assert all(field.metadata["help"] for field in dataclasses.fields(transform))
-
-
 def test_views_have_the_stated_shapes(picture):
     views = MultiViewTransform(image_size=32, focal_size=16, anchor_views=2, focal_views=3)(picture(1, (50, 40)))
     assert {name: tuple(view.shape) for name, view in views.items()} == {
@@ -76,33 +50,14 @@ def test_views_have_the_stated_shapes(picture):
 def test_neutral_settings_give_the_normalised_image(picture):
     settings = {**PLAIN, **WHOLE, "image_mean": (0.1, 0.2, 0.3), "image_std": (0.5, 0.6, 0.7)}
     view = MultiViewTransform(image_size=8, **settings)(picture(3, (8, 8)))["pixel_values"]
-    pixels = np.asarray(picture(3, (8, 8)))
-    for channel in range(3):
-        for y in range(8):
-            for x in range(8):
-                expected = (pixels[y, x, channel] / 255 - settings["image_mean"][channel]) / settings["image_std"][
-                    channel
-                ]
-                assert view[channel, y, x].item() == pytest.approx(expected, abs=1e-5)
+    expected = (np.asarray(picture(3, (8, 8))) / 255 - settings["image_mean"]) / settings["image_std"]
+    np.testing.assert_allclose(view, expected.transpose(2, 0, 1), atol=1e-5)
 
 
 def test_views_are_drawn_independently(picture):
     views = MultiViewTransform(image_size=8, focal_size=8, anchor_views=2, focal_views=2)(picture(1, (64, 64)))
     drawn = [views["pixel_values"], *views["anchor_pixel_values"], *views["focal_pixel_values"]]
-    for first in range(5):
-        for second in range(first):
-            assert not torch.equal(drawn[first], drawn[second])
-
-
-def test_same_state_of_the_generator_gives_the_same_views(picture):
-    transform = MultiViewTransform(image_size=8, focal_size=4)
-    torch.manual_seed(5)
-    first = transform(picture(1, (20, 20)))
-    torch.manual_seed(5)
-    second = transform(picture(1, (20, 20)))
-    third = transform(picture(1, (20, 20)))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["pixel_values"], third["pixel_values"])
+    assert len({tuple(view.flatten().tolist()) for view in drawn}) == 5
 
 
 def test_global_views_are_drawn_like_the_target_view(picture):
@@ -110,33 +65,12 @@ def test_global_views_are_drawn_like_the_target_view(picture):
     torch.manual_seed(5)
     views = transform(picture(1, (40, 30)))
     torch.manual_seed(5)
-    global_views = transform.global_views(picture(1, (40, 30)), 4)
+    global_views = transform.global_views(picture(1, (40, 30)).convert("RGBA"), 4)
     assert torch.equal(global_views[0], views["pixel_values"])
     assert torch.equal(global_views[1:], views["anchor_pixel_values"])
     assert global_views.shape == (4, 3, 8, 8)
-
-
-def test_number_of_global_views_is_independent_of_the_settings(picture):
-    transform = MultiViewTransform(image_size=8, anchor_views=0, focal_views=7)
-    torch.manual_seed(2)
-    one = transform.global_views(picture(1), 1)
-    torch.manual_seed(2)
-    six = transform.global_views(picture(1).convert("RGBA"), 6)
-    assert (one.shape[0], six.shape[0]) == (1, 6)
-    assert torch.equal(one[0], six[0])
-    for number in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match=f"`num_views` .* but is {number}"):
-            transform.global_views(picture(1), number)
-
-
-def test_rotation_is_about_the_centre_and_fills_with_black():
-    image = Image.new("RGB", (9, 9), "white")
-    settings = {**PLAIN, **WHOLE, "rotation": 45.0}
-    transform = MultiViewTransform(image_size=9, anchor_views=100, **settings)
-    torch.manual_seed(0)
-    views = _bytes(transform(image)["anchor_pixel_values"])
-    assert (views[:, 4, 4] == 255).all()
-    assert (views[:, 0, 0].min(axis=-1) == 0).mean() > 0.5
+    with pytest.raises(ValueError, match=r"`num_views` .* but is 0"):
+        transform.global_views(picture(1), 0)
 
 
 def test_a_setting_does_not_change_the_draws_of_the_others():
@@ -215,35 +149,21 @@ def test_reduction_is_the_largest_that_enlarges_no_crop():
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"crop_fraction": 0}, "crop_fraction"), ({"image_size": 0}, "image_size")]
-)
-def test_evaluation_settings_out_of_range_are_refused(settings, name):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        evaluation_image_processor(**settings)
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"image_size": 0}, "`image_size` .* but is 0"),
-        ({"focal_size": 0}, "`focal_size`"),
         ({"anchor_views": -1}, "`anchor_views` .* but is -1"),
         ({"anchor_views": 0, "focal_views": 0}, "both 0"),
         ({"global_scale": (0.0, 1.0)}, "`global_scale` .* but is 0.0"),
         ({"global_scale": (0.9, 0.3)}, "`global_scale`"),
         ({"focal_scale": (0.1, 1.5)}, "`focal_scale`"),
         ({"focal_scale": 0.3}, "`focal_scale` .* but is 0.3"),
-        ({"aspect_ratio": (-1, 1)}, "`aspect_ratio`"),
         ({"horizontal_flip": 1.5}, "`horizontal_flip` .* but is 1.5"),
-        ({"grayscale": -0.1}, "`grayscale`"),
-        ({"blur_probability": 2}, "`blur_probability`"),
-        ({"blur_radius": (0.0, 2.0)}, "`blur_radius`"),
         ({"color_jitter": -1}, "`color_jitter`"),
         ({"rotation": 200}, "`rotation`"),
         ({"translation": 1.0}, "`translation`"),
         ({"interpolation": "lanczos"}, "`interpolation` .* but is 'lanczos'"),
         ({"image_std": (1.0, 0.0, 1.0)}, "`image_std`"),
-        ({"image_mean": (0.5,)}, "`image_mean`"),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):

@@ -1,13 +1,14 @@
 import datasets
 import numpy as np
 import pytest
-import timm
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, ViTMSNConfig, ViTMSNModel
+from transformers import ViTMSNConfig, ViTMSNModel
 
 from hf_msn.data.sources import load_images
 from hf_msn.data.splits import low_shot_indices
 from hf_msn.data.transforms import evaluation_image_processor
+from hf_msn.models.configuration_paws import PAWSConfig
+from hf_msn.models.modeling_paws import PAWSForPreTraining
 
 
 @pytest.fixture(autouse=True)
@@ -56,31 +57,13 @@ def tiny_vit():
     return model
 
 
-class PretrainingStandIn(PreTrainedModel):
-    """A pretraining model: a timm net without classifier, and a head on top."""
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.encoder = timm.create_model("test_resnet", num_classes=0)
-        self.projection_head = torch.nn.Sequential(
-            torch.nn.Linear(self.encoder.num_features, 12), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 5)
-        )
-
-    @property
-    def evaluation_encoder(self):
-        return self.encoder
-
-    def project(self, pixel_values):
-        return self.projection_head(self.encoder(pixel_values))
-
-
 @pytest.fixture
 def around_timm():
-    """An untrained `PretrainingStandIn`, in training mode, with running statistics that differ from a batch's."""
+    """An untrained PAWS of a timm net, in training mode, with running statistics that differ from a batch's."""
     torch.manual_seed(0)
-    model = PretrainingStandIn(PreTrainedConfig()).train()
+    model = PAWSForPreTraining(
+        PAWSConfig(timm_model="test_resnet", projection_hidden_dim=12, projection_dim=5)
+    ).train()
     with torch.no_grad():
         model.project(torch.randn(8, 3, 32, 32))
     return model

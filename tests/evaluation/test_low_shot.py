@@ -1,6 +1,4 @@
-import logging
 import math
-import random
 
 import datasets
 import numpy as np
@@ -54,10 +52,7 @@ def test_accuracy_of_each_split_is_that_of_its_probe(digits, pixels):
     for seed in (7, 8, 9):
         rows = low_shot_indices(train.labels, images_per_class=2, seed=seed)
         probe = LogisticProbe().fit(train.features[rows], train.labels[rows])
-        hits = 0
-        for scores, label in zip(probe.predict_scores(test.features), test.labels):
-            hits += int(scores.argmax()) == label
-        accuracies.append(100 * hits / len(test))
+        accuracies.append(100 * (probe.predict_scores(test.features).argmax(axis=1) == test.labels).mean())
     splits = evaluator.results.tasks[0].splits
     assert [split.top1 for split in splits] == pytest.approx(accuracies)
     assert [split.seed for split in splits] == [7, 8, 9]
@@ -65,17 +60,6 @@ def test_accuracy_of_each_split_is_that_of_its_probe(digits, pixels):
     assert metrics["low_shot/2_per_class/top1"] == pytest.approx(mean)
     std = math.sqrt(sum((accuracy - mean) ** 2 for accuracy in accuracies) / 2)
     assert metrics["low_shot/2_per_class/top1_std"] == pytest.approx(std)
-
-
-def test_two_calls_give_identical_numbers(few, tiny_vit, processor):
-    evaluator = LowShotEvaluator(*few, image_processor=processor, fractions=(0.5,))
-    assert evaluator(tiny_vit.train()) == evaluator(tiny_vit)
-
-
-def test_random_states_are_unchanged(few, tiny_vit, processor):
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    LowShotEvaluator(*few, image_processor=processor, num_workers=1)(tiny_vit)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 def test_unlabelled_rows_of_a_stream_are_refused(few, tiny_vit, processor):
@@ -129,16 +113,6 @@ def test_lists_of_one_name_are_the_splits_of_one_task(listed, tmp_path):
     assert splits[2].top1 == pytest.approx(accuracy)
 
 
-def test_list_that_differs_from_its_name_is_logged(listed, tmp_path, caplog):
-    file = write_list(tmp_path / "subset" / "3imgs_class.txt", 5)
-    with caplog.at_level(logging.WARNING):
-        evaluator = LowShotEvaluator(*listed, images_per_class=(), list_files={"three": [file]})
-    assert "5 per class, although its name says 3" in caplog.text
-    evaluator.evaluate_features(*(pixel_features(part) for part in listed))
-    (split,) = evaluator.results.tasks[0].splits
-    assert (split.fewest_per_class, split.most_per_class, split.num_images) == (5, 5, 50)
-
-
 def test_given_rows_give_the_numbers_of_a_draw_of_the_same_rows(digits, pixels):
     drawn = LowShotEvaluator(*digits, images_per_class=(2, 5), num_splits=1, seed=4)
     expected = drawn.evaluate_features(*pixels)
@@ -157,17 +131,6 @@ def test_given_rows_give_the_numbers_of_a_draw_of_the_same_rows(digits, pixels):
     assert found["low_shot/support/num_splits"] == 1 and found["low_shot/support/top1_std"] == 0
     split = given.results.tasks[1].splits[0]
     assert (split.seed, split.list_file, split.num_images, split.fewest_per_class) == (None, None, 50, 5)
-
-
-def test_given_rows_and_drawn_tasks_go_together(few):
-    rows = low_shot_indices(few[0]["label"][:], images_per_class=3, seed=0).tolist()
-    evaluator = LowShotEvaluator(*few, images_per_class=(1, 3), num_splits=1, rows={"support": rows})
-    metrics = evaluator.evaluate_features(*(pixel_features(part) for part in few))
-    assert [task.name for task in evaluator.results.tasks] == ["1_per_class", "3_per_class", "support"]
-    assert evaluator.primary_metric == "low_shot/3_per_class/top1"
-    assert (
-        metrics["low_shot/support/top1"] == metrics["low_shot/3_per_class/top1"] > metrics["low_shot/1_per_class/top1"]
-    )
 
 
 def test_other_rows_than_the_given_ones_are_never_read(few, with_broken, tiny_vit, processor):
@@ -276,15 +239,13 @@ def test_results_record_what_the_numbers_depend_on(few, tiny_vit, processor):
     ("arguments", "message"),
     [
         ({"images_per_class": ()}, "are empty"),
-        ({"features": "head"}, "but is 'head'"),
         ({"num_splits": 0}, "`num_splits` .* but is 0"),
         ({"images_per_class": (0,)}, "`images_per_class` .* but is 0"),
         ({"images_per_class": (), "fractions": (1.5,)}, "`fraction` .* but is 1.5"),
-        ({"list_files": ["/no/list.txt"]}, "/no/list.txt"),
     ],
 )
 def test_settings_out_of_range_are_refused(few, arguments, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         LowShotEvaluator(*few, **arguments)
 
 
@@ -292,13 +253,12 @@ def _hidden(data):
     return data.cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1}, new_fingerprint="hidden")
 
 
-def _without(label, keep=0):
-    def change(data):
-        labels = np.array(data["label"][:])
-        rows = np.concatenate([np.flatnonzero(labels != label), np.flatnonzero(labels == label)[:keep]])
-        return data.select(rows)
+def _swapped(data):
+    return data.cast_column("label", datasets.ClassLabel(names=[*"0123456879"]))
 
-    return change
+
+def _without_6(data):
+    return data.select(np.flatnonzero(np.array(data["label"][:]) != 6))
 
 
 @pytest.mark.parametrize(
@@ -308,14 +268,8 @@ def _without(label, keep=0):
         (None, lambda test: test.to_iterable_dataset().remove_columns("label"), {}, r"test data .* \['image'\]"),
         (None, _hidden, {}, "test data .* row 0 has label -1 .* 40 of 40"),
         (None, lambda test: test.select([]), {}, "test data"),
-        (_without(4, keep=3), None, {}, "1 have fewer: 4 has 3"),
-        (_without(6), None, {}, "train data, but 1 do not: 6"),
-        (
-            None,
-            lambda test: test.cast_column("label", datasets.ClassLabel(names=[*"0123456879"])),
-            {},
-            "class 7 is '7' and '8'",
-        ),
+        (_without_6, None, {}, "train data, but 1 do not: 6"),
+        (None, _swapped, {}, "class 7 is '7' and '8'"),
         (lambda train: train.to_iterable_dataset(), None, {"list_files": ["list.txt"]}, "streaming=False"),
         (lambda train: train.to_iterable_dataset(), None, {"rows": {"support": [1]}}, "streaming=False"),
     ],
@@ -334,15 +288,6 @@ def test_features_that_lack_rows_of_the_splits_are_refused(few):
         LowShotEvaluator(*few).evaluate_features(half, test)
 
 
-def test_given_row_without_a_label_is_named(few):
-    labels = np.array(few[0]["label"][:])
-    labels[[17, 30]] = -1
-    train = few[0].cast_column("label", datasets.Value("int64")).remove_columns("label").add_column("label", labels)
-    test = few[1].cast_column("label", datasets.Value("int64"))
-    with pytest.raises(ValueError, match=r"train data .* row 17 has label -1"):
-        LowShotEvaluator(train, test, images_per_class=(), rows={"support": [3, 17, 20]})
-
-
 def test_class_missing_in_the_given_rows_is_named_before_any_image_is_read(few):
     labels = np.array(few[0]["label"][:])
     with pytest.raises(ValueError, match="rows of 'support', but 2 do not: 4, 7"):
@@ -353,11 +298,7 @@ def test_class_missing_in_the_given_rows_is_named_before_any_image_is_read(few):
     ("rows", "message"),
     [
         ({"support": [0, 120]}, "from 0 to 119, but holds 120"),
-        ({"support": [-1, 3]}, "but holds -1"),
-        ({"support": [5, 3, 5]}, "5 more than once"),
-        ({"support": []}, r"shape \(0,\)"),
         ({"support": [True] * 120}, "type bool"),
-        ({"support": [0.5]}, "type float64"),
         ([1, 2, 3], "but is a list"),
         ({"1_per_class": [1]}, "1_per_class"),
     ],

