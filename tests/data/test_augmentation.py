@@ -110,12 +110,6 @@ def test_views_are_float32_under_autocast(kernel):
         assert torch.equal(finish_views(crops, rows, MEAN, STD), expected)
 
 
-def test_no_views_give_no_views():
-    assert finish_views(_crops(0, 8), torch.zeros(0, NUM_PARAMETERS), MEAN, STD).shape == (0, 3, 8, 8)
-    empty = torch.empty(2, 0, 8, 8, 3, dtype=torch.uint8)
-    assert finish_views(empty, torch.zeros(2, 0, NUM_PARAMETERS), MEAN, STD).shape == (2, 0, 3, 8, 8)
-
-
 def test_missing_numba_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(augmentation, "find_spec", lambda name: None)
     augmentation.has_numba.cache_clear()

@@ -95,11 +95,6 @@ def test_masks_that_do_not_fit_are_refused(settings, message):
         labelled_rows(_labelled([0] * 6), **settings)
 
 
-def test_stream_has_no_row_numbers():
-    with pytest.raises(ValueError, match="IterableDataset"):
-        labelled_rows(_labelled([0]).to_iterable_dataset(), mask=[0])
-
-
 def test_drawn_rows_are_those_of_the_low_shot_split():
     labels = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0]
     dataset = _labelled(labels, NAMES)

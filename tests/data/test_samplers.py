@@ -100,14 +100,6 @@ def test_resumed_sampler_continues():
     assert list(itertools.islice(endless, 5)) == whole[4:]
 
 
-def test_rank_and_world_size_default_to_the_process_group(monkeypatch):
-    monkeypatch.setattr("hf_msn.distributed.collectives.world_size", lambda: 2)
-    monkeypatch.setattr("hf_msn.distributed.collectives.rank", lambda: 1)
-    theirs = ClassStratifiedSampler(LABELS, global_images_per_class=2)
-    assert theirs.batch(3) == _sampler(rank=1, world_size=2).batch(3)
-    assert len(theirs.batch(3)) == 4
-
-
 def test_description_states_the_global_support():
     labels = np.repeat(np.arange(1000), [5 + number % 16 for number in range(1000)])
     sampler = ClassStratifiedSampler(labels, global_classes=960, global_images_per_class=6, rank=0, world_size=4)

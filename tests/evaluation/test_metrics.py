@@ -20,11 +20,6 @@ def test_equal_scores_rank_the_lower_class_first():
     np.testing.assert_array_equal(rank_classes(np.zeros((1, 4)), 3), [[0, 1, 2]])
 
 
-def test_k_beyond_the_ranked_classes_is_refused():
-    with pytest.raises(ValueError, match=r"`k` .* 2, .* but is 5"):
-        TopKAccuracy().compute(predictions=[[0, 1]], references=[0], k=5)
-
-
 @pytest.mark.parametrize(
     ("scores", "k", "message"),
     [

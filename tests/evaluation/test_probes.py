@@ -177,13 +177,6 @@ def test_inputs_that_cannot_be_fitted_are_refused(make, features, labels, messag
         make().fit(features, np.array(labels))
 
 
-@pytest.mark.parametrize("make", PROBES)
-def test_nan_in_the_features_to_classify_is_refused(make, clusters):
-    probe = make().fit(*clusters)
-    with pytest.raises(ValueError, match="row 0"):
-        probe.predict_scores(np.full((1, 6), np.nan))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
