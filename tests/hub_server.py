@@ -1,10 +1,4 @@
-"""A Hub on this machine, as far as `huggingface_hub` asks for one. It records requests, and fails on demand.
-
-with HubServer() as hub:
-    hub.fail("PUT", "/lfs/", status=500, skip=1)  # from the second LFS file on
-    subprocess.run(..., env={**os.environ, **hub.environment(tmp_path)})
-    hub.files("someone/model")  # path -> bytes, at the head of a branch
-"""
+"""A Hub on this machine, as far as `huggingface_hub` needs one. It records requests, and fails on demand."""
 
 import base64
 import hashlib
@@ -15,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub.utils._http
@@ -23,10 +18,7 @@ TOKEN = "hf_" + "aliceSecretToken" * 2
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".png", ".parquet")
 
 
-@dataclass
-class Request:
-    """A request that reached the server."""
-
+class Request(NamedTuple):
     method: str
     path: str
     headers: dict[str, str]
@@ -87,14 +79,15 @@ class HubServer:
 
     def use_in_this_process(self, monkeypatch, home: Path, token: str | None = TOKEN) -> None:
         """As `environment`, which is read on import, does it for others; retries do not wait."""
-        for name, value in (
-            ("ENDPOINT", self.url),
-            ("HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"),
-            ("HF_HUB_OFFLINE", False),
-            ("HF_HUB_DISABLE_XET", True),
-            ("HF_TOKEN_PATH", str(home / "no_token")),
-            ("HF_HUB_CACHE", str(home / "cache")),
-        ):
+        constants = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(home / "no_token"),
+            "HF_HUB_CACHE": str(home / "cache"),
+        }
+        for name, value in constants.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
         monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
@@ -122,7 +115,6 @@ class HubServer:
         self.failures.append({"method": method, "part": part, "status": status, "skip": skip, "times": times})
 
     def asked(self, method: str, part: str) -> list[Request]:
-        """The requests with a method whose path has `part`."""
         return [request for request in self.requests if request.method == method and part in request.path]
 
     def sent_bytes(self) -> bytes:
@@ -207,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
-            return self.create(json.loads(body))
+            return self.create(**json.loads(body))
         if found := re.fullmatch(r"/(.+)\.git/info/lfs/(objects/batch|verify)", path):
             action = self.lfs_batch if found[2] == "objects/batch" else self.lfs_verify
             return self.in_repo(found[1], action, json.loads(body), write=True)
@@ -238,14 +230,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.name = name
         return action(repo, *arguments)
 
-    def create(self, asked: dict) -> None:
-        owner = asked.get("organization") or self.user()
-        name = f"{owner}/{asked['name']}"
+    def create(self, name: str, organization: str = "alice", visibility="public", private=False, **others) -> None:
+        name = f"{organization}/{name}"
         if name in self.hub.repos:
             return self.json({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
-        if owner != self.user():
-            return self.error(403, f"You don't have the rights to create a model under the namespace '{owner}'")
-        self.hub.add_repo(name, private=asked.get("visibility") == "private" or asked.get("private") is True)
+        if organization != self.user():
+            return self.error(403, f"No rights to create {name}")
+        self.hub.add_repo(name, private=visibility == "private" or bool(private))
         return self.json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def branch(self, repo: Repo, name: str, body: bytes) -> None:
@@ -255,11 +246,19 @@ class _Handler(BaseHTTPRequestHandler):
         return self.json({})
 
     def info(self, repo: Repo, revision: str) -> None:
-        if (sha := repo.find(revision)) is None:
-            return self.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if (sha := self.find(repo, revision)) is None:
+            return None
         name, siblings = self.name.removeprefix("datasets/"), [{"rfilename": path} for path in repo.commits[sha]]
         names = {"id": name, "modelId": name, "sha": sha}
         return self.json({**names, "private": repo.private, "tags": [], "siblings": siblings})
+
+    def find(self, repo: Repo, revision: str) -> str | None:
+        if (sha := repo.find(revision)) is None:
+            self.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return sha
+
+    def content_hash(self, path: str, data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest() if path.endswith(LFS_SUFFIXES) else git_oid(data)
 
     def entry(self, path: str, data: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
@@ -268,8 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
         return entry
 
     def tree(self, repo: Repo, revision: str, folder: str, recursive: bool) -> None:
-        if (sha := repo.find(revision)) is None:
-            return self.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if (sha := self.find(repo, revision)) is None:
+            return None
         prefix = f"{folder}/" if folder else ""
         inside = {path: data for path, data in repo.commits[sha].items() if path.startswith(prefix)}
         if folder and not inside:
@@ -289,12 +288,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.json([self.entry(path, files[path]) for path in wanted if path in files])
 
     def resolve(self, repo: Repo, revision: str, path: str) -> None:
-        if (sha := repo.find(revision)) is None:
-            return self.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if (sha := self.find(repo, revision)) is None:
+            return None
         if path not in repo.commits[sha]:
             return self.error(404, f"{path} does not exist", "EntryNotFound", X_Repo_Commit=sha)
         data, headers = repo.commits[sha][path], {"X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
-        headers["ETag"] = f'"{self.entry(path, data).get("lfs", {}).get("oid", git_oid(data))}"'
+        headers["ETag"] = f'"{self.content_hash(path, data)}"'
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
             headers["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
@@ -302,15 +301,14 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(200, data, **headers)
 
     def preupload(self, repo: Repo, revision: str, body: bytes) -> None:
-        if revision not in repo.branches:
-            return self.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        present = repo.commits[repo.branches[revision]]
-        files = []
+        if (sha := self.find(repo, revision)) is None:
+            return None
+        files, present = [], repo.commits[sha]
         for path in (file["path"] for file in json.loads(body)["files"]):
-            is_lfs = path.endswith(LFS_SUFFIXES)
-            files.append({"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False})
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
             if path in present:
-                files[-1]["oid"] = hashlib.sha256(present[path]).hexdigest() if is_lfs else git_oid(present[path])
+                files[-1]["oid"] = self.content_hash(path, present[path])
         return self.json({"files": files})
 
     def lfs_batch(self, repo: Repo, asked: dict) -> None:

@@ -22,7 +22,6 @@ from .run_record import read_run
 CARD_FILE = "README.md"
 EVAL_RESULTS_FILE = ".eval_results/hf_msn.yaml"
 _MARKER = "Made by hf_msn from measured results; make it again rather than editing numbers."
-_MADE_BY_US = "Made by hf_msn from measured results"
 _PRETRAINING_CLASSES = {"msn": "MSNForPreTraining", "paws": "PAWSForPreTraining", "suncet": "SuNCEtForPreTraining"}
 _LEARNING = {"msn": "self-supervised", "paws": "semi-supervised", "suncet": "semi-supervised"}
 _SYNC_PAPERS = {"LocalSGD": "local_sgd", "SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip"}
@@ -104,7 +103,7 @@ def save_model_card(
     """
     folder = Path(checkpoint if output is None else output)
     card = folder / CARD_FILE
-    is_ours = not card.is_file() or _MADE_BY_US in card.read_text(encoding="utf-8", errors="replace")
+    is_ours = not card.is_file() or _MARKER in card.read_text(encoding="utf-8", errors="replace")
     if not (is_ours or overwrite):
         raise ValueError(f"'{card}' was not made by hf_msn, and would be lost. Give another `output`, or `overwrite`.")
     settings = {"repo_id": repo_id, "license": license, "without_results": without_results, "model_name": model_name}
@@ -140,7 +139,7 @@ def card_files(
     for path in as_paths(figures):
         pictures[f"{_file_name(path.stem)}.png"] = read_png(path)
     measured = [read_low_shot(path, checkpoint) for path in as_paths(results)]
-    card = describe_checkpoint(checkpoint, run)
+    card = _describe_checkpoint(checkpoint, run)
     finetuning = card["finetuning"] or {}
     is_measured = bool(measured or finetuning.get("test_accuracy"))
     if is_measured == without_results:
@@ -169,12 +168,8 @@ def card_files(
     return {**made, CARD_FILE: text.encode()}
 
 
-def describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike | None = None) -> dict[str, Any]:
-    """Return the entries of the template that the files of a checkpoint contain.
-
-    Raises:
-        ValueError: If it is not a checkpoint, or its weights or one of its records are damaged.
-    """
+def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike | None) -> dict[str, Any]:
+    """Return the entries of the template that the files of a checkpoint contain."""
     folder = Path(checkpoint)
     config, record = read_json(folder / "config.json"), read_run(folder if run is None else run) or {}
     finetuning = read_finetuning(folder)
@@ -338,7 +333,7 @@ def _architecture(config: dict[str, Any], num_weights: int) -> str:
 
 
 def _fenced(settings: dict[str, Any] | None) -> str:
-    """Return settings as a block of YAML that none of its values can end."""
+    """Return settings as a block of YAML, fenced by more backticks than any value has."""
     if not settings:
         return ""
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100).rstrip()

@@ -15,11 +15,7 @@ _COLORS = ("#0b6e99", "#d9822b", "#7b3294", "#2e8b57")
 
 
 def read_png(path: str | os.PathLike) -> bytes:
-    """Read the picture of a PNG file, without the text that may be stored beside it.
-
-    Raises:
-        ValueError: If it is not a PNG file.
-    """
+    """Read the picture of a PNG file, without the text that may be stored beside it."""
     data = Path(path).read_bytes() if Path(path).is_file() else b""
     if not data.startswith(_SIGNATURE):
         raise ValueError(f"`figures` must be PNG files, but '{path}' is not one. Save it as PNG.")

@@ -180,14 +180,7 @@ def publish_checkpoint(
 
 
 def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **card: Any) -> list[ListedFile]:
-    """Return the files to publish of a checkpoint, with its card.
-
-    Args:
-        checkpoint (`str` or `Path`): The folder.
-        export_to (`Path`): An empty folder, into which a pretraining checkpoint is exported as a backbone.
-        what (`str`, *optional*): As for [`publish_checkpoint`].
-        card: Arguments of the card, see [`card_files`].
-    """
+    """Return the files to publish of a checkpoint, with its card. A backbone is exported into `export_to`."""
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         inside = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
@@ -203,7 +196,9 @@ def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **c
     if is_pretraining and what == "backbone":
         records.pop(FINETUNING_FILE, None)  # it measured the model with its head
         folder, weights, origin = export_to / folder.resolve().name, ["model.safetensors"], "export_backbone"
-        _export(checkpoint, folder)
+        has_processor = Path(checkpoint, _IMAGE_PROCESSOR).is_file()
+        processor = AutoImageProcessor.from_pretrained(checkpoint) if has_processor else None
+        export_backbone(AutoModelForPreTraining.from_pretrained(checkpoint), folder, image_processor=processor)
         for name, record in records.items():
             write_json(folder / name, record)
     if not (folder / _IMAGE_PROCESSOR).is_file() and config.get("model_type") is not None:
@@ -241,16 +236,9 @@ def list_resume_files(checkpoint: Path, path_in_repo: str) -> list[ListedFile]:
 
 
 class HubRepository:
-    """A repo of models on the Hub, at a branch.
+    """A repo of models on the Hub, at a branch. For the arguments see [`publish_checkpoint`].
 
-    Args:
-        repo_id (`str`): "user/name", or "name" of a repo of the user to whom the token belongs.
-        revision (`str`, *optional*): The branch, by default main.
-        private (`bool`, *optional*): Visibility of a new repo. An existing repo must match.
-        token (`str`, *optional*): By default HF_TOKEN or the token that `hf auth login` stored.
-
-    Raises:
-        PublishingError: If there is no token.
+    `repo_id` may also be the "name" of a repo of the user to whom the token belongs.
     """
 
     def __init__(
@@ -306,21 +294,10 @@ class HubRepository:
             )
 
     def commit(self, files: Sequence[ListedFile], message: str, folders: Sequence[str] = ("",)) -> CommitInfo:
-        """Upload files and make them visible in one commit, which removes the model files that they replace.
-
-        Args:
-            files (`Sequence[ListedFile]`): All model files that `folders` hold afterwards. Other files stay.
-            message (`str`): Message of the commit.
-            folders (`Sequence[str]`, *optional*): Folders of the repo; by default its root.
-
-        Raises:
-            PublishingError: If it failed. The branch is as it was; files that arrived are not sent again.
-        """
+        """Upload files in one commit, which removes the other model files of `folders`, by default of the root."""
         wanted = {file.path for file in files}
-        replaced = [
-            path for path in self.files() if path not in wanted and any(_is_ours(path, folder) for folder in folders)
-        ]
-        operations = [CommitOperationDelete(path) for path in replaced]
+        others = [path for path in self.files() if path not in wanted]
+        operations = [CommitOperationDelete(p) for p in others if any(_is_ours(p, folder) for folder in folders)]
         with _publishing_errors(self.repo_id):
             operations += [CommitOperationAdd(f.path, f.content) for f in files]
             return self.api.create_commit(self.repo_id, operations, commit_message=message, revision=self.revision)
@@ -365,14 +342,6 @@ def _check_form(what: str | None, config: dict[str, Any], is_pretraining: bool, 
             f"`what` must be the form of the checkpoint, but is '{what}', and '{checkpoint}' holds a {found} model. "
             "Leave `what` out, or give another checkpoint."
         )
-
-
-def _export(checkpoint: str | Path, folder: Path) -> None:
-    model = AutoModelForPreTraining.from_pretrained(checkpoint)
-    processor = None
-    if Path(checkpoint, _IMAGE_PROCESSOR).is_file():
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
-    export_backbone(model, folder, image_processor=processor)
 
 
 def _public_record(path: Path) -> dict[str, Any]:

@@ -24,11 +24,7 @@ def as_paths(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Pat
 
 
 def read_results(path: str | os.PathLike) -> LowShotResults:
-    """Read a file of `LowShotResults.save`. Means and intervals are computed from its splits.
-
-    Raises:
-        ValueError: If it is not such a file.
-    """
+    """Read a file of `LowShotResults.save`. Means and intervals are computed from its splits."""
     record = _read_record(Path(path), RESULTS_FORMAT)
     try:
         tasks = [
@@ -42,11 +38,7 @@ def read_results(path: str | os.PathLike) -> LowShotResults:
 
 
 def read_low_shot(path: str | os.PathLike, checkpoint: str | os.PathLike) -> LowShotResults:
-    """Read a file of `LowShotResults.save` that measured the weights of a checkpoint.
-
-    Raises:
-        ValueError: If it is not such a file, or measured other weights.
-    """
+    """Read a file of `LowShotResults.save`, which must have measured the weights of a checkpoint."""
     results = read_results(path)
     measured = results.model.get("weights_sha256")
     weights = weights_of(checkpoint, results.settings.get("features", "backbone"))
@@ -59,11 +51,7 @@ def read_low_shot(path: str | os.PathLike, checkpoint: str | os.PathLike) -> Low
 
 
 def read_finetuning(checkpoint: str | os.PathLike) -> dict[str, Any] | None:
-    """Read the `finetune.json` of a checkpoint; `None` if there is none.
-
-    Raises:
-        ValueError: If it is of another format, or is not of the weights beside it.
-    """
+    """Read the `finetune.json` of a checkpoint, which must be of the weights beside it; `None` if there is none."""
     path = Path(checkpoint, FINETUNING_FILE)
     if not path.is_file():
         return None
@@ -85,11 +73,7 @@ def weights_of(checkpoint: str | os.PathLike, features: str = "backbone") -> str
 
 
 def count_weights(folder: str | os.PathLike) -> dict[str, int]:
-    """Return how many numbers each safetensors file of a model holds, by the name of the file.
-
-    Raises:
-        ValueError: If a file is missing, is damaged, or has more metadata than its format.
-    """
+    """Return how many numbers each safetensors file of a model holds, by the name of the file."""
     folder, names = Path(folder), ["model.safetensors"]
     if not (folder / names[0]).exists() and (folder / WEIGHTS_INDEX).exists():
         names = sorted({Path(name).name for name in read_json(folder / WEIGHTS_INDEX)["weight_map"].values()})

@@ -110,11 +110,7 @@ def write_run(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the `run.json` of a folder, reduced by [`public_run`], or `None` if there is none.
-
-    Raises:
-        ValueError: If it is not JSON, or of another format.
-    """
+    """Return the `run.json` of a folder, reduced by [`public_run`], or `None` if there is none."""
     path = Path(folder, RUN_FILE)
     if not path.is_file():
         return None

@@ -14,12 +14,7 @@ SUPPORT_FIELDS = {
 
 @contextmanager
 def in_terms_of(names: dict[str, str]) -> Iterator[None]:
-    """Renames the arguments that a `ValueError` from inside speaks of.
-
-    Args:
-        names (`dict[str, str]`): The user's field for each argument. What the message says of it, as `name` or
-            name=value, is put in the field's name.
-    """
+    """Rename arguments, written as `name` or name=value, in the message of a `ValueError` from the block."""
     try:
         yield
     except ValueError as error:

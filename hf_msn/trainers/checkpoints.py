@@ -27,13 +27,7 @@ class CheckpointError(OSError):
 def staging_folder(trainer: Trainer, folder: Path, name: str = "") -> Iterator[Path]:
     """Yield a folder inside `folder` for all ranks to save into. The block moves what it wants to keep out of it.
 
-    Args:
-        trainer (`Trainer`): Its saving rank clears the folder before and after; all ranks wait for the first.
-        folder (`Path`): Where the files go in the end.
-        name (`str`, *optional*): Name of the checkpoint in it, for the error message.
-
-    Raises:
-        CheckpointError: If the block fails. The message has the cause, the free space and the last whole checkpoint.
+    If it fails, the [`CheckpointError`] has the cause, the free space and the last whole checkpoint.
     """
     staging = folder / STAGING_FOLDER
     if trainer.args.should_save:
@@ -61,11 +55,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the latest whole checkpoint of a run, if any. Each broken one is skipped with a warning that names it.
-
-    Args:
-        output_dir (`str` or `Path`): The `output_dir` of the run.
-    """
+    """Return the latest whole checkpoint of a run, if any. Each broken one is skipped with a warning that names it."""
     for abandoned in sorted(Path(output_dir, STAGING_FOLDER).glob("checkpoint-*")):
         logger.warning(f"Skipping '{abandoned}': the run was stopped while it was writing this checkpoint.")
     for path in reversed(list_checkpoints(output_dir)):
@@ -77,16 +67,7 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> str | None:
-    """Return the checkpoint folder to resume from, or `None` for a new run.
-
-    Args:
-        resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, `True` for the last whole one of
-            `output_dir`, or `"auto"` for that one if there is any.
-        output_dir (`str` or `Path`): The `output_dir` of the run.
-
-    Raises:
-        CheckpointError: If there is no whole checkpoint, or the given one is not whole.
-    """
+    """Return the checkpoint folder to resume from, or `None` for a new run. See [`PretrainingTrainer.train`]."""
     asked_for = str(resume_from_checkpoint or False).lower()  # also the words of a recipe
     if asked_for == "false":
         return None

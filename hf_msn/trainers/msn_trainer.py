@@ -106,15 +106,8 @@ class MSNTrainer(PretrainingTrainer):
 
 
 def describe_collapse(logs: dict[str, float], num_prototypes: int, num_targets: int) -> str | None:
-    """Return the symptom and the remedy if the assignments have collapsed, else `None`.
-
-    Args:
-        logs (`dict[str, float]`): With `prototypes_in_use`, `mean_max_target_probability` and `me_max`.
-        num_prototypes (`int`): K.
-        num_targets (`int`): Number of target views in the log. Few images cannot use many prototypes: below 32 the
-            result is `None`.
-    """
-    if num_prototypes == 1 or num_targets < 32:
+    """Return the symptom and the remedy if the assignments have collapsed, else `None`."""
+    if num_prototypes == 1 or num_targets < 32:  # few images cannot use many prototypes
         return None
     used, confidence = logs["prototypes_in_use"], logs["mean_max_target_probability"]
     if used <= max(1, min(num_prototypes, num_targets) // 100):

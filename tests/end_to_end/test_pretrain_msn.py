@@ -7,7 +7,6 @@ from transformers import AutoImageProcessor
 from hf_msn import BrokenImageError, MSNForPreTraining
 
 VIEWS = "--image_size 32 --focal_size 16 --focal_views 2 --num_prototypes 8".split()
-DIGITS = "--image_size 8 --patch_size 4 --focal_views 1 --focal_size 4".split()
 
 
 def test_a_folder_of_colour_images_with_a_broken_one(tmp_path, capsys):
@@ -26,15 +25,10 @@ def test_a_folder_of_colour_images_with_a_broken_one(tmp_path, capsys):
         pretrain(tmp_path / "fatal", *settings, "--on_broken_image", "raise")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset", "absent"], "absent"),
-        ([*DIGITS, "--per_device_train_batch_size", "2000"], "1437 .* 2000"),
-        ([*DIGITS, "--focal_size", "5"], "`focal_size` .* 5"),
-    ],
-)
-def test_wrong_use_fails_before_any_training(tmp_path, arguments, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        pretrain(tmp_path / "run", *VIT[:-2], *arguments)
+def test_wrong_use_fails_before_any_training(tmp_path):
+    with pytest.raises((ValueError, OSError), match="absent"):
+        pretrain(tmp_path / "run", *VIT, "--dataset", "absent")
+    with pytest.raises(ValueError, match=r"1437 .* 2000"):
+        sizes = "--image_size 8 --focal_views 1 --focal_size 8".split()
+        pretrain(tmp_path / "run", *VIT, *sizes, "--per_device_train_batch_size", 2000)
     assert not list(tmp_path.glob("run/checkpoint-*"))

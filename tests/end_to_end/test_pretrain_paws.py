@@ -138,13 +138,10 @@ def test_a_data_set_without_labels_learns_from_a_second_one(folder, tmp_path):
         ([0] * 24, [], "`labelled_rows_file`"),
         ([], [], "`labelled_rows_file`"),
         ([1, 24], [], "holds 24"),
-        (ROWS, ["--global_support_classes", 4], r"`global_support_classes` .* 4"),
-        (ROWS, ["--global_support_images_per_class", 3, "--support_on_small_class", "raise"], r"3 .*: 0 has 2"),
         (None, ["--labelled_images_per_class", 9], "9"),
         (ROWS, ["--label_smoothing", 1], "`label_smoothing` .* 1"),
         (ROWS, ["--prediction_head", "true", "--projection_dim", 3], "`projection_dim` 3"),
         (ROWS, ["--timm_model", "resnet18", "--timm_options", '{"depht": 1}'], "resnet18"),
-        (ROWS, ["--anchor_views", 2], "`anchor_views` .* 2"),
     ],
 )
 def test_wrong_use_fails_before_any_training(folder, tmp_path, labelled, arguments, message):

@@ -17,10 +17,10 @@ COMMAND = [
     *"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split(),
     *"--mixed_precision no --dynamo_backend no --main_process_port 0".split(),
     str(ROOT / "scripts" / "pretrain.py"),
-    *"--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64".split(),
-    *"--projection_hidden_dim 32 --projection_dim 16 --num_prototypes 16 --warmup_epochs 1 --logging_steps 1".split(),
+    *"--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16".split(),
+    *"--projection_hidden_dim 16 --projection_dim 8 --num_prototypes 8 --warmup_epochs 0 --logging_steps 1".split(),
     *"--use_cpu true --disable_tqdm true --image_size 8 --patch_size 4 --focal_views 1 --focal_size 4".split(),
-    *"--per_device_train_batch_size 16 --max_steps 40 --save_steps 5 --report_to none".split(),
+    *"--per_device_train_batch_size 16 --max_steps 20 --save_steps 5 --report_to none".split(),
     *"--sync slowmo --sync_every 12 --slow_momentum 0.6 --sync_timeout_seconds 60".split(),
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -60,4 +60,4 @@ def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path):
     assert first.keys() == second.keys() and all(second[name].equal(value) for name, value in first.items())
     logs = [json.loads((tmp_path / folder / "trainer_state.json").read_text()) for folder in ("whole", "parts")]
     steps = [{entry["step"]: entry["loss"] for entry in log["log_history"] if "loss" in entry} for log in logs]
-    assert steps[0] == steps[1] and sorted(steps[0]) == list(range(1, 41))
+    assert steps[0] == steps[1] and sorted(steps[0]) == list(range(1, 21))

@@ -1,11 +1,8 @@
-"""Pretraining that pushes, evaluation and publishing as a user starts them, against a Hub on this machine."""
+"""Pretraining that pushes, evaluation and publishing by the scripts, against a Hub on this machine."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,107 +41,14 @@ def hub():
 
 @pytest.fixture
 def home(tmp_path) -> Path:
-    """The home of a user whose name is not to be told."""
+    """The home of a user whose name must not be published."""
     (tmp_path / "home" / "alice_smith").mkdir(parents=True)
     return tmp_path / "home" / "alice_smith"
 
 
-def start(script, hub, home, *arguments, token: str | None = TOKEN, status: int | None = 0):
-    environment = {**os.environ, **hub.environment(home, token), "HOME": str(home), "USER": "alice_smith"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
-    )
-    assert status is None or done.returncode == status, done.stderr[-4000:]
-    assert TOKEN not in done.stdout + done.stderr
-    return done
-
-
-def nothing_private(hub, home) -> None:
-    sent = hub.sent_bytes()
-    for secret in (TOKEN, "alice_smith", str(home), str(home.parent), str(ROOT)):
-        assert secret.encode() not in sent, secret
-
-
-@pytest.mark.slow
-def test_from_pretraining_that_pushes_to_a_card_with_measured_numbers(hub, home):
-    pushes = "--push_to_hub true --hub_model_id alice/digits --hub_strategy every_save --hub_always_push true"
-    measures = "--low_shot_every_epochs 1 --low_shot_test_split test --low_shot_images_per_class 1 --crop_fraction 1"
-    start("pretrain.py", hub, home, "--output_dir", "runs/mine", *TINY, *pushes.split(), *measures.split())
-    messages = ["Training in progress, checkpoint-2", "Training in progress, checkpoint-4", "Model save"]
-    assert hub.repos["alice/digits"].messages[1:] == messages
-    files = hub.files("alice/digits")
-    assert sorted(files) == [".eval_results/hf_msn.yaml", *RUN]  # of the evaluation at the end of training
-    assert "low-shot" in files["README.md"].decode().lower()
-    pushed, saved = (
-        load(files["model.safetensors"]),
-        MSNForPreTraining.from_pretrained(home / "runs/mine").state_dict(),
-    )
-    assert torch.equal(pushed["prototypes"], saved["prototypes"])
-    nothing_private(hub, home)
-
-    model = MSNForPreTraining.from_pretrained(home / "runs/mine")
-    data = {split: load_images("digits", split=split) for split in ("train", "test")}
-    processor = {"image_processor": evaluation_image_processor(8)}
-    evaluator = LowShotEvaluator(*data.values(), images_per_class=[1], num_splits=2, **processor)
-    evaluator(model)
-    evaluator.results.save(home / "low_shot.json")
-    publication = "--checkpoint runs/mine --repo_id alice/encoder --results low_shot.json --private true --tags digits"
-    asked = len(hub.requests)
-    dry = start("publish.py", hub, home, *publication.split(), "--dry_run", "true", token=None)
-    assert len(hub.requests) == asked and "Dry run: nothing was sent." in dry.stdout
-    done = start("publish.py", hub, home, *publication.split(), "--revision", "v1")
-    files = hub.files("alice/encoder", "v1")
-    assert sorted(files) == [".eval_results/hf_msn.yaml", *RUN] and hub.files("alice/encoder") == {}
-    for path in files:
-        assert path in dry.stdout and path in done.stdout
-    assert hub.repos["alice/encoder"].private and "Published: http://" in done.stdout
-    card, measured = ModelCard(files["README.md"].decode()), json.loads((home / "low_shot.json").read_text())
-    assert "digits" in card.data.tags and "alice/encoder" in card.text
-    value = measured["metrics"]["low_shot/1_per_class/top1"]
-    assert f"{value:.1f}" in card.text
-    assert any(abs(entry["value"] - value) < 0.1 for entry in yaml.safe_load(files[".eval_results/hf_msn.yaml"]))
-    config = json.loads(files["config.json"])
-    assert (config["model_type"], config["architectures"]) == ("vit_msn", ["ViTMSNModel"])
-    nothing_private(hub, home)
-
-    encoder = model.target_encoder.state_dict()
-    for name, value in files.items():
-        path = home / "downloaded" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(value)
-    loaded = ViTMSNModel.from_pretrained(home / "downloaded").state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in encoder.items())
-
-    # Numbers of other weights do not get onto a card.
-    tiny_model().save_pretrained(home / "other")
-    with pytest.raises(ValueError, match="weights"):
-        publish_checkpoint(home / "other", "alice/other", results=[home / "low_shot.json"], dry_run=True)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_rank_0_pushes_for_two_ranks_and_a_refusal_ends_both(hub, home):
-    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch += f" --main_process_port 0 {ROOT / 'scripts' / 'pretrain.py'}"
-    pushes = "--push_to_hub true --hub_strategy checkpoint --hub_model_id"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), *TINY, *pushes.split()]
-    environment = {**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    done = run([*command, "alice/two", "--output_dir", home / "run"])
-    assert done.returncode == 0, done.stderr[-4000:]
-    resumable = {path for path in hub.files("alice/two") if path.startswith("last-checkpoint/rng_state")}
-    assert resumable == {"last-checkpoint/rng_state_0.pth", "last-checkpoint/rng_state_1.pth"}
-    assert len(hub.asked("POST", "repos/create")) == 1 and hub.repos["alice/two"].messages[-1] == "Model save"
-    done = run([*command, "bob/two", "--output_dir", home / "other"])
-    assert done.returncode != 0 and "bob/two" in done.stderr
-    assert not list((home / "other").glob("checkpoint-*"))
-
-
 @pytest.fixture
 def run(hub, home, monkeypatch, capsys):
-    """Runs a script in this process, which saves importing everything again; returns what it printed."""
+    """Run a script in this process, and return what it printed."""
     hub.use_in_this_process(monkeypatch, home)
 
     def run(script, *arguments):
@@ -156,13 +60,66 @@ def run(hub, home, monkeypatch, capsys):
     return run
 
 
-def test_publishing_without_results_must_be_asked_for_and_is_said(run, hub, home):
+def nothing_private(hub, home) -> None:
+    sent = hub.sent_bytes()
+    for secret in (TOKEN, "alice_smith", str(home), str(home.parent), str(ROOT)):
+        assert secret.encode() not in sent, secret
+
+
+@pytest.mark.slow
+def test_from_pretraining_that_pushes_to_a_card_with_measured_numbers(run, hub, home, monkeypatch):
+    pushes = "--push_to_hub true --hub_model_id alice/digits --hub_strategy every_save --hub_always_push true"
+    measures = "--low_shot_every_epochs 1 --low_shot_test_split test --low_shot_images_per_class 1 --crop_fraction 1"
+    run("pretrain.py", "--output_dir", home / "runs/mine", *TINY, *pushes.split(), *measures.split())
+    messages = ["Training in progress, checkpoint-2", "Training in progress, checkpoint-4", "Model save"]
+    assert hub.repos["alice/digits"].messages[1:] == messages
+    files = hub.files("alice/digits")
+    assert sorted(files) == [".eval_results/hf_msn.yaml", *RUN]  # of the evaluation at the end of training
+    assert "low-shot" in files["README.md"].decode().lower()
+    model = MSNForPreTraining.from_pretrained(home / "runs/mine")
+    assert torch.equal(load(files["model.safetensors"])["prototypes"], model.prototypes)
+    nothing_private(hub, home)
+
+    data = {split: load_images("digits", split=split) for split in ("train", "test")}
+    processor = {"image_processor": evaluation_image_processor(8)}
+    evaluator = LowShotEvaluator(*data.values(), images_per_class=[1], num_splits=2, **processor)
+    evaluator(model)
+    evaluator.results.save(home / "low_shot.json")
+    publication = "--repo_id alice/encoder --private true --tags digits".split()
+    publication += ["--checkpoint", home / "runs/mine", "--results", home / "low_shot.json"]
+    asked = len(hub.requests)
+    monkeypatch.delenv("HF_TOKEN")
+    dry = run("publish.py", *publication, "--dry_run", "true")
+    assert len(hub.requests) == asked and "Dry run: nothing was sent." in dry
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = run("publish.py", *publication, "--revision", "v1")
+    files = hub.files("alice/encoder", "v1")
+    assert sorted(files) == [".eval_results/hf_msn.yaml", *RUN] and hub.files("alice/encoder") == {}
+    assert all(path in dry and path in done for path in files) and TOKEN not in dry + done
+    assert hub.repos["alice/encoder"].private and "Published: http://" in done
+    card, measured = ModelCard(files["README.md"].decode()), json.loads((home / "low_shot.json").read_text())
+    assert "digits" in card.data.tags and "alice/encoder" in card.text
+    value = measured["metrics"]["low_shot/1_per_class/top1"]
+    assert f"{value:.1f}" in card.text
+    assert any(abs(entry["value"] - value) < 0.1 for entry in yaml.safe_load(files[".eval_results/hf_msn.yaml"]))
+    config = json.loads(files["config.json"])
+    assert (config["model_type"], config["architectures"]) == ("vit_msn", ["ViTMSNModel"])
+    nothing_private(hub, home)
+
+    loaded = ViTMSNModel.from_pretrained("alice/encoder", revision="v1").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.target_encoder.state_dict().items())
+
+    # Numbers of other weights do not get onto a card.
+    tiny_model().save_pretrained(home / "other")
+    with pytest.raises(ValueError, match="weights"):
+        publish_checkpoint(home / "other", "alice/other", results=[home / "low_shot.json"], dry_run=True)
+
+
+def test_publishing_without_results_must_be_asked_for(run, hub, home):
     tiny_model().save_pretrained(home / "run")
     named = ["--checkpoint", home / "run", "--repo_id", "alice/tiny"]
     with pytest.raises(ValueError, match="without_results"):
         run("publish.py", *named)
-    with pytest.raises(ValueError, match="a/b/c"):
-        run("publish.py", *named, "--repo_id", "a/b/c", "--without_results")
     assert hub.repos == {}
     assert "4 files" in run("publish.py", *named, "--without-results", "--private", "false")
     assert sorted(hub.files("alice/tiny")) == RUN[:4]

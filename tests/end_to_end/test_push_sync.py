@@ -1,4 +1,4 @@
-"""What two ranks that train with little communication push, record and publish, as a user starts them."""
+"""Two ranks that train with little communication push, record and publish, by the scripts."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 
@@ -24,7 +24,8 @@ TINY = (
     "--projection_dim 8 --num_prototypes 8 --per_device_train_batch_size 16 --max_steps 4 --save_steps 2 "
     "--warmup_epochs 0 --use_cpu true --disable_tqdm true --report_to none "
 )
-PUSH = "--push_to_hub true --hub_strategy every_save --hub_always_push true --hub_model_id alice/run "
+PUSH = "--push_to_hub true --hub_strategy checkpoint --hub_always_push true --hub_model_id "
+RESUME = {f"last-checkpoint/{name}" for rank in (0, 1) for name in (f"rng_state_{rank}.pth", f"sync_state_{rank}.pt")}
 PUSHED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "run.json"}
 SYNC = {
     "slowmo": "--sync slowmo --sync_every 3 --slow_momentum 0.6",
@@ -47,49 +48,47 @@ PAPERS = {"slowmo": ["1910.00643"], "codistillation": ["2010.02838"]}
 ROW = {"slowmo": "SlowMo: sync\\_every 3", "codistillation": "Codistillation: replicas 2, ranks\\_per\\_replica 1"}
 
 
-def start(arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+def run(arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, *arguments.split(), "--output_dir", str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def end(process: subprocess.Popen) -> None:
-    try:
-        _, said = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, said[-4000:]
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_refusal_of_the_hub_ends_both_ranks_before_training(tmp_path):
+    with HubServer() as hub:
+        refused = run(LAUNCH + TINY + PUSH + "bob/run", tmp_path / "run", hub.environment(tmp_path))
+    assert refused.returncode != 0 and "bob/run" in refused.stderr
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["slowmo", "codistillation"])
-def test_two_ranks_push_what_one_reader_needs_and_train_as_without(method, tmp_path, monkeypatch):
+def test_two_ranks_push_a_model_of_one_reader_and_the_files_of_both_for_a_resume(method, tmp_path, monkeypatch):
     with HubServer() as hub:
-        processes = [
-            start(LAUNCH + TINY + PUSH + SYNC[method], tmp_path / "run", hub.environment(tmp_path)),
-            start(LAUNCH + TINY + SYNC[method], tmp_path / "plain", {"HF_HUB_OFFLINE": "1"}),
-        ]
-        for process in processes:
-            end(process)
-        run, repo = tmp_path / "run", hub.repos["alice/run"]
-        weights, plain = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "plain"))
-        assert all(torch.equal(value, plain[name]) for name, value in weights.items())
-
+        folder, command = tmp_path / "run", LAUNCH + TINY + PUSH + "alice/run " + SYNC[method]
+        done = run(command, folder, hub.environment(tmp_path))
+        assert done.returncode == 0, done.stderr[-4000:]
+        repo = hub.repos["alice/run"]
+        assert len(hub.asked("POST", "repos/create")) == 1
         messages = [f"Training in progress, checkpoint-{step}" for step in (2, 4)]
         assert repo.messages[1:] == [*messages, "Model save"]
         commits = list(repo.commits.values())[1:]
         for files, saved in zip(commits, ("checkpoint-2", "checkpoint-4", ".")):
             others = {"codistillation.json"} if (method, saved) == ("codistillation", ".") else set()
-            assert set(files) - {".gitattributes"} == PUSHED | others  # no sync_state_*.pt
-            assert files["model.safetensors"] == (run / saved / "model.safetensors").read_bytes()
-        second = torch.load(run / "checkpoint-4" / "sync_state_1.pt", weights_only=False)["model"]
+            assert {path for path in files if "/" not in path} - {".gitattributes"} == PUSHED | others
+            assert set(files) >= RESUME
+            assert files["model.safetensors"] == (folder / saved / "model.safetensors").read_bytes()
+        second = torch.load(folder / "checkpoint-4" / "sync_state_1.pt", weights_only=False)["model"]
         pushed = load(commits[1]["model.safetensors"])
         # of replicas the first, and of local steps the consensus, which every rank has
         assert (second is not None) == (method == "codistillation")
         assert second is None or not all(torch.equal(second[name], value) for name, value in pushed.items())
 
         record = json.loads(commits[-1]["run.json"])
-        assert record["sync"] == RECORD[method]
+        assert record["sync"] == RECORD[method] and record["recipe"]["dataset"] == "digits"
         assert record["hardware"]["ranks"] == record["batch"]["ranks"] == 2
         assert record["batch"]["images_per_update"] == {"slowmo": 32, "codistillation": 16}[method]
         card = commits[-1]["README.md"].decode()
@@ -98,12 +97,12 @@ def test_two_ranks_push_what_one_reader_needs_and_train_as_without(method, tmp_p
         assert ("replica 0 of 2 (counted from 0) is published" in card) == (method == "codistillation")
 
         hub.use_in_this_process(monkeypatch, tmp_path)
-        publish = f"publish.py --repo_id alice/encoder --without_results true --checkpoint {run}"
+        publish = f"publish.py --repo_id alice/encoder --without_results true --checkpoint {folder}"
         monkeypatch.setattr(sys, "argv", publish.split())
         runpy.run_path(str(ROOT / "scripts" / "publish.py"), run_name="__main__")
         files = hub.files("alice/encoder")
         assert set(files) - {"codistillation.json"} == PUSHED
         assert json.loads(files["run.json"])["sync"] == RECORD[method]
-        assert checkpoint_weights_sha256(run) in files["README.md"].decode()
+        assert checkpoint_weights_sha256(folder) in files["README.md"].decode()
         for secret in (str(tmp_path), str(ROOT)):
             assert secret.encode() not in hub.sent_bytes()

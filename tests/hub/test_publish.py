@@ -208,12 +208,6 @@ def test_a_repo_id_that_cannot_be_one_is_refused(hub, run, repo_id):
         publish(run, repo_id, dry_run=True)
 
 
-def test_a_card_without_results_must_be_asked_for(hub, run):
-    with pytest.raises(ValueError, match="without_results"):
-        publish(run, without_results=False)
-    assert hub.repos == {}
-
-
 # Failures
 
 
@@ -268,7 +262,6 @@ def test_the_visibility_of_a_repo_is_never_changed(hub, run, is_private):
     ("method", "part", "status"),
     [
         ("POST", "repos/create", 403),
-        ("POST", "objects/batch", 403),
         ("PUT", "/lfs/", 500),
         ("POST", "commit", 412),
         ("POST", "validate-yaml", 503),

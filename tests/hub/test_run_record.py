@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from tiny import tiny_model
 from transformers.training_args import OptimizerNames
 
@@ -14,9 +13,7 @@ from hf_msn import (
     MSNTrainingArguments,
     MultiViewDataset,
     MultiViewTransform,
-    SlowMoCallback,
     load_images,
-    parse_recipe,
 )
 from hf_msn.files import public_name
 from hf_msn.hub.run_record import read_run, write_run
@@ -97,40 +94,6 @@ def test_the_clock_stops_after_training(monkeypatch):
     clock.on_train_end(None, None, None)
     now[0] = 99.0
     assert clock.seconds == 3.5
-
-
-def test_the_sync_method_and_its_settings_are_kept_to_the_end(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.add_callback(SlowMoCallback(trainer, sync_every=3, slow_momentum=0.6))
-    trainer.train()
-    trainer.save_model()
-    sync = record_in(tmp_path)["sync"]
-    assert (sync["method"], sync["sync_every"], sync["slow_momentum"]) == ("SlowMo", 3, 0.6)
-
-
-def test_a_recipe_is_recorded_without_tokens_and_folders(tmp_path, monkeypatch):
-    place = tmp_path / "home" / "alice" / "birds"
-    place.mkdir(parents=True)
-    for row in range(4):
-        Image.new("RGB", (16, 16), (row * 60, 0, 0)).save(place / f"{row}.png")
-    monkeypatch.setenv("USER", "alice")
-    fields = f"--dataset {place} --image_size 16 --focal_size 8 --focal_views 1 --patch_size 4 --hidden_size 32"
-    fields += (
-        " --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 32 --num_prototypes 8 --mask_ratio 0.25"
-    )
-    fields += " --projection_hidden_dim 16 --projection_dim 8 --max_steps 1 --per_device_train_batch_size 2"
-    fields += f" --warmup_steps 0 --use_cpu true --disable_tqdm true --report_to none --output_dir {tmp_path / 'run'}"
-    fields += " --hub_token hf_abcdefghijklmnopqrstuvwxyz --hub_model_id alice/secret --run_name alice-on-gpu7"
-    fields += " --warmup_epochs 0.25 --save_strategy no"
-    trainer = parse_recipe(fields.split()).build_trainer()
-    trainer.train()
-    trainer.save_model()
-    text = (tmp_path / "run" / "run.json").read_text()
-    record = json.loads(text)
-    assert record["recipe"]["dataset"] == "birds" and record["data"]["name"] == "birds"
-    assert record["recipe"]["mask_ratio"] == 0.25 and record["recipe"]["num_prototypes"] == 8
-    for word in ("alice", "hf_abc", str(tmp_path), "home", "gpu7", "token"):
-        assert word not in text, word
 
 
 def test_only_known_text_and_numbers_are_written(tmp_path):

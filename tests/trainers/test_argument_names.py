@@ -10,13 +10,11 @@ from hf_msn.trainers.argument_names import SUPPORT_FIELDS, in_terms_of
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"global_classes": 5}, r"`global_support_classes` .* but is 5"),
         ({"world_size": 2}, r"divisible by the 2 ranks with support_shard='classes'.* support_shard='images'"),
         (
             {"on_small_class": "raise"},
             r"`global_support_images_per_class` = 4 .* support_on_small_class='repeat'",
         ),
-        ({"shard": "rows"}, r"`support_shard` .* but is 'rows'"),
     ],
     ids=str,
 )

@@ -122,14 +122,13 @@ def test_workers_follow_the_cores_of_a_rank_where_an_accelerator_trains(tmp_path
     assert PAWSTrainingArguments(str(tmp_path), use_cpu=True).dataloader_num_workers == workers // 2
 
 
-def test_workers_on_a_cpu_are_those_that_are_given(tmp_path):
-    def workers(**given):
-        args = MSNTrainingArguments(str(tmp_path), use_cpu=True, **given)
-        return args.dataloader_num_workers, args.dataloader_persistent_workers, args.dataloader_pin_memory
-
-    assert workers() == (0, False, False)
-    assert workers(dataloader_num_workers=3) == (3, True, False)
-    assert workers(dataloader_num_workers=3, dataloader_persistent_workers=False) == (3, False, False)
+@pytest.mark.parametrize(
+    ("given", "workers", "persistent"), [({}, 0, False), ({"dataloader_num_workers": 3}, 3, True)]
+)
+def test_workers_on_a_cpu_are_those_that_are_given(tmp_path, given, workers, persistent):
+    args = MSNTrainingArguments(str(tmp_path), use_cpu=True, **given)
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (workers, persistent)
+    assert not args.dataloader_pin_memory
 
 
 def test_an_accelerator_is_used_unless_the_cpu_is_asked_for(monkeypatch):

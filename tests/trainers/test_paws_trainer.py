@@ -7,7 +7,7 @@ import math
 import datasets
 import pytest
 import torch
-from semi_supervised_runs import LABELLED_ROWS, SMALL_VIT, load_images, make_run, support, transform, watch
+from semi_supervised_runs import LABELLED_ROWS, load_images, make_run, support, transform, watch
 from short_runs import assert_same_weights, logged
 
 from hf_msn import ClassStratifiedSampler, MultiViewDataset, SupportDataset
@@ -52,16 +52,6 @@ def test_fewer_classes_and_more_images_than_there_are(tmp_path):
         assert len(set(inputs["support_labels"].tolist())) == 2 and len(inputs["support_labels"]) == 6
 
 
-def test_the_support_is_logged_in_one_line(tmp_path, caplog):
-    caplog.set_level("INFO", logger="hf_msn")
-    make_run(tmp_path, max_steps=1, global_support_images_per_class=3, views_per_image=2).train()
-    (line,) = [message for message in caplog.messages if message.startswith("Support")]
-    assert line == (
-        "Support of each step: 3 classes x 3 images x 2 views = 18 images. Labelled images: 8 of 3 classes, 2 to 3 "
-        "per class. Classes with fewer than 3: 1; their images repeat, with different views."
-    )
-
-
 def rate(step: int, steps: int, warmup: int, start: float, peak: float, end: float) -> float:
     done = step + 1
     if done <= warmup:
@@ -103,16 +93,6 @@ def test_a_run_with_lars_is_a_plain_loop(tmp_path, weight_decay):
                 parameter.sub_(momenta[name])
     for (name, found), wanted in zip(trainer.model.state_dict().items(), plain.state_dict().values()):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_lars_groups(tmp_path):
-    trainer = make_run(tmp_path, use_lars=True, weight_decay=0.0, final_weight_decay=None)
-    adapted, plain = trainer.create_optimizer().param_groups
-    assert adapted["always_adapt"] is True and not plain["always_adapt"]
-    assert plain["weight_decay"] == adapted["weight_decay"] == 0.0
-    assert all(parameter.ndim > 1 for parameter in adapted["params"])
-    assert all(parameter.ndim == 1 for parameter in plain["params"])
-    assert len(adapted["params"]) + len(plain["params"]) == len(list(trainer.model.parameters()))
 
 
 def test_the_log_has_the_parts_of_the_loss_and_of_the_targets(tmp_path):
@@ -213,15 +193,6 @@ def test_class_names_that_differ_are_refused(tmp_path):
         make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": other}).train()
     same = MultiViewDataset(named(names), transform())
     make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": same}, max_steps=1).train()
-
-
-def test_views_of_a_timm_network_may_have_any_size(tmp_path):
-    fields = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}
-    views = transform(focal_size=6)
-    images = MultiViewDataset(load_images("digits").select(range(20)), views)
-    trainer = make_run(tmp_path, model_fields={**SMALL_VIT, **fields}, changes={"train_dataset": images}, max_steps=2)
-    trainer.train()
-    assert trainer.state.global_step == 2 and math.isfinite(logged(trainer)[2])
 
 
 def test_a_size_that_a_timm_network_does_not_take_is_refused(tmp_path):

@@ -66,17 +66,7 @@ class PushCallback(TrainerCallback):
         self._wait()
 
     def push_model(self, folder: Path, message: str, blocking: bool = True, **card) -> CommitInfo | Future:
-        """Push the model that is saved in `folder`.
-
-        Args:
-            folder (`Path`): Folder with the saved model.
-            message (`str`): Message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): Wait for the upload; else return a `Future`.
-            card: `results`, `figures`, `license` and `tags` of the card.
-
-        Raises:
-            PublishingError: If this push failed, or an earlier one whose files are still missing. The model is saved.
-        """
+        """Push the model that is saved in `folder`. For the arguments see [`PretrainingTrainer.push_to_hub`]."""
         self._wait()
         files = self._list_files(folder, **card)
         self._upload = self._executor.submit(self._push_last, files, message, folder)
