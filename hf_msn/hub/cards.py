@@ -394,12 +394,17 @@ def _duration(seconds: float) -> str:
 # Checks
 
 
+def check_repo_id(repo_id: str, name: str = "repo_id") -> None:
+    """Raise a `ValueError` unless `repo_id` is "owner/name"."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"`{name}` must be 'owner/name', but is {repo_id!r}. Add the user or the organisation.")
+
+
 def _check_names(license: str | None, **ids: str | None) -> None:
     for field, value in ids.items():
         if value is not None:
-            validate_repo_id(value)
-            if "/" not in value:
-                raise ValueError(f"`{field}` must be `owner/name`, but is {value!r}. Add the owner.")
+            check_repo_id(value, field)
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"`license` must be an identifier of the Hub such as 'apache-2.0', but is {license!r}.")
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
@@ -21,7 +20,7 @@ from ..files import public_name, read_json, write_json
 from ..models.configuration_msn import MSNConfig
 from ..models.configuration_paws import PAWSConfig
 from ..models.configuration_suncet import SuNCEtConfig
-from .cards import card_files
+from .cards import card_files, check_repo_id
 from .export import export_backbone
 from .results import FINETUNING_FILE, WEIGHTS_INDEX, count_weights
 from .run_record import RUN_FILE, public_run
@@ -65,20 +64,12 @@ class PublishingError(OSError):
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file of a publication.
+    """A file of a publication."""
 
-    Args:
-        path (`str`): Path in the repo.
-        size (`int`): Size in bytes.
-        is_lfs (`bool`): Whether the Hub keeps it as a large file.
-        origin (`str`): Where it comes from, in words.
-        content (`Path` or `bytes`): The file on this machine, or its content.
-    """
-
-    path: str
-    size: int
-    is_lfs: bool
-    origin: str
+    path: str  # in the repo
+    size: int  # bytes
+    is_lfs: bool  # whether the Hub keeps it as a large file
+    origin: str  # in words
     content: Path | bytes = field(repr=False)
 
 
@@ -301,13 +292,6 @@ class HubRepository:
         with _publishing_errors(self.repo_id):
             operations += [CommitOperationAdd(f.path, f.content) for f in files]
             return self.api.create_commit(self.repo_id, operations, commit_message=message, revision=self.revision)
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` unless `repo_id` is "user/name"."""
-    validate_repo_id(repo_id)
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"`repo_id` must be 'user/name', but is {repo_id!r}. Put the user or organisation before it.")
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -304,11 +303,9 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         with self.clock_stopped():
             return super().evaluate(*args, **kwargs)
 
-    @contextmanager
-    def clock_stopped(self) -> Iterator[None]:
+    def clock_stopped(self) -> AbstractContextManager[None]:
         """Leave the time inside out of the images per second, which are those of training alone."""
-        with self.throughput.paused():
-            yield
+        return self.throughput.paused()
 
     # Checkpoints
 
