@@ -29,6 +29,6 @@ def test_wrong_use_fails_before_any_training(tmp_path):
     with pytest.raises((ValueError, OSError), match="absent"):
         pretrain(tmp_path / "run", *VIT, "--dataset", "absent")
     with pytest.raises(ValueError, match=r"1437 .* 2000"):
-        sizes = "--image_size 8 --focal_views 1 --focal_size 8".split()
-        pretrain(tmp_path / "run", *VIT, *sizes, "--per_device_train_batch_size", 2000)
+        sizes = "--image_size 8 --patch_size 4 --focal_views 1 --focal_size 4".split()
+        pretrain(tmp_path / "run", *VIT[:-2], *sizes, "--per_device_train_batch_size", 2000)
     assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -49,6 +49,11 @@ def test_the_progress_bar_shows_images_per_second(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4, disable_tqdm=False, save_strategy="no")
     (bar,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, ThroughputProgressCallback)]
     shown, on_log = [], bar.on_log
-    bar.on_log = lambda *args, **kwargs: (on_log(*args, **kwargs), shown.append(bar.training_bar.postfix))
+
+    def watched(*args, **kwargs):
+        on_log(*args, **kwargs)
+        shown.append(bar.training_bar.postfix)
+
+    bar.on_log = watched
     trainer.train()
     assert shown[:4] == [f"{rate:.0f} images/s" for rate in logged(trainer, "images_per_second").values()]
