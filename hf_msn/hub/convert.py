@@ -88,7 +88,7 @@ def convert_checkpoint(
         check_integer("num_attention_heads", num_attention_heads)
     places = {"output_dir": output_dir, "export_backbone_dir": export_backbone_dir}
     places = {name: Path(place).expanduser() for name, place in places.items() if place is not None}
-    _check_places(input_path, places)
+    _check_places(places)
     with ExitStack() as stack:
         staging = {name: stack.enter_context(whole_folder(place, name)) for name, place in places.items()}
         original = _read_original(input_path, method)
@@ -400,8 +400,7 @@ def _record(
         "heads_assumed": is_vit and given["num_attention_heads"] is None,
         "num_attention_heads": config.num_attention_heads if is_vit else None,
         "epoch": original.epoch,
-        "kept": [name for name in ("encoder", "target_encoder") if name in original.networks]
-        + ["prototypes"] * bool(original.prototypes),
+        "kept": sorted(original.networks) + ["prototypes"] * bool(original.prototypes),
         "left_out": original.left_out,
         "made_up": made_up,
         "assumed": assumed,
@@ -437,16 +436,13 @@ def _check_encoder_is_original(config: MSNConfig | PAWSConfig) -> None:
         )
 
 
-def _check_places(input_path: Path, places: dict[str, Path]) -> None:
+def _check_places(places: dict[str, Path]) -> None:
     if not places:
         raise ValueError("`output_dir` and `export_backbone_dir` are both None. Set one of them, or both.")
-    resolved = [place.resolve() for place in places.values()]
-    if input_path.resolve() in resolved:
-        raise ValueError(f"`{'` and `'.join(places)}` must be folders of their own, but '{input_path}' is the input.")
-    if len(resolved) == 2 and (
-        resolved[0] == resolved[1] or resolved[0] in resolved[1].parents or resolved[1] in resolved[0].parents
-    ):
-        raise ValueError(
-            f"`output_dir` and `export_backbone_dir` must lie beside each other, but are '{places['output_dir']}' and "
-            f"'{places['export_backbone_dir']}'. Choose two folders."
-        )
+    if len(places) == 2:
+        one, other = (place.resolve() for place in places.values())
+        if one == other or one in other.parents or other in one.parents:
+            raise ValueError(
+                f"`output_dir` and `export_backbone_dir` must lie beside each other, but are '{one}' and '{other}'. "
+                "Choose two folders."
+            )

@@ -25,8 +25,6 @@ from ..models.paws_resnets import PAWS_NETWORKS
 
 logger = logging.get_logger(__name__)
 
-_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-
 
 def export_backbone(
     model: MSNForPreTraining | SemiSupervisedModel,
@@ -62,7 +60,6 @@ def export_backbone(
     check_choice("which", which, ("target", "online"))
     model = pretraining_model(model)
     path = check_new_folder(path, "path")
-    check_timm_can_make(model.config)
     encoder = model.evaluation_encoder if which == "target" else model.encoder
     image_processor = image_processor_for(model, encoder, image_processor)
     with whole_folder(path, "path") as folder:
@@ -86,11 +83,7 @@ def write_backbone(
 
 
 def pretraining_model(model: nn.Module) -> MSNForPreTraining | SemiSupervisedModel:
-    """Return `model` without wrappers.
-
-    Raises:
-        ValueError: If it is no pretraining model of hf_msn, or sharded.
-    """
+    """Return `model` without wrappers."""
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(model, PretrainingModel):
         plain = " `save_pretrained` writes it for plain transformers." if hasattr(model, "save_pretrained") else ""
@@ -109,11 +102,7 @@ def pretraining_model(model: nn.Module) -> MSNForPreTraining | SemiSupervisedMod
 def image_processor_for(
     model: nn.Module, encoder: nn.Module, image_processor: BaseImageProcessor | None
 ) -> BaseImageProcessor:
-    """Return the given image processor, else the one saved with the model, else the paper's with a warning.
-
-    Raises:
-        ValueError: If the given one cannot be saved, or gives images of another size than a ViT takes.
-    """
+    """Return the given image processor, else the one saved with the model, else the paper's with a warning."""
     size = encoder.pretrained_cfg["input_size"][-1] if is_timm_model(encoder) else model.config.image_size
     if image_processor is None:
         try:
@@ -161,9 +150,6 @@ def save_timm_network(
 
     timm reads its transform from `config.json`, transformers that of `preprocessor_config.json`; both are that of
     `image_processor`.
-
-    Raises:
-        ValueError: If timm's transform cannot express the image processor, or timm makes another network.
     """
     options, cfg = dict(config.timm_options or {}), network.pretrained_cfg
     patches = getattr(network, "patch_embed", None)
@@ -201,11 +187,8 @@ def _timm_transform(image_processor: BaseImageProcessor) -> dict:
     size, crop = settings.get("size") or {}, settings.get("crop_size") or {}
     edge, (height, width) = size.get("shortest_edge"), _output_size(image_processor)
     steps = all(settings.get(name) for name in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"))
-    interpolation = _INTERPOLATIONS.get(int(settings.get("resample", -1)))
     by_255 = abs(settings.get("rescale_factor", 0) * 255 - 1) < 1e-6
-    if not (
-        steps and edge and by_255 and interpolation and crop.get("height") == crop.get("width") == height == width
-    ):
+    if not (steps and edge and by_255 and crop.get("height") == crop.get("width") == height == width):
         raise ValueError(
             "timm's transform resizes the shortest edge, crops the middle square and normalises values in [0, 1], but "
             f"`image_processor` has {settings}. Pass one of `evaluation_image_processor(...)`."
@@ -217,7 +200,7 @@ def _timm_transform(image_processor: BaseImageProcessor) -> dict:
         "input_size": [3, height, width],
         "crop_pct": fraction,
         "crop_mode": "center",
-        "interpolation": interpolation,
+        "interpolation": Image.Resampling(settings["resample"]).name.lower(),
         "mean": list(settings["image_mean"]),
         "std": list(settings["image_std"]),
     }

@@ -92,7 +92,8 @@ def export_classifier(
         inputs = torch.from_numpy(features.features)
     else:
         weight, bias = _fold_into_layer_norm(weight, bias, encoder.layernorm)
-        inputs = _after_layer_norm(features.features, encoder.layernorm)
+        with torch.no_grad():
+            inputs = encoder.layernorm(torch.from_numpy(features.features).to(encoder.layernorm.weight)).cpu()
     weight, bias = (torch.from_numpy(array).to(model.dtype) for array in (weight, bias))
     _check_decisions(inputs, weight, bias, probe, features.features)
     image_processor = image_processor_for(model, encoder, image_processor)
@@ -126,17 +127,15 @@ def _check_features(features: Features, encoder: nn.Module, weight: np.ndarray) 
             "`features` must be those of this model's encoder, as `extract_features(model, ...)` returns them, but "
             f"are {type(features).__name__} or come from other weights, projections or pixels."
         )
-    if weight.shape[1] != features.features.shape[1] or weight.shape[1] != _width(encoder):
+    if is_timm_model(encoder):
+        width = getattr(encoder, "head_hidden_size", None) or encoder.num_features
+    else:
+        width = encoder.config.hidden_size
+    if not weight.shape[1] == features.features.shape[1] == width:
         raise ValueError(
-            f"A classifier's head takes {_width(encoder)} features, but the probe was fitted on {weight.shape[1]} and "
+            f"A classifier's head takes {width} features, but the probe was fitted on {weight.shape[1]} and "
             f"`features` have {features.features.shape[1]}. Extract with num_last_layers=1, and fit the probe on them."
         )
-
-
-def _width(encoder: nn.Module) -> int:
-    if is_timm_model(encoder):
-        return getattr(encoder, "head_hidden_size", None) or encoder.num_features
-    return encoder.config.hidden_size
 
 
 def _names(classes: np.ndarray, class_names: Sequence[str] | None) -> list[str]:
@@ -164,11 +163,6 @@ def _fold_into_layer_norm(weight: np.ndarray, bias: np.ndarray, norm: nn.LayerNo
         )
     folded = weight / (gamma * len(gamma) ** 0.5)
     return folded, bias - folded @ beta
-
-
-def _after_layer_norm(features: np.ndarray, norm: nn.LayerNorm) -> torch.Tensor:
-    with torch.no_grad():
-        return norm(torch.from_numpy(features).to(norm.weight)).cpu()
 
 
 def _fold_into_raw_features(weight: np.ndarray, features: np.ndarray) -> np.ndarray:

@@ -34,7 +34,6 @@ _KNOWN_RESNETS = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
-_RESNET_CHANNELS = [64, 128, 256, 512]
 NETWORKS = (*_KNOWN_RESNETS.values(), "paws_resnet", "paws_wide_resnet")
 # options that names and shapes show, or that only initialisation and training use
 NETWORK_OPTIONS = {
@@ -49,12 +48,7 @@ NETWORK_OPTIONS = {
 
 
 def key_map(model: nn.Module, section: str) -> KeyMap:
-    """Map the authors' name of each tensor of one network to the names in `model` whose concatenation it is.
-
-    Args:
-        model ([`MSNForPreTraining`] or [`PAWSForPreTraining`]): The model.
-        section (`str`): "encoder" or "target_encoder", with the heads that belong to it.
-    """
+    """Map the authors' name of each tensor of an encoder and its heads to the names whose concatenation it is."""
     encoder = encoder_key_map(getattr(model, section))
     names = {theirs: [f"{section}.{name}" for name in ours] for theirs, ours in encoder.items()}
     prefix = section.removesuffix("encoder")
@@ -109,12 +103,7 @@ def is_resnet(weights: Weights) -> bool:
 
 
 def vit_fields(weights: Weights, num_attention_heads: int | None = None) -> dict[str, Any]:
-    """Return the fields of `ViTMSNConfig` that the shapes of a ViT's weights show.
-
-    Args:
-        weights: The encoder by its original names.
-        num_attention_heads (`int`, *optional*): Not visible in shapes. By default the width / 64.
-    """
+    """Return the fields of `ViTMSNConfig` that the shapes show. They do not show the heads: by default width / 64."""
     width, channels, patch, _ = _shape(weights, "patch_embed.proj.weight", 4)
     if num_attention_heads is None and width % 64:
         raise ValueError(
@@ -156,7 +145,7 @@ def resnet_fields(weights: Weights) -> dict[str, Any]:
         name = known or ("resnet50" if bottleneck else "resnet18")
         if known:
             del options["layers"]
-        if options["channels"] == _RESNET_CHANNELS:
+        if options["channels"] == [64, 128, 256, 512]:
             del options["channels"]
     return {"timm_model": name, "timm_options": options or None, "small_image_stem": kernel == 3}
 

@@ -122,15 +122,10 @@ class PatchDroppingViTMSNLayer(ViTMSNLayer):
         cls_only: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, N, D)`): The [CLS] first.
-            attention_mask (`torch.Tensor`, *optional*): As in `ViTMSNLayer`; not together with `cls_only`.
-            cls_only (`bool`, *optional*, defaults to `False`): Compute the output of the [CLS] alone. It still attends
-                to all tokens, but their queries and MLP, five sixths of the layer's products, are left out.
+        """`(B, N, D)`, the [CLS] first, -> `(B, N, D)`, or `(B, 1, D)` with `cls_only`.
 
-        Returns:
-            `torch.Tensor`: Of shape `(B, N, D)`, or `(B, 1, D)` with `cls_only`.
+        The [CLS] alone still attends to all tokens, but their queries and MLP, five sixths of the layer's products,
+        are left out.
         """
         residual = hidden_states[:, :1] if cls_only else hidden_states
         attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, cls_only, **kwargs)

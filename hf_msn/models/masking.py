@@ -14,20 +14,10 @@ def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
 def draw_kept_patches(
     batch_size: int, num_patches: int, mask_ratio: float, *, seed: tuple[int, ...], shared: bool = False
 ) -> torch.Tensor:
-    """Draw the patches that each image keeps, uniformly and without replacement.
+    """Return the indices of the patches that each image keeps, drawn uniformly and without replacement on the CPU.
 
-    Args:
-        batch_size (`int`): Number of images, B.
-        num_patches (`int`): Patches per image, N.
-        mask_ratio (`float`): Fraction of the patches to drop, in [0, 1).
-        seed (`tuple[int, ...]`): (seed, rank, number of the draw). The draw depends on nothing else.
-        shared (`bool`, *optional*, defaults to `False`): One draw for all images instead of one per image.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, floor(N * (1 - mask_ratio)))`: Indices on the CPU, distinct within a row.
-
-    Raises:
-        ValueError: If no patch is left.
+    Of shape `(batch_size, floor(num_patches * (1 - mask_ratio)))`, distinct within a row; with `shared`, all rows are
+    one draw. It depends only on `seed`: (seed, rank, number of the draw).
     """
     num_kept = num_kept_patches(num_patches, mask_ratio)
     if num_kept < 1:

@@ -76,7 +76,7 @@ class MSNForPreTraining(PretrainingModel):
         self.register_load_state_dict_post_hook(_forget_mask_draw)
         self.post_init()
         self.update_target(0.0)
-        self._freeze_target()
+        self._after_loading()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -175,9 +175,6 @@ class MSNForPreTraining(PretrainingModel):
         torch._foreach_lerp_(_parameters(self._target_modules()), _parameters(online), 1.0 - momentum)
 
     def _after_loading(self) -> None:
-        self._freeze_target()
-
-    def _freeze_target(self) -> None:
         for parameter in _parameters(self._target_modules()):
             parameter.requires_grad_(False)
 

@@ -13,11 +13,7 @@ from .encoder import PatchDroppingViTMSNModel
 
 
 def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
-    """Return a new encoder as `config` describes it, and the width of its features.
-
-    Raises:
-        ValueError: If timm does not know the architecture or rejects an option, or it has no stem to make smaller.
-    """
+    """Return a new encoder as `config` describes it, and the width of its features."""
     if config.timm_model is None:
         return PatchDroppingViTMSNModel(config), config.hidden_size
     options = dict(config.timm_options or {})
@@ -40,9 +36,6 @@ def load_encoder(name_or_path: str | Path) -> tuple[nn.Module, dict]:
         name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, of a network of timm in timm's own form,
             with or without classifier, or of a pretraining model of this package, whose evaluated encoder is taken; or
             "timm:ARCHITECTURE", with timm's released weights.
-
-    Raises:
-        ValueError: If there is no such checkpoint, it is of another architecture, or timm has none of that name.
     """
     if str(name_or_path).startswith("timm:"):
         name = str(name_or_path).removeprefix("timm:")
@@ -74,11 +67,7 @@ def load_encoder(name_or_path: str | Path) -> tuple[nn.Module, dict]:
 
 
 def select_fields(config_class: type[PreTrainedConfig], fields: dict, name_or_path: str | Path) -> dict:
-    """Return those of an encoder's fields that `config_class` has.
-
-    Raises:
-        ValueError: If the encoder is a network of timm and `config_class` describes only ViTs.
-    """
+    """Return those of an encoder's fields that `config_class` has."""
     if fields.get("timm_model") and not hasattr(config_class, "timm_model"):
         raise ValueError(
             f"The encoder of '{name_or_path}' is '{fields['timm_model']}' of timm, but a {config_class.__name__} has "
@@ -90,11 +79,7 @@ def select_fields(config_class: type[PreTrainedConfig], fields: dict, name_or_pa
 def copy_encoder(
     source: nn.Module, encoder: nn.Module, config: PreTrainedConfig, fields: dict, name_or_path: str | Path
 ) -> None:
-    """Copy the weights of `source` into an encoder made from `config`, interpolating the position embeddings.
-
-    Raises:
-        ValueError: If their architectures differ.
-    """
+    """Copy the weights of `source` into an encoder made from `config`, interpolating the position embeddings."""
     weights = source.state_dict()
     position_key = "embeddings.position_embeddings"
     if position_key in weights and config.patch_size == fields.get("patch_size"):

@@ -39,21 +39,19 @@ class Code:
         return os.mkdir, (self.trace,)
 
 
+PLACES = {
+    "alone": lambda content, code: code,
+    "in the optimizer": lambda content, code: content | {"opt": {"state": [1, (code,)]}},
+    "as a weight": lambda content, code: content | {"target_encoder": {"norm.weight": code}},
+    "as a key": lambda content, code: content | {code: 1},
+}
+
+
 @pytest.mark.parametrize("how", ["zip", "legacy", "bare pickle"])
-@pytest.mark.parametrize("place", ["alone", "in the optimizer", "as a weight", "as an epoch", "as a key"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_pickle_with_code_runs_nothing_and_is_refused(tmp_path, refuse, how, place, monkeypatch):
-    code, content, file = Code(tmp_path / "code_was_run"), msn_checkpoint(), tmp_path / "evil.pth.tar"
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not change this load
-    if place == "alone":
-        content = code
-    elif place == "in the optimizer":
-        content["opt"] = {"state": [1, (code,)]}
-    elif place == "as a weight":
-        content["target_encoder"]["module.norm.weight"] = code
-    elif place == "as an epoch":
-        content["epoch"] = code
-    else:
-        content[code] = 1
+    content, file = PLACES[place](msn_checkpoint(), Code(tmp_path / "code_was_run")), tmp_path / "evil.pth.tar"
     if how == "bare pickle":
         file.write_bytes(pickle.dumps(content, protocol=2))
     else:
@@ -90,17 +88,11 @@ def test_damaged_files_are_refused(tmp_path, refuse):
     "content",
     [
         3,
-        None,
         torch.ones(2, 2),
         {},
-        {1: 2},
-        {"epoch": 3},
         {"weights": torch.ones(3)},
         {"student": {}, "teacher": {"pos_embed": torch.ones(1, 17, 64)}},
         {"state_dict": prefixed(resnet_weights(), "module.encoder_q.")},
-        {"vit.embeddings.cls_token": torch.ones(1, 1, 64)},
-        {"encoder": {}},
-        {"encoder": {"module.conv.weight": torch.ones(3)}},
         {"encoder": {"pos_embed": [1, 2]}},
         {"target_encoder": {"embeddings.cls_token": torch.ones(1, 1, 64)}, "prototypes": torch.ones(6, 24)},
     ],
@@ -124,24 +116,17 @@ def changed(section: str = "target_encoder", remove=(), **tensors) -> dict:
     [
         (changed(fc__fc1__weight=torch.ones(40, 32)), "target_projection_head.fc1.weight"),
         (changed("encoder", fc__fc3__weight=torch.ones(23, 40)), " projection_head.fc3.weight"),
-        (changed(norm__weight=torch.ones(63)), "target_encoder.layernorm.weight"),
         (changed(pos_embed=torch.ones(1, 16, 64)), "position_embeddings"),  # no square grid
-        (changed(pos_embed=torch.ones(1, 1, 64)), "image_size"),
         (changed(pos_embed=torch.ones(17, 64)), r"'pos_embed'.*\(17, 64\)"),
         (changed(patch_embed__proj__weight=torch.ones(64, 3, 4, 5)), "patch_embeddings"),
-        (changed(remove=["norm.bias"]), "layernorm.bias"),
         (changed("encoder", remove=["blocks.1.attn.qkv.bias"]), ' "encoder.layers.1.attention.q_proj.bias'),
         (changed(remove=["patch_embed.proj.weight"]), "'patch_embed.proj.weight'.*missing"),
         (changed(blocks__999999999__norm1__weight=torch.ones(64)), "blocks.999999999"),
-        (changed(blocks__0__ls1__gamma=torch.ones(64)), "blocks.0.ls1.gamma"),
         (changed(extra__weight=torch.ones(3)), "target_encoder.extra.weight"),
-        (changed(remove=["fc.bn1.weight"]), "fc.bn1"),
         (changed(norm__weight=torch.ones(64, dtype=torch.int8)), "layernorm.weight.*int8"),
         (changed("encoder", norm__bias=torch.full((64,), float("inf"))), "encoder.layernorm.bias.*Inf"),
         (changed(norm__weight=torch.ones(64).to_sparse()), "layernorm.weight.*sparse"),
-        (changed(pred__fc1__weight=torch.ones(6, 24)), "target_prediction_head.bn1"),
         (msn_checkpoint() | {"prototypes": torch.ones(6, 25)}, "prototypes"),
-        (msn_checkpoint() | {"prototypes": torch.ones(6, 24).bool()}, "prototypes.*bool"),
         (msn_checkpoint() | {"prototypes": {"a": torch.ones(6, 24), "b": torch.ones(6, 24)}}, "prototypes.b"),
         (msn_checkpoint() | {"prototypes": None}, "prototypes.*--export_backbone"),
         ({"target_encoder": vit_weights(head=False), "prototypes": torch.ones(6, 24)}, "'fc'.*--export_backbone"),
@@ -157,7 +142,6 @@ def test_missing_unexpected_and_wrong_tensors_are_named(refuse, content, message
     [
         ({k: t for k, t in resnet_weights().items() if "layer4" not in k}, "fc1"),
         (resnet_weights() | {"layer2.0.conv2.weight": torch.ones(16, 4, 3, 3)}, "layer2.0.conv2.weight"),
-        (resnet_weights() | {"layer1.0.se.fc1.weight": torch.ones(4, 32)}, "layer1.0.se.fc1.weight"),
         ({k: t for k, t in resnet_weights(pred=6).items() if not k.startswith("pred.bn")}, "prediction_head.bn1"),
         (resnet_weights() | {"fc.weight": torch.ones(9, 128)}, "fc.weight"),
     ],
@@ -166,7 +150,7 @@ def test_other_resnets_are_refused(refuse, weights, message):
     refuse({"encoder": weights}, f"(?s){message}", heads=None)
 
 
-@pytest.mark.parametrize("heads", [0, -4, 5, True, 4.0, "4"])
+@pytest.mark.parametrize("heads", [0, 5, True, "4"])
 def test_a_number_of_heads_that_does_not_divide_the_width_is_refused(refuse, heads):
     refuse(msn_checkpoint(), f"`num_attention_heads`.*{heads}", heads)
 

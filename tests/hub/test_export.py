@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +10,12 @@ import torch
 from PIL import Image
 from tiny import tiny_batch, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMSNForImageClassification, ViTMSNModel
+from transformers import AutoImageProcessor, AutoModel, ViTMSNForImageClassification, ViTMSNModel
 from without_hf_msn import run_without_hf_msn
 
 from hf_msn import (
     LowShotEvaluator,
     MSNForPreTraining,
-    PAWSConfig,
-    PAWSForPreTraining,
     evaluation_image_processor,
     export_backbone,
     load_images,
@@ -87,34 +84,26 @@ def test_target_and_online_encoder_are_exported(model, tmp_path, which):
     assert not all(torch.equal(weights[name], value) for name, value in other.state_dict().items())
 
 
-def test_the_configuration_is_a_plain_one(model, tmp_path):
-    folder = export_backbone(model, str(tmp_path / "export"))
+def test_configuration_and_dtype_are_those_of_a_plain_encoder(model, tmp_path):
+    folder = export_backbone(model.bfloat16(), tmp_path / "export")
     written = json.loads((folder / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == ("vit_msn", ["ViTMSNModel"])
     assert not set(written) & {"mask_ratio", "num_prototypes", "projection_dim", "temperature"}
-    config = AutoConfig.from_pretrained(folder)
-    assert (config.image_size, config.patch_size, config.hidden_size, config.num_hidden_layers) == (16, 4, 32, 2)
-
-
-def test_the_dtype_of_the_model_is_kept(model, tmp_path):
-    folder = export_backbone(model.bfloat16(), tmp_path / "export")
     assert AutoModel.from_pretrained(folder).dtype == torch.bfloat16
 
 
-def test_an_empty_folder_is_used_and_one_with_files_is_an_error(model, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert (export_backbone(model, tmp_path / "empty") / "model.safetensors").exists()
-    (tmp_path / "full").mkdir()
+def test_an_empty_folder_is_used_and_anything_else_is_an_error(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    assert export_backbone(model, "~/empty") == tmp_path / "empty"
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"`path`.*full"):
-        export_backbone(model, tmp_path / "full")
-    assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
-
-
-def test_an_unknown_encoder_is_an_error(model, tmp_path):
+    for path in (tmp_path / "full", tmp_path / "full" / "notes.txt"):
+        with pytest.raises(ValueError, match=f"`path`.*{path.name}"):
+            export_backbone(model, path)
     with pytest.raises(ValueError, match=r"`which`.*'both'"):
         export_backbone(model, tmp_path / "export", "both")
-    assert not (tmp_path / "export").exists()
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
 def test_an_export_that_fails_leaves_no_folder_behind(model, tmp_path, monkeypatch):
@@ -125,18 +114,6 @@ def test_an_export_that_fails_leaves_no_folder_behind(model, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         export_backbone(model, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_encoder_of_paws_is_exported_with_its_own_weights(tmp_path):
-    fields = {name: getattr(tiny_model().config, name) for name in ("image_size", "patch_size", "hidden_size")}
-    config = PAWSConfig(**fields, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
-    model = PAWSForPreTraining(config).eval()
-    loaded = AutoModel.from_pretrained(export_backbone(model, tmp_path / "export"))
-    assert type(loaded) is ViTMSNModel
-    images = tiny_batch()["pixel_values"]
-    with torch.no_grad():
-        expected = model.encoder(images).last_hidden_state
-        torch.testing.assert_close(loaded.eval()(images).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_an_image_processor_the_one_saved_with_the_model_is_exported(model, tmp_path, caplog):
@@ -181,7 +158,7 @@ class Wrapper(nn.Module):
         self.module = module
 
 
-@pytest.mark.parametrize("wrap", [Wrapper, torch.compile, lambda model: torch.compile(Wrapper(model))])
+@pytest.mark.parametrize("wrap", [Wrapper, lambda model: torch.compile(Wrapper(model))])
 def test_a_wrapped_model_is_exported_like_itself_and_left_as_it_was(model, tmp_path, wrap):
     wrapped = wrap(model.train())
     state, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
@@ -189,23 +166,6 @@ def test_a_wrapped_model_is_exported_like_itself_and_left_as_it_was(model, tmp_p
     assert checkpoint_weights_sha256(folder) == weights_sha256(model.target_encoder)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("path", ["export", "export/", "./a/b/export", "~/export"])
-def test_paths_are_read_as_in_a_shell(model, tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = export_backbone(model, path)
-    assert folder == Path(path).expanduser() and (folder / "config.json").exists()
-    found = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert {file.parent.name for file in found} == {"export"}
-
-
-def test_a_file_at_the_path_is_an_error(model, tmp_path):
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match=r"`path`.*notes"):
-        export_backbone(model, tmp_path / "notes")
-    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_a_model_that_is_not_of_pretraining_is_an_error(model, tmp_path):
@@ -224,12 +184,10 @@ def test_pretraining_starts_from_the_export(model, tmp_path):
     again = MSNForPreTraining.from_backbone(folder, projection_dim=8, num_prototypes=4)
     for encoder in (again.encoder, again.target_encoder):
         assert weights_sha256(encoder) == weights_sha256(model.target_encoder)
-    larger = MSNForPreTraining.from_backbone(folder, image_size=32)
-    assert larger.encoder.embeddings.position_embeddings.shape == (1, 1 + 64, 32)
 
 
 def test_the_export_evaluates_to_the_same_numbers_as_the_model(model, tmp_path):
-    digits = load_images("digits"), load_images("digits", split="test")
+    digits = load_images("digits", split="train[:100]"), load_images("digits", split="test[:50]")
     evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=2)
     model.save_pretrained(tmp_path / "run")
     evaluation_image_processor(16, crop_fraction=1.0).save_pretrained(tmp_path / "run")

@@ -12,15 +12,11 @@ from transformers import AutoModel, TimmWrapperModel
 from without_hf_msn import run_without_hf_msn
 
 from hf_msn import (
-    LowShotEvaluator,
     MSNForPreTraining,
-    MultiViewTransform,
     PAWSForPreTraining,
     SuNCEtForPreTraining,
     evaluation_image_processor,
     export_backbone,
-    load_images,
-    load_vision_model,
 )
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256, find_backbone, weights_sha256
 from hf_msn.finetuning.models import check_start, load_for_classification
@@ -113,7 +109,7 @@ def test_every_loader_gives_the_same_weights_and_features(encoder, dtype, tmp_pa
         assert checkpoint_weights_sha256(f"timm:{folder}") == sha256
 
 
-@pytest.mark.parametrize("size", [32, 96, 160, 224, 64, 8, 299])
+@pytest.mark.parametrize("size", [32, 224, 8, 299])
 def test_the_transform_of_timm_resizes_and_crops_as_the_image_processor(size, tmp_path):
     processor = evaluation_image_processor(size)
     folder = export_backbone(paws_over(RESNET18), tmp_path / "export", image_processor=processor)
@@ -125,20 +121,15 @@ def test_the_transform_of_timm_resizes_and_crops_as_the_image_processor(size, tm
     assert (resize.size, tuple(crop.size)) == (processor.size["shortest_edge"], (size, size))
     again = timm.data.create_transform(**timm.data.resolve_model_data_config(network, use_test_size=True))
     assert repr(again) == repr(transform)
-
-
-def test_the_export_does_not_refer_to_weights_that_timm_releases_under_this_name(tmp_path):
-    folder = export_backbone(paws_over(RESNET18), tmp_path / "export", image_processor=evaluation_image_processor(32))
-    described = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-    assert not set(described) & {"url", "hf_hub_id", "tag", "license", "origin_url", "paper_ids", "test_input_size"}
+    # nothing refers to the weights that timm releases under this name
+    assert not set(written["pretrained_cfg"]) & {"url", "hf_hub_id", "tag", "test_input_size"}
 
 
 def test_networks_that_timm_cannot_make_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"resnetv2_18.*small_image_stem"):
         export_backbone(tiny_paws(**RESNETV2), tmp_path / "export")
-    wide = {"layers": [1, 1, 1], "channels": [4, 8, 8], "stem_channels": 4}
     with pytest.raises(ValueError, match="paws_wide_resnet"):
-        export_backbone(tiny_paws(timm_model="paws_wide_resnet", timm_options=wide), tmp_path / "export")
+        export_backbone(tiny_paws(timm_model="paws_wide_resnet"), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,21 +170,6 @@ def test_a_vit_of_hf_msn_in_suncet_is_exported_too(tmp_path):
     model = tiny_suncet(**VIT).float()
     folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(16))
     assert checkpoint_weights_sha256(folder) == weights_sha256(model.encoder)
-
-
-def test_the_export_evaluates_to_the_same_numbers_as_the_model(tmp_path):
-    digits = load_images("digits"), load_images("digits", split="test")
-    evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=2)
-    processor = MultiViewTransform(image_size=16).evaluation_image_processor(crop_fraction=1.0)
-    paws_over(RESNET18).save_pretrained(tmp_path / "run")
-    processor.save_pretrained(tmp_path / "run")
-    original = load_vision_model(str(tmp_path / "run"))
-    expected = evaluator(original)
-    sha256 = evaluator.results.model["weights_sha256"]
-    folder = export_backbone(original, tmp_path / "export")
-    assert evaluator(load_vision_model(str(folder))) == expected
-    assert evaluator.results.model["weights_sha256"] == sha256
-    assert evaluator.results.model["backbone"] == "ResNet"
 
 
 def test_fine_tuning_starts_from_the_export(tmp_path):

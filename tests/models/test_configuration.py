@@ -79,23 +79,18 @@ def test_the_default_is_vit_b_16_of_the_paper():
     ("name", "value"),
     [
         ("mask_ratio", 1.0),
-        ("mask_ratio", -0.1),
         ("mask_ratio", math.nan),
         ("mask_ratio", 0.95),  # of 16 patches
         ("num_prototypes", 0),
         ("projection_dim", 0),
-        ("projection_hidden_dim", -2),
         ("temperature", 0.0),
         ("temperature", math.nan),
         ("sharpen_temperature", -0.25),
         ("me_max_weight", -1.0),
-        ("entropy_weight", -1.0),
         ("patch_size", 5),
-        ("patch_size", 0),
         ("patch_size", 32),
         ("image_size", [16, 32]),
         ("num_attention_heads", 3),
-        ("num_attention_heads", 0),
     ],
 )
 def test_a_value_out_of_range_is_an_error_of_msn(name, value):
@@ -108,7 +103,6 @@ def test_a_value_out_of_range_is_an_error_of_msn(name, value):
     ("name", "value"),
     [
         ("label_smoothing", 1.0),
-        ("label_smoothing", -0.1),
         ("label_smoothing", math.nan),
         ("projection_activation", "silu"),
         ("small_image_stem", True),  # without `timm_model`

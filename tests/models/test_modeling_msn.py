@@ -171,14 +171,6 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(msn_batch):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-8)
 
 
-def test_eager_and_sdpa_attention_agree(msn_batch):
-    sdpa, eager = tiny_model(attn_implementation="sdpa"), tiny_model(attn_implementation="eager")
-    assert (sdpa.encoder.config._attn_implementation, eager.encoder.config._attn_implementation) == ("sdpa", "eager")
-    expected, found = gradients(sdpa, msn_batch), gradients(eager, msn_batch)
-    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
-    assert_gradients_close(found[1], expected[1], 1e-5)
-
-
 def test_the_prediction_head_is_applied_to_the_anchors_only(msn_batch):
     fields = {"mask_ratio": 0.0, "projection_batch_norm": False}
     model = tiny_model(prediction_head=True, **fields)

@@ -59,10 +59,6 @@ def test_a_round_trip_is_exact(trained, folder, loader):
     assert loaded.mask_state.tolist() == [0, STEPS]
     batch = tiny_batch(seed=9)
     assert torch.equal(loaded(**batch).loss, trained.eval()(**batch).loss)
-
-
-def test_the_target_stays_frozen_after_loading_and_the_rest_trainable(folder):
-    loaded = MSNForPreTraining.from_pretrained(folder)
     for name, parameter in loaded.named_parameters():
         assert parameter.requires_grad != name.startswith("target_"), name
 
@@ -72,11 +68,6 @@ def test_another_dtype_leaves_the_mask_state_whole(folder):
     assert loaded.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert loaded.mask_state.dtype == torch.int64
     assert loaded.mask_state.tolist() == [0, STEPS]
-
-
-def test_from_pretrained_refuses_an_encoder_alone(trunk):
-    with pytest.raises(ValueError, match=r"vit_msn.*MSNForPreTraining.from_backbone"):
-        MSNForPreTraining.from_pretrained(trunk[1])
 
 
 def test_a_checkpoint_without_prototypes_is_refused(folder):
@@ -124,10 +115,7 @@ def test_positions_are_interpolated_to_another_image_size(trunk):
     ("fields", "differing"),
     [
         ({"hidden_size": 64}, "embeddings.cls_token"),
-        ({"patch_size": 8}, "embeddings.patch_embeddings"),
         ({"num_hidden_layers": 3}, "layers.2"),
-        ({"num_hidden_layers": 1}, "layers.1"),
-        ({"intermediate_size": 48}, "mlp.fc1"),
         ({"num_prototypes": 0}, "num_prototypes"),
     ],
     ids=str,
