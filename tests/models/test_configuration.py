@@ -26,11 +26,6 @@ MSN_FIELDS = {
     "prediction_hidden_dim": 7,
     "image_size": 32,
     "patch_size": 8,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "num_channels": 1,
     "qkv_bias": False,
     "layer_norm_eps": 1e-5,
 }

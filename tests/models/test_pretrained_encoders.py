@@ -105,11 +105,12 @@ def test_the_networks_of_paws_are_made_by_name_and_saved(network, tmp_path):
 
 
 def test_the_defaults_of_the_networks_of_paws_are_those_of_the_paper():
-    encoder = timm.create_model("paws_wide_resnet")  # WideResNet-28-2
+    with torch.device("meta"):
+        encoder = timm.create_model("paws_wide_resnet")  # WideResNet-28-2
+        wide, plain = (timm.create_model(name, num_classes=0) for name in ("paws_resnet", "resnet50"))
     kernels = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
     assert sum(kernel.kernel_size == (3, 3) for kernel in kernels) == 1 + 3 * 4 * 2
     assert sum(p.numel() for p in encoder.parameters()) == 1_467_610 - 1_290 + 2_032  # no classifier, biases
-    wide, plain = timm.create_model("paws_resnet", num_classes=0), timm.create_model("resnet50", num_classes=0)
     for (name, tensor), reference in zip(wide.named_parameters(), plain.parameters()):
         wanted = [2 * size for size in reference.shape[:2]] + list(reference.shape[2:])
         wanted[1:2] = [3] if name == "conv1.weight" else wanted[1:2]
