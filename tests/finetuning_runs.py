@@ -1,6 +1,7 @@
 """Fine-tuning on a few of the bundled digits, small enough for a second."""
 
 import numpy as np
+import torch
 import transformers
 
 from hf_msn import (
@@ -12,6 +13,7 @@ from hf_msn import (
     draw_labelled_rows,
     load_images,
 )
+from hf_msn.data.decoding import decode_image
 
 ENCODER = {
     "image_size": 8,
@@ -56,6 +58,12 @@ def with_labels(dataset, labels: np.ndarray):
     """The same images with other labels."""
     column = dataset.features["label"]
     return dataset.remove_columns("label").add_column("label", labels.tolist()).cast_column("label", column)
+
+
+def images_and_labels(dataset, rows) -> tuple[torch.Tensor, np.ndarray]:
+    examples = [dataset[int(row)] for row in rows]
+    images = [decode_image(example["image"]) for example in examples]
+    return PROCESSOR(images, return_tensors="pt")["pixel_values"], np.array([e["label"] for e in examples])
 
 
 def states_are_equal(first: transformers.PreTrainedModel, second: transformers.PreTrainedModel) -> bool:

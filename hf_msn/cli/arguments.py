@@ -1,17 +1,20 @@
 """The fields of a recipe that no other object of the package has: data, labels, initial weights, evaluation."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import numpy as np
+from transformers.hf_argparser import HfArg
 
 from ..data.labels import draw_labelled_rows, labelled_rows
 from ..data.sources import load_images
 from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
 from ..trainers.argument_names import in_terms_of
+from .parser import Parser
+from .recipe_files import read_config
 
 PROBES = {"logistic": LogisticProbe, "soft_nearest_neighbor": SoftNearestNeighborProbe, "knn": KNNProbe}
 LABEL_SOURCES = (
@@ -27,31 +30,24 @@ LABEL_SOURCES = (
 class DataArguments:
     """The source of the training images; see [`load_images`]."""
 
-    dataset: str = field(
+    dataset: str = HfArg(
         default="digits",
-        metadata={
-            "help": "digits (bundled), a folder of images, a save_to_disk folder, parquet or tar shards, or a Hub id."
-        },
+        help="digits (bundled), a folder of images, a save_to_disk folder, parquet or tar shards, or a Hub id.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub data set."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by default."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; found by default. Training reads labelled rows only."}
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a Hub data set.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of a Hub data set.")
+    train_split: str = HfArg(default="train", help="Split to train on.")
+    image_column: str | None = HfArg(default=None, help="Column of the images; found by default.")
+    label_column: str | None = HfArg(
+        default=None, help="Column of the labels; found by default. Training reads labelled rows only."
     )
-    streaming: bool = field(default=False, metadata={"help": "Read while training instead of downloading first."})
-    on_broken_image: Literal["skip", "raise"] = field(
-        default="skip", metadata={"help": "skip: log it, count it, take the next image. raise: stop."}
+    streaming: bool = HfArg(default=False, help="Read while training instead of downloading first.")
+    on_broken_image: Literal["skip", "raise"] = HfArg(
+        default="skip", help="skip: log it, count it, take the next image. raise: stop."
     )
 
     def load(self, split: str | None = None, dataset: str | None = None):
-        """Load the images of a split.
-
-        Args:
-            split (`str`, *optional*): The split; by default `train_split`.
-            dataset (`str`, *optional*): Another data set with the same columns; by default `dataset`.
-        """
+        """Load the images of a split, by default of `train_split`; or of another data set with the same columns."""
         return load_images(
             dataset or self.dataset,
             split=split or self.train_split,
@@ -67,11 +63,11 @@ class DataArguments:
 class ModelArguments:
     """The initial weights and the attention of the model."""
 
-    from_backbone: str | None = field(
-        default=None, metadata={"help": "Encoder to start from, such as facebook/vit-msn-small; random by default."}
+    from_backbone: str | None = HfArg(
+        default=None, help="Encoder to start from, such as facebook/vit-msn-small; random by default."
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa (default), eager, or another one of transformers."}
+    attn_implementation: str | None = HfArg(
+        default=None, help="sdpa (default), eager, or another one of transformers."
     )
 
 
@@ -79,29 +75,24 @@ class ModelArguments:
 class LabelArguments:
     """The labelled images, from exactly one of `LABEL_SOURCES`. Training reads no label of another image."""
 
-    labelled_list_file: str | None = field(
-        default=None, metadata={"help": "File with the names of the labelled images, one per line: 1percent.txt."}
+    labelled_list_file: str | None = HfArg(
+        default=None, help="File with the names of the labelled images, one per line: 1percent.txt."
     )
-    labelled_rows_file: str | None = field(
-        default=None,
-        metadata={"help": "A .npy or .txt file: row numbers of the labelled images, or 0 or 1 for every row."},
+    labelled_rows_file: str | None = HfArg(
+        default=None, help="A .npy or .txt file: row numbers of the labelled images, or 0 or 1 for every row."
     )
-    labelled_dataset: str | None = field(
-        default=None,
-        metadata={"help": "A second data set whose images are all labelled; `dataset` is used without labels."},
+    labelled_dataset: str | None = HfArg(
+        default=None, help="A second data set whose images are all labelled; `dataset` is used without labels."
     )
-    labelled_split: str | None = field(default=None, metadata={"help": "Split of the labelled data set; train."})
-    labelled_images_per_class: int | None = field(
-        default=None, metadata={"help": "For experiments: draw this many images per class. Reads all labels once."}
+    labelled_split: str | None = HfArg(default=None, help="Split of the labelled data set; train.")
+    labelled_images_per_class: int | None = HfArg(
+        default=None, help="For experiments: draw this many images per class. Reads all labels once."
     )
-    labelled_fraction: float | None = field(
-        default=None,
-        metadata={"help": "For experiments: draw this share of each class, such as 0.01. Reads all labels once."},
+    labelled_fraction: float | None = HfArg(
+        default=None, help="For experiments: draw this share of each class, such as 0.01. Reads all labels once."
     )
-    labelled_seed: int = field(default=0, metadata={"help": "Seed of the draw of labelled images."})
-    support_views_per_image: int = field(
-        default=1, metadata={"help": "Views of each labelled image in a support set."}
-    )
+    labelled_seed: int = HfArg(default=0, help="Seed of the draw of labelled images.")
+    support_views_per_image: int = HfArg(default=1, help="Views of each labelled image in a support set.")
 
     def __post_init__(self):
         given = [name for name in LABEL_SOURCES if getattr(self, name) is not None]
@@ -114,12 +105,7 @@ class LabelArguments:
             raise ValueError("`labelled_split` belongs to `labelled_dataset`, which is not given. Give both.")
 
     def load(self, data: DataArguments, dataset) -> tuple[datasets.Dataset, np.ndarray]:
-        """Return the data set that holds the labelled images, and their rows in it.
-
-        Args:
-            data ([`DataArguments`]): The source of `dataset`; a second data set has the same columns.
-            dataset (`datasets.Dataset` or `datasets.IterableDataset`): The images to train on.
-        """
+        """Return the data set that holds the labelled images, and their rows in it. `data` describes `dataset`."""
         if self.labelled_dataset is not None:
             labelled = load_images(
                 self.labelled_dataset,
@@ -144,16 +130,9 @@ class LabelArguments:
 
 
 def read_rows_file(path: str | Path, num_rows: int) -> np.ndarray:
-    """Read row numbers, or a mask with one entry for each of `num_rows` rows, from a .npy or a text file.
-
-    Raises:
-        ValueError: If the file does not exist, or holds something else.
-    """
-    path = Path(path)
+    """Read row numbers, or a mask with one entry for each of `num_rows` rows, from a .npy or a text file."""
     try:
-        values = (
-            np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
-        )
+        values = np.load(path) if Path(path).suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"`labelled_rows_file` must hold row numbers, or 0 or 1 for every row, but '{path}' cannot be read: "
@@ -163,42 +142,41 @@ def read_rows_file(path: str | Path, num_rows: int) -> np.ndarray:
     return values.astype(bool) if is_mask else values
 
 
-def replace_label_source(in_file: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
-    """Return the fields of a recipe file without its label source, if the command line gives one."""
-    if not set(LABEL_SOURCES) & set(given):
-        return in_file
-    return {name: value for name, value in in_file.items() if name not in (*LABEL_SOURCES, "labelled_split")}
+def read_fields(arguments: list[str], variant: str, default: str, make_parser: Callable[[str], Parser]) -> dict:
+    """Return the fields of `--config RECIPE` and of the command line, which override those of the file."""
+    config, in_file, kind = read_config(arguments, variant, default)
+    parser = make_parser(kind)
+    given = parser.read(arguments)
+    in_file = parser.read_values(in_file, f"'{config}'")
+    if set(LABEL_SOURCES) & set(given):
+        in_file = {name: value for name, value in in_file.items() if name not in (*LABEL_SOURCES, "labelled_split")}
+    given.pop("config", None)
+    return {**in_file, **given}
 
 
 @dataclass
 class LowShotArguments:
     """The low-shot evaluation during training; see [`LowShotEvaluator`]."""
 
-    low_shot_every_epochs: int = field(default=0, metadata={"help": "Epochs between evaluations; 0: none."})
-    low_shot_train_split: str | None = field(
-        default=None, metadata={"help": "Split that the labelled images are drawn from; by default that of training."}
+    low_shot_every_epochs: int = HfArg(default=0, help="Epochs between evaluations; 0: none.")
+    low_shot_train_split: str | None = HfArg(
+        default=None, help="Split that the labelled images are drawn from; by default that of training."
     )
-    low_shot_test_split: str = field(default="validation", metadata={"help": "Split that accuracy is measured on."})
-    low_shot_test_dataset: str | None = field(
-        default=None, metadata={"help": "Data set of that split; by default the one to train on."}
+    low_shot_test_split: str = HfArg(default="validation", help="Split that accuracy is measured on.")
+    low_shot_test_dataset: str | None = HfArg(
+        default=None, help="Data set of that split; by default the one to train on."
     )
-    low_shot_images_per_class: tuple[int, ...] = field(
+    low_shot_images_per_class: tuple[int, ...] = HfArg(
         default=(1, 2, 5),
-        metadata={
-            "help": "Labelled images per class, one evaluation for each number. Methods that train with labels are "
-            "evaluated with those alone."
-        },
+        help="Labelled images per class, one evaluation for each number. Methods that train with labels are evaluated "
+        "with those alone.",
     )
-    low_shot_probe: Literal[tuple(PROBES)] = field(
-        default="logistic", metadata={"help": "Classifier on the features."}
+    low_shot_probe: Literal[tuple(PROBES)] = HfArg(default="logistic", help="Classifier on the features.")
+    low_shot_features: Literal["backbone", "projection"] = HfArg(
+        default="backbone", help="backbone: the published features. projection: the space of the loss."
     )
-    low_shot_features: Literal["backbone", "projection"] = field(
-        default="backbone",
-        metadata={"help": "backbone: the published features. projection: the space of the loss."},
-    )
-    crop_fraction: float = field(
-        default=224 / 256,
-        metadata={"help": "Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."},
+    crop_fraction: float = HfArg(
+        default=224 / 256, help="Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."
     )
 
     def make_probe(self) -> Probe:

@@ -18,7 +18,5 @@ def make_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn card`."""
-    parser = make_parser()
-    values = parser.read(arguments)
-    parser.check_given(values)
+    values = make_parser().read_complete(arguments)
     print(*save_model_card(**arguments_for(save_model_card, values, _NAMES)), sep="\n")

@@ -28,9 +28,7 @@ def make_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn convert`."""
-    parser = make_parser()
-    values = parser.read(arguments)
-    parser.check_given(values)
+    values = make_parser().read_complete(arguments)
     values.setdefault("output", None)
     is_back = values.pop("to_original", False)
     convert, names = (convert_to_original, _NAMES_BACK) if is_back else (convert_checkpoint, _NAMES)

@@ -68,9 +68,7 @@ def _parameters(probe: type) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn evaluate`."""
-    parser = make_parser()
-    values = parser.read(arguments)
-    parser.check_given(values)
+    values = make_parser().read_complete(arguments)
     # processes on CPUs find each other only with cpu=True
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = values.get("output") if state.is_main_process else None

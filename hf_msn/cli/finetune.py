@@ -11,6 +11,7 @@ import numpy as np
 import timm
 from accelerate import PartialState
 from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
 from ..checks import check_choice
@@ -25,9 +26,8 @@ from ..finetuning.tuning import finetune_classifier, finetune_suncet
 from ..hub.publish import HubRepository, Publication, publish_checkpoint
 from ..models.configuration_suncet import SuNCEtConfig
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
-from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, replace_label_source
+from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, read_fields
 from .parser import Option, Parser, build, check_output_dir, options_of, own_values
-from .recipe_files import read_config
 
 HEADS = {
     "linear": (ClassifierFinetuningArguments, finetune_classifier),
@@ -48,30 +48,25 @@ _FIXED = {"save_strategy", "remove_unused_columns", "average_tokens_across_devic
 class StartArguments:
     """The model to fine-tune, its labels, and the images that it is tested on."""
 
-    head: str = field(
+    head: str = HfArg(
         default="linear",
-        metadata={"help": "linear: a classifier that plain transformers loads. suncet: encoder and projection head."},
+        help="linear: a classifier that plain transformers loads. suncet: encoder and projection head.",
     )
-    model: str | None = field(
+    model: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder or Hub id of MSN, PAWS, SuNCEt or a plain ViTMSN, or timm:ARCHITECTURE. Without it: from "
-            "scratch, with the fields of the model below."
-        },
+        help="Folder or Hub id of MSN, PAWS, SuNCEt or a plain ViTMSN, or timm:ARCHITECTURE. Without it: from "
+        "scratch, with the fields of the model below.",
     )
-    labelled_from_checkpoint: bool | None = field(
+    labelled_from_checkpoint: bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "Use the labelled images of the checkpoint's training. The default if it has a "
-            "labelled_images.json and no other source is given."
-        },
+        help="Use the labelled images of the checkpoint's training. The default if it has a labelled_images.json and "
+        "no other source is given.",
     )
-    test_split: str | None = field(
-        default=None, metadata={"help": "Split to measure the chosen model on, once, at the end. By default none."}
+    test_split: str | None = HfArg(
+        default=None, help="Split to measure the chosen model on, once, at the end. By default none."
     )
-    crop_fraction: float = field(
-        default=224 / 256,
-        metadata={"help": "Centre crop over resized shortest edge, of an evaluation not saved with the model."},
+    crop_fraction: float = HfArg(
+        default=224 / 256, help="Centre crop over resized shortest edge, of an evaluation not saved with the model."
     )
 
 
@@ -79,13 +74,7 @@ class StartArguments:
 class FinetuningRecipe:
     """All settings of a fine-tuning run, each in the object that uses it. `given` holds the fields as they were given.
 
-    Example:
-
-    ```python
-    >>> recipe = parse_finetuning_recipe(["--config", "recipe.yaml", "--output_dir", "runs/tuned"])
-    >>> result = recipe.finetune()
-    >>> result.save(recipe.output_dir)
-    ```
+    Example: `recipe.finetune().save(recipe.output_dir)`.
     """
 
     start: StartArguments
@@ -108,19 +97,12 @@ class FinetuningRecipe:
         labelled, rows = self.load_labelled()
         if self.start.test_split is not None:
             self.data.load(self.start.test_split)  # a missing split is an error before training; no row is read
-        start, fields = self.start.model, self.config_fields
+        start, fields = self.start.model, dict(self.config_fields)
         if start is None:
             start, fields = SuNCEtConfig(**self.config_fields), {}
-        result = HEADS[self.start.head][1](
-            start,
-            labelled,
-            rows,
-            self.views,
-            self.training,
-            image_processor=self.image_processor,
-            on_broken_image=self.data.on_broken_image,
-            **fields,
-        )
+        fields |= {"image_processor": self.image_processor, "on_broken_image": self.data.on_broken_image}
+        _, tune = HEADS[self.start.head]
+        result = tune(start, labelled, rows, self.views, self.training, **fields)
         result.run.pop("arguments")  # the recipe has them
         result.run["recipe"] = self.given
         return result
@@ -131,11 +113,7 @@ class FinetuningRecipe:
             result.test(self.data.load(self.start.test_split))
 
     def push(self, result: FinetuningResult) -> Publication | None:
-        """Publish the saved result from rank 0, if `push_to_hub` is set.
-
-        Raises:
-            PublishingError: If the Hub or the network fails. The saved files are unchanged.
-        """
+        """Publish the saved result from rank 0, if `push_to_hub` is set."""
         if not self.training.push_to_hub or rank() > 0:
             return None
         return publish_checkpoint(
@@ -179,22 +157,9 @@ class FinetuningRecipe:
 
 
 def parse_finetuning_recipe(arguments: list[str] | None = None) -> FinetuningRecipe:
-    """Read `--config RECIPE` and the fields on the command line, which override those of the file.
-
-    Args:
-        arguments (`list[str]`, *optional*): By default those of this process.
-
-    Raises:
-        ValueError: For an unknown field, with the nearest known one; for a value of the wrong type; for an
-            `output_dir` that is not empty where no overwrite is asked for.
-    """
+    """Read `--config RECIPE` and the fields on the command line, as [`parse_recipe`] does for pretraining."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    config, in_file, head = read_config(arguments, "head", "linear")
-    parser = make_parser(head)
-    given = parser.read(arguments)
-    in_file = replace_label_source(parser.read_values(in_file, f"'{config}'"), given)
-    given.pop("config", None)
-    return make_finetuning_recipe({**in_file, **given})
+    return make_finetuning_recipe(read_fields(arguments, "head", "linear", make_parser))
 
 
 def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
@@ -236,7 +201,7 @@ def make_parser(head: str) -> Parser:
     """Return the parser of a head."""
 
     def owner(name: str) -> str | None:
-        others = [other for other in HEADS if other != head and name in Parser(_groups(other)).options]
+        others = [other for other in HEADS if name in Parser(_groups(other)).options]
         return f"It belongs to `--head {others[0]}`, but the head is {head}." if others else None
 
     return Parser(
@@ -283,14 +248,11 @@ def find_labelled_images(model: str | None) -> dict[str, Any] | None:
 
 def _rows_of_checkpoint(dataset: datasets.Dataset, saved: dict[str, Any], model: str) -> np.ndarray:
     names = class_names(dataset)
-    fault = (
-        "has fewer rows"
-        if max(saved["rows"]) >= len(dataset)
-        else "has other class names"
-        if names is not None and saved["class_names"] is not None and names != saved["class_names"]
-        else None
-    )
-    if fault is None:
+    if max(saved["rows"]) >= len(dataset):
+        fault = "has fewer rows"
+    elif names is not None and saved["class_names"] is not None and names != saved["class_names"]:
+        fault = "has other class names"
+    else:
         rows = labelled_rows(dataset, mask=saved["rows"])
         if np.array_equal(class_numbers(dataset, rows), saved["labels"]):
             return rows

@@ -26,11 +26,7 @@ _DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `hf-msn COMMAND ...`.
-
-    Args:
-        arguments (`list[str]`, *optional*): By default those of this process.
-    """
+    """Run `hf-msn COMMAND ...`, by default with the arguments of this process."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print("usage: hf-msn COMMAND [--FIELD VALUE ...]\n")

@@ -46,13 +46,9 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass
 class Option:
-    """One flag of a command, and field of a recipe.
+    """One flag of a command, and field of a recipe. Without a default it must be given.
 
-    Args:
-        name (`str`): Its name, without dashes.
-        annotation (`Any`): The type: a union of scalars, literals, sequences of them and `None`.
-        default (`Any`, *optional*): The default, for the help. Without one the option must be given.
-        help (`str`, *optional*): The help text.
+    `annotation` is the type: a union of scalars, literals, sequences of them and `None`.
     """
 
     name: str
@@ -75,11 +71,6 @@ class Option:
         self.kinds = [kind for kind in _READERS if kind in (*members, *entries, *others)]
         if sequences and not self.kinds and not entries:
             self.kinds = [str]
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether a command line can hold a value of this type."""
-        return bool(self.kinds or self.choices)
 
     def read(self, text: str) -> Any:
         """Return one value of the command line as the type of the option."""
@@ -121,13 +112,9 @@ class Option:
 
 
 class Parser(HfArgumentParser):
-    """Parser of one command.
+    """Parser of one command, from the options by the title of their group. The first option of a name counts.
 
-    Args:
-        groups (`Mapping[str, Iterable[Option]]`): The options by the title of their group. The first of a name counts.
-        hidden (`Iterable[str]`, *optional*): Options that the help does not show.
-        owner (`Callable[[str], str | None]`, *optional*): Return a sentence that says where an unknown name belongs.
-        kwargs: Of `argparse.ArgumentParser`.
+    The help does not show `hidden` ones. `owner` returns a sentence that says where an unknown name belongs.
     """
 
     def __init__(
@@ -148,11 +135,7 @@ class Parser(HfArgumentParser):
         super().__init__(made, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
-        """Return the options that a command line gives, by name.
-
-        Raises:
-            ValueError: For an unknown option, with the nearest known one, and for a value of another type.
-        """
+        """Return the options that a command line gives, by name."""
         namespace, unknown = self.parse_known_args(arguments)
         if unknown and not unknown[0].startswith("--"):
             raise ValueError(
@@ -162,11 +145,7 @@ class Parser(HfArgumentParser):
         return {name: self.options[name].collect(value) for name, value in vars(namespace).items()}
 
     def read_values(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Return the fields of a recipe file as [`read`] returns options. `where` names the file.
-
-        Raises:
-            ValueError: As for [`read`].
-        """
+        """Return the fields of a recipe file as [`read`] returns options. `where` names the file."""
         self.check_known(map(str, values), where)
         arguments = []
         for name, value in values.items():
@@ -182,11 +161,13 @@ class Parser(HfArgumentParser):
                 hint = self.owner(name) or did_you_mean(name, self.options) or "`--help` lists the fields."
                 raise ValueError(f"There is no field `{name}`, in {where}. {hint}")
 
-    def check_given(self, values: Mapping[str, Any]) -> None:
-        """Check that every option without a default is among `values`."""
+    def read_complete(self, arguments: list[str] | None = None) -> dict[str, Any]:
+        """Return what [`read`] does, after a check that every option without a default is given."""
+        values = self.read(arguments)
         for option in self.options.values():
             if option.default is REQUIRED and values.get(option.name) is None:
                 raise ValueError(f"`{option.name}` is missing: {option.help} Give --{option.name}.")
+        return values
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(re.sub(r"^argument --(\w+)[^:]*:", r"`\1`", message).strip())
@@ -197,14 +178,9 @@ def options_of(
 ) -> list[Option]:
     """Return an option for each field of a dataclass, or for each parameter of a class or function.
 
-    Args:
-        source (`type` or `Callable`): A dataclass, or a class or function whose parameters have annotations, with
-            those that `**kwargs` passes to a base class. Parameters without an entry under `Args:`, and those that a
-            command line cannot hold, are left out.
-        documented: Further objects whose docstrings describe the parameters. The help of an option is the `help` of
-            the field, else its entry under `Args:`.
-        names (`Mapping[str, str]`, *optional*): Names of options that differ from those of the parameters. A parameter
-            whose name is `None` becomes no option.
+    The help is that of the field, else the entry under `Args:` of `source` or of the further objects `documented`.
+    Parameters without an entry, and those that a command line cannot hold, are left out. `names` are the names of
+    options that differ from those of the parameters; a parameter whose name is `None` becomes no option.
     """
     names = names or {}
     helps = documentation(source, *documented)
@@ -223,7 +199,7 @@ def options_of(
                 found.append(Option(names.get(name) or name, parameter.annotation, parameter.default, helps[name]))
         left_out = {name for name, new in names.items() if new is None}
         found = [option for option in found if option.name not in left_out]
-    return [option for option in found if option.is_readable]
+    return [option for option in found if option.kinds or option.choices]
 
 
 def parameters_of(source: type | Callable) -> dict[str, inspect.Parameter]:
@@ -276,11 +252,7 @@ def own_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_output_dir(output_dir: str | None, is_reused: bool, remedy: str) -> None:
-    """Check that `output_dir` is a folder, and that it is new or empty unless `is_reused`.
-
-    Raises:
-        ValueError: If it is not. `remedy` says how to use a folder that is not empty.
-    """
+    """Check that `output_dir` is a folder, and new or empty unless `is_reused`; `remedy` is for one that is not."""
     if output_dir is None:
         raise ValueError("`output_dir` is missing: the folder of the trained model. Give --output_dir.")
     folder = Path(output_dir)
@@ -294,10 +266,7 @@ def check_output_dir(output_dir: str | None, is_reused: bool, remedy: str) -> No
 def _members(annotation: Any) -> list:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [member for part in typing.get_args(annotation) for member in _members(part)]
-    is_path = (
-        inspect.isclass(annotation) and typing.get_origin(annotation) is None and issubclass(annotation, os.PathLike)
-    )
-    return [str if is_path else annotation]
+    return [str if annotation in (Path, os.PathLike) else annotation]
 
 
 def _default(f: dataclasses.Field) -> Any:

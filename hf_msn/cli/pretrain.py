@@ -9,7 +9,7 @@ import gc
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
@@ -21,10 +21,10 @@ from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from ..evaluation.low_shot import LowShotEvaluator
 from ..trainers.callbacks.low_shot import LowShotCallback
-from .arguments import DataArguments, LabelArguments, LowShotArguments, ModelArguments, replace_label_source
+from .arguments import DataArguments, LabelArguments, LowShotArguments, ModelArguments, read_fields
 from .methods import METHODS, Method
 from .parser import Option, Parser, build, check_output_dir, options_of, own_values
-from .recipe_files import find_recipe, read_config, read_yaml
+from .recipe_files import find_recipe, read_yaml
 from .sync import SyncArguments, sync_options
 
 # The fields of transformers.TrainingArguments that nearly every run sets; --help_all shows the others too.
@@ -141,16 +141,11 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
             `output_dir` that is not empty where neither a resume nor an overwrite is asked for.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    config, in_file, method = read_config(arguments, "method", "msn")
+    parser_of = make_parser
     if "--help_all" in arguments:
-        arguments = ["--help"]
-        parser = make_parser(method, hidden=())
-    else:
-        parser = make_parser(method)
-    given = parser.read(arguments)
-    in_file = replace_label_source(parser.read_values(in_file, f"'{config}'"), given)
-    given.pop("config", None)
-    return make_recipe({**in_file, **given})
+        parser_of = partial(make_parser, hidden=())
+        arguments = ["--help", *arguments]
+    return make_recipe(read_fields(arguments, "method", "msn", parser_of))
 
 
 def read_recipe(path: str, method: str | None = None) -> dict[str, Any]:
@@ -208,8 +203,7 @@ def make_parser(method: str, hidden: Iterable[str] | None = None) -> Parser:
 
     def owner(name: str) -> str | None:
         others = [other for other in METHODS if name in Parser(_groups(other)).options]
-        run = title.split(",")[0]
-        return f"It belongs to method {' and '.join(others)}, but the run is {run}." if others else None
+        return f"It belongs to method {' and '.join(others)}, but the run is {title}." if others else None
 
     return Parser(
         groups,

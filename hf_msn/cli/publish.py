@@ -19,9 +19,7 @@ def make_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn publish`."""
-    parser = make_parser()
-    values = parser.read(arguments)
-    parser.check_given(values)
+    values = make_parser().read_complete(arguments)
     logging.set_verbosity_warning()
     publication = publish_checkpoint(**values)
     print(publication.table())

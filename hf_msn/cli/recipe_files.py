@@ -12,14 +12,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the path of a recipe.
-
-    Args:
-        name (`str` or `Path`): The path of a YAML file, or the name of a recipe of the package: "msn_vits16_imagenet".
-
-    Raises:
-        ValueError: If there is neither such a file nor such a recipe. The message names the nearest recipe.
-    """
+    """Return the path of a recipe, from the path of a YAML file or the name of a recipe of the package."""
     if Path(name).is_file():
         return Path(name)
     shipped = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
@@ -30,11 +23,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the lines `field: value` of a recipe.
-
-    Raises:
-        ValueError: If the file is not YAML, or holds something else.
-    """
+    """Read the lines `field: value` of a recipe."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -45,15 +34,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_config(arguments: list[str], variant: str, default: str) -> tuple[str | None, dict[str, Any], str]:
-    """Look for the fields that decide which other fields there are.
+    """Return the value of `--config`, the fields of that file, and the value of the field `variant`.
 
-    Args:
-        arguments (`list[str]`): The command line.
-        variant (`str`): The field that selects the others: "method" of pretraining, "head" of fine-tuning.
-        default (`str`): Its value where neither the command line nor the recipe has it.
-
-    Returns:
-        `tuple`: The value of `--config`, the fields of that file, and the value of `variant`.
+    `variant` decides which other fields there are: "method" of pretraining, "head" of fine-tuning.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")

@@ -38,23 +38,16 @@ TOPOLOGIES = {
 BASES = ("gossip", "overlap_gossip")
 # Fields that are not called as the parameter; None: no field.
 _NAMES = {
-    "timeout_seconds": "sync_timeout_seconds",
-    "wire_dtype": "sync_wire_dtype",
-    "base_buffers": "sync_base_buffers",
-    "log_consensus_distance": None,
-    "log_parameter_distance": None,
+    **{name: f"sync_{name}" for name in ("timeout_seconds", "wire_dtype", "base_buffers")},
+    **dict.fromkeys(("log_consensus_distance", "log_parameter_distance")),
 }
 
 
 @dataclass(frozen=True)
 class SyncMethod:
-    """A method of training with little communication.
+    """A method: its class for any training loop, its callback for any Trainer, and the names of its fields.
 
-    Args:
-        core (`type`): The class for any training loop.
-        callback (`type`): The callback for any Trainer.
-        names (`dict[str, str | None]`, *optional*): Fields that are not called as the parameter; `None`: no field.
-        prefix (`str`, *optional*): Prefix of the other fields.
+    Fields in `names` are not called as the parameter (`None`: no field); the others are, with `prefix`.
     """
 
     core: type
@@ -89,12 +82,7 @@ SYNC_METHODS = {
     "async_gossip": SyncMethod(
         AsyncGossip,
         AsyncGossipCallback,
-        {
-            "method": "async_method",
-            "rate_correction": "async_rate_correction",
-            "seed": "async_seed",
-            "base_buffers": None,
-        },
+        {**{name: f"async_{name}" for name in ("method", "rate_correction", "seed")}, "base_buffers": None},
     ),
     "codistillation": SyncMethod(Codistillation, CodistillationCallback, prefix="codistillation_"),
 }
@@ -111,15 +99,7 @@ def sync_options() -> list[Option]:
 
 
 class SyncArguments:
-    """Training with little communication. A field left out has the default of its method.
-
-    Args:
-        sync (`str`, *optional*): The method. By default gradients are averaged at every step.
-        fields: The fields of [`sync_options`].
-
-    Raises:
-        ValueError: If the method does not have a field, or refuses its value.
-    """
+    """The method `sync` and its fields, from [`sync_options`]. A field left out has the default of its method."""
 
     def __init__(self, sync: str | None = None, **fields: Any):
         fields = {name: value for name, value in fields.items() if value is not None}

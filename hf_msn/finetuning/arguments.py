@@ -1,8 +1,9 @@
 """Training arguments of fine-tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_integer, check_number
 from ..trainers.pretraining_arguments import check_counts
@@ -16,44 +17,33 @@ class FinetuningArguments(TrainingArguments):
     momentum. Nothing is saved before the end, so there is nothing to resume from: these runs are short.
     """
 
-    learning_rate: float = field(default=0.02, metadata={"help": "Learning rate at the first update."})
-    final_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate where the cosine ends."})
-    num_train_epochs: float = field(
-        default=50, metadata={"help": "Passes over the labelled images; the best one is kept."}
-    )
-    optim: str = field(
-        default="sgd", metadata={"help": "sgd (with Nesterov momentum), or another of transformers: adamw_torch."}
-    )
-    momentum: float = field(default=0.9, metadata={"help": "Momentum of sgd and LARS, in [0, 1)."})
-    use_lars: bool = field(default=False, metadata={"help": "LARS in place of `optim`."})
-    lars_trust_coefficient: float = field(default=0.001, metadata={"help": "Trust coefficient of LARS."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay; none on biases and norms."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: never."})
-    freeze_encoder: bool = field(
-        default=False, metadata={"help": "Train the head alone; the encoder does not change by a bit."}
-    )
-    validation_fraction: float = field(
+    learning_rate: float = HfArg(default=0.02, help="Learning rate at the first update.")
+    final_learning_rate: float = HfArg(default=0.0, help="Learning rate where the cosine ends.")
+    num_train_epochs: float = HfArg(default=50, help="Passes over the labelled images; the best one is kept.")
+    optim: str = HfArg(default="sgd", help="sgd (with Nesterov momentum), or another of transformers: adamw_torch.")
+    momentum: float = HfArg(default=0.9, help="Momentum of sgd and LARS, in [0, 1).")
+    use_lars: bool = HfArg(default=False, help="LARS in place of `optim`.")
+    lars_trust_coefficient: float = HfArg(default=0.001, help="Trust coefficient of LARS.")
+    weight_decay: float = HfArg(default=0.0, help="Weight decay; none on biases and norms.")
+    max_grad_norm: float = HfArg(default=0.0, help="Gradients are clipped to this norm; 0: never.")
+    freeze_encoder: bool = HfArg(default=False, help="Train the head alone; the encoder does not change by a bit.")
+    validation_fraction: float = HfArg(
         default=0.2,
-        metadata={
-            "help": "Share of the labelled images of each class, at least one image, held out to choose the best "
-            "epoch. 0: none, and the last epoch is kept. Labels that pretraining had look easier than new ones."
-        },
+        help="Share of the labelled images of each class, at least one image, held out to choose the best epoch. 0: "
+        "none, and the last epoch is kept. Labels that pretraining had look easier than new ones.",
     )
-    eval_every_epochs: int = field(default=1, metadata={"help": "Epochs between evaluations."})
-    refit: bool = field(
-        default=False,
-        metadata={"help": "Then train again on all labelled images, up to the best epoch; the cosine ends there."},
+    eval_every_epochs: int = HfArg(default=1, help="Epochs between evaluations.")
+    refit: bool = HfArg(
+        default=False, help="Then train again on all labelled images, up to the best epoch; the cosine ends there."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Save into an `output_dir` that is not empty."}
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per rank in an evaluation."})
-    logging_steps: float = field(default=50, metadata={"help": "Updates between two logs."})
-    save_strategy: str = field(default="no", metadata={"help": "Must stay no: the best epoch is saved at the end."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches are made of views."})
-    average_tokens_across_devices: bool = field(default=False, metadata={"help": "Has no meaning for images."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hides NaN losses from the log if on."})
+    overwrite_output_dir: bool = HfArg(default=False, help="Save into an `output_dir` that is not empty.")
+    per_device_eval_batch_size: int = HfArg(default=64, help="Images per rank in an evaluation.")
+    logging_steps: float = HfArg(default=50, help="Updates between two logs.")
+    save_strategy: str = HfArg(default="no", help="Must stay no: the best epoch is saved at the end.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are made of views.")
+    average_tokens_across_devices: bool = HfArg(default=False, help="Has no meaning for images.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="All parameters are used.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hides NaN losses from the log if on.")
 
     def __post_init__(self):
         self.lr_scheduler_type = "cosine_with_min_lr"
@@ -74,11 +64,8 @@ class FinetuningArguments(TrainingArguments):
                 f"`max_steps` must be left out, but is {self.max_steps}: fine-tuning has whole epochs, the best of "
                 "which is kept. Give `num_train_epochs`."
             )
-        meaning = "is the held-out share of the labelled images"
         remedy = "0.2 is usual; 0 holds none out."
-        check_number(
-            "validation_fraction", self.validation_fraction, minimum=0, below=1, meaning=meaning, remedy=remedy
-        )
+        check_number("validation_fraction", self.validation_fraction, minimum=0, below=1, remedy=remedy)
         check_integer("eval_every_epochs", self.eval_every_epochs)
         if self.refit and self.validation_fraction == 0:
             raise ValueError(
@@ -99,19 +86,14 @@ class ClassifierFinetuningArguments(FinetuningArguments):
     that no batch is much smaller than the others.
     """
 
-    global_batch_size: int = field(
-        default=64,
-        metadata={"help": "Images in one update, at most, over all ranks together."},
+    global_batch_size: int = HfArg(default=64, help="Images in one update, at most, over all ranks together.")
+    zero_init_head: bool = HfArg(
+        default=True, help="Start the linear head at 0, where all classes are equally likely."
     )
-    zero_init_head: bool = field(
-        default=True, metadata={"help": "Start the linear head at 0, where all classes are equally likely."}
-    )
-    standardize_features: bool | None = field(
+    standardize_features: bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "Train the head on features of mean 0 and spread 1, and fold that into its weights at the end. By "
-            "default with a frozen encoder only; it helps a pretrained ViT too, at a learning rate of 0.005."
-        },
+        help="Train the head on features of mean 0 and spread 1, and fold that into its weights at the end. By "
+        "default with a frozen encoder only; it helps a pretrained ViT too, at a learning rate of 0.005.",
     )
 
     def __post_init__(self):
@@ -133,22 +115,19 @@ class SuNCEtFinetuningArguments(FinetuningArguments):
     number of labelled images, rounded up.
     """
 
-    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate at the first update."})
-    final_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate where the cosine ends."})
-    num_train_epochs: float = field(
-        default=30, metadata={"help": "Passes over the labelled images; the best one is kept."}
+    learning_rate: float = HfArg(default=0.1, help="Learning rate at the first update.")
+    final_learning_rate: float = HfArg(default=0.01, help="Learning rate where the cosine ends.")
+    num_train_epochs: float = HfArg(default=30, help="Passes over the labelled images; the best one is kept.")
+    use_lars: bool = HfArg(default=True, help="LARS in place of `optim`.")
+    global_support_classes: int | None = HfArg(
+        default=None, help="Classes in each update, over all ranks together. By default all classes."
     )
-    use_lars: bool = field(default=True, metadata={"help": "LARS in place of `optim`."})
-    global_support_classes: int | None = field(
-        default=None, metadata={"help": "Classes in each update, over all ranks together. By default all classes."}
+    global_support_images_per_class: int = HfArg(
+        default=5, help="Labelled images of each of these classes in an update, over all ranks together."
     )
-    global_support_images_per_class: int = field(
-        default=5, metadata={"help": "Labelled images of each of these classes in an update, over all ranks together."}
-    )
-    support_views_per_image: int = field(default=2, metadata={"help": "Views of each labelled image in an update."})
-    support_shard: str = field(
-        default="classes",
-        metadata={"help": "classes: each rank holds other classes. images: all ranks hold the same classes."},
+    support_views_per_image: int = HfArg(default=2, help="Views of each labelled image in an update.")
+    support_shard: str = HfArg(
+        default="classes", help="classes: each rank holds other classes. images: all ranks hold the same classes."
     )
 
     def __post_init__(self):
@@ -159,5 +138,4 @@ class SuNCEtFinetuningArguments(FinetuningArguments):
                 "view. Raise `global_support_images_per_class` or `support_views_per_image` to at least 2."
             )
         if self.global_support_classes is not None:
-            meaning = "counts the classes that an update tells apart"
-            check_integer("global_support_classes", self.global_support_classes, 2, meaning=meaning)
+            check_integer("global_support_classes", self.global_support_classes, 2)

@@ -20,11 +20,6 @@ class LabelledBatches(torch.utils.data.Sampler[list[SupportKey]]):
 
     The order depends on (`seed`, epoch) alone, and the batches of all ranks together are those of one rank. A batch
     that cannot be distributed evenly is filled up from its own first images.
-
-    Args:
-        num_images (`int`): Labelled images.
-        global_batch_size (`int`): Most images in a batch, over all ranks.
-        seed (`int`): Seed of the order.
     """
 
     def __init__(self, num_images: int, global_batch_size: int, seed: int):
@@ -55,11 +50,7 @@ class EpochSupports(SupportBatches):
 
 
 class ClassifierCollator:
-    """Stack labelled images into the batch of a classification model: `pixel_values (B, C, H, W)`, `labels (B,)`.
-
-    Args:
-        classes (`numpy.ndarray`): The class numbers, ascending, (C,): output j is class `classes[j]`.
-    """
+    """Stack images into the batch of a classification model: `pixel_values (B, C, H, W)` and `labels (B,)`."""
 
     def __init__(self, classes: np.ndarray):
         self.classes = torch.from_numpy(classes)

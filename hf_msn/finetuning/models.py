@@ -30,12 +30,7 @@ _LOSS_FIELDS = {"temperature": 0.1, "label_smoothing": 0.0}  # belong to pretrai
 def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTraining:
     """Load the encoder of `start` under a projection head, which is kept if PAWS or SuNCEt trained one.
 
-    Args:
-        start (`str`, `Path`, `PreTrainedConfig` or `PreTrainedModel`): A folder or Hub id of MSN, PAWS, SuNCEt or a
-            plain ViTMSN; "timm:ARCHITECTURE", with timm's released weights; such a model itself; or a configuration,
-            to start from scratch.
-        seed (`int`): Seed of fresh weights.
-        **config_fields: Fields of [`SuNCEtConfig`] that differ from those of `start`.
+    `start` and `config_fields` are those of [`finetune_classifier`]; fresh weights depend on `seed` alone.
 
     Raises:
         ValueError: If the checkpoint is of another kind, or a field does not fit its weights.
@@ -50,7 +45,9 @@ def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTra
         model = SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
     copy_encoder(encoder, model.encoder, model.config, fields, name)
     if isinstance(source, SemiSupervisedModel):
-        _copy_projection_head(source, model)
+        trained, fresh = source.projection_head.state_dict(), model.projection_head.state_dict()
+        if {key: value.shape for key, value in trained.items()} == {key: value.shape for key, value in fresh.items()}:
+            model.projection_head.load_state_dict(trained)
     return model
 
 
@@ -64,13 +61,7 @@ def load_for_classification(
 ) -> ViTMSNForImageClassification | TimmWrapperForImageClassification:
     """Load the encoder of `start` under a linear head, as a model of plain transformers.
 
-    Args:
-        start: As for [`load_for_suncet`].
-        classes (`numpy.ndarray`): The class numbers, ascending, (C,): output j is class `classes[j]`.
-        class_names (`list[str]`, *optional*): Names by class number.
-        seed (`int`): Seed of fresh weights.
-        zero_init_head (`bool`, *optional*, defaults to `True`): Start the linear head at 0.
-        **config_fields: Fields of [`SuNCEtConfig`] that differ from those of `start`.
+    Output j is class `classes[j]`, ascending; `class_names` are by class number.
 
     Raises:
         ValueError: As for [`load_for_suncet`], or if plain transformers has no such network.
@@ -132,17 +123,14 @@ def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperF
     model = TimmWrapperForImageClassification(config)
     fault = model.timm_model.load_state_dict(source.encoder.state_dict(), strict=False)
     head = linear_head(model)
-    of_head = {name for name, value in model.timm_model.state_dict(keep_vars=True).items() if _is_in(value, head)}
-    if not isinstance(head, nn.Linear) or fault.unexpected_keys or set(fault.missing_keys) != of_head:
+    own = set(map(id, head.parameters())) if isinstance(head, nn.Linear) else set()
+    of_head = {name for name, value in model.timm_model.state_dict(keep_vars=True).items() if id(value) in own}
+    if not of_head or fault.unexpected_keys or set(fault.missing_keys) != of_head:
         raise ValueError(
             f"A classifier must have one linear layer on its features, but '{name}' has another head. Fine-tune it "
             "with `head` suncet, or start from another network."
         )
     return model
-
-
-def _is_in(value: torch.Tensor, head) -> bool:
-    return isinstance(head, nn.Module) and any(value is parameter for parameter in head.parameters())
 
 
 def _source(start: str | Path | PreTrainedModel) -> tuple[PreTrainedModel | None, nn.Module, dict, str]:
@@ -168,9 +156,3 @@ def _source(start: str | Path | PreTrainedModel) -> tuple[PreTrainedModel | None
 def _own_fields(config: PreTrainedConfig) -> dict:
     left_out = ("model_type", "architectures", "transformers_version", "dtype", "id2label", "label2id")
     return {key: value for key, value in config.to_dict().items() if key not in left_out}
-
-
-def _copy_projection_head(source: SemiSupervisedModel, model: SuNCEtForPreTraining) -> None:
-    weights, wanted = source.projection_head.state_dict(), model.projection_head.state_dict()
-    if {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in wanted.items()}:
-        model.projection_head.load_state_dict(weights)

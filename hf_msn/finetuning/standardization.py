@@ -1,13 +1,10 @@
 """Standardise the features that a linear head sees during training, and fold that into its weights at the end."""
 
-import datasets
 import numpy as np
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .arguments import ClassifierFinetuningArguments
-from .evaluation import extract_head_inputs
 from .models import linear_head
 
 
@@ -15,12 +12,8 @@ class Standardization:
     """Forward pre-hook of a linear head: `W (x - mean) / scale + b`.
 
     The features of a pretrained ViT have a common mean that is many times their spread; gradients of a plain linear
-    layer point along it, and hardly along what tells images apart.
-
-    Args:
-        model (`PreTrainedModel`): The classifier, of [`load_for_classification`].
-        features (`numpy.ndarray`): Its features of the training images, (N, D). `mean` is theirs by dimension, `scale`
-            one number: the root of their mean squared distance from it per dimension.
+    layer point along it, and hardly along what tells images apart. `mean` is that of `features` (N, D) by dimension;
+    `scale` is one number, the root of their mean squared distance from it per dimension.
     """
 
     def __init__(self, model: PreTrainedModel, features: np.ndarray):
@@ -43,18 +36,3 @@ class Standardization:
         weight = head.weight.double() / self.scale.to(head.weight).double()
         head.bias.copy_(head.bias.double() - weight @ self.mean.to(head.weight).double())
         head.weight.copy_(weight)
-
-
-def standardize_head(
-    model: PreTrainedModel,
-    dataset: datasets.Dataset,
-    rows: np.ndarray,
-    image_processor: BaseImageProcessor,
-    args: ClassifierFinetuningArguments,
-    on_broken_image: str = "skip",
-) -> Standardization:
-    """Standardise the inputs of the head of `model`, by the features of the images to train on."""
-    head = linear_head(model)
-    return Standardization(
-        model, extract_head_inputs(model, head, dataset, image_processor, args, rows, on_broken_image)
-    )

@@ -18,11 +18,7 @@ from .arguments import FinetuningArguments
 class FinetuningTrainer(Trainer):
     """Train on the batches of a loader that distributes them over the ranks; the loss is `model(**batch).loss`.
 
-    Args:
-        model (`PreTrainedModel`): Encoder and head.
-        args ([`FinetuningArguments`]): What changes over training.
-        loader (`torch.utils.data.DataLoader`): From [`classifier_loader`] or [`suncet_loader`].
-        head (`Callable[[PreTrainedModel], nn.Module]`): Return the part of a model that trains with `freeze_encoder`.
+    `head` returns the part of the model that trains with `freeze_encoder`.
     """
 
     args: FinetuningArguments
@@ -96,15 +92,8 @@ class FinetuningTrainer(Trainer):
 class BestEpochCallback(TrainerCallback):
     """Measure the accuracy every few epochs and after the last, and keep the weights of the first best epoch.
 
-    Args:
-        trainer ([`FinetuningTrainer`]): The trainer whose model is measured.
-        measure (`Callable`, *optional*): Return the accuracies of a model in percent; the first one decides. Without
-            it the last epoch counts as the best.
-
-    Attributes:
-        by_epoch (`dict[int, dict[str, float]]`): The accuracies by the number of finished epochs.
-        best_epoch (`int`, *optional*): The first epoch of the highest accuracy.
-        best_weights (`dict[str, torch.Tensor]`, *optional*): Its state dict, on the CPU.
+    `measure` returns the accuracies of a model in percent; the first one decides. Without it the last epoch counts as
+    the best.
     """
 
     def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None):
@@ -117,12 +106,10 @@ class BestEpochCallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         epoch = round(state.epoch)
         self.trainer.check_finite()
-        is_last = epoch == int(args.num_train_epochs)
         if self.measure is None:
-            if is_last:
-                self.best_epoch = epoch
+            self.best_epoch = epoch
             return
-        if not is_last and epoch % args.eval_every_epochs:
+        if epoch < args.num_train_epochs and epoch % args.eval_every_epochs:
             return
         accuracies = self.measure(model)
         self.by_epoch[epoch] = accuracies

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
 from ..data.labels import class_names, class_numbers, labelled_rows
@@ -17,10 +16,10 @@ from ..data.transforms import MultiViewTransform
 from ..hub.run_record import changed_arguments
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .batches import classifier_loader, suncet_loader
-from .evaluation import classifier_accuracy, suncet_accuracy
+from .evaluation import classifier_accuracy, feature_extractor, head_inputs, suncet_accuracy
 from .models import Start, linear_head, load_for_classification, load_for_suncet
 from .result import FinetuningResult
-from .standardization import Standardization, standardize_head
+from .standardization import Standardization
 from .trainer import BestEpochCallback, FinetuningTrainer
 from .validation_split import validation_split
 
@@ -95,8 +94,8 @@ def finetune_suncet(
 class _Tuning:
     """One run: train, keep the best epoch, and train again on all labels with `refit`. A subclass is a head.
 
-    A subclass has `head` (its name), `build_model()`, `make_trainer(model, rows, args)` and `measure(model,
-    support_rows, dataset, rows)`, which returns accuracies in percent.
+    It has `build_model()`, `make_trainer(model, rows, args)` and `measure(model, support_rows, dataset, rows)`, which
+    returns accuracies in percent.
     """
 
     head: str
@@ -105,6 +104,7 @@ class _Tuning:
         self.start, self.dataset, self.views, self.args = start, dataset, views, args
         self.image_processor = image_processor or views.evaluation_image_processor()
         self.on_broken_image = on_broken_image
+        self.extract = feature_extractor(self.image_processor, args, on_broken_image)
         self.config_fields = {"image_size": views.image_size, **config_fields}
         self.rows = labelled_rows(dataset, mask=rows)
         self.labels, self.class_names = class_numbers(dataset, self.rows), class_names(dataset)
@@ -170,14 +170,8 @@ class _Tuning:
         return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best
 
     def _support(self, rows: np.ndarray, views_per_image: int = 1) -> SupportDataset:
-        return SupportDataset(
-            self.dataset,
-            rows,
-            self.views,
-            views_per_image=views_per_image,
-            seed=self.args.seed,
-            on_broken_image=self.on_broken_image,
-        )
+        settings = {"views_per_image": views_per_image, "seed": self.args.seed}
+        return SupportDataset(self.dataset, rows, self.views, on_broken_image=self.on_broken_image, **settings)
 
 
 class _Classifier(_Tuning):
@@ -185,24 +179,18 @@ class _Classifier(_Tuning):
     standardization: Standardization | None = None
 
     def build_model(self) -> PreTrainedModel:
-        args = self.args
-        return load_for_classification(
-            self.start, self.classes, self.class_names, args.seed, args.zero_init_head, **self.config_fields
-        )
+        labels, args = (self.classes, self.class_names), self.args
+        return load_for_classification(self.start, *labels, args.seed, args.zero_init_head, **self.config_fields)
 
     def make_trainer(self, model: PreTrainedModel, rows: np.ndarray, args: FinetuningArguments) -> FinetuningTrainer:
         if args.standardize_features or (args.standardize_features is None and args.freeze_encoder):
-            self.standardization = standardize_head(
-                model, self.dataset, rows, self.image_processor, args, self.on_broken_image
-            )
-        return FinetuningTrainer(
-            model, args, classifier_loader(self._support(rows), self.classes, args), head=linear_head
-        )
+            features = head_inputs(model, linear_head(model), self.dataset, rows, self.extract)
+            self.standardization = Standardization(model, features)
+        loader = classifier_loader(self._support(rows), self.classes, args)
+        return FinetuningTrainer(model, args, loader, head=linear_head)
 
     def measure(self, model, support_rows, dataset, rows) -> dict[str, float]:
-        return classifier_accuracy(
-            model, self.classes, dataset, rows, self.image_processor, self.args, self.on_broken_image
-        )
+        return classifier_accuracy(model, self.classes, dataset, rows, self.extract)
 
     def finish(self, model: PreTrainedModel) -> None:
         if self.standardization is not None:
@@ -217,20 +205,7 @@ class _SuNCEt(_Tuning):
 
     def make_trainer(self, model: PreTrainedModel, rows: np.ndarray, args: FinetuningArguments) -> FinetuningTrainer:
         loader = suncet_loader(self._support(rows, args.support_views_per_image), args)
-        return FinetuningTrainer(model, args, loader, head=_projection_head)
+        return FinetuningTrainer(model, args, loader, head=lambda suncet: suncet.projection_head)
 
     def measure(self, model, support_rows, dataset, rows) -> dict[str, float]:
-        return suncet_accuracy(
-            model,
-            self.dataset,
-            support_rows,
-            dataset,
-            rows,
-            self.image_processor,
-            self.args,
-            self.on_broken_image,
-        )
-
-
-def _projection_head(model: PreTrainedModel) -> nn.Module:
-    return model.projection_head
+        return suncet_accuracy(model, self.dataset, support_rows, dataset, rows, self.extract)

@@ -13,17 +13,7 @@ def validation_split(
     """Split labelled rows class by class into those to train on and those that choose the best epoch.
 
     Of n images of a class, round(`fraction` * n) are held out, but at least one and at most n - 1. The draw depends on
-    (`seed`, class, n) alone.
-
-    Args:
-        rows (`numpy.ndarray`): The labelled rows, (N,).
-        labels (`numpy.ndarray`): Their class numbers, (N,).
-        fraction (`float`): Share of each class to hold out, in [0, 1). With 0 nothing is held out.
-        seed (`int`): Seed of the draw.
-        class_names (`list[str]`, *optional*): Names by class number, for the error.
-
-    Returns:
-        `tuple[numpy.ndarray, numpy.ndarray]`: The rows to train on and the held-out ones, each ascending.
+    (`seed`, class, n) alone. Both parts are ascending.
 
     Raises:
         ValueError: If a class has a single labelled image.

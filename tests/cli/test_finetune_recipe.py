@@ -27,11 +27,8 @@ def paws_folder(tmp_path_factory):
     PROCESSOR.save_pretrained(folder)
     dataset, rows = digits()
     support = SupportDataset(dataset, rows, VIEWS)
-    (folder / "labelled_images.json").write_text(
-        json.dumps(
-            {"rows": support.rows.tolist(), "labels": support.labels.tolist(), "class_names": support.class_names}
-        )
-    )
+    labels = {"rows": support.rows.tolist(), "labels": support.labels.tolist(), "class_names": support.class_names}
+    (folder / "labelled_images.json").write_text(json.dumps(labels))
     return folder
 
 
@@ -77,24 +74,22 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
         (["--learning_rat", "1"], "`learning_rat`.*'learning_rate'"),
         (["--support_views_per_image", "2"], "`support_views_per_image`.*`--head suncet`"),
         (["--head", "cosine"], "`head` .*'cosine'"),
-        (["--learning_rate", "fast"], "`learning_rate` .*'fast'"),
-        (["--validation_fraction", "1.0"], "`validation_fraction` .*1.0"),
-        (
-            ["--gradient_accumulation_steps", "0"],
-            "`gradient_accumulation_steps` .*0",
-        ),
         (["--seed", "-1"], "`seed` .*-1"),
-        (["--head", "suncet", "--global_support_classes", "1"], "`global_support_classes` .*1"),
         (["--resume_from_checkpoint", "x"], "`resume_from_checkpoint`"),
         (["--model", "/no/such"], "'/no/such'"),
         (["--model", "timm:nonsense"], "'timm:nonsense'"),
-        (["--config", "/no/such.yaml"], "/no/such.yaml"),
         (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),
     ],
 )
-def test_wrong_use_is_named(arguments, message, tmp_path):
+def test_wrong_use_is_named_before_any_data_is_read(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, *arguments)
+
+
+def test_a_checkpoint_of_another_kind_is_named(tmp_path):
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match=r"'resnet'"):
+        parse(tmp_path / "run", "--model", tmp_path / "resnet", "--dataset", "/no/such")
 
 
 def test_output_dir_must_be_given_and_be_empty(tmp_path):
@@ -102,8 +97,6 @@ def test_output_dir_must_be_given_and_be_empty(tmp_path):
     with pytest.raises(ValueError, match=r"`output_dir` .*--overwrite_output_dir"):
         parse(tmp_path)
     assert parse(tmp_path, "--overwrite_output_dir").output_dir == str(tmp_path)
-    with pytest.raises(ValueError, match=r"`output_dir` .*is a file"):
-        parse(tmp_path / "file")
     with pytest.raises(ValueError, match=r"`output_dir` is missing"):
         parse_finetuning_recipe([])
 
@@ -113,12 +106,6 @@ def test_a_missing_test_split_is_an_error_before_training(paws_folder, tmp_path,
     recipe = parse(tmp_path, "--model", paws_folder, "--labelled_images_per_class", 2, "--test_split", "tset")
     with pytest.raises(ValueError, match=r"'tset'"):
         recipe.finetune()
-
-
-def test_a_checkpoint_of_another_kind_is_named_before_any_data_is_read(tmp_path):
-    ResNetConfig().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(ValueError, match=r"'resnet'"):
-        parse(tmp_path / "run", "--model", tmp_path / "resnet", "--dataset", "/no/such")
 
 
 def test_a_released_network_of_timm_gets_the_images_that_it_was_trained_on(tmp_path):

@@ -134,7 +134,7 @@ def test_a_signature_becomes_options_with_the_help_of_the_docstrings():
     assert found["seed"].help == "Seed of the draw." and (found["seed"].default, found["first"].default) == (0, 0.5)
     parser = Parser({"all": found.values()})
     with pytest.raises(ValueError, match=r"`title` is missing"):
-        parser.check_given({})
+        parser.read_complete([])
     values = {"title": "x", "first": 0.1, "other": 1}
     assert arguments_for(Derived, values, {"name": "title"}) == {"name": "x", "first": 0.1}
 

@@ -53,26 +53,12 @@ def test_the_command_line_overrides_the_file(tmp_path, out):
 
 
 @pytest.mark.parametrize(
-    "name, nearest", [("mask_ration", "mask_ratio"), ("num_prototype", "num_prototypes"), ("epochs", "warmup_epochs")]
-)
-def test_an_unknown_field_names_the_nearest(tmp_path, out, name, nearest):
-    with pytest.raises(ValueError, match=f"`{name}`.*'{nearest}'"):
-        parse_recipe(["--output_dir", out, f"--{name}", "1"])
-    with pytest.raises(ValueError, match=rf"`{name}`, in '.*recipe.yaml'.*'{nearest}'"):
-        parse_recipe(["--config", write(tmp_path, **{name: 1}), "--output_dir", out])
-
-
-@pytest.mark.parametrize(
     "arguments, message",
     [
         (["--mask_ratio", "much"], "`mask_ratio` .*'much'"),
-        (["--mask_ratio", "1.0"], "`mask_ratio` .*1.0"),
-        (["--num_prototypes", "0"], "`num_prototypes` .*0"),
         (["--patch_size", "15"], "`image_size` .*`patch_size`"),
         (["--per_device_train_batch_size", "0"], "`per_device_train_batch_size` .*0"),
-        (["--seed", "-1"], "`seed` .*-1"),
         (["--low_shot_probe", "svm"], "`low_shot_probe` .*'svm'"),
-        (["--focal_views", "0", "--anchor_views", "0"], "`focal_views`|`anchor_views`|anchor"),
     ],
 )
 def test_bad_values_are_refused_before_any_work(out, arguments, message):
@@ -134,11 +120,9 @@ PAWS = ["--method", "paws", "--labelled_images_per_class", "5"]
     "arguments, message",
     [
         ([*PAWS, "--mask_ratio", "0.3"], "`mask_ratio`.* belongs to method msn"),
-        ([*PAWS, "--supervised_epochs", "3"], "`supervised_epochs`.* belongs to method suncet, .*PAWS"),
         (["--labelled_images_per_class", "5"], "belongs to method paws and suncet, .*Masked Siamese Networks"),
         (["--method", "suncet", "--prediction_head"], "belongs to method .*paws, .*SimCLR"),
         (["--method", "paw"], "`method` .*'paw'"),
-        ([*PAWS, "--label_smoothin", "0.1"], "'label_smoothing'"),
     ],
 )
 def test_fields_of_another_method_are_named_as_such(out, arguments, message):
@@ -153,21 +137,12 @@ def test_the_method_of_the_command_line_overrides_that_of_the_file(tmp_path, out
     assert recipe.method.model is SuNCEtForPreTraining and recipe.config_fields["temperature"] == 0.2
     with pytest.raises(ValueError, match=r"`labelled_fraction`, in '.*recipe.yaml'.* method paws"):
         parse_recipe(["--config", path, "--output_dir", out, "--method", "msn"])
-    without = write(tmp_path, labelled_fraction=0.1, prediction_head=True)
-    recipe = parse_recipe(["--config", without, "--output_dir", out, "--method", "paws"])
-    assert recipe.method.model is PAWSForPreTraining and recipe.config_fields["prediction_head"] is True
-    with pytest.raises(ValueError, match=r"`prediction_head`, in .* method .*paws"):
-        parse_recipe(["--config", without, "--output_dir", out, "--method", "suncet"])
 
 
 def test_each_method_has_the_views_of_its_paper_by_default(out):
     paws = parse_recipe(["--output_dir", out, *PAWS]).views
-    assert (paws.focal_views, paws.anchor_views, paws.global_scale, paws.focal_scale) == (
-        6,
-        1,
-        (0.14, 1.0),
-        (0.05, 0.14),
-    )
+    assert (paws.focal_views, paws.anchor_views) == (6, 1)
+    assert (paws.global_scale, paws.focal_scale) == ((0.14, 1.0), (0.05, 0.14))
     suncet = parse_recipe(["--output_dir", out, *PAWS, "--method", "suncet"]).views
     assert suncet.focal_views == 0
     assert parse_recipe(["--output_dir", out, *PAWS, "--focal_views", "2"]).views.focal_views == 2
@@ -194,10 +169,7 @@ def test_the_first_weights_depend_on_the_seed_alone(out, method):
     "arguments, message",
     [
         ([], "none is given. Give one of labelled_list_file"),
-        (
-            ["--labelled_fraction", "0.1", "--labelled_rows_file", "rows.npy"],
-            "labelled_rows_file, labelled_fraction are given",
-        ),
+        (["--labelled_fraction", "0.1", "--labelled_rows_file", "r.npy"], "labelled_rows_file, labelled_fraction are"),
         (["--labelled_fraction", "0.1", "--labelled_split", "few"], "`labelled_split` belongs to `labelled_dataset`"),
     ],
 )
@@ -223,14 +195,9 @@ def test_a_file_of_rows_holds_numbers_or_a_mask(tmp_path):
         assert found.tolist() == [2, 0]
     for found in (rows([0, 1, 1, 0]), rows(np.array([0, 1, 1, 0], bool)), rows("0\n1\n1\n0\n", "rows.txt")):
         assert found.dtype == bool and found.tolist() == [False, True, True, False]
-    assert rows("1\n1\n1\n1\n", "rows.txt").tolist() == [True] * 4
-    assert rows("0\n0\n0\n0\n", "rows.txt").tolist() == [False] * 4
     assert rows([0, 1]).tolist() == [0, 1]  # too few for a mask
     with pytest.raises(ValueError, match=r"`labelled_rows_file` .*rows.txt"):
         rows("first\nsecond\n", "rows.txt")
-    (tmp_path / "empty.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty.npy"):
-        read_rows_file(tmp_path / "empty.npy", 4)
     with pytest.raises(ValueError, match=r"absent.npy"):
         read_rows_file(tmp_path / "absent.npy", 4)
 

@@ -1,8 +1,6 @@
-"""scripts/convert_checkpoint.py as a user starts it."""
+"""`hf-msn convert`."""
 
-import runpy
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -11,19 +9,10 @@ from transformers import AutoModel
 
 from hf_msn import MSNForPreTraining
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
-
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        capsys.readouterr()
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
+def run(command):
+    return partial(command, "convert")
 
 
 def test_there_and_back_and_the_plain_export(run, tmp_path):

@@ -1,49 +1,28 @@
-import functools
 import json
 import os
-import runpy
 import subprocess
 import sys
+from functools import partial, wraps
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from hf_msn.data.sources import load_images
-from hf_msn.data.splits import low_shot_indices
 from hf_msn.data.transforms import evaluation_image_processor
-from hf_msn.evaluation.backbones import load_vision_model
-from hf_msn.evaluation.features import extract_features
 from hf_msn.models.configuration_msn import MSNConfig
-from hf_msn.models.configuration_paws import PAWSConfig
 from hf_msn.models.modeling_msn import MSNForPreTraining
-from hf_msn.models.modeling_paws import PAWSForPreTraining
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_low_shot.py"
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 8,
-    "patch_size": 2,
-}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL |= {"image_size": 8, "patch_size": 2}
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the script in this process, which saves importing everything again; returns what it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        capsys.readouterr()
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
+def run(command):
+    return partial(command, "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +34,9 @@ def msn_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def paws_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("paws")
-    torch.manual_seed(0)
-    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", projection_hidden_dim=16, projection_dim=8))
-    model.save_pretrained(folder)
-    evaluation_image_processor(16, crop_fraction=1.0).save_pretrained(folder)
-    return folder
-
-
 def test_the_script_prints_a_table_and_writes_json(run, msn_folder, tmp_path):
-    printed = run(
-        "--model", msn_folder, "--images_per_class", 1, 5, "--fractions", 0.02, "--output", tmp_path / "r.json"
-    )
+    tasks = ["--images_per_class", 1, 5, "--fractions", 0.02]
+    printed = run("--model", msn_folder, *tasks, "--output", tmp_path / "r.json")
     lines = [line for line in printed.splitlines() if line.strip()]
     assert [line[:11].strip() for line in lines] == ["task", "-----------", "1 per class", "5 per class", "2 percent"]
     saved = json.loads((tmp_path / "r.json").read_text())
@@ -107,59 +75,17 @@ def test_two_processes_print_and_write_what_one_does(run, msn_folder, tmp_path):
 def test_a_plain_transformers_folder_and_another_probe(run, tmp_path):
     ViTMSNModel(ViTMSNConfig(**SMALL)).save_pretrained(tmp_path)
     output = tmp_path / "out.json"
-    run(
-        "--model",
-        tmp_path,
-        "--image_size",
-        8,
-        "--probe",
-        "knn",
-        "--neighbors",
-        3,
-        "--num_splits",
-        1,
-        "--output",
-        output,
-    )
+    settings = "--image_size 8 --probe knn --neighbors 3 --num_splits 1".split()
+    run("--model", tmp_path, *settings, "--output", output)
     saved = json.loads(output.read_text())
     assert saved["probe"]["k"] == 3
     assert [task["name"] for task in saved["tasks"]] == ["1_per_class", "2_per_class", "5_per_class"]
 
 
-def test_paws_is_measured_by_the_vote_of_the_supports_on_its_projections(run, paws_folder, tmp_path):
-    arguments = [
-        "--model",
-        paws_folder,
-        "--images_per_class",
-        3,
-        "--num_splits",
-        1,
-        "--probe",
-        "soft_nearest_neighbor",
-    ]
-    run(*arguments, "--temperature", 0.02, "--features", "projection", "--output", tmp_path / "r.json")
-    saved = json.loads((tmp_path / "r.json").read_text())
-    assert saved["probe"] == {"probe": "soft_nearest_neighbor", "temperature": 0.02}
-    assert saved["settings"]["features"] == "projection"
-    model = load_vision_model(str(paws_folder))
-    train, test = (
-        extract_features(model, load_images("digits", split=split), features="projection")
-        for split in ("train", "test")
-    )
-    rows = low_shot_indices(train.labels, images_per_class=3, seed=0)
-    supports, queries = (
-        torch.nn.functional.normalize(torch.from_numpy(part).double()).numpy()
-        for part in (train.features[rows], test.features)
-    )
-    votes = np.exp(queries @ supports.T / 0.02) @ np.eye(10)[train.labels[rows]]
-    accuracy = 100 * (votes.argmax(axis=1) == test.labels).mean()
-    assert saved["metrics"]["low_shot/3_per_class/top1"] == pytest.approx(accuracy)
-
-
 def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypatch):
     asked = []
 
-    @functools.wraps(load_images)  # the parser reads its signature
+    @wraps(load_images)  # the parser reads its signature
     def load(source, *, split, revision, **columns):
         asked.append((split, revision))
         return load_images(source, split=split, **columns)
@@ -169,18 +95,10 @@ def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypat
     assert asked == [("train", "v2"), ("test", "v2")]
 
 
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ("", "exists"),
-        ("file/r.json", "'.*file/r.json'"),
-        ("file/deeper/r.json", "'.*file/deeper/r.json'"),
-        ("/proc/r.json", "'/proc/r.json'"),
-    ],
-)
-def test_an_output_that_cannot_be_written_fails_before_the_model_is_loaded(run, tmp_path, output, message):
+@pytest.mark.parametrize("output", ["", "file/r.json"])
+def test_an_output_that_cannot_be_written_fails_before_the_model_is_loaded(run, tmp_path, output):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=f"`output` .*{message}"):
+    with pytest.raises(ValueError, match=f"`output` .*'.*{output}'"):
         run("--model", "/no/such/model", "--output", tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -199,9 +117,3 @@ def test_a_timm_architecture_with_a_local_weights_file(run, tmp_path):
     arguments = ["--model", "timm:test_vit", "--checkpoint", tmp_path / "weights.pth", "--images_per_class", 1]
     run(*arguments, "--test_split", "test[:20]", "--output", output)
     assert json.loads(output.read_text())["data"]["test"]["num_images"] == 20
-
-
-def test_a_model_without_image_processor_fails_with_the_remedy(run, tmp_path):
-    ViTMSNModel(ViTMSNConfig(**SMALL)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="image_processor"):
-        run("--model", tmp_path)

@@ -71,14 +71,14 @@ def test_a_zero_head_gives_every_class_the_same_probability(fields):
     assert model.config.id2label == {0: "1", 1: "4", 2: "5"}
 
 
-def test_a_small_stem_is_refused_with_the_other_head_as_remedy():
-    with pytest.raises(ValueError, match=r"'resnet18' has `small_image_stem`.*`head` suncet"):
-        load_for_classification(suncet_config(timm_model="resnet18", small_image_stem=True), CLASSES, NAMES, 0)
-
-
-def test_a_network_of_timm_with_two_heads_is_refused():
-    with pytest.raises(ValueError, match="'deit_tiny_distilled_patch16_224'"):
-        load_for_classification(SuNCEtConfig(timm_model="deit_tiny_distilled_patch16_224"), CLASSES, NAMES, 0)
+@pytest.mark.parametrize(
+    "fields",
+    [{"timm_model": "resnet18", "small_image_stem": True}, {"timm_model": "deit_tiny_distilled_patch16_224"}],
+    ids=["small stem", "two heads"],
+)
+def test_a_network_that_plain_transformers_cannot_build_is_refused_with_the_other_head_as_remedy(fields):
+    with pytest.raises(ValueError, match=rf"'{fields['timm_model']}' has .*`head` suncet"):
+        load_for_classification(SuNCEtConfig(**fields), CLASSES, NAMES, 0)
 
 
 def test_released_weights_of_timm(monkeypatch):

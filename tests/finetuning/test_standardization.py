@@ -3,18 +3,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments, digits, suncet_config
+from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments, digits, images_and_labels, suncet_config
 from torch import nn
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier
-from hf_msn.data.decoding import decode_image
+from hf_msn.finetuning.evaluation import feature_extractor, head_inputs
 from hf_msn.finetuning.models import linear_head, load_for_classification
-from hf_msn.finetuning.standardization import standardize_head
-
-
-def pixels_of(dataset, rows) -> torch.Tensor:
-    images = [decode_image(dataset[int(row)]["image"]) for row in rows]
-    return PROCESSOR(images, return_tensors="pt")["pixel_values"]
+from hf_msn.finetuning.standardization import Standardization
 
 
 @pytest.mark.parametrize("config", [suncet_config(), suncet_config(timm_model="test_resnet")], ids=["vit", "convnet"])
@@ -22,7 +17,7 @@ def test_the_head_sees_features_of_mean_0_and_spread_1_and_folds_into_a_plain_on
     dataset, rows = digits()
     model = load_for_classification(config, np.arange(10), None, 0, zero_init_head=False, image_size=8).eval()
     names = list(model.state_dict())
-    pixels = pixels_of(dataset, rows)
+    pixels, _ = images_and_labels(dataset, rows)
     seen = []
     handle = linear_head(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
     with torch.no_grad():
@@ -31,7 +26,8 @@ def test_the_head_sees_features_of_mean_0_and_spread_1_and_folds_into_a_plain_on
     features, head = seen[0], linear_head(model)
     weight, bias = head.weight.detach().double(), head.bias.detach().double()
 
-    standardization = standardize_head(model, dataset, rows, PROCESSOR, classifier_arguments(tmp_path))
+    extract = feature_extractor(PROCESSOR, classifier_arguments(tmp_path), "skip")
+    standardization = Standardization(model, head_inputs(model, head, dataset, rows, extract))
     assert list(model.state_dict()) == names
     mean = features.mean(dim=0)
     scale = torch.stack([(row - mean).square().mean() for row in features]).mean().sqrt()
@@ -54,21 +50,16 @@ def test_a_frozen_encoder_with_a_large_common_mean_is_learnt_from(tmp_path):
     before = copy.deepcopy(start.encoder.state_dict())
     scores = {}
     for standardize in (None, False):
-        args = classifier_arguments(
-            tmp_path,
-            freeze_encoder=True,
-            standardize_features=standardize,
-            num_train_epochs=10,
-            validation_fraction=0.5,
-        )
+        settings = {"freeze_encoder": True, "num_train_epochs": 10, "validation_fraction": 0.5}
+        args = classifier_arguments(tmp_path, standardize_features=standardize, **settings)
         result = finetune_classifier(start, dataset, rows, VIEWS, args, image_processor=PROCESSOR)
         after = result.model.vit.state_dict()
         assert all(after[name].equal(value) for name, value in before.items())
         assert type(result.model.classifier) is nn.Linear
         # what was measured before the head was folded holds for the plain one
+        pixels, labels = images_and_labels(dataset, result.held_out_rows)
         with torch.no_grad():
-            predicted = result.model(pixels_of(dataset, result.held_out_rows)).logits.argmax(dim=1)
-        labels = torch.tensor([dataset[int(row)]["label"] for row in result.held_out_rows])
-        scores[standardize] = 100 * (predicted == labels).float().mean().item()
+            predicted = result.model(pixels).logits.argmax(dim=1).numpy()
+        scores[standardize] = 100 * np.mean(predicted == labels)
         assert scores[standardize] == pytest.approx(result.validation_accuracy)
     assert scores[None] > scores[False] + 10
