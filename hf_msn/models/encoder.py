@@ -76,7 +76,8 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         if cls_only and attention_mask is not None:
             raise ValueError("`cls_only` takes no `attention_mask`. Leave out one of them.")
         tokens = self._embed(pixel_values.to(self.embeddings.cls_token.dtype), kept_patches)
-        attention_mask = create_bidirectional_mask(self.config, inputs_embeds=tokens, attention_mask=attention_mask)
+        if attention_mask is not None:  # under torch.compile the function makes a mask of N x N, also for the [CLS]
+            attention_mask = create_bidirectional_mask(self.config, tokens, attention_mask)
         for layer in self.layers[:-1]:
             tokens = layer(tokens, attention_mask, **kwargs)
         tokens = self.layers[-1](tokens, attention_mask, cls_only, **kwargs)
