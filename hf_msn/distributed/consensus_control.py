@@ -16,16 +16,8 @@ class ConsensusControl:
 
     [arXiv 2102.04828](https://arxiv.org/abs/2102.04828). See [`sampled_distance`] for the estimate.
 
-    Args:
-        target (`float`, *optional*): Consensus distance over which another mixing follows, > 0.
-        max_extra_rounds (`int`): Largest number of further mixings per step, >= 1.
-        until_step (`int`, *optional*): Number of first optimizer steps with further mixings, >= 1.
-
     Attributes:
         sampled_distance (`float` or `None`): The last estimate.
-
-    Raises:
-        ValueError: If a setting is outside of its rule.
     """
 
     def __init__(self, target: float | None, max_extra_rounds: int, until_step: int | None):

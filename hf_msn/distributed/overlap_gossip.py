@@ -398,10 +398,6 @@ class Schedule:
     A rank sends over the topology of the ranks that *it* sees, and announces its view. Push-sum permits that ranks
     differ in it, since a sender splits only its own mass. A receiver follows the sender's announcements, so it does
     not wait for mass that was sent elsewhere.
-
-    Args:
-        topology ([`Topology`]): Who sends to whom while all ranks are there.
-        rank (`int`): This rank.
     """
 
     def __init__(self, topology: Topology, rank: int):

@@ -14,9 +14,6 @@ from .training_state import trainable_parameters
 class PushSum:
     """x and w of one rank, beside parameters that hold z = x / w.
 
-    Args:
-        parameters (`Sequence[torch.Tensor]`): Parameters of any shapes, dtypes and devices.
-
     Attributes:
         weight (`float`): w.
     """
@@ -108,11 +105,7 @@ class PushSum:
 def check_state_size(
     owner: str, name: str, buffers: Sequence[torch.Tensor] | None, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Check that a state's flat buffers hold a number for every trainable parameter.
-
-    Raises:
-        ValueError: If the state is of another model.
-    """
+    """Check that a state's flat buffers hold a number for every trainable parameter."""
     parameters = [p for _, p, _ in trainable_parameters(model, optimizer)]
     expected = sum(p.numel() * (2 if p.is_complex() else 1) for p in parameters)
     found = sum(buffer.numel() for buffer in buffers or [])

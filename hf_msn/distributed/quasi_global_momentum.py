@@ -19,9 +19,6 @@ class QuasiGlobalMomentum:
 
     Attributes:
         buffers (`list[torch.Tensor]`): mhat in a flat buffer per bucket, real and of at least float32.
-
-    Raises:
-        ValueError: If beta or mu is outside of [0, 1), or the optimizer is not plain SGD.
     """
 
     def __init__(self, setting: float | Sequence[float], optimizer: torch.optim.Optimizer):

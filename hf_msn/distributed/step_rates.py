@@ -10,12 +10,7 @@ _MAX_SCALE = 10.0  # a step that is scaled by more would not be stable
 
 
 class StepRates:
-    """Steps per second over the last 30 seconds. Times are those of the senders' clocks: only differences count.
-
-    Args:
-        num_ranks (`int`): Number of ranks.
-        window_seconds (`float`, *optional*, defaults to 30): Window of an estimate.
-    """
+    """Steps per second over the last 30 seconds. Times are those of the senders' clocks: only differences count."""
 
     def __init__(self, num_ranks: int, window_seconds: float = _WINDOW_SECONDS):
         self._window = window_seconds

@@ -88,9 +88,6 @@ class Agreement:
             combine (`Callable`): Return the result, flat uint8, of the contributions in the order of the ranks.
             finish (`Callable`): Called once, at the end, with the result; with `None` after collectives.
             unanswered (`Callable`, *optional*): Peers that this rank waits for before it takes part.
-
-        Raises:
-            PeerError: If a peer is silent (with `waits_for_silent`) or has lost this rank. Call it again to wait on.
         """
         self._peers.expect((), self._peers.timeout_seconds)  # count the silence of peers from here
         while True:
@@ -186,11 +183,7 @@ class Agreement:
     def _gather(
         self, kind: int, value: float, *, numbers: Sequence[float] = (), payload=None, needs_all: bool = True
     ) -> dict[int, Message]:
-        """Send to the other members and return their messages; some are missing where members were lost meanwhile.
-
-        Raises:
-            _NewAttempt: If a member has begun a new attempt.
-        """
+        """Send to the other members and return their messages; some are missing where members were lost meanwhile."""
         peers, attempt = self._peers, self._attempt
         members = [peer for peer in self.members if peer != peers.rank]
         audience = peers.connected if kind == HERE else members

@@ -108,9 +108,6 @@ class Connection:
     """The connection of a [`Mailbox`] to one peer: gloo groups of two, so that their failures affect no other peer.
 
     There is one group per direction, because gloo moves bytes over a socket in one direction at a time.
-
-    Raises:
-        RuntimeError: If the peer did not connect.
     """
 
     def __init__(self, mailbox, peer: int, store: dist.Store):

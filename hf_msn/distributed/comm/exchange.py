@@ -46,9 +46,6 @@ class Exchange:
             shard is kept B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for its source.
         seconds_waiting (`float`): Time spent in exchanges. On CUDA without `timeout_seconds` the host does not wait
             for the device, and only the launches count.
-
-    Raises:
-        ValueError: If this rank is not in `group`, or `timeout_seconds` is not a number over 0.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_seconds: float | None = None):
@@ -75,11 +72,7 @@ class Exchange:
         return dist.get_process_group_ranks(self.group or dist.group.WORLD) if self._is_initialized else [0]
 
     def check_devices(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Check that the group's backend can send the tensors.
-
-        Raises:
-            ValueError: If it cannot, such as CPU tensors over NCCL.
-        """
+        """Check that the group's backend can send the tensors."""
         if self.size == 1:
             return
         config = dist.get_backend_config(self.group)

@@ -82,10 +82,6 @@ def split_into_buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> list[
 
     A tensor larger than `max_bytes` gets a bucket of its own. Working through a model bucket by bucket needs a buffer
     of one bucket instead of a second model.
-
-    Args:
-        tensors (`Sequence[torch.Tensor]`): Tensors of any shapes, dtypes and devices.
-        max_bytes (`int`): Largest size of a bucket.
     """
     open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
     buckets = []

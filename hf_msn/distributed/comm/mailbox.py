@@ -116,11 +116,7 @@ class Mailbox:
         return [tensor.to(wire).to(tensor.dtype) for tensor, wire in zip(tensors, self.wire_dtypes)]
 
     def start(self) -> "Mailbox":
-        """Connect every pair of ranks; all ranks must call it.
-
-        Raises:
-            PeerError: If a peer did not connect within `connect_seconds`.
-        """
+        """Connect every pair of ranks; all ranks must call it."""
         if self.size == 1:
             return self
         store = dist.distributed_c10d._get_default_store()

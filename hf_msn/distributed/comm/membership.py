@@ -195,11 +195,7 @@ class Membership:
 
 
 def check_silence(timeout_seconds: float | None) -> None:
-    """Check that there is a limit to the silence of a peer.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Check that there is a limit to the silence of a peer."""
     if timeout_seconds is None:
         raise ValueError(
             "`timeout_seconds` is how long a peer may be silent and must be > 0, but is None. Choose more than the "

@@ -48,9 +48,6 @@ class PeerExchange(Exchange):
         Args:
             sends (`Mapping[int, Sequence[Tensor]]`): Contiguous tensors by the receiver's place in the group.
             receives (`Mapping[int, Sequence[Tensor]]`): Contiguous tensors by the sender's place in the group.
-
-        Raises:
-            PeerError: If a peer died, or did not come before the deadline.
         """
         if self.size == 1:
             return

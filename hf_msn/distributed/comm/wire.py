@@ -12,11 +12,7 @@ _WIRE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16
 
 
 def checked_wire_dtype(wire_dtype: str | None) -> torch.dtype | None:
-    """Return the dtype of a `wire_dtype` argument; `None` stands for the dtype of the parameters.
-
-    Raises:
-        ValueError: If `wire_dtype` is not "float32", "bfloat16" or `None`.
-    """
+    """Return the dtype of a `wire_dtype` argument; `None` stands for the dtype of the parameters."""
     meaning = "is the precision in which parameters are sent"
     return _WIRE_DTYPES[check_choice("wire_dtype", wire_dtype, list(_WIRE_DTYPES), meaning=meaning)]
 
