@@ -71,13 +71,6 @@ class PretrainingArguments(TrainingArguments):
     sync_batch_norm: bool = field(
         default=True, metadata={"help": "With several ranks, normalise batches over all of them."}
     )
-    keep_freed_memory: bool = field(
-        default=True,
-        metadata={
-            "help": "On a CPU with glibc, keep freed memory in the process instead of returning it to the system "
-            "(mallopt, for the whole process). Each step then skips the page faults of its activations."
-        },
-    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train from scratch into an `output_dir` that is not empty."}
     )

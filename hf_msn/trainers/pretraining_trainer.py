@@ -37,7 +37,6 @@ from .checkpoints import (
     saved_world_size,
     staging_folder,
 )
-from .freed_memory import keep_freed_memory
 from .local_update_mixin import LocalUpdateTrainerMixin
 from .pretraining_arguments import PretrainingArguments
 
@@ -104,8 +103,6 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         if args.should_save:
             # It describes the model of an earlier run.
             Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)
-        if args.keep_freed_memory and args.device.type == "cpu":
-            keep_freed_memory()
         self.run_record.checkpoint = checkpoint
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
