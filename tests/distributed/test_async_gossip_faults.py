@@ -97,8 +97,11 @@ def test_the_others_go_on_without_a_rank_that_dies(tmp_path, method, num_ranks, 
         assert torch.equal(at_end, first[2])
         assert after < 1e-12
         assert distance == pytest.approx((0.5 / len(living)) ** 0.5, abs=1e-9)
-        assert running_mean == pytest.approx(sum(living) / len(living))
-        assert bias == pytest.approx(sum(living) / len(living))
+        means = [sum(living) / len(living)]
+        if when == "in the collectives":  # buffers and frozen parameters may have been averaged before it died
+            means.append(sum(range(num_ranks)) / num_ranks)
+        assert any(running_mean == pytest.approx(mean) for mean in means)
+        assert any(bias == pytest.approx(mean) for mean in means)
         assert num_batches == living[0]
         assert len([text for text in texts if f"Rank {lost} has died" in text]) == 1, texts
     if method == "push_sum":
