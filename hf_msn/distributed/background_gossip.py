@@ -106,6 +106,12 @@ class BackgroundGossip(LocalUpdate):
             super().sync()
             return
         others = frozen_and_buffers(self.model)
+        before = [t.clone() for t in others]
+
+        def contribute() -> tuple[float, torch.Tensor]:
+            for tensor, value in zip(others, before):  # collectives that failed may have averaged some
+                tensor.copy_(value)
+            return self._contribution(others)
 
         def finish(result: torch.Tensor | None) -> None:
             if result is not None:
@@ -114,7 +120,7 @@ class BackgroundGossip(LocalUpdate):
 
         self._agreement.reach(
             self._average_by_collectives,
-            lambda: self._contribution(others),
+            contribute,
             lambda contributions: self._push_sum.combine(contributions, others),
             finish,
             self._unanswered,
