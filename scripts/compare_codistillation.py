@@ -14,26 +14,26 @@ their batch. For them it chooses `alpha`, `temperature` and `exchange_every`.
 The result shows that replicas reach the accuracy of DDP with fewer bytes, and that a weight decay that is too high
 costs less if it falls. Digits are so easy that `alone` does as well, and falling helps all methods.
 """
+# ruff: noqa: RUF009 -- report.option makes a dataclass field
 
 import json
-import os
-import platform
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 import torch.distributed as dist
+from benchmarks.report import check_known, machine, markdown_table, option
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
 from hf_msn import Codistillation, FallingWeightDecay, load_images, pixel_features
-from hf_msn.checks import check_choice, check_integer, check_number
+from hf_msn.checks import check_integer, check_number
 from hf_msn.files import write_json, write_text
 
 METHODS = ("ddp", "alone", "predictions", "checkpoints")
@@ -50,35 +50,26 @@ PIXEL_MEAN, PIXEL_STD = 0.305, 0.375  # of the training digits
 HELD_OUT = 360  # training digits that a search measures on: as many as there are test digits
 
 
-def option(help: str, default=None):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class ComparisonArguments:
-    methods: list[str] = field(
-        default_factory=lambda: [*METHODS], metadata={"help": "Methods; ddp must be among them."}
-    )
+    methods: list[str] = option("Methods; ddp must be among them.", METHODS)
     ranks: int = option("Ranks of DDP, and replicas.", 2)
     batch_size: int = option("Batch of DDP over all ranks. A replica has `1 / ranks` of it.", 64)
     steps: int = option("Updates of every run.", 600)
     seeds: int = option("Runs of each row, with seeds 0, 1 and so on.", 3)
     hidden_size: int = option("Width of the two hidden layers of the perceptron.", 256)
     learning_rate: float = option("Learning rate of DDP, divided by 10 after each third of the updates.", 0.2)
-    weight_decays: list[float] = field(
-        default_factory=lambda: [0.003, 0.03],
-        metadata={"help": "The first is for the comparison; others show the effect of falling where it is high."},
+    weight_decays: list[float] = option(
+        "The first is for the comparison; others show the effect of falling where it is high.", (0.003, 0.03)
     )
     alpha: float = option("Weight of the distance from the other replicas.", 0.3)
     temperature: float = option("Temperature of the softmax in that distance.", 3.0)
     exchange_every: int = option("Updates between two checkpoints.", 25)
     search: bool = option("Choose settings on held-out training digits instead.", False)
-    timeout: float = option("Seconds after which the ranks are killed.", 1800.0)
     output: str | None = option("Folder for results.json, table.md and plot.png.")
 
     def __post_init__(self):
-        for method in self.methods:
-            check_choice("methods", method, METHODS)
+        check_known("methods", self.methods, METHODS)
         if "ddp" not in self.methods:
             raise ValueError(f"`methods` must have ddp, the baseline, but is {self.methods}.")
         check_integer("ranks", self.ranks, 2)
@@ -101,12 +92,7 @@ class ComparisonArguments:
 
 
 class Digits:
-    """Digits to train on and digits to measure on, as tensors.
-
-    Args:
-        held_out_seed (`int`, *optional*): Measure on training digits drawn with this seed, which are not trained on.
-            By default the test digits are measured.
-    """
+    """Digits to train on, and test digits to measure on; with a seed training digits that are held out instead."""
 
     def __init__(self, held_out_seed: int | None = None):
         self.images, self.labels = _tensors("train")
@@ -212,13 +198,7 @@ def train_all(args: ComparisonArguments, runs: list[dict], is_held_out: bool = F
     """Return the result of each rank in each run."""
     with tempfile.TemporaryDirectory() as folder:
         call = (args.ranks, runs, is_held_out, folder)
-        context = torch.multiprocessing.spawn(run_rank, call, nprocs=args.ranks, join=False)
-        deadline = time.monotonic() + args.timeout
-        while not context.join(timeout=max(deadline - time.monotonic(), 0.0)):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise RuntimeError(f"The ranks did not end within {args.timeout} s. Pass a larger `timeout`.")
+        torch.multiprocessing.spawn(run_rank, call, nprocs=args.ranks)
         by_rank = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(args.ranks)]
     return [list(rows) for rows in zip(*by_rank)]
 
@@ -258,15 +238,15 @@ def spread(values: list[float]) -> tuple[float, float | None]:
 def as_table(summary: list[dict]) -> str:
     titles = "weight decay|method|first replica, %|mean of replicas, %|mean of predictions, %|points to DDP".split("|")
     titles += ["MB sent per rank", "times fewer", "s"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for row in summary:
         cells = [decay_of(row), row["method"]]
         for value, deviation in (row[name] for name in ("first_replica", "replicas", "mean_of_predictions")):
             cells.append(f"{value:.2f}" if deviation is None else f"{value:.2f} ± {deviation:.2f}")
         fewer = "-" if row["times_fewer_bytes"] is None else f"{row['times_fewer_bytes']:.0f}"
         cells += [f"{row['points_to_ddp']:+.2f}", f"{row['bytes_sent'] / 1e6:.2f}", fewer, f"{row['seconds']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(titles, lines)
 
 
 def decay_of(row: dict) -> str:
@@ -363,8 +343,7 @@ def main() -> None:
     print(f"\n{text}")
     if args.output:
         folder = Path(args.output)
-        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
-        results = {"settings": asdict(args), "machine": machine, "summary": summary, "runs": found}
+        results = {"settings": asdict(args), "machine": machine(1), "summary": summary, "runs": found}
         write_json(folder / "results.json", results)
         write_text(folder / "table.md", text + "\n")
         plot(summary, folder / "plot.png")

@@ -47,14 +47,6 @@ class PredictionDistance:
         D = 1/C sum_c (peer_c - own_c)^2
 
     Computed in float32, or in float64 for float64 predictions.
-
-    Args:
-        kind (`str`, *optional*, defaults to `"kl"`): `"kl"` or `"mse"`.
-        temperature (`float`, *optional*, defaults to 1.0): T of `"kl"`, > 0.
-        top_k (`int`, *optional*): Number of probabilities to send, with `"kl"`. By default all C.
-
-    Raises:
-        ValueError: If an argument is outside of its rule.
     """
 
     def __init__(self, kind: str = "kl", temperature: float = 1.0, top_k: int | None = None):
@@ -68,15 +60,10 @@ class PredictionDistance:
 
     @torch.no_grad()
     def pack(self, predictions: torch.Tensor, wire_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-        """Return the tensors that a peer needs.
+        """Return the tensors that a peer needs, those of floats in `wire_dtype`: the predictions, `(..., C)`.
 
-        Args:
-            predictions (`torch.Tensor` of shape `(..., C)`): Logits.
-            wire_dtype (`torch.dtype`, *optional*): By default the dtype of the predictions.
-
-        Returns:
-            `list[torch.Tensor]`: The predictions, `(..., C)`. With `top_k` below C the log-probabilities of the k
-            largest and of the rest, `(..., k + 1)`, and the classes, `(..., k)` of int32.
+        With `top_k` below C the log-probabilities of the k largest and of the rest, `(..., k + 1)`, and the classes,
+        `(..., k)` of int32.
         """
         dtype = wire_dtype or predictions.dtype
         if self.top_k is None or self.top_k >= predictions.shape[-1]:
@@ -86,15 +73,9 @@ class PredictionDistance:
         return [torch.cat([largest, _log_of_rest(log_p, classes)], -1).to(dtype), classes.to(torch.int32)]
 
     def __call__(self, own: torch.Tensor, peer: list[torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the distance, a scalar.
+        """Return the distance between `own`, `(..., C)`, and the packed predictions of a peer, a scalar.
 
-        Args:
-            own (`torch.Tensor` of shape `(..., C)`): Predictions of this replica, with gradient.
-            peer (`list[torch.Tensor]`): The packed predictions of a peer.
-            mask (`torch.Tensor` of shape `(...)`, *optional*): True (or not 0) at the positions that count.
-
-        Raises:
-            ValueError: If the mask has another shape.
+        Positions count where `mask`, `(...)`, is True (or not 0); by default all.
         """
         values = peer[0].detach().to(own.device)
         if self.kind == "mse":
@@ -405,7 +386,7 @@ class Codistillation:
         self._gradients.keep_local()
         groups = [] if self.weight_decay_schedule is None else self.optimizer.param_groups
         self._initial_weight_decay = [group["weight_decay"] for group in groups]
-        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
+        self._step_hook = self.optimizer.register_step_pre_hook(self._before_update)
         if self._state is not None:
             try:
                 self._restore()
@@ -499,7 +480,7 @@ class Codistillation:
         lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in parameters]
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 
-    def _before_update(self) -> None:
+    def _before_update(self, *_: Any) -> None:
         if self.weight_decay_schedule is not None:
             self._scale_weight_decay(self.weight_decay_schedule(self.steps))
 
@@ -532,11 +513,7 @@ class Codistillation:
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """Return the `logits` of a model output, or the output itself if it is a tensor.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Return the `logits` of a model output, or the output itself if it is a tensor."""
     if torch.is_tensor(output):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

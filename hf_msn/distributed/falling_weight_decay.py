@@ -1,14 +1,8 @@
 """A weight decay that falls during training, for codistillation."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from ..checks import check_integer
-
-
-def falling_factor(progress: float, factors: Sequence[float], fractions: Sequence[float]) -> float:
-    """Return `factors[0]` at first, and `factors[i + 1]` once `progress`, in [0, 1], has reached `fractions[i]`."""
-    return factors[sum(progress >= fraction for fraction in fractions)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,4 +44,4 @@ class FallingWeightDecay:
 
     def __call__(self, step: int) -> float:
         """Return the factor after `step` updates."""
-        return falling_factor(min(step / self.total_steps, 1.0), self.factors, self.fractions)
+        return self.factors[sum(step / self.total_steps >= fraction for fraction in self.fractions)]

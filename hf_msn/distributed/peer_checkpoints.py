@@ -15,6 +15,7 @@ from torch import nn
 
 from .comm.exchange import Exchange, PeerError
 from .gradient_sync import ForwardScope
+from .training_state import frozen_and_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +32,8 @@ class PeerCheckpoints:
     With P bytes per checkpoint a rank needs (n - 1) P for the copies, and on the CPU n P during a transfer. Hooks of
     the model are called for its copies, too, and random draws in eval mode come from the generators of the model.
 
-    Args:
-        model (`nn.Module`): Without wrapper.
-        exchange ([`Exchange`]): One rank of each replica.
-        inner_group (`ProcessGroup`, *optional*): The ranks over which the forward pass of a copy may communicate.
-        dtype (`torch.dtype`, *optional*): Of the copies. By default that of the model.
-        device (`str`, *optional*): Where the copies are kept; each moves to the device of the model for its forward
-            pass. By default they stay there.
-
-    Attributes:
-        step (`int`, *optional*): Number of updates of the checkpoints in use.
-        bytes_sent (`int`): Bytes of the checkpoints sent by this rank.
-        seconds_waiting (`float`): Seconds spent waiting for checkpoints.
+    The forward pass of a copy may communicate over `inner_group` only. Copies kept on `device` move to that of the
+    model for their forward pass.
     """
 
     def __init__(
@@ -63,15 +54,11 @@ class PeerCheckpoints:
         self._received: dict[int, dict[int, torch.Tensor]] = {}  # by step and peer
         self._works: dict[int, dict[int, list]] = {}  # by step and peer, until they are known to be complete
         self._group: dist.ProcessGroup | None = None
-        self.step: int | None = None
+        self.step: int | None = None  # of the checkpoints in use
         self.bytes_sent, self.seconds_waiting = 0, 0.0
 
     def connect(self) -> None:
-        """Connect the replicas. All must call it together.
-
-        Raises:
-            PeerError: If one did not connect.
-        """
+        """Connect the replicas. All must call it together."""
         # Not `new_group`: its names and connections would be those of an earlier group of these ranks that failed.
         name = torch.tensor([secrets.randbits(62)], device=next(self._model.parameters()).device)
         self._exchange.broadcast_([name])
@@ -83,11 +70,7 @@ class PeerCheckpoints:
             raise PeerError(f"The replicas must connect within {self._seconds} s, but do not. ({error})") from error
 
     def send(self, step: int) -> None:
-        """Send the model as it is after `step` updates, and prepare to receive those of the peers. Does not wait.
-
-        Raises:
-            PeerError: If the connection to a peer is closed.
-        """
+        """Send the model as it is after `step` updates, and prepare to receive those of the peers. Does not wait."""
         snapshot = self._snapshot()
         self._received[step] = {peer: torch.empty_like(snapshot) for peer in self._copies}
         self._works[step] = {
@@ -98,11 +81,7 @@ class PeerCheckpoints:
             self._wait(step)
 
     def use(self, step: int) -> None:
-        """Fill the copies with the checkpoints of `step`, and wait for those that have not arrived.
-
-        Raises:
-            PeerError: If a peer died, or sent nothing for `timeout_seconds`.
-        """
+        """Fill the copies with the checkpoints of `step`, and wait for those that have not arrived."""
         self._wait(step)
         self._fill(step, self._received.pop(step))
 
@@ -126,11 +105,7 @@ class PeerCheckpoints:
         return {"step": self.step, "in_use": in_use, "received": received}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` returned.
-
-        Raises:
-            ValueError: If it is of another model or `copies_dtype`.
-        """
+        """Load what `state` returned, for the same model and `copies_dtype`."""
         for payloads in (state["in_use"], *state["received"].values()):
             for payload in payloads.values():
                 if payload.numel() != self._num_bytes:
@@ -220,11 +195,7 @@ def _error_of(works: list | RuntimeError, deadline: float) -> RuntimeError | Non
 
 def exchanged_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Return all parameters, then the buffers of the state dict; each tensor once, in the order of the modules."""
-    found: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), buffer)
+    found = {id(tensor): tensor for tensor in (*model.parameters(), *frozen_and_buffers(model))}
     return list(found.values())
 
 

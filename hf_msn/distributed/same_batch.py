@@ -13,11 +13,7 @@ _FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd and far from a power of two: nearby 
 
 
 def check_same_batch(exchange: Exchange, batch: Any, device: torch.device) -> None:
-    """Compare the digests of all ranks of `exchange`, which must all call it.
-
-    Raises:
-        ValueError: If two ranks hold different batches. The message has the ranks.
-    """
+    """Compare the digests of all ranks of `exchange`, which must all call it, and name two ranks that differ."""
     own = batch_digest(batch, device)
     digests = own.new_empty(exchange.size * own.numel())
     exchange.gather_(digests, own)
@@ -38,10 +34,6 @@ def batch_digest(batch: Any, device: torch.device) -> torch.Tensor:
 
     The first is a checksum of names, shapes, dtypes and values that are no tensors. The second is the sum over all
     tensors of bits times a weight of their position, modulo 2^64: integers, so the order of the sum does not matter.
-
-    Args:
-        batch: Tensors, in nested mappings and sequences.
-        device (`torch.device`): Of the result.
     """
     texts: list[str] = []
     total = torch.zeros((), dtype=torch.int64, device=device)

@@ -465,23 +465,14 @@ def make_alone(**options):
     ("options", "words"),
     [
         ({"exchange": "gradients"}, "exchange.*'gradients'"),
-        ({"distance": "cosine"}, "distance.*'cosine'"),
-        ({"alpha": -0.5}, "alpha.*-0.5"),
         ({"alpha": float("nan")}, "alpha.*nan"),
         ({"temperature": 0.0}, "temperature.*0.0"),
-        ({"top_k": 0}, "top_k.*0"),
         ({"top_k": 5, "distance": "mse"}, "top_k.*'mse'"),
         ({"top_k": 5, "exchange": "checkpoints"}, "top_k.*checkpoints.*5"),
         ({"wire_dtype": "bfloat16", "exchange": "checkpoints"}, "wire_dtype.*copies_dtype"),
-        ({"wire_dtype": "int8"}, "wire_dtype.*'int8'"),
-        ({"exchange_every": 0}, "exchange_every.*0"),
-        ({"transfer_steps": -1}, "transfer_steps.*-1"),
         ({"transfer_steps": 11, "exchange_every": 10}, "transfer_steps.*exchange_every.*10.*11"),
         ({"ramp_steps": 1.5}, "ramp_steps.*1.5"),
-        ({"burn_in_steps": -1}, "burn_in_steps.*-1"),
-        ({"copies_dtype": "float16"}, "copies_dtype.*'float16'"),
         ({"copies_device": "cuda"}, "copies_device.*'cuda'"),
-        ({"timeout_seconds": 0}, "timeout_seconds.*0"),
     ],
 )
 def test_settings_outside_of_their_rule_are_refused(options, words):

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from hf_msn.distributed.codistillation import Codistillation
-from hf_msn.distributed.falling_weight_decay import FallingWeightDecay, falling_factor
+from hf_msn.distributed.falling_weight_decay import FallingWeightDecay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*one replica only")
 
 
 def test_schedule_falls_by_its_factors_at_its_fractions():
-    progress = (0, 0.49, 0.5, 0.79, 0.8, 1.0)
-    assert [falling_factor(p, (1.0, 0.1, 0.0), (0.5, 0.8)) for p in progress] == [1.0, 1.0, 0.1, 0.1, 0.0, 0.0]
+    schedule = FallingWeightDecay(100, (1.0, 0.1, 0.0), (0.5, 0.8))
+    assert [schedule(step) for step in (0, 49, 50, 79, 80, 100)] == [1.0, 1.0, 0.1, 0.1, 0.0, 0.0]
     schedule = FallingWeightDecay(9)
     assert [schedule(step) for step in (*range(10), 1000)] == [1.0] * 3 + [0.1] * 3 + [0.0] * 5
 

@@ -12,13 +12,9 @@ from transformers.trainer_utils import seed_worker
 
 @contextmanager
 def rows_shared_by(trainer: Trainer, size: int, place: int, loaders: dict[str, Any]) -> Iterator[None]:
-    """Shard the rows of the data loaders made in the block as if there were `size` ranks.
+    """Shard the rows of the data loaders made in the block as if this rank were at `place` of `size` ranks.
 
-    Args:
-        trainer (`Trainer`): Its accelerator prepares the loaders.
-        size (`int`): Ranks that share the rows; with 1 this rank has all of them.
-        place (`int`): The place of this rank among them. It seeds the workers of a loader.
-        loaders (`dict[str, Any]`): The evaluation loaders that `dataloader_persistent_workers` keeps.
+    `place` also seeds the workers. `loaders` keeps the evaluation loaders for `dataloader_persistent_workers`.
     """
     accelerator = trainer.accelerator
 

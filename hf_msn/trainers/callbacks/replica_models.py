@@ -15,13 +15,10 @@ from ...models.modeling_suncet import SuNCEtForPreTraining
 
 
 def predictions_for(model: nn.Module) -> Callable[[Any], torch.Tensor]:
-    """Return the function output -> predictions of a model.
+    """Return the function output -> predictions of a model. SuNCEt, which predicts nothing, is refused.
 
     For MSN the log-assignments of the anchors to the prototypes, for PAWS the log-probabilities of the classes of the
     anchors, for other models the `logits`.
-
-    Raises:
-        ValueError: For SuNCEt, which predicts nothing.
     """
     if isinstance(model, SuNCEtForPreTraining):
         raise ValueError(
