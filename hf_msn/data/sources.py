@@ -85,7 +85,7 @@ def load_images(
     else:
         _check_hub_id(source)
         settings = {"name": config, "revision": revision, "data_files": data_files, "token": token}
-        dataset = _load_from_hub(source, split, streaming, **settings)
+        dataset = _load(source, split, streaming, source, **settings)
     if streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
     dataset = image_and_label(dataset, source, image_column=image_column, label_column=label_column)
@@ -193,18 +193,6 @@ def _load_image_folder(
     drop_labels = None if part.has_metadata else not part.class_names
     files = {name: patterns}
     return _load("imagefolder", split, streaming, source, data_files=files, drop_labels=drop_labels, features=features)
-
-
-def _load_from_hub(source: str, split: str, streaming: bool, **settings) -> datasets.Dataset:
-    try:
-        return _load(source, split, streaming, source, **settings)
-    except (ConnectionError, FileNotFoundError) as error:
-        kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
-        raise kind(
-            f"`source` must be a local path or a Hub id, but '{source}' does not exist here and cannot be loaded from "
-            f"the Hub: {error}. Check the spelling and the network (HF_HUB_OFFLINE must not be set), or log in for "
-            "gated data."
-        ) from error
 
 
 def _load(builder: str, split: str, streaming: bool, source: str, **settings) -> datasets.Dataset:

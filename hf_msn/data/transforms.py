@@ -1,12 +1,13 @@
 """Transforms from an image to pixels: the random views of pretraining, and the fixed one of evaluation."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BitImageProcessor
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
 from . import view_parameters
@@ -55,46 +56,44 @@ class MultiViewTransform:
         ValueError: If a value is outside its range.
     """
 
-    image_size: int = field(default=224, metadata={"help": "Side of the target and anchor views, in pixels."})
-    focal_size: int = field(default=96, metadata={"help": "Side of the focal views, in pixels."})
-    anchor_views: int = field(default=1, metadata={"help": "Anchor views per image: large, with patches dropped."})
-    focal_views: int = field(default=10, metadata={"help": "Focal views per image: small, no patches dropped."})
-    global_scale: tuple[float, float] = field(
-        default=(0.3, 1.0), metadata={"help": "Smallest and largest share of the area in a target or anchor view."}
+    image_size: int = HfArg(default=224, help="Side of the target and anchor views, in pixels.")
+    focal_size: int = HfArg(default=96, help="Side of the focal views, in pixels.")
+    anchor_views: int = HfArg(default=1, help="Anchor views per image: large, with patches dropped.")
+    focal_views: int = HfArg(default=10, help="Focal views per image: small, no patches dropped.")
+    global_scale: tuple[float, float] = HfArg(
+        default=(0.3, 1.0), help="Smallest and largest share of the area in a target or anchor view."
     )
-    focal_scale: tuple[float, float] = field(
-        default=(0.05, 0.3), metadata={"help": "Smallest and largest share of the area in a focal view."}
+    focal_scale: tuple[float, float] = HfArg(
+        default=(0.05, 0.3), help="Smallest and largest share of the area in a focal view."
     )
-    aspect_ratio: tuple[float, float] = field(
-        default=(3 / 4, 4 / 3), metadata={"help": "Smallest and largest width / height of a crop."}
+    aspect_ratio: tuple[float, float] = HfArg(
+        default=(3 / 4, 4 / 3), help="Smallest and largest width / height of a crop."
     )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a left-right flip."})
-    color_jitter: float = field(
+    horizontal_flip: float = HfArg(default=0.5, help="Probability of a left-right flip.")
+    color_jitter: float = HfArg(
         default=0.5,
-        metadata={
-            "help": "Strength s: brightness, contrast and saturation change by up to 0.8 s, hue by up to 0.2 s."
-        },
+        help="Strength s: brightness, contrast and saturation change by up to 0.8 s, hue by up to 0.2 s.",
     )
-    color_jitter_probability: float = field(default=0.8, metadata={"help": "Probability of colour jitter."})
-    grayscale: float = field(default=0.2, metadata={"help": "Probability of conversion to grayscale."})
-    blur_probability: float = field(default=0.5, metadata={"help": "Probability of Gaussian blur."})
-    blur_radius: tuple[float, float] = field(
+    color_jitter_probability: float = HfArg(default=0.8, help="Probability of colour jitter.")
+    grayscale: float = HfArg(default=0.2, help="Probability of conversion to grayscale.")
+    blur_probability: float = HfArg(default=0.5, help="Probability of Gaussian blur.")
+    blur_radius: tuple[float, float] = HfArg(
         default=(0.1, 2.0),
-        metadata={"help": "Smallest and largest radius (standard deviation) of the blur, in pixels."},
+        help="Smallest and largest radius (standard deviation) of the blur, in pixels.",
     )
-    rotation: float = field(
-        default=0.0, metadata={"help": "Largest rotation either way, in degrees. The corners are filled with black."}
+    rotation: float = HfArg(
+        default=0.0, help="Largest rotation either way, in degrees. The corners are filled with black."
     )
-    translation: float = field(
+    translation: float = HfArg(
         default=0.0,
-        metadata={"help": "Largest shift either way, as a share of the view's side. The rest is filled with black."},
+        help="Largest shift either way, as a share of the view's side. The rest is filled with black.",
     )
-    interpolation: str = field(default="bilinear", metadata={"help": "How crops are resized: bilinear or bicubic."})
-    image_mean: tuple[float, float, float] = field(
-        default=IMAGENET_MEAN, metadata={"help": "Mean of the normalisation, for values in 0..1."}
+    interpolation: str = HfArg(default="bilinear", help="How crops are resized: bilinear or bicubic.")
+    image_mean: tuple[float, float, float] = HfArg(
+        default=IMAGENET_MEAN, help="Mean of the normalisation, for values in 0..1."
     )
-    image_std: tuple[float, float, float] = field(
-        default=IMAGENET_STD, metadata={"help": "Standard deviation of the normalisation, for values in 0..1."}
+    image_std: tuple[float, float, float] = HfArg(
+        default=IMAGENET_STD, help="Standard deviation of the normalisation, for values in 0..1."
     )
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 
@@ -137,5 +138,6 @@ import numba.core.caching as caching
 caching.CacheImpl._locator_classes = []  # neither the package nor the home is writable
 assert finish_views(crops, rows, (0, 0, 0), (1, 1, 1)).abs().max() == 0
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    command, settings = [sys.executable, "-c", program], {**os.environ, "NUMBA_OPT": "0"}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -215,13 +215,3 @@ def test_crops_finished_in_a_batch_equal_the_views(image_rows, streamed, workers
     assert set(finished) == set(views)
     for name in views:
         torch.testing.assert_close(finished[name], views[name], atol=1e-5, rtol=0)
-
-
-def test_transform_that_makes_its_own_views_gives_no_crops(image_rows):
-    class Own(MultiViewTransform):
-        def __call__(self, image):
-            return super().__call__(image)
-
-    for transform in (Own(image_size=8), lambda image: {}):
-        with pytest.raises(ValueError, match=type(transform).__name__):
-            as_crops(MultiViewDataset(image_rows(3), transform))

@@ -32,7 +32,7 @@ def test_each_step_draws_c_classes_with_k_different_images_each():
 
 
 def test_classes_and_images_are_drawn_equally_often_whatever_their_number():
-    sampler, steps = _sampler(global_classes=2, seed=3), 4000
+    sampler, steps = _sampler(global_classes=2, seed=3), 1500
     counts = Counter(position for step in range(steps) for position in sampler.batch(step))
     by_class = Counter()
     for position, count in counts.items():

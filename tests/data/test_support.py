@@ -65,13 +65,6 @@ def test_batch_holds_the_drawn_images_with_their_labels(labelled, picture):
         np.testing.assert_array_equal(batch["support_pixel_values"].numpy(), np.stack(expected))
 
 
-@pytest.mark.parametrize("poison", [None, -1, 3, 10**9])
-def test_labels_outside_the_support_change_nothing(labelled, poison):
-    poisoned = [label if row in ROWS else poison for row, label in enumerate(LABELS)]
-    assert poisoned != LABELS
-    _assert_same(_batches(labelled(poisoned)), _batches(labelled()))
-
-
 def test_no_label_outside_the_support_is_read(labelled, monkeypatch):
     read = []
     original = datasets.arrow_dataset.query_table
