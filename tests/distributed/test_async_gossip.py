@@ -15,15 +15,16 @@ from hf_msn.distributed.step_rates import StepRates
 from hf_msn.distributed.topology import BipartiteExponentialTopology
 
 OPTIONS = {
-    2: [{"method": "ad_psgd"}, {"method": "push_sum"}],
     3: [
         {"method": "ad_psgd", "rate_correction": False},
+        {"method": "push_sum"},
         {"method": "ad_psgd", "sync_every": 3, "sync_start_step": 2},
         {"method": "push_sum", "topology": RingTopology(3)},
         {"method": "push_sum", "wire_dtype": "bfloat16"},
         {"method": "push_sum", "sync_every": 2, "sync_start_step": 2},
     ],
     4: [
+        {"method": "ad_psgd"},
         {"method": "ad_psgd", "topology": BipartiteExponentialTopology(4), "seed": 3},
         {"method": "ad_psgd", "wire_dtype": "bfloat16"},
         {"method": "push_sum", "rate_correction": False},
@@ -62,7 +63,7 @@ def _gossip_with(rank, options):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", OPTIONS)
 def test_the_mean_is_conserved_and_reached(num_ranks):
     mean = sum(flat(targets(rank)) for rank in range(num_ranks)) / num_ranks
     for options, *results in zip(OPTIONS[num_ranks], *run_ranks(_gossip_without_learning, num_ranks, num_ranks)):
@@ -91,7 +92,7 @@ def _step_often(rank):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         sync = AsyncGossip(model, optimizer, method=method, rate_correction=False).start()
         optimizer.param_groups[0]["lr"] = 1.0
-        mixed, num_merged, ends = 0, 0, time.monotonic() + 1.0
+        mixed, num_merged, ends = 0, 0, time.monotonic() + 0.5
         while time.monotonic() < ends:
             model.weight.grad = torch.full_like(model.weight, 0.1 * (rank - 1))
             optimizer.step()
@@ -111,7 +112,7 @@ def _train_beside_a_straggler(rank, method):
     sync = AsyncGossip(model, optimizer, method=method).start()
     dist.barrier()
     ends = []
-    for _ in range(20 if rank == 1 else 40):
+    for _ in range(14 if rank == 1 else 40):
         step_of(optimizer, sync, 0.1 if rank == 1 else 0.005)
         ends.append(time.monotonic())
     waited = sync.seconds_waiting
@@ -128,32 +129,31 @@ def test_a_model_is_never_half_written_and_nobody_waits_for_a_straggler_before_t
             assert num_merged > 10
             assert value == results[0][2]
         stragglers = [straggler for *_, straggler in results]
-        assert [steps for steps, *_ in stragglers] == [40, 20, 40]
-        halfway = stragglers[1][1][9]
+        assert [steps for steps, *_ in stragglers] == [40, 14, 40]
+        halfway = stragglers[1][1][6]
         for place in (0, 2):
             _, ends, waited, waited_at_the_end = stragglers[place]
             assert ends[-1] < halfway
             assert waited < 0.5
-            assert waited_at_the_end > 0.5
+            assert waited_at_the_end > 0.3
 
 
 def _train_quadratics(rank):
     results = []
-    for method in METHODS:
-        for rate_correction in (False, True):
-            model = nn.Linear(1, 1, bias=False).double()
-            nn.init.zeros_(model.weight)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.04)
-            options = {"method": method, "rate_correction": rate_correction, "timeout_seconds": 20.0}
-            with AsyncGossip(model, optimizer, **options) as sync:
-                dist.barrier()
-                began = time.monotonic()
-                while time.monotonic() < began + (3.0 if rate_correction else 2.0):
-                    optimizer.zero_grad()
-                    (0.5 * (model.weight - (3.0 if rank == 2 else 0.0)).square()).sum().backward()
-                    step_of(optimizer, sync, 0.03 if rank == 2 else 0.01)
-                rate, scale = sync.steps / (time.monotonic() - began), sync.scale
-            results.append((rate, model.weight.item(), scale))
+    for method, rate_correction in (("ad_psgd", False), ("ad_psgd", True), ("push_sum", True)):
+        model = nn.Linear(1, 1, bias=False).double()
+        nn.init.zeros_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        options = {"method": method, "rate_correction": rate_correction, "timeout_seconds": 20.0}
+        with AsyncGossip(model, optimizer, **options) as sync:
+            dist.barrier()
+            began = time.monotonic()
+            while time.monotonic() < began + 1.6:
+                optimizer.zero_grad()
+                (0.5 * (model.weight - (3.0 if rank == 2 else 0.0)).square()).sum().backward()
+                step_of(optimizer, sync, 0.02 if rank == 2 else 0.006)
+            rate, scale = sync.steps / (time.monotonic() - began), sync.scale
+        results.append((rate, model.weight.item(), scale))
     return results
 
 
@@ -161,17 +161,16 @@ def _train_quadratics(rank):
 @pytest.mark.slow
 def test_rate_correction_removes_the_pull_of_fast_ranks():
     # f_i = (z - c_i)^2 / 2 with c = 0, 0, 3: the optimum is 1; each rank pulls as often as it steps.
-    for number, results in enumerate(zip(*run_ranks(_train_quadratics, 3))):
-        rates = [rate for rate, _, _ in results]
-        if number % 2 == 0:
-            assert rates[0] > 2 * rates[2]
-            biased = rates[2] * 3.0 / sum(rates)
-            assert results[0][1] == pytest.approx(biased, abs=0.12)
-            assert biased < 0.65
-        else:
-            for rate, result, scale in results:
-                assert result == pytest.approx(1.0, abs=0.15)
-                assert scale == pytest.approx(sum(rates) / 3 / rate, rel=0.2)
+    biased, *corrected = zip(*run_ranks(_train_quadratics, 3))
+    rates = [rate for rate, _, _ in biased]
+    expected = rates[2] * 3.0 / sum(rates)
+    assert expected < 0.65
+    assert biased[0][1] == pytest.approx(expected, abs=0.12)
+    for results in corrected:
+        mean_rate = sum(rate for rate, _, _ in results) / 3
+        for rate, result, scale in results:
+            assert result == pytest.approx(1.0, abs=0.15)
+            assert scale == pytest.approx(mean_rate / rate, rel=0.2)
 
 
 def test_one_rank_is_left_as_it_is_with_a_warning():

@@ -139,7 +139,7 @@ def _pass_over(rank, folder, method):
     pids = all_pids()
     model = nn.Linear(1000, 700).double()  # more than a connection holds: messages wait here
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sync = AsyncGossip(model, optimizer, method=method, timeout_seconds=1.5).start()
+    sync = AsyncGossip(model, optimizer, method=method, timeout_seconds=1.2).start()
     jump_to(model, optimizer, targets(rank, model))
     for _ in range(20):
         sync.step()

@@ -24,6 +24,7 @@ from hf_msn.distributed.comm.mailbox import Mailbox
 SIZES = [7, 3]
 LAST = 99  # kind of the last message of a stage
 BIG = 4_000_000  # more than a socket holds
+NUM_VALUES = 600
 
 
 def full(value, dtype=torch.float64):
@@ -83,16 +84,16 @@ def _exchange_plain_messages(rank):
     dist.barrier()
     weights = sum(mailbox.weight_posted), sum(mailbox.weight_collected)
     sent_bytes = mailbox.bytes_sent
-    mixed, counts = stress(mailbox, others, 1.0)
+    mixed, counts = stress(mailbox, others)
     dist.barrier()
     mailbox.close()
     ends = during, len(own_threads()), sorted(mailbox.left), mailbox.died
     return messages, ends, sent_bytes, weights, mixed, counts
 
 
-def stress(mailbox, others, seconds):
-    """Number of messages that are mixed of two, or out of order."""
-    counts, mixed, last, value = dict.fromkeys(others, 0), 0, dict.fromkeys(others, -1.0), 0
+def stress(mailbox, others):
+    """Number of messages that are mixed of two, or out of order, and numbers of plain messages from each peer."""
+    counts, mixed, last = dict.fromkeys(others, 0), 0, dict.fromkeys(others, -1.0)
 
     def check(messages):
         nonlocal mixed
@@ -101,16 +102,14 @@ def stress(mailbox, others, seconds):
             mixed += not all(bool((t == first).all()) for t in m.tensors)
             mixed += not m.is_sum and (first != m.step or first <= last[m.sender])
             last[m.sender] = last[m.sender] if m.is_sum else first
-            counts[m.sender] += 1
+            counts[m.sender] += not m.is_sum
             mailbox.recycle(m)
 
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        value += 1
+    for value in range(1, NUM_VALUES + 1):
         for peer in others:
             if value % 3 == 0:
                 mailbox.post_sum(peer, 1, full(value), step=value)
-            elif mailbox.num_waiting(peer) < 3:
+            else:
                 mailbox.post(peer, 0, full(value), step=value)
         check(mailbox.collect())
     dist.barrier()
@@ -127,7 +126,7 @@ def test_messages_arrive_whole_and_in_order_from_each_peer_and_no_thread_is_left
         assert weights == (20.0, 20.0)
         assert sent_bytes == (2 * 21) * 8 * (5 + 2) + 20 * 8 * sum(SIZES) + 2 * 8 * (5 + 2)
         assert mixed == 0
-        assert min(counts) > 50
+        assert counts == [NUM_VALUES * 2 // 3] * 2
         for peer in others:
             received = [m for m in messages if m.sender == peer]
             assert [m.step for m in received] == list(range(20))

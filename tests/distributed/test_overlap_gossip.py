@@ -54,8 +54,9 @@ def _train_all(rank):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [3, 4])
-def test_mass_is_merged_as_many_steps_after_it_was_sent_as_the_bound(num_ranks):
+@pytest.mark.slow
+def test_mass_is_merged_as_many_steps_after_it_was_sent_as_the_bound():
+    num_ranks = 4
     results, bound_zero = zip(*run_ranks(_train_all, num_ranks))
     some_weight = set()
     for name, make in TOPOLOGIES.items():
@@ -75,14 +76,15 @@ def test_mass_is_merged_as_many_steps_after_it_was_sent_as_the_bound(num_ranks):
 
 def _mix(rank):
     cases = [("exponential", None), ("star", None), ("exponential", "float32"), ("exponential", "bfloat16")]
-    return [_mix_only(rank, *case) for case in cases]
+    return [_mix_only(rank, *case) for case in cases] + [_mix_only(rank, "exponential", "bfloat16", True)]
 
 
-def _mix_only(rank, name, wire_dtype):
+def _mix_only(rank, name, wire_dtype, deterministic=False):
     n = dist.get_world_size()
     model = torch.nn.Linear(30, 2, bias=False).to(torch.float64 if wire_dtype is None else torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sync = OverlapGossip(model, optimizer, topology=TOPOLOGIES[name](n), staleness_bound=2, wire_dtype=wire_dtype)
+    options = {"staleness_bound": 2, "wire_dtype": wire_dtype, "deterministic": deterministic}
+    sync = OverlapGossip(model, optimizer, topology=TOPOLOGIES[name](n), **options)
     generator = torch.Generator().manual_seed(rank)
     sync.start()
     with torch.no_grad():  # each rank a value of its own, as if its first step had gone there
@@ -111,7 +113,7 @@ def _mix_only(rank, name, wire_dtype):
 
 @pytest.mark.distributed
 def test_delays_and_a_narrow_wire_lose_no_mass():
-    exponential, star, whole, half = zip(*run_ranks(_mix, 3))
+    exponential, star, whole, half, repeatable = zip(*run_ranks(_mix, 3))
     for results, limit in ((exponential, 1e-10), (star, 1e-2)):
         for masses, apart, after, under_way, weight, _, _ in results:
             assert masses == pytest.approx([3.0] * len(masses), abs=1e-12)
@@ -119,10 +121,12 @@ def test_delays_and_a_narrow_wire_lose_no_mass():
             assert after < 1e-12
             assert (under_way, weight) == (pytest.approx(0.0, abs=1e-12), 1.0)
         assert max(biased for *_, biased, _ in results) > 1e-3  # x itself, without the weights
-    for masses, apart, after, *_ in half:
+    for masses, apart, after, *_ in (*half, *repeatable):
         assert masses == pytest.approx([3.0] * len(masses), abs=1e-12)
-        assert 1e-6 < apart < 2e-2
+        assert apart > 1e-6
         assert after < 2e-6
+    # How far apart rounding leaves the ranks depends on the delays, unless each message is merged at its step.
+    assert max(apart for _, apart, *_ in repeatable) < 1e-2
     payload = 60 * 60 * 2  # steps, numbers, bytes saved per number
     for [*_, more], [*_, fewer] in zip(whole, half):
         assert more - fewer == pytest.approx(payload, rel=0.3)  # sums that were added up travel once
