@@ -1,6 +1,5 @@
 """The base of gossip whose messages travel in the background of training."""
 
-import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -60,8 +59,6 @@ class BackgroundGossip(LocalUpdate):
         return super().seconds_waiting + self._waited_before + now
 
     def start(self) -> "BackgroundGossip":
-        if all(exchange.size == 1 for exchange in self._exchanges):
-            warnings.warn(f"{type(self).__name__} has one rank only: it trains as without it.", stacklevel=2)
         try:
             return super().start()
         except BaseException:

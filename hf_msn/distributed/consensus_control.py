@@ -15,9 +15,6 @@ class ConsensusControl:
     """Ask for further mixings while the estimated consensus distance is over a target.
 
     [arXiv 2102.04828](https://arxiv.org/abs/2102.04828). See [`sampled_distance`] for the estimate.
-
-    Attributes:
-        sampled_distance (`float` or `None`): The last estimate.
     """
 
     def __init__(self, target: float | None, max_extra_rounds: int, until_step: int | None):
@@ -54,11 +51,6 @@ def sampled_distance(parameters: Sequence[torch.Tensor], exchange: Exchange, off
     It is exact for N <= 4096, else the standard deviation is about 2 % of Xi^2 for normal coordinates that are alike.
     All ranks get the same number, since each sums the ranks' distances in the same order. It sends at most
     8 * (4096 + n) bytes per rank in float32.
-
-    Args:
-        parameters (`Sequence[torch.Tensor]`): N numbers of this rank.
-        exchange ([`Exchange`]): The n ranks.
-        offset (`int`): Number of the sample.
     """
     tensors = [torch.view_as_real(p) if p.is_complex() else p for p in parameters]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,6 +1,5 @@
 """Gossip: every rank mixes its parameters with those of a few peers, instead of all with all."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,10 +145,9 @@ class Gossip(LocalUpdate):
         """Last estimate of the consensus distance that `consensus_target` asked for."""
         return self._control.sampled_distance
 
-    def start(self) -> "Gossip":
-        if all(exchange.size == 1 for exchange in self._exchanges) and self._momentum is None:
-            warnings.warn("Gossip has one rank only: it trains as without it.", stacklevel=2)
-        return super().start()
+    @property
+    def _acts_alone(self) -> bool:
+        return self._momentum is not None
 
     def _attach(self) -> None:
         super()._attach()

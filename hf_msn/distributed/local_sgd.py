@@ -1,6 +1,5 @@
 """Local SGD: local steps, and the average of the parameters every few of them."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -46,11 +45,6 @@ class LocalSGD(LocalUpdate):
         self.wire_dtype, dtype = wire_dtype, checked_wire_dtype(wire_dtype)
         self._rounded = None if dtype is None else RoundedMean(self._exchange, dtype)
         self._anchors: list[torch.Tensor] = []
-
-    def start(self) -> "LocalSGD":
-        if all(exchange.size == 1 for exchange in self._exchanges):
-            warnings.warn("LocalSGD has one rank only: it trains as without it.", stacklevel=2)
-        return super().start()
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "wire_dtype": self.wire_dtype}

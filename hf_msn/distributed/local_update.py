@@ -1,5 +1,6 @@
 """Base class of local training: steps on each rank alone, and an exchange every few of them."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,7 @@ class LocalUpdate:
     """
 
     can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
+    _acts_alone = False  # whether one rank alone trains otherwise than without the method
 
     def __init__(
         self,
@@ -126,6 +128,8 @@ class LocalUpdate:
         parameters, buffers and optimizer state of each rank too, before or after `start`, but after DDP has wrapped
         the model, because DDP makes the ranks equal.
         """
+        if not self._acts_alone and all(exchange.size == 1 for exchange in self._exchanges):
+            warnings.warn(f"{type(self).__name__} has one rank only: it trains as without it.", stacklevel=2)
         require_free(self.model, self.optimizer)
         self._attach()
         tensors = [p for _, p, _ in self._parameters]

@@ -12,11 +12,7 @@ from .training_state import trainable_parameters
 
 
 class PushSum:
-    """x and w of one rank, beside parameters that hold z = x / w.
-
-    Attributes:
-        weight (`float`): w.
-    """
+    """x and w (`weight`) of one rank, beside parameters that hold z = x / w."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]):
         self._flat = FlatTensors(parameters, widen=True)

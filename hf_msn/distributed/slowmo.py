@@ -60,6 +60,7 @@ class SlowMo(LocalUpdate):
     """
 
     can_be_base = False
+    _acts_alone = True
 
     def __init__(
         self,

@@ -35,10 +35,7 @@ class Agreement:
     A rank that was passed over and comes later takes the RESULT of the others. Messages of other kinds are passed on;
     those that arrive between 1 and the end belong to the time after it, and are held back until then.
 
-    Args:
-        peers ([`Membership`]): It has to hand its messages to `receive`.
-        pass_on (`Callable`): Called with each message of another kind.
-        waits_for_silent (`bool`): Raise an error where a rank is silent, instead of passing it over.
+    `peers` hands its messages to `receive`. With `waits_for_silent` a silent rank is an error, else it is passed over.
     """
 
     def __init__(self, peers: Membership, pass_on: Callable[[Message], None], waits_for_silent: bool):
@@ -82,12 +79,9 @@ class Agreement:
     ) -> None:
         """Bring the members together and take a common result.
 
-        Args:
-            by_collectives (`Callable`): Called if all ranks are members; again, in a new attempt.
-            contribute (`Callable`): Return this rank's contribution, where not all ranks are members.
-            combine (`Callable`): Return the result, flat uint8, of the contributions in the order of the ranks.
-            finish (`Callable`): Called once, at the end, with the result; with `None` after collectives.
-            unanswered (`Callable`, *optional*): Peers that this rank waits for before it takes part.
+        If all ranks are members they call `by_collectives`, again in a new attempt. Else the result is what `combine`
+        makes of the contributions, in the order of the ranks. `finish` is called once, with the result, or `None`
+        after collectives. Before it takes part, this rank waits for the peers that `unanswered` returns.
         """
         self._peers.expect((), self._peers.timeout_seconds)  # count the silence of peers from here
         while True:

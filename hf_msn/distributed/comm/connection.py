@@ -22,27 +22,16 @@ _PATIENCE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class Message:
-    """A whole message from one rank to another.
+    """A whole message from one rank to another. Sums that were added up have the latest step and numbers."""
 
-    Attributes:
-        sender (`int`): Place of the sender in the group.
-        kind (`int`): Kind, >= 0, defined by the user of the mailbox.
-        step (`int`): Step of the sender; the latest one of sums that were added up.
-        weight (`float`): Push-sum weight that belongs to the tensors; the total of sums that were added up.
-        numbers (`tuple[float, ...]`): Further numbers in float64; the latest ones of sums that were added up.
-        tensors (`list[torch.Tensor]`, *optional*): Flat buffers that belong to the receiver.
-        is_sum (`bool`): Whether it was posted by `post_sum`.
-        is_bytes (`bool`): Whether it was posted by `post_bytes`; it then has one uint8 tensor of any size.
-    """
-
-    sender: int
-    kind: int
-    step: int = 0
-    weight: float = 0.0
+    sender: int  # place in the group
+    kind: int  # >= 0, defined by the user of the mailbox
+    step: int = 0  # of the sender
+    weight: float = 0.0  # push-sum weight that belongs to the tensors
     numbers: tuple[float, ...] = ()
-    tensors: list[torch.Tensor] | None = None
+    tensors: list[torch.Tensor] | None = None  # flat buffers that belong to the receiver
     is_sum: bool = False
-    is_bytes: bool = False
+    is_bytes: bool = False  # it has one uint8 tensor of any size
 
     def absorb(self, later: "Message") -> None:
         """Take over step, weight and numbers of a later sum. The caller adds the tensors."""

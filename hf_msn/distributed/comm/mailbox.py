@@ -51,15 +51,6 @@ class Mailbox:
         wire_dtype (`torch.dtype`, *optional*): Precision in which floating-point tensors are sent, if it is narrower.
         num_numbers (`int`, *optional*, defaults to 8): Largest number of further numbers in a message.
         connect_seconds (`float`, *optional*, defaults to 300): How long `start` waits for each peer.
-
-    Attributes:
-        size, rank (`int`): Number of ranks, and place of this one.
-        global_ranks (`list[int]`): Members, as ranks of the default group.
-        weight_posted, weight_collected (`list[float]`): Weight posted to each peer, less the weight that was taken
-            back, and weight collected from it.
-        wire_dtypes (`list[torch.dtype]`): Precision of each tensor of a message.
-        last_heard (`list[float]`): `time.monotonic()` when the last message of each peer arrived, or of `start`.
-        latest (`list[tuple]`): Step and numbers of each peer's last message, pings included; (-1, ()) at first.
     """
 
     def __init__(
@@ -81,6 +72,8 @@ class Mailbox:
         self._inboxes: list[deque[Message]] = [deque() for _ in range(self.size)]
         self._arrived = threading.Condition()
         self._pid = os.getpid()
+        # Per peer: weight posted and not taken back, weight collected; when its last message arrived, pings included,
+        # and that message's step and numbers.
         self.weight_posted, self.weight_collected = [0.0] * self.size, [0.0] * self.size
         self.last_heard = [time.monotonic()] * self.size
         self.latest: list[tuple[int, tuple[float, ...]]] = [(-1, ())] * self.size

@@ -23,18 +23,8 @@ class Membership:
     `timeout_seconds` in which this rank expected something; it is taken back when it is heard again. Members are all
     other ranks. Ranks ping each other while they wait, so only ranks that stand still or compute fall silent.
 
-    Args:
-        mailbox ([`Mailbox`]): Started mailbox.
-        timeout_seconds (`float`): See above.
-        receive (`Callable`): Called with each message, in the order sent by each peer.
-        changed (`Callable`, *optional*): Called with each peer that becomes lost or silent, or is taken back.
-        tolerant (`bool`, *optional*, defaults to `True`): `False` raises an error where a peer becomes lost or silent.
-
-    Attributes:
-        lost (`set[int]`): Lost peers.
-        step (`int`): Step of this rank, which every message carries.
-        step_ended (`float`): When that step ended, on the clock of this rank; every message carries it as well.
-        seconds_waiting (`float`): Time spent in `wait_for`.
+    `receive` is called with each message, in the order sent by each peer, and `changed` with each peer that becomes
+    lost or silent, or is taken back. If not `tolerant`, a peer that becomes lost or silent is an error.
     """
 
     def __init__(
@@ -50,8 +40,8 @@ class Membership:
         self._receive, self._changed = receive, changed
         self.lost: set[int] = set()
         self._silent_since: dict[int, float] = {}
-        self.step, self.step_ended = 0, 0.0
-        self.seconds_waiting = 0.0
+        self.step, self.step_ended = 0, 0.0  # of this rank, on its own clock; every message carries both
+        self.seconds_waiting = 0.0  # spent in `wait_for`
         self._expected_since: dict[int, float] = {}
         self._checked = self._pinged = time.monotonic()
 
@@ -192,12 +182,3 @@ class Membership:
                 "know. See its log. Go on from the last checkpoint, or train without `inner_group`.",
                 [self.mailbox.global_ranks[peer]],
             )
-
-
-def check_silence(timeout_seconds: float | None) -> None:
-    """Check that there is a limit to the silence of a peer."""
-    if timeout_seconds is None:
-        raise ValueError(
-            "`timeout_seconds` is how long a peer may be silent and must be > 0, but is None. Choose more than the "
-            "longest step takes; the default is 60."
-        )

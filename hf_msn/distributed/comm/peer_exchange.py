@@ -43,11 +43,7 @@ class PeerExchange(Exchange):
         """Send tensors to peers and fill tensors with those that peers send. Return when both are done.
 
         Every rank must call it equally often, also without a peer, or it would count as missing. The first tensor sent
-        to a peer arrives in the first tensor that the peer fills from this rank, and so on.
-
-        Args:
-            sends (`Mapping[int, Sequence[Tensor]]`): Contiguous tensors by the receiver's place in the group.
-            receives (`Mapping[int, Sequence[Tensor]]`): Contiguous tensors by the sender's place in the group.
+        to a peer arrives in the first tensor that the peer fills from this rank, and so on. Tensors are contiguous.
         """
         if self.size == 1:
             return

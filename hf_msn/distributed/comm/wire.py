@@ -25,10 +25,6 @@ class RoundedMean:
     The rounding error e of one mean is sent with the next one, so errors do not add up. A partial sum that travels
     from rank to rank is rounded as well, without feedback: by up to 2^-8 of the change for bfloat16, equally on all
     ranks.
-
-    Args:
-        exchange ([`Exchange`]): The ranks.
-        dtype (`torch.dtype`): Precision of the messages.
     """
 
     def __init__(self, exchange: Exchange, dtype: torch.dtype):
@@ -37,13 +33,7 @@ class RoundedMean:
 
     @torch.no_grad()
     def mean_(self, index: int, x: torch.Tensor, anchor: torch.Tensor) -> None:
-        """Replace `x` by its mean over the ranks.
-
-        Args:
-            index (`int`): Number of the buffer; each buffer has its own residual.
-            x (`torch.Tensor` of shape `(N,)`): Values of this rank.
-            anchor (`torch.Tensor` of shape `(N,)`): The same values on every rank.
-        """
+        """Replace `x`, buffer number `index`, by its mean over the ranks. `anchor` is the same on every rank."""
         x.sub_(anchor)
         if index in self.residuals:
             x.add_(self.residuals[index])
