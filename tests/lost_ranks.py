@@ -1,5 +1,6 @@
 """Run a function on ranks of which some die: the others report through files."""
 
+import logging
 import multiprocessing
 import os
 import time
@@ -50,6 +51,21 @@ def _report(rank, function, folder, num_living, args):
     while len(list(Path(folder).glob("*.reported"))) < num_living and time.monotonic() < deadline:
         time.sleep(0.02)
     os._exit(0)
+
+
+class Warnings(logging.Handler):
+    """The warnings of this rank."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+        logging.getLogger("hf_msn").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    def having(self, words):
+        return [line for line in self.lines if words in line]
 
 
 def all_pids() -> list[int]:

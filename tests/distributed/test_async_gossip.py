@@ -173,43 +173,6 @@ def test_rate_correction_removes_the_pull_of_fast_ranks():
             assert scale == pytest.approx(mean_rate / rate, rel=0.2)
 
 
-def test_one_rank_is_left_as_it_is_with_a_warning():
-    model, other = make_model(), make_model()
-    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
-    sync = AsyncGossip(model, optimizer, method="push_sum")
-    with pytest.warns(UserWarning, match="one rank only"):
-        sync.start()
-    for m, o in ((model, optimizer), (other, plain)):
-        m(torch.ones(4, 3).double()).sum().backward()
-        o.step()
-    sync.step()
-    assert sync.consensus_distance() == 0.0
-    sync.stop()
-    assert torch.equal(flat(model.parameters()), flat(other.parameters()))
-    assert (sync.steps, sync.weight, sync.bytes_sent) == (1, 1.0, 0)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "sgp"},
-        {"seed": -1},
-        {"sync_every": 0},
-        {"timeout_seconds": None},
-        {"timeout_seconds": 0.0},
-        {"wire_dtype": "float16"},
-        {"base_buffers": "average"},
-        {"inner_group": object()},
-        {"topology": RingTopology(4)},
-        {"topology": 4},
-    ],
-)
-def test_settings_outside_of_their_rules_are_refused(options):
-    model, [name] = make_model(), options
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        AsyncGossip(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
-
-
 def test_rates_are_those_of_the_window_and_do_not_count_pauses():
     rates = StepRates(2, window_seconds=10.0)
     assert rates.scale(0, [0, 1]) == 1.0

@@ -1,7 +1,6 @@
 """Asynchronous gossip when ranks die, stop, or are resumed."""
 
 import io
-import logging
 import os
 import signal
 import time
@@ -12,22 +11,10 @@ import torch
 import torch.distributed as dist
 from async_runs import METHODS, Accounts, flat, jump_to, make_model, step_of, targets
 from launch import run_ranks
-from lost_ranks import all_pids, run_ranks_that_are_left
+from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
 from torch import nn
 
 from hf_msn import AsyncGossip, PeerError
-
-
-class Records(logging.Handler):
-    """The warnings of this rank."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.texts = []
-        logging.getLogger("hf_msn.distributed").addHandler(self)
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
 
 
 def fail_in_the_last_collective(sync, dies):
@@ -47,7 +34,7 @@ def fail_in_the_last_collective(sync, dies):
 
 
 def _outlive(rank, method, lost, when):
-    records = Records()
+    records = Warnings()
     model = make_model()
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -87,7 +74,7 @@ def _outlive(rank, method, lost, when):
         step_of(optimizer, sync, 0.002)
     sync.stop()
     end = flat(model.parameters())
-    return (brought, mean), at_sync, end, account, records.texts, model[0].bias[0].item(), (distance, after)
+    return (brought, mean), at_sync, end, account, records.lines, model[0].bias[0].item(), (distance, after)
 
 
 @pytest.mark.distributed
@@ -135,7 +122,7 @@ def wait_for(path):
 
 
 def _pass_over(rank, folder, method):
-    records = Records()
+    records = Warnings()
     pids = all_pids()
     model = nn.Linear(1000, 700).double()  # more than a connection holds: messages wait here
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -172,7 +159,7 @@ def _pass_over(rank, folder, method):
     for _ in range(20):
         step_of(optimizer, sync, 0.002)
     sync.stop()
-    return seen, at_sync, flat(model.parameters()), records.texts
+    return seen, at_sync, flat(model.parameters()), records.lines
 
 
 @pytest.mark.distributed

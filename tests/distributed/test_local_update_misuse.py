@@ -13,9 +13,13 @@ from lost_ranks import run_ranks_that_are_left
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_msn.distributed.async_gossip import AsyncGossip
 from hf_msn.distributed.comm.exchange import Exchange, PeerError
+from hf_msn.distributed.gossip import Gossip
 from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn.distributed.overlap_gossip import OverlapGossip
 from hf_msn.distributed.slowmo import SlowMo
+from hf_msn.distributed.topology import RingTopology
 
 
 def test_every_call_of_step_counts():
@@ -43,35 +47,87 @@ def test_an_error_leaves_without_an_outer_step_and_frees_the_model():
         pass
 
 
-def test_local_sgd_on_one_process_does_nothing_and_warns():
-    model = make_model()
-    before = parameters(model)
-    with pytest.warns(UserWarning, match="one rank only") as caught, LocalSGD(model, sgd(model), sync_every=1) as sync:
-        for _ in range(3):
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        (LocalSGD, {"sync_every": 1}),
+        (Gossip, {}),
+        (Gossip, {"push_sum": False}),
+        (Gossip, {"consensus_target": 1.0}),
+        (OverlapGossip, {}),
+        (AsyncGossip, {"method": "push_sum"}),
+    ],
+)
+def test_one_rank_trains_as_without_the_method_and_is_warned(method, options):
+    models = [make_model(), make_model()]
+    optimizers = [sgd(model) for model in models]
+    with (
+        pytest.warns(UserWarning, match="one rank only") as caught,
+        method(models[0], optimizers[0], **options) as sync,
+    ):
+        for step in range(3):
+            for model, optimizer in zip(models, optimizers):
+                backward(model, optimizer, 0, step)
+                optimizer.step()
             sync.step()
-        assert (sync.bytes_sent, sync.consensus_distance()) == (0, 0.0)
+        assert (sync.steps, sync.bytes_sent, sync.consensus_distance()) == (3, 0, 0.0)
+        sync.sync()
+        sync.state_dict()
     assert len(caught) == 1
-    assert torch.equal(parameters(model), before)
+    assert torch.equal(parameters(models[0]), parameters(models[1]))
+
+
+@pytest.mark.parametrize("base", [None, Gossip, OverlapGossip])
+def test_slow_momentum_acts_on_one_rank_without_a_warning(base):
+    model = make_model()
+    optimizer = sgd(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with SlowMo(model, sgd(model)):
-            pass
+        with SlowMo(model, optimizer, base=base and base(model, optimizer), sync_every=2) as sync:
+            sync.step()
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "method, options",
     [
-        ({"sync_every": 0}, r"sync_every.*0"),
-        ({"sync_start_step": -1}, r"sync_start_step.*-1"),
-        ({"base_buffers": "keep"}, r"base_buffers.*'keep'"),
-        ({"timeout_seconds": 0}, r"timeout_seconds.*0"),
-        ({"group": object()}, r"group"),
+        (LocalSGD, {"sync_every": 0}),
+        (LocalSGD, {"sync_start_step": -1}),
+        (LocalSGD, {"base_buffers": "keep"}),
+        (LocalSGD, {"timeout_seconds": 0}),
+        (LocalSGD, {"group": object()}),
+        (SlowMo, {"slow_momentum": 1.0}),
+        (SlowMo, {"slow_lr": 0.0}),
+        (SlowMo, {"shard_state": True, "average": False}),
+        (Gossip, {"topology": RingTopology(3)}),
+        (Gossip, {"topology": "ring"}),
+        (Gossip, {"wire_dtype": "float16"}),
+        (Gossip, {"sync_every": 0}),
+        (Gossip, {"consensus_target": 0.0}),
+        (Gossip, {"consensus_target": float("nan")}),
+        (Gossip, {"max_extra_rounds": 0}),
+        (Gossip, {"consensus_until_step": 0, "consensus_target": 1.0}),
+        (Gossip, {"consensus_until_step": 5}),
+        (Gossip, {"quasi_global_momentum": 1.0}),
+        (Gossip, {"quasi_global_momentum": (0.5, -0.1)}),
+        (Gossip, {"quasi_global_momentum": "0.9"}),
+        (OverlapGossip, {"staleness_bound": -1}),
+        (OverlapGossip, {"staleness_bound": 1.0}),
+        (OverlapGossip, {"topology": RingTopology(3)}),
+        (OverlapGossip, {"base_buffers": "reset"}),
+        (OverlapGossip, {"timeout_seconds": None}),
+        (OverlapGossip, {"inner_group": object()}),
+        (AsyncGossip, {"method": "sgp"}),
+        (AsyncGossip, {"seed": -1}),
+        (AsyncGossip, {"timeout_seconds": None}),
+        (AsyncGossip, {"base_buffers": "average"}),
+        (AsyncGossip, {"inner_group": object()}),
+        (AsyncGossip, {"topology": RingTopology(4)}),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_value(options, words):
-    model = make_model()
-    with pytest.raises(ValueError, match=words):
-        LocalSGD(model, sgd(model), **options)
+def test_settings_outside_of_their_rules_are_refused(method, options):
+    model, name = make_model(), next(iter(options))
+    with pytest.raises(ValueError, match=f"`{name}"):
+        method(model, sgd(model), **options)
 
 
 def test_a_second_sync_object_is_refused():

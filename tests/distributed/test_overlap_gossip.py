@@ -1,7 +1,6 @@
 """OverlapGossip against its recursion with delays in loops, its mass under random delays, and its settings."""
 
 import time
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from overlap_runs import MOMENTUM, NUM_STEPS, RATE, flat, make_model, reference,
 from topologies import Star
 
 from hf_msn.distributed.overlap_gossip import OverlapGossip
-from hf_msn.distributed.slowmo import SlowMo
 from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, RingTopology
 
 TOPOLOGIES = {
@@ -154,7 +152,7 @@ def _wait_for_a_slow_rank(rank, bounds):
 
 @pytest.mark.distributed
 def test_a_rank_waits_for_a_slow_one_when_it_is_the_bound_ahead_and_not_before():
-    bounds = (0, 1, 3)
+    bounds = (0, 2)
     results = run_ranks(_wait_for_a_slow_rank, 2, bounds)
     for bound, (times, waited), (_, waited_by_slow) in zip(bounds, *results):
         # The slow rank's step 2 is late; it may be missing until step 2 + bound is to end.
@@ -191,45 +189,3 @@ def test_ranks_of_an_inner_group_stay_equal_to_the_bit():
         assert torch.equal(a[step], b[step])
         assert torch.equal(c[step], d[step])
         assert torch.equal(a[step], c[step]) == (step == 5)
-
-
-def test_one_rank_trains_as_without_it_with_a_warning():
-    models = [make_model(), make_model()]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=RATE) for model in models]
-    with pytest.warns(UserWarning, match="one rank only"):
-        sync = OverlapGossip(models[0], optimizers[0]).start()
-    for step in range(3):
-        for model, optimizer in zip(models, optimizers):
-            take_step(model, optimizer, 0, step)
-        sync.step()
-    sync.sync()
-    assert sync.state_dict()["unmerged"] == []
-    sync.stop()
-    assert torch.equal(flat(models[0]), flat(models[1]))
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with SlowMo(model, optimizer, base=OverlapGossip(model, optimizer), sync_every=2) as sync:
-            take_step(model, optimizer, 0, 0)
-            sync.step()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"staleness_bound": -1},
-        {"staleness_bound": 1.0},
-        {"wire_dtype": "int8"},
-        {"topology": RingTopology(3)},
-        {"topology": "ring"},
-        {"base_buffers": "reset"},
-        {"timeout_seconds": None},
-        {"timeout_seconds": 0},
-        {"inner_group": object()},
-    ],
-)
-def test_settings_outside_of_their_rules_are_refused(options):
-    model, [name] = make_model(), options
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        OverlapGossip(model, torch.optim.SGD(model.parameters(), lr=RATE), **options)

@@ -1,6 +1,5 @@
 """OverlapGossip when ranks die or stop: the others go on, mass is kept, and the ranks meet again. Real processes."""
 
-import logging
 import os
 import signal
 import threading
@@ -10,25 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
-from lost_ranks import all_pids, run_ranks_that_are_left
+from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
 from topologies import Star
 
 from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.distributed.overlap_gossip import OverlapGossip
 from hf_msn.distributed.slowmo import SlowMo
-
-
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-        logging.getLogger("hf_msn").addHandler(self)
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-    def having(self, words):
-        return [line for line in self.lines if words in line]
 
 
 def make_run(rank, **options):
@@ -72,7 +58,7 @@ def sum_among(sync, ranks):
 def _outlive(rank, lost, how, options):
     survivors = [other for other in range(dist.get_world_size()) if other not in lost]
     group = dist.new_group(survivors)
-    lines, pids = Lines(), all_pids()
+    lines, pids = Warnings(), all_pids()
     run = model, _, sync = make_run(rank, timeout_seconds=10.0, **options)
     first_mass = total(sync.push_sum_weight + sync.weight_under_way)
     take_steps(*run, 5)
@@ -191,7 +177,7 @@ def leave_alone(rank, stopped):
 
 
 def _stop_and_go_on(rank, options):
-    lines, pids = Lines(), all_pids()
+    lines, pids = Warnings(), all_pids()
     run = model, _, sync = make_run(rank, timeout_seconds=1.2, **options)
     take_steps(*run, 5)
     leave_alone(rank, stopped=2)
@@ -239,7 +225,7 @@ def test_a_stopped_rank_is_passed_over_and_taken_back_and_no_mass_is_lost(option
 
 
 def _meet_without_the_stopped(rank):
-    lines, pids = Lines(), all_pids()
+    lines, pids = Warnings(), all_pids()
     run = model, _, sync = make_run(rank, timeout_seconds=1.2)
     take_steps(*run, 5)
     leave_alone(rank, stopped=1)
