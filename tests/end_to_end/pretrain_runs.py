@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+
+from hf_msn.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
@@ -31,6 +35,13 @@ def pretrain(output_dir, *arguments) -> dict[str, list]:
     """Train, and return the log by name."""
     run("pretrain", "--output_dir", output_dir, *COMMON, *arguments)
     return read_log(output_dir)
+
+
+def pretrain_on_rank(rank, output_dir, *arguments) -> None:
+    """Run `hf-msn pretrain` on this rank of `run_ranks`, which ends the process group."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "end_training", lambda self: None)
+        main(["pretrain", "--output_dir", str(output_dir), *arguments])
 
 
 def read_log(output_dir) -> dict[str, list]:

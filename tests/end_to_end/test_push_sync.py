@@ -1,30 +1,27 @@
-"""Two ranks that train with little communication push, record and publish, by the scripts."""
+"""Two ranks that train with little communication push, record and publish, by the commands."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub_server import HubServer
+from launch import run_ranks
+from pretrain_runs import ROOT, pretrain_on_rank
 from safetensors.torch import load
 
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-LAUNCH += f"--dynamo_backend no --main_process_port 0 {ROOT / 'scripts' / 'pretrain.py'} "
 TINY = (
     "--dataset digits --image_size 8 --patch_size 4 --focal_views 1 --focal_size 4 --hidden_size 16 "
     "--num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 32 --projection_hidden_dim 16 "
     "--projection_dim 8 --num_prototypes 8 --per_device_train_batch_size 16 --max_steps 4 --save_steps 2 "
-    "--warmup_epochs 0 --use_cpu true --disable_tqdm true --report_to none "
+    "--warmup_epochs 0 --use_cpu true --disable_tqdm true --report_to none"
 )
-PUSH = "--push_to_hub true --hub_strategy checkpoint --hub_always_push true --hub_model_id "
+PUSH = "--push_to_hub true --hub_strategy checkpoint --hub_always_push true --hub_model_id"
 RESUME = {f"last-checkpoint/{name}" for rank in (0, 1) for name in (f"rng_state_{rank}.pth", f"sync_state_{rank}.pt")}
 PUSHED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "run.json"}
 SYNC = {
@@ -48,19 +45,10 @@ PAPERS = {"slowmo": ["1910.00643"], "codistillation": ["2010.02838"]}
 ROW = {"slowmo": "SlowMo: sync\\_every 3", "codistillation": "Codistillation: replicas 2, ranks\\_per\\_replica 1"}
 
 
-def run(arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *arguments.split(), "--output_dir", str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_refusal_of_the_hub_ends_both_ranks_before_training(tmp_path):
-    with HubServer() as hub:
-        refused = run(LAUNCH + TINY + PUSH + "bob/run", tmp_path / "run", hub.environment(tmp_path))
-    assert refused.returncode != 0 and "bob/run" in refused.stderr
-    assert not list(tmp_path.glob("run/checkpoint-*"))
+def _pretrain(rank, url, folder, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        HubServer.use_in_this_process(SimpleNamespace(url=url), patch, folder)
+        pretrain_on_rank(rank, folder / "run", *arguments)
 
 
 @pytest.mark.slow
@@ -68,9 +56,9 @@ def test_a_refusal_of_the_hub_ends_both_ranks_before_training(tmp_path):
 @pytest.mark.parametrize("method", ["slowmo", "codistillation"])
 def test_two_ranks_push_a_model_of_one_reader_and_the_files_of_both_for_a_resume(method, tmp_path, monkeypatch):
     with HubServer() as hub:
-        folder, command = tmp_path / "run", LAUNCH + TINY + PUSH + "alice/run " + SYNC[method]
-        done = run(command, folder, hub.environment(tmp_path))
-        assert done.returncode == 0, done.stderr[-4000:]
+        folder = tmp_path / "run"
+        arguments = f"{TINY} {PUSH} alice/run {SYNC[method]}".split()
+        run_ranks(_pretrain, 2, hub.url, tmp_path, *arguments, timeout=120.0)
         repo = hub.repos["alice/run"]
         assert len(hub.asked("POST", "repos/create")) == 1
         messages = [f"Training in progress, checkpoint-{step}" for step in (2, 4)]
