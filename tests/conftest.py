@@ -1,5 +1,6 @@
 """What holds for all tests: no network, one thread, no progress bars; and a tiny model with a batch."""
 
+import gc
 import logging
 import os
 
@@ -15,6 +16,10 @@ from tiny import tiny_batch, tiny_model
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_finish():
+    gc.freeze()  # Trainer collects garbage: the modules of torch and transformers need not be searched each time
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Run a function on n gloo ranks, with a deadline after which no process is left."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import socket
@@ -55,6 +56,7 @@ def run_ranks(function, world_size: int, *args, timeout: float = 60.0) -> list:
 
 
 def _run_rank(function, rank, world_size, port, folder, timeout, args) -> None:
+    gc.freeze()  # Trainer collects garbage: the modules of torch and transformers need not be searched each time
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
