@@ -3,7 +3,7 @@
 python scripts/demo.py [--output_dir runs/demo] [--config scripts/recipes/digits.yaml] [--FIELD VALUE ...]
 
 Any field of MSN's recipe can be given another value: --max_steps 500. For PAWS there are --paws_config,
---paws_max_steps and --supervised_epochs.
+--paws_max_steps and --supervised_epochs; --num_splits 2 is a shorter evaluation.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from hf_msn import (
 IMAGES_PER_CLASS = (1, 2, 5, 10)
 # of PAWS and of the supervised encoder, which are trained anew for each split
 TRAINED_IMAGES_PER_CLASS = 5
-NUM_SPLITS = 5
 # the paper's for few labels, for all features alike; raw pixels' own best is 0.1 better at 5 and 10 labels, 1.1 at 1
 L2 = 0.0025
 
@@ -52,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--paws_max_steps", default=None, help="Steps of PAWS, if not those of its recipe.")
     parser.add_argument("--supervised_epochs", type=int, default=None, help="Epochs of the supervised encoder.")
+    parser.add_argument("--num_splits", type=int, default=5, help="Draws of the labelled images, 2 or more.")
     args, overrides = parser.parse_known_args(arguments)
     started = time.monotonic()
     logging.set_verbosity_error()
@@ -72,10 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
             "pixels": {split: pixel_features(images[split]) for split in images},
             "untrained": {split: extract_features(untrained, images[split], processor) for split in images},
         }
-        scores = evaluate(images, features) | train_with_labels(args, folder)
+        scores = evaluate(images, features, args.num_splits) | train_with_labels(args, folder)
         (folder / "low_shot.json").write_text(json.dumps(scores, indent=2) + "\n")
-        draw(trainer, features, scores, folder)
-    print_scores(scores, len(images["test"]))
+        draw(trainer, features, scores, args.num_splits, folder)
+    print_scores(scores, len(images["test"]), args.num_splits)
     print(f"\nEverything is in {args.output_dir}/. It took {time.monotonic() - started:.0f} s.")
 
 
@@ -102,13 +102,13 @@ def check_export(model, images, processor, folder: Path) -> None:
     print(f"Exported to {folder.name}/; AutoModel loads it, its features differ by at most {difference:.0e}.\n")
 
 
-def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(images, features, num_splits: int) -> dict[str, dict[str, dict[str, float]]]:
     """Return accuracy in per cent, `scores["msn"]["5"]["mean"]` and `["std"]`, with equal labels for all features."""
     evaluator = LowShotEvaluator(
         images["train"],
         images["test"],
         images_per_class=IMAGES_PER_CLASS,
-        num_splits=NUM_SPLITS,
+        num_splits=num_splits,
         probe=LogisticProbe(l2=L2),
     )
     scores = {}
@@ -127,13 +127,13 @@ def evaluate(images, features) -> dict[str, dict[str, dict[str, float]]]:
 def train_with_labels(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return accuracy in per cent of PAWS and of the supervised encoder, with the labels of `evaluate`'s splits."""
     print(
-        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {NUM_SPLITS} splits: PAWS, and "
+        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {args.num_splits} splits: PAWS, and "
         "the same encoder supervised"
     )
     overrides = [] if args.paws_max_steps is None else ["--max_steps", args.paws_max_steps]
     found = []
     results = demo_labels.train_on_splits(
-        args.paws_config, overrides, NUM_SPLITS, TRAINED_IMAGES_PER_CLASS, folder, args.supervised_epochs
+        args.paws_config, overrides, args.num_splits, TRAINED_IMAGES_PER_CLASS, folder, args.supervised_epochs
     )
     for split, result in enumerate(results):
         found.append(result)
@@ -150,9 +150,9 @@ def train_with_labels(args: argparse.Namespace, folder: Path) -> dict[str, dict[
     }
 
 
-def draw(trainer, features, scores, folder: Path) -> None:
+def draw(trainer, features, scores, num_splits: int, folder: Path) -> None:
     train, test = features["msn"]["train"], features["msn"]["test"]
-    figures.draw_low_shot(scores, NUM_SPLITS, len(test), folder / "low_shot.png")
+    figures.draw_low_shot(scores, num_splits, len(test), folder / "low_shot.png")
     figures.draw_training(trainer.state.log_history, trainer.model.config.num_prototypes, folder / "training.png")
     search = NearestNeighbors(n_neighbors=8, metric="cosine").fit(train.features)
     figures.draw_neighbours(
@@ -173,9 +173,9 @@ def gray_images(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(-1, 3, side, side)[:, 0]
 
 
-def print_scores(scores, num_test: int) -> None:
+def print_scores(scores, num_test: int, num_splits: int) -> None:
     print(
-        f"Accuracy [%] on the {num_test} test images, mean ± standard deviation of {NUM_SPLITS} splits: features by "
+        f"Accuracy [%] on the {num_test} test images, mean ± standard deviation of {num_splits} splits: features by "
         "logistic regression,\nPAWS and the supervised encoder, trained with the same labels, by themselves"
     )
     print(f"{'labelled images per class':<24}" + "".join(f"{count:>14}" for count in IMAGES_PER_CLASS))

@@ -11,28 +11,11 @@ import sync
 ROOT_ON_LINUX = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
 
 
-def can_limit_rates() -> bool:
-    try:
-        with sync.SlowNetwork(1, "200mbit"):
-            return True
-    except RuntimeError:
-        return False
-
-
 def _row(method, rank, repeat, speed, reached):
     return {
-        "ranks": 2,
-        "hidden_size": 8,
-        "method": method,
-        "rank": rank,
-        "repeat": repeat,
-        "steps_per_second": speed,
-        "seconds_to_loss": reached,
-        "bytes_per_step": 2e6,
-        "model_bytes": 4_000_000,
-        "seconds_waiting_per_step": 0.01,
-        "seconds_in_sync_per_step": 0.03,
-        "compute_seconds": 0.1,
+        **{"ranks": 2, "hidden_size": 8, "method": method, "rank": rank, "repeat": repeat},
+        **{"steps_per_second": speed, "seconds_to_loss": reached, "bytes_per_step": 2e6, "model_bytes": 4_000_000},
+        **{"seconds_waiting_per_step": 0.01, "seconds_in_sync_per_step": 0.03, "compute_seconds": 0.1},
     }
 
 

@@ -1,51 +1,45 @@
 """The demo with a recipe of a few steps: the same code and files, a model that has learnt next to nothing."""
 
 import importlib
+import io
 import json
-import os
-import subprocess
-import sys
+from concurrent.futures import Executor, Future
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, logging
 
 from hf_msn import MSNForPreTraining, load_images
 from hf_msn.data.splits import low_shot_indices
 
 pytestmark = pytest.mark.slow  # a whole demo, twice
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PICTURES = ("low_shot.png", "training.png", "neighbours.png", "embedding.png")
-TINY = {"max_steps": 6, "logging_steps": 2, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1}
-WITH_LABELS = {"paws_max_steps": 4, "supervised_epochs": 2}
-
-
-def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    overrides = [text for name, value in {**TINY, **WITH_LABELS}.items() for text in (f"--{name}", str(value))]
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / "demo.py"), "--output_dir", str(folder), *overrides, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+TINY = (
+    "--max_steps 6 --logging_steps 2 --hidden_size 24 --intermediate_size 24 --num_hidden_layers 1 --warmup_epochs 0 "
+    "--paws_max_steps 4 --supervised_epochs 2 --num_splits 2"
+).split()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def demo():
+    """The script as a module."""
+    verbosity = logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+        yield importlib.import_module("demo")
+    logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def finished(demo, tmp_path_factory):
     """The folder that a short demo made, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    done = run_demo(folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-@pytest.fixture
-def demo(monkeypatch):
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("demo")
+    with redirect_stdout(io.StringIO()) as printed:
+        demo.main(["--output_dir", str(folder), *TINY])
+    return folder, printed.getvalue()
 
 
 def test_low_shot_json_holds_mean_and_deviation_in_per_cent_for_all_three(finished):
@@ -60,7 +54,7 @@ def test_low_shot_json_holds_mean_and_deviation_in_per_cent_for_all_three(finish
 
 def test_paws_and_the_supervised_encoder_are_trained_with_the_labels_of_the_other_features(finished):
     labels = load_images("digits")["label"]
-    for split in range(5):
+    for split in range(2):
         saved = json.loads((finished[0] / f"paws-{split}" / "labelled_images.json").read_text())
         assert saved["rows"] == low_shot_indices(labels, images_per_class=5, seed=split).tolist()
         assert len(saved["rows"]) == 50
@@ -96,14 +90,26 @@ def test_output_has_the_table_of_the_json_and_no_noise(finished):
     assert not any("Warning" in line or "it/s" in line or line.startswith("{") for line in lines)
 
 
-def test_second_demo_gives_the_same_numbers_and_replaces_the_first(finished):
+class InTurn(Executor):
+    """Train on the splits in this process, one after another."""
+
+    def __init__(self, processes, mp_context):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_second_demo_gives_the_same_numbers_and_replaces_the_first(demo, finished, monkeypatch):
     folder, _ = finished
     first = (folder / "low_shot.json").read_text()
-    (folder / "left_over.txt").write_text("of the first")
-    done = run_demo(folder)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(demo, "draw", lambda *args: None)
+    monkeypatch.setattr(demo.demo_labels, "ProcessPoolExecutor", InTurn)
+    demo.main(["--output_dir", str(folder), *TINY])
     assert (folder / "low_shot.json").read_text() == first
-    assert not (folder / "left_over.txt").exists()
+    assert not (folder / "low_shot.png").exists()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

@@ -1,22 +1,23 @@
-"""scripts/finetune.py, in this process, and through `accelerate launch` on two ranks."""
+"""`hf-msn finetune`, in this process and on two ranks."""
 
+import io
 import json
-import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from launch import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_msn import PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining, evaluation_image_processor, load_images
+from hf_msn.cli.main import main
 from hf_msn.data.decoding import decode_image
 
-ROOT = Path(__file__).parents[2]
-SCRIPT, RECIPE = ROOT / "scripts" / "finetune.py", "finetune_digits"
+RECIPE = "finetune_digits"
 TINY = (
     "--hidden_size 32 --num_hidden_layers 2 --intermediate_size 64 --patch_size 4 --num_train_epochs 4 "
     "--eval_every_epochs 1 --learning_rate 0.05 --disable_tqdm true"
@@ -75,19 +76,19 @@ def test_both_heads_go_on_from_a_checkpoint_of_paws_with_its_labels(run, tmp_pat
     assert SuNCEtForPreTraining.from_pretrained(tmp_path / "suncet").config.timm_model == "test_resnet"
 
 
+def finetune_on_rank(rank, arguments):
+    """Return what the command prints on this rank. The process group is ended by `run_ranks`."""
+    with redirect_stdout(io.StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
+        main(["finetune", *arguments])
+    return printed.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_give_the_classifier_of_one(run, tmp_path):
     settings = ["--config", RECIPE, *TINY, "--refit", "false", "--test_split", "test[:80]"]
-    run(*settings, "--output_dir", tmp_path / "one")
-    # accelerate starts several processes on one machine only with --multi_gpu, also where all of them use the CPU
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(SCRIPT), *map(str, settings), "--output_dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("Best epoch") == 1
+    one = run(*settings, "--output_dir", tmp_path / "one")
+    assert run_ranks(finetune_on_rank, 2, [*settings, "--output_dir", str(tmp_path / "two")]) == [one, ""]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-5) for name, value in one.items())
     first, second = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
