@@ -127,8 +127,8 @@ def evaluate(images, features, num_splits: int) -> dict[str, dict[str, dict[str,
 def train_with_labels(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Return accuracy in per cent of PAWS and of the supervised encoder, with the labels of `evaluate`'s splits."""
     print(
-        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {args.num_splits} splits: PAWS, and "
-        "the same encoder supervised"
+        f"Training with {TRAINED_IMAGES_PER_CLASS} labels per class, on each of the {args.num_splits} splits: PAWS, "
+        "and the same encoder supervised"
     )
     overrides = [] if args.paws_max_steps is None else ["--max_steps", args.paws_max_steps]
     found = []
