@@ -4,9 +4,7 @@ python scripts/convert_checkpoint.py --input vits16_800ep.pth.tar --output runs/
 python scripts/convert_checkpoint.py --to_original --input runs/vits16 --output vits16.pth.tar
 """
 
-import sys
-
-from hf_msn.cli.main import main
+from hf_msn.cli.main import run
 
 if __name__ == "__main__":
-    main(["convert", *sys.argv[1:]])
+    run("convert")

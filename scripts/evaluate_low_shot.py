@@ -3,9 +3,7 @@
 python scripts/evaluate_low_shot.py --model runs/mine --dataset FOLDER --output low_shot.json
 """
 
-import sys
-
-from hf_msn.cli.main import main
+from hf_msn.cli.main import run
 
 if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+    run("evaluate")

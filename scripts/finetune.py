@@ -4,9 +4,7 @@ accelerate launch scripts/finetune.py --config finetune_digits --output_dir runs
 accelerate launch scripts/finetune.py --model runs/paws --dataset FOLDER --test_split test --output_dir runs/tuned
 """
 
-import sys
-
-from hf_msn.cli.main import main
+from hf_msn.cli.main import run
 
 if __name__ == "__main__":
-    main(["finetune", *sys.argv[1:]])
+    run("finetune")

@@ -3,9 +3,7 @@
 python scripts/make_model_card.py --checkpoint runs/mine --results low_shot.json --plot --license apache-2.0
 """
 
-import sys
-
-from hf_msn.cli.main import main
+from hf_msn.cli.main import run
 
 if __name__ == "__main__":
-    main(["card", *sys.argv[1:]])
+    run("card")

@@ -4,9 +4,7 @@ accelerate launch scripts/pretrain.py --config msn_vits16_imagenet --output_dir 
 accelerate launch scripts/pretrain.py --method paws --dataset FOLDER --labelled_images_per_class 5 --output_dir out
 """
 
-import sys
-
-from hf_msn.cli.main import main
+from hf_msn.cli.main import run
 
 if __name__ == "__main__":
-    main(["pretrain", *sys.argv[1:]])
+    run("pretrain")

@@ -3,9 +3,7 @@
 python scripts/publish.py --checkpoint runs/mine --repo_id user/name --results low_shot.json --dry_run true
 """
 
-import sys
-
-from hf_msn.cli.main import main
+from hf_msn.cli.main import run
 
 if __name__ == "__main__":
-    main(["publish", *sys.argv[1:]])
+    run("publish")

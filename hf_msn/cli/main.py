@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 
-from ..checks import check_choice
+from ..checks import check_choice, check_integer
 from .recipe_files import read_config
 
 HELP = Path(__file__).parent / "help"
@@ -25,9 +26,40 @@ COMMANDS = {
 _DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 
 
+def run(command: str | None = None) -> None:
+    """Run the command line of this process: that of `hf-msn`, or of a script that is one command of it.
+
+    A wrong input ends the process with the message alone, unless `--debug` is given.
+    """
+    arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+    if without_debug(arguments) == arguments:
+        sys.excepthook = show_message
+    main(arguments)
+
+
+def without_debug(arguments: list[str]) -> list[str]:
+    """Return the arguments without `--debug`. With a value it is the field of `transformers.TrainingArguments`."""
+    following = [*arguments[1:], "--"]
+    return [word for word, after in zip(arguments, following) if word != "--debug" or not after.startswith("-")]
+
+
+def show_message(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Write an uncaught error to the standard error stream: of a wrong input the message, of others the traceback."""
+    if kind.__name__ == "ChildFailedError":  # of the launcher, whose child has written what is wrong
+        return
+    is_input = isinstance(error, (ValueError, OSError, ImportError)) or kind.__module__.startswith("hf_msn.")
+    if is_input and str(error):
+        print(error, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn COMMAND ...`, by default with the arguments of this process."""
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments is None:
+        run()
+        return
+    command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print("usage: hf-msn COMMAND [--FIELD VALUE ...]\n")
         for name, text in COMMANDS.items():
@@ -42,9 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     if command in _DISTRIBUTED:
         parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
     launch, rest = parser.parse_known_args(rest)
-    if getattr(launch, "num_processes", 1) > 1:
+    if check_integer("num_processes", getattr(launch, "num_processes", 1)) > 1:
         launch_processes(launch.num_processes, [command, *rest])
     else:
+        rest = without_debug(rest)
         if command in VARIANTS and int(os.environ.get("RANK", 0)) == 0:
             show_info_lines()
         importlib.import_module(f".{command}", __package__).main(rest)

@@ -25,6 +25,10 @@ from transformers.hf_argparser import string_to_bool
 from ..checks import did_you_mean
 
 
+def _boolean(text: str) -> bool:
+    return {"on": True, "off": False}[text.lower()] if text.lower() in ("on", "off") else string_to_bool(text)
+
+
 def _json_object(text: str) -> dict:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -34,7 +38,7 @@ def _json_object(text: str) -> dict:
 
 # In the order in which they are tried, with the name in an error and in the help.
 _READERS: dict[type, tuple[Callable[[str], Any], str, str]] = {
-    bool: (string_to_bool, "true or false", "true|false"),
+    bool: (_boolean, "true or false", "true|false"),
     int: (int, "a whole number", "INT"),
     float: (float, "a number", "NUMBER"),
     dict: (_json_object, "a JSON object such as '{\"depth\": 2}'", "JSON"),

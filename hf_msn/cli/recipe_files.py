@@ -1,6 +1,7 @@
 """Find and read recipe files. Imports neither torch nor transformers, so that `hf-msn --help` answers at once."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,46 @@ def find_recipe(name: str | Path) -> Path:
     raise ValueError(f"There is no recipe '{name}'. Give the path of a YAML file, or a name. {hint}")
 
 
+class _NestedLoader(yaml.SafeLoader):
+    """Reads the values inside a JSON object, such as `timm_options`, by the rules of YAML 1.2."""
+
+
+# of YAML 1.1, where no, on and y are booleans, 012 is octal, 1:30 is 90, and 1e-3 is text
+_NestedLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", "|~|null|Null|NULL", ["", "~", "n", "N"]),
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _NestedLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the lines `field: value` of a recipe."""
+    """Read the lines `field: value` of a recipe.
+
+    A value is text, or a list of texts, and is read as on the command line: YAML's own types would make `False` of
+    `save_strategy: no` and 10 of `seed: 012`. An empty value is `None`.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        loader = _NestedLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"The recipe '{path}' must be lines `field: value`, but holds a {root.id}.")
+        loader.flatten_mapping(root)
+        return {key.value: _value(loader, node) for key, node in root.value}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe '{path}' is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"The recipe '{path}' must be lines `field: value`, but holds a {type(values).__name__}.")
-    return values
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(loader, entry) for entry in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node, deep=True)
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 def read_config(arguments: list[str], variant: str, default: str) -> tuple[str | None, dict[str, Any], str]:
