@@ -44,14 +44,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="Folder to make anew.")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, default=Path("runs/demo"), help="Folder to make anew."
+    )
     parser.add_argument("--config", default=str(Path(__file__).parent / "recipes" / "digits.yaml"), help="The recipe.")
     parser.add_argument(
-        "--paws_config", default=str(Path(__file__).parent / "recipes" / "paws_digits.yaml"), help="PAWS's recipe."
+        "--paws_config",
+        "--paws-config",
+        default=str(Path(__file__).parent / "recipes" / "paws_digits.yaml"),
+        help="PAWS's recipe.",
     )
-    parser.add_argument("--paws_max_steps", default=None, help="Steps of PAWS, if not those of its recipe.")
-    parser.add_argument("--supervised_epochs", type=int, default=None, help="Epochs of the supervised encoder.")
-    parser.add_argument("--num_splits", type=int, default=5, help="Draws of the labelled images, 2 or more.")
+    parser.add_argument(
+        "--paws_max_steps", "--paws-max-steps", default=None, help="Steps of PAWS, if not those of its recipe."
+    )
+    parser.add_argument(
+        "--supervised_epochs", "--supervised-epochs", type=int, default=None, help="Epochs of the supervised encoder."
+    )
+    parser.add_argument(
+        "--num_splits", "--num-splits", type=int, default=5, help="Draws of the labelled images, 2 or more."
+    )
     args, overrides = parser.parse_known_args(arguments)
     started = time.monotonic()
     logging.set_verbosity_error()

@@ -61,6 +61,7 @@ huggingface_hub.utils: validate_repo_id
 timm.layers: DropPath
 timm.models: build_model_with_cfg generate_default_cfgs register_model
 timm.models.resnet: BasicBlock Bottleneck ResNet
+transformers.activations: ACT2FN
 transformers.hf_argparser: HfArg string_to_bool
 transformers.masking_utils: create_bidirectional_mask
 transformers.modeling_outputs: BaseModelOutput

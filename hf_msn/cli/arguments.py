@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 from transformers.hf_argparser import HfArg
 
+from ..checks import check_integer, check_number
 from ..data.labels import draw_labelled_rows, labelled_rows
 from ..data.sources import load_images
 from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
@@ -17,6 +18,10 @@ from .parser import Parser
 from .recipe_files import read_config
 
 PROBES = {"logistic": LogisticProbe, "soft_nearest_neighbor": SoftNearestNeighborProbe, "knn": KNNProbe}
+_VIT_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "patch_size"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "qkv_bias"),
+)
 LABEL_SOURCES = (
     "labelled_list_file",
     "labelled_rows_file",
@@ -69,6 +74,16 @@ class ModelArguments:
     attn_implementation: str | None = HfArg(
         default=None, help="sdpa (default), eager, or another one of transformers."
     )
+
+
+def check_encoder_fields(values: dict[str, Any], timm_model: str | None) -> None:
+    """Check that no field of the ViT is given for a network of timm, which would ignore it."""
+    ignored = [name for name in _VIT_FIELDS if name in values]
+    if timm_model is not None and ignored:
+        raise ValueError(
+            f"`{ignored[0]}` describes the ViT that trains without `timm_model`, but `timm_model` is '{timm_model}'. "
+            "Leave one of them out; settings of a timm network go into `timm_options`."
+        )
 
 
 @dataclass
@@ -162,7 +177,7 @@ class LowShotArguments:
     low_shot_train_split: str | None = HfArg(
         default=None, help="Split that the labelled images are drawn from; by default that of training."
     )
-    low_shot_test_split: str = HfArg(default="validation", help="Split that accuracy is measured on.")
+    low_shot_test_split: str = HfArg(default="test", help="Split that accuracy is measured on.")
     low_shot_test_dataset: str | None = HfArg(
         default=None, help="Data set of that split; by default the one to train on."
     )
@@ -178,6 +193,12 @@ class LowShotArguments:
     crop_fraction: float = HfArg(
         default=224 / 256, help="Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."
     )
+
+    def __post_init__(self):
+        check_integer("low_shot_every_epochs", self.low_shot_every_epochs, 0, remedy="0 is never.")
+        for count in self.low_shot_images_per_class:
+            check_integer("low_shot_images_per_class", count)
+        check_number("crop_fraction", self.crop_fraction, above=0, maximum=1, remedy="1 keeps the whole image.")
 
     def make_probe(self) -> Probe:
         """Return the probe that `low_shot_probe` names."""

@@ -26,13 +26,14 @@ from ..finetuning.tuning import finetune_classifier, finetune_suncet
 from ..hub.publish import HubRepository, Publication, publish_checkpoint
 from ..models.configuration_suncet import SuNCEtConfig
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
-from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, read_fields
+from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, check_encoder_fields, read_fields
 from .parser import Option, Parser, build, check_output_dir, options_of, own_values
 
 HEADS = {
     "linear": (ClassifierFinetuningArguments, finetune_classifier),
     "suncet": (SuNCEtFinetuningArguments, finetune_suncet),
 }
+_BATCH = {"linear": "global_batch_size", "suncet": "global_support_images_per_class"}
 # A random crop and a flip, where pretraining has strong colour changes too.
 VIEWS = {"global_scale": (0.08, 1.0), "focal_views": 0, "color_jitter": 0.0, "grayscale": 0.0, "blur_probability": 0.0}
 # The fields of transformers.TrainingArguments that fine-tuning has, beside those of FinetuningArguments.
@@ -180,6 +181,8 @@ def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
     saved = _saved_image_processor(start.model)
     views = build(MultiViewTransform, values, **{**VIEWS, **_input_of(start.model, saved)})
     config_fields = {**own_values(SuNCEtConfig, values), "image_size": views.image_size}
+    is_timm = str(start.model).startswith("timm:")
+    check_encoder_fields(values, start.model if is_timm else config_fields.get("timm_model"))
     if start.model is None:
         SuNCEtConfig(**config_fields)  # names a wrong field before any data is read
     fits = saved is not None and all(getattr(views, name) == value for name, value in _settings(saved).items())
@@ -201,6 +204,10 @@ def make_parser(head: str) -> Parser:
     """Return the parser of a head."""
 
     def owner(name: str) -> str | None:
+        if "batch_size" in name and "eval" not in name:
+            return f"The images of an update are `{_BATCH[head]}`, over all ranks together."
+        if name == "max_steps":
+            return "Fine-tuning has whole epochs, `num_train_epochs`."
         others = [other for other in HEADS if name in Parser(_groups(other)).options]
         return f"It belongs to `--head {others[0]}`, but the head is {head}." if others else None
 

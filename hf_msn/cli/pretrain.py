@@ -20,8 +20,16 @@ from ..data.labels import check_class_names
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from ..evaluation.low_shot import LowShotEvaluator
+from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.low_shot import LowShotCallback
-from .arguments import DataArguments, LabelArguments, LowShotArguments, ModelArguments, read_fields
+from .arguments import (
+    DataArguments,
+    LabelArguments,
+    LowShotArguments,
+    ModelArguments,
+    check_encoder_fields,
+    read_fields,
+)
 from .methods import METHODS, Method
 from .parser import Option, Parser, build, check_output_dir, options_of, own_values
 from .recipe_files import find_recipe, read_yaml
@@ -118,15 +126,16 @@ class Recipe:
         else:
             labelled, rows = self.labelled
             tasks = {"images_per_class": (), "rows": {"labelled": rows}}
-        evaluator = LowShotEvaluator(
-            labelled,
-            self.data.load(settings.low_shot_test_split, settings.low_shot_test_dataset),
-            image_processor=self.build_image_processor(),
-            **tasks,
-            probe=settings.make_probe(),
-            features=settings.low_shot_features,
-            seed=self.training.seed,
-        )
+        with in_terms_of({"images_per_class": "low_shot_images_per_class"}):
+            evaluator = LowShotEvaluator(
+                labelled,
+                self.data.load(settings.low_shot_test_split, settings.low_shot_test_dataset),
+                image_processor=self.build_image_processor(),
+                **tasks,
+                probe=settings.make_probe(),
+                features=settings.low_shot_features,
+                seed=self.training.seed,
+            )
         trainer.add_callback(LowShotCallback(trainer, evaluator, settings.low_shot_every_epochs))
 
 
@@ -142,7 +151,7 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser_of = make_parser
-    if "--help_all" in arguments:
+    if {"--help_all", "--help-all"} & set(arguments):
         parser_of = partial(make_parser, hidden=())
         arguments = ["--help", *arguments]
     return make_recipe(read_fields(arguments, "method", "msn", parser_of))
@@ -167,6 +176,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     method = METHODS[check_choice("method", values.get("method", "msn"), METHODS)]
     views = build(MultiViewTransform, values, **method.views)
     config_fields = {"image_size": views.image_size, **own_values(method.config, values)}
+    check_encoder_fields(values, config_fields.get("timm_model"))
     model = build(ModelArguments, values)
     if model.from_backbone is None:
         method.config(**config_fields)  # names a wrong field before any data is read
@@ -202,6 +212,8 @@ def make_parser(method: str, hidden: Iterable[str] | None = None) -> Parser:
     title = METHODS[method].title
 
     def owner(name: str) -> str | None:
+        if "batch_size" in name and "eval" not in name:
+            return "The images of a batch are `per_device_train_batch_size`, on each rank."
         others = [other for other in METHODS if name in Parser(_groups(other)).options]
         return f"It belongs to method {' and '.join(others)}, but the run is {title}." if others else None
 

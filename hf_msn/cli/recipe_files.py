@@ -23,19 +23,20 @@ def find_recipe(name: str | Path) -> Path:
     raise ValueError(f"There is no recipe '{name}'. Give the path of a YAML file, or a name. {hint}")
 
 
-class _NestedLoader(yaml.SafeLoader):
-    """Reads the values inside a JSON object, such as `timm_options`, by the rules of YAML 1.2."""
+class _Loader(yaml.SafeLoader):
+    """Reads the values inside an object, such as `timm_options`, by the rules of YAML 1.2."""
 
 
-# of YAML 1.1, where no, on and y are booleans, 012 is octal, 1:30 is 90, and 1e-3 is text
-_NestedLoader.yaml_implicit_resolvers = {}
+# instead of those of YAML 1.1, where no, on and y are booleans, 012 is octal, 1:30 is 90, and 1e-3 is text
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", "|~|null|Null|NULL", ["", "~", "n", "N"]),
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", "[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("int", "[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?([0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)([eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
-    _NestedLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     `save_strategy: no` and 10 of `seed: 012`. An empty value is `None`.
     """
     try:
-        loader = _NestedLoader(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
         root = loader.get_single_node()
         if root is None:
             return {}

@@ -5,6 +5,7 @@ from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTMSNConfig
+from transformers.activations import ACT2FN
 
 from ..checks import check_choice, check_integer, check_number
 
@@ -58,12 +59,19 @@ class PretrainingConfig(ViTMSNConfig):
     def _check_vit(self) -> None:
         for name in ("image_size", "patch_size"):
             check_integer(name, getattr(self, name), remedy="Images and patches are square.")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+            check_integer(name, getattr(self, name))
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            check_number(name, getattr(self, name), minimum=0, below=1)
+        check_number("initializer_range", self.initializer_range, minimum=0, remedy="A ViT has 0.02.")
+        check_number("layer_norm_eps", self.layer_norm_eps, above=0)
+        check_choice("hidden_act", self.hidden_act, ACT2FN)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`image_size` must be a multiple of `patch_size`, but they are {self.image_size} and "
                 f"{self.patch_size}. Change one of them."
             )
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_attention_heads`, but they are {self.hidden_size} and "
                 f"{self.num_attention_heads}. ViTs have 64 dimensions per head."

@@ -144,11 +144,18 @@ def uses_accelerator(use_cpu: bool) -> bool:
 
 
 def check_counts(args: TrainingArguments) -> None:
-    """Check the numbers of images, batches and workers, and the seed.
+    """Check the numbers of images, batches, steps and workers, and the seed.
 
     Raises:
         ValueError: If one is not an integer, or is too small.
     """
+    if args.max_steps != -1:
+        check_integer("max_steps", args.max_steps, remedy="Left out, `num_train_epochs` is the length of training.")
+    for event in ("logging", "save"):
+        if getattr(args, f"{event}_strategy") == "steps":
+            remedy = f"`{event}_strategy` no has none."
+            check_number(f"{event}_steps", getattr(args, f"{event}_steps"), above=0, remedy=remedy)
+    check_integer("per_device_eval_batch_size", args.per_device_eval_batch_size)
     check_integer("per_device_train_batch_size", args.per_device_train_batch_size)
     check_integer("gradient_accumulation_steps", args.gradient_accumulation_steps)
     check_integer("dataloader_num_workers", args.dataloader_num_workers, minimum=0)

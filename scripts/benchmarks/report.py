@@ -13,9 +13,10 @@ import torch
 
 def option(help: str, default: Any = None) -> Any:
     """Return a dataclass field for `HfArgumentParser`. A tuple is the default of a list."""
+    metadata = {"help": help.replace("%", "%%")}
     if isinstance(default, tuple):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_known(name: str, values: list[str], known: Any) -> None:

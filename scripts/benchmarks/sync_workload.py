@@ -4,9 +4,9 @@ Forward and backward pass sleep layer by layer, as if an accelerator computed: t
 wait for its few cores instead of for the network.
 """
 
+import argparse
 import json
 import os
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -146,7 +146,9 @@ def balanced_seconds(spec: dict) -> float:
 
 
 def main() -> None:
-    spec = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("spec", type=json.loads, help="Arguments of sync.py, as JSON.")
+    spec = parser.parse_args().spec
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     seconds = balanced_seconds(spec) if spec["compute_ms"] is None else spec["compute_ms"] / 1000

@@ -1,7 +1,9 @@
 """The `hf-msn` command: help, unknown names, processes, and the scripts that are entries to it."""
 
+import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ import transformers
 
 from hf_msn.cli import main as main_module
 from hf_msn.cli.help import help_texts
-from hf_msn.cli.main import HELP, main
+from hf_msn.cli.main import HELP, main, run, show_message, without_debug
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = [path for path in sorted((ROOT / "scripts").rglob("*.py")) if "__main__" in path.read_text()]
 ENTRIES = ("pretrain", "finetune", "evaluate_low_shot", "publish", "convert_checkpoint", "make_model_card")
 
 
@@ -23,8 +26,47 @@ def test_help_loads_neither_torch_nor_transformers():
         assert "hf-msn" in done.stdout
 
 
-@pytest.mark.parametrize("script", ENTRIES)
-def test_each_entry_script_answers_help(script):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_answers_help(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.syspath_prepend(script.parent)
+    with nullcontext() if script.stem in ENTRIES else pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--output-dir", "run", "--learning-rat", "1"], ["--output_dir", __file__]])
+def test_a_wrong_input_shows_the_message_alone_and_debug_the_traceback(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for debug, is_shown in ([], False), (["--debug"], True):
+        sys.excepthook = sys.__excepthook__
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *debug, *arguments])
+        with pytest.raises(ValueError) as caught:
+            run("pretrain")
+        sys.excepthook(caught.type, caught.value, caught.tb)
+        shown = capsys.readouterr().err
+        assert ("Traceback" in shown) == is_shown and str(caught.value) in shown
+        assert is_shown or shown == f"{caught.value}\n"
+
+
+def test_debug_with_a_value_is_the_field_of_the_trainer():
+    assert without_debug(["--debug", "underflow_overflow", "--seed", "1"]) == [
+        "--debug",
+        "underflow_overflow",
+        "--seed",
+        "1",
+    ]
+    assert without_debug(["--seed", "1", "--debug"]) == without_debug(["--debug", "--seed", "1"]) == ["--seed", "1"]
+
+
+def test_a_fault_of_ours_keeps_its_traceback(capsys):
+    show_message(KeyError, KeyError("x"), None)
+    assert "KeyError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ENTRIES[:1])
+def test_a_script_answers_help_without_an_environment(script):
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -152,9 +152,42 @@ def test_help_shows_the_text_and_the_default_of_a_field():
     assert "size" not in Parser({"fields": options_of(Fields)}, hidden=["size"]).format_help()
 
 
+@pytest.mark.parametrize(
+    ("annotation", "line", "expected"),
+    [
+        (str, "no", "no"),  # of `save_strategy: no`
+        (str, "on", "on"),
+        (str, "yes", "yes"),
+        (str, "0123", "0123"),
+        (str, "1e10", "1e10"),
+        (str, "2026-01-02", "2026-01-02"),
+        (str, "1:30", "1:30"),
+        (int, "012", 12),
+        (float, "1e-3", 0.001),
+        (float, ".5", 0.5),
+        (bool, "on", True),
+        (bool, "no", False),
+        (bool, "True", True),
+        (int | None, "", None),
+        (int | None, "~", None),
+        (str | None, "null", None),
+        (list[str], "[off, n]", ["off", "n"]),
+        (tuple[int, ...], "[07, 8]", (7, 8)),
+        (dict, "{a: on, b: 012, c: [1, 0.5, 1e-3], d: true, e: null}", {
+            "a": "on", "b": 12, "c": [1, 0.5, 0.001], "d": True, "e": None
+        }),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_of_a_recipe_is_read_as_on_the_command_line(annotation, line, expected, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"field: {line}\n")
+    found = read_yaml_value(annotation, read_yaml(tmp_path / "r.yaml")["field"])
+    assert found == expected and type(found) is type(expected)
+
+
 def test_a_recipe_is_found_by_its_path_and_by_its_name(tmp_path):
     (tmp_path / "mine.yaml").write_text("a: 1\n")
-    assert read_yaml(find_recipe(tmp_path / "mine.yaml")) == {"a": 1}
+    assert read_yaml(find_recipe(tmp_path / "mine.yaml")) == {"a": "1"}
     assert find_recipe("digits") == RECIPES / "digits.yaml"
     with pytest.raises(ValueError, match=r"msn_vits16_imagent.*'msn_vits16_imagenet'"):
         find_recipe("msn_vits16_imagent")
@@ -162,7 +195,7 @@ def test_a_recipe_is_found_by_its_path_and_by_its_name(tmp_path):
         find_recipe(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n"])
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "text"])
 def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"r\.yaml"):

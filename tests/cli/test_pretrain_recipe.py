@@ -58,7 +58,20 @@ def test_the_command_line_overrides_the_file(tmp_path, out):
         (["--mask_ratio", "much"], "`mask_ratio` .*'much'"),
         (["--patch_size", "15"], "`image_size` .*`patch_size`"),
         (["--per_device_train_batch_size", "0"], "`per_device_train_batch_size` .*0"),
+        (["--per_device_eval_batch_size", "0"], "`per_device_eval_batch_size` .*0"),
+        (["--batch_size", "8"], "`per_device_train_batch_size`"),
         (["--low_shot_probe", "svm"], "`low_shot_probe` .*'svm'"),
+        (["--low_shot_every_epochs", "-1"], "`low_shot_every_epochs` .*-1"),
+        (["--low-shot-images-per-class", "0"], "`low_shot_images_per_class` .*0"),
+        (["--max_steps", "-5"], "`max_steps` .*-5"),
+        (["--max_steps", "0"], "`max_steps` .*0"),
+        (["--save_steps", "0"], "`save_steps` .*0"),
+        (["--hidden_size", "0"], "`hidden_size` .*0"),
+        (["--num_hidden_layers", "0"], "`num_hidden_layers` .*0"),
+        (["--num_attention_heads", "-2"], "`num_attention_heads` .*-2"),
+        (["--intermediate_size", "0"], "`intermediate_size` .*0"),
+        (["--hidden_act", "foo"], "`hidden_act` .*'foo'"),
+        (["--hidden_act", "gelo"], "`hidden_act` .*'gelu'"),
     ],
 )
 def test_bad_values_are_refused_before_any_work(out, arguments, message):
@@ -123,6 +136,7 @@ PAWS = ["--method", "paws", "--labelled_images_per_class", "5"]
         (["--labelled_images_per_class", "5"], "belongs to method paws and suncet, .*Masked Siamese Networks"),
         (["--method", "suncet", "--prediction_head"], "belongs to method .*paws, .*SimCLR"),
         (["--method", "paw"], "`method` .*'paw'"),
+        ([*PAWS, "--timm_model", "resnet18", "--hidden_size", "768"], "`hidden_size` .*`timm_model` is 'resnet18'"),
     ],
 )
 def test_fields_of_another_method_are_named_as_such(out, arguments, message):
@@ -202,11 +216,18 @@ def test_a_file_of_rows_holds_numbers_or_a_mask(tmp_path):
         read_rows_file(tmp_path / "absent.npy", 4)
 
 
-SMALL_PAWS = (
-    "--method paws --dataset digits --image_size 8 --patch_size 4 --focal_size 4 --focal_views 1 --hidden_size 16 "
+SMALL = (
+    "--dataset digits --image_size 8 --patch_size 4 --focal_size 4 --focal_views 1 --hidden_size 16 "
     "--num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 8 "
-    "--projection_dim 8 --use_cpu --report_to none --global_support_images_per_class 1"
+    "--projection_dim 8 --use_cpu --report_to none"
 ).split()
+SMALL_PAWS = [*SMALL, "--method", "paws", "--global_support_images_per_class", "1"]
+
+
+def test_low_shot_with_too_few_images_of_a_class_is_refused_before_training(out):
+    arguments = ["--output_dir", out, *SMALL, "--low_shot_every_epochs", "1"]
+    with pytest.raises(ValueError, match=r"`low_shot_images_per_class` = 200 .* 142"):
+        parse_recipe([*arguments, "--low_shot_images_per_class", "1", "200"]).build_trainer()
 
 
 def test_evaluation_while_training_knows_the_labelled_rows_alone(tmp_path, out, monkeypatch):
@@ -220,7 +241,6 @@ def test_evaluation_while_training_knows_the_labelled_rows_alone(tmp_path, out, 
     rows = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     np.save(tmp_path / "rows.npy", rows)
     arguments = ["--output_dir", out, *SMALL_PAWS, "--labelled_rows_file", str(tmp_path / "rows.npy")]
-    arguments += ["--low_shot_test_split", "test"]
     trainer = parse_recipe([*arguments, "--low_shot_every_epochs", "1"]).build_trainer()
     assert trainer.support_dataset.rows.tolist() == rows
     assert evaluated["images_per_class"] == () and list(evaluated["rows"]) == ["labelled"]
