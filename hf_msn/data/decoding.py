@@ -9,12 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 _WIDE_GRAY_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _HIGHEST_FLOAT = 2.0
-_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+_ORIENTATION = 0x0112  # EXIF's tag, and what each of its values asks for
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+_FOLDERS_OF_TAGS = (0x8769, 0x8825, 0xA005)  # EXIF, GPS and interoperability
+_START_OF_SCAN, _NEEDED_MARKERS = b"\xff\xda", (b"\xff\xe1", b"\xff\xee")  # EXIF; Adobe's colour transform
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 
 
 class BrokenImageError(ValueError):
@@ -57,7 +70,7 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
     | transparency of any kind (`RGBA`, `LA`, `PA`, a transparent colour) | composited over white |
     | `CMYK`, `YCbCr`, `LAB`, `HSV` | Pillow's `convert("RGB")` |
     | several frames | the first one |
-    | EXIF orientation | applied, as in `datasets.Image` |
+    | EXIF orientation | applied, as in `datasets.Image`; other metadata is never interpreted, and may be damaged |
 
     Args:
         value (`dict`, `PIL.Image.Image`, `str`, `os.PathLike` or `numpy.ndarray`):
@@ -83,19 +96,30 @@ def decode_reduced_image(
     `reduction` returns for the displayed width and height the number by which the sides may be divided: 1, 2, 4 or 8.
     It is called only for JPEG files that are not open yet. Returns the image and its unreduced width and height.
     """
-    path = _path_of(value)
     try:
-        image = _open(value)
-        if reduction is None or image is value or image.format != "JPEG":
-            image = _to_rgb(image)
-            return image, image.size
-        sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
-        full_size = image.size[::-1] if sideways else image.size
-        if (times := reduction(full_size)) > 1:
-            image.draft(None, (max(1, image.width // times), max(1, image.height // times)))
-        return _to_rgb(image), full_size
+        is_encoded = isinstance(value, (dict, str, os.PathLike))
+        encoded = _encoded(value) if is_encoded else value
+        try:
+            return _decode(encoded, reduction)
+        except Exception:
+            if not (is_encoded and encoded.startswith((_PNG, _JPEG))):
+                raise
+            return _decode(_without_metadata(encoded), reduction)
     except Exception as error:  # Pillow raises nearly every built-in error on broken bytes
-        raise BrokenImageError(_reason(error), row=row, path=path) from error
+        raise BrokenImageError(_reason(error), row=row, path=_path_of(value)) from error
+
+
+def _decode(
+    value: Any, reduction: Callable[[tuple[int, int]], int] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    image = _open(value)
+    if reduction is None or image is value or image.format != "JPEG":
+        image = _to_rgb(image)
+        return image, image.size
+    full_size = image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+    if (times := reduction(full_size)) > 1:
+        image.draft(None, (max(1, image.width // times), max(1, image.height // times)))
+    return _to_rgb(image), full_size
 
 
 def _path_of(value: Any) -> str | None:
@@ -106,25 +130,32 @@ def _path_of(value: Any) -> str | None:
     return os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
 
 
+def _encoded(value: dict | str | os.PathLike) -> bytes:
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    if data is None and path is None:
+        raise ValueError("the row holds neither bytes nor a path")
+    data = Path(path).read_bytes() if data is None else data
+    if not data:
+        raise ValueError("it has no bytes")
+    return data
+
+
 def _open(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, np.ndarray):
         return _from_array(value)
-    if isinstance(value, (str, os.PathLike)):
-        value = {"bytes": None, "path": value}
-    if not isinstance(value, dict):
-        raise TypeError(
-            f"an image must be a dict of bytes and path, a PIL image, a file or an array, not {type(value).__name__}"
-        )
-    data, path = value.get("bytes"), value.get("path")
-    if data is None and path is None:
-        raise ValueError("the row holds neither bytes nor a path")
-    if data is None:
-        data = Path(path).read_bytes()
-    if not data:
-        raise ValueError("it has no bytes")
-    return Image.open(io.BytesIO(data))
+    if isinstance(value, bytes):
+        image = Image.open(io.BytesIO(value))
+        if image.format == "TIFF":  # load() reads these, and fails at damaged ones
+            image.info.pop("xmp", None)
+            exif = image.getexif()
+            for tag in _FOLDERS_OF_TAGS:
+                exif.pop(tag, None)
+        return image
+    raise TypeError(
+        f"an image must be a dict of bytes and path, a PIL image, a file or an array, not {type(value).__name__}"
+    )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -150,8 +181,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # tens of thousands of small images per second: a plain one skips all further look-ups
     if not image.info and image.mode in ("RGB", "L"):
         return image if image.mode == "RGB" else image.convert("RGB")
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    if (method := _TRANSPOSITIONS.get(_orientation(image))) is not None:
+        # ImageOps.exif_transpose writes all other tags anew, and fails at one of an unexpected type
+        image = image.transpose(method)
     if image.mode in _WIDE_GRAY_MODES:
         image = Image.fromarray(_narrow(np.asarray(image)))
     elif image.mode == "F":
@@ -160,6 +192,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged metadata, of an image that may be whole
+        return None
+
+
+def _without_metadata(encoded: bytes) -> bytes:
+    """Return a PNG or JPEG file without most parts that do not change its pixels: a damaged one hides the image."""
+    is_png = encoded.startswith(_PNG)
+    place = len(_PNG if is_png else _JPEG)
+    kept = [encoded[:place]]
+    while place + 4 <= len(encoded):
+        if is_png:  # length, name, data, checksum
+            name = encoded[place + 4 : place + 8]
+            end = place + 12 + int.from_bytes(encoded[place : place + 4])
+            is_needed = name[:1].isupper() or name == b"tRNS"
+        else:  # marker, length, data
+            marker = encoded[place : place + 2]
+            end = place + 2 + int.from_bytes(encoded[place + 2 : place + 4])
+            is_needed = marker in _NEEDED_MARKERS or not b"\xff\xe0" <= marker <= b"\xff\xef"
+            if marker == _START_OF_SCAN:
+                end = len(encoded)
+        if is_needed:
+            kept.append(encoded[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:

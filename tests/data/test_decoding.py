@@ -82,22 +82,85 @@ def test_other_colour_spaces_are_converted_back(mode, picture):
     np.testing.assert_allclose(_pixels(image), np.asarray(picture(3)), atol=8)
 
 
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def test_16_bit_colour_keeps_the_high_byte():
     # a 1 x 1 RGB PNG with 16 bits per channel, which Pillow can read but not write
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     body = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF))
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
     np.testing.assert_array_equal(_pixels({"bytes": png, "path": None})[0, 0], [0x12, 0x80, 0xFF])
 
 
-def test_exif_orientation_is_applied(picture):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(picture, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = _pixels(_row(picture(4), "PNG", exif=exif))
-    np.testing.assert_array_equal(turned, np.rot90(np.asarray(picture(4)), -1))
+    exif[0x0112] = orientation
+    pixels = np.asarray(picture(4))
+    flipped = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
+    quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]
+    np.testing.assert_array_equal(_pixels(_row(picture(4), "PNG", exif=exif)), np.rot90(flipped, quarters))
+
+
+_TYPES = {1: "B", 2: "c", 3: "H", 5: "I", 11: "f", 12: "d"}
+
+
+def _exif(tag: int, kind: int, orientation: int = 6) -> bytes:
+    """EXIF with an orientation and one tag of nine values of any type, which Pillow would not write."""
+    entries = sorted([(0x0112, 3, 1, struct.pack("<HH", orientation, 0)), (tag, kind, 9, struct.pack("<I", 38))])
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + body + bytes(4) + b"text, not numbers" * 5
+
+
+@pytest.mark.parametrize("kind", _TYPES)
+@pytest.mark.parametrize("tag", [0x011A, 0x0128, 0x0100, 0x010F, 0x8769])  # resolution, unit, width, maker, folder
+def test_image_with_a_tag_of_unexpected_type_is_turned(picture, tag, kind):
+    exif = _exif(tag, kind)
+    for row in (_row(picture(4), "JPEG", exif=exif), _row(picture(4), "WEBP", exif=exif, lossless=True)):
+        plain = np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
+        np.testing.assert_array_equal(_pixels(row), np.rot90(plain, -1))
+        reduced, size = decode_reduced_image(row, lambda size: 1)
+        assert size == reduced.size == (6, 8)
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(700, 5), (40965, 2), (34665, 1)])  # XMP, interoperability, EXIF
+def test_tiff_with_a_damaged_tag_is_turned(picture, tag, kind):
+    row = _row(picture(4), "TIFF", tiffinfo={0x0112: 6, 305: "maker"})
+    row["bytes"] = row["bytes"].replace(struct.pack("<HH", 305, 2), struct.pack("<HH", tag, kind), 1)
+    np.testing.assert_array_equal(_pixels(row), np.rot90(np.asarray(picture(4)), -1))
+
+
+KEYWORD, PROFILE = b"Raw profile type exif\0", b"\nexif\n      20\nnot hexadecimal\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (b"tEXt", KEYWORD + PROFILE),
+        (b"zTXt", KEYWORD + b"\0" + zlib.compress(PROFILE)),
+        (b"pHYs", b"a"),
+        (b"gAMA", b""),
+        (b"eXIf", b""),
+    ],
+)
+def test_png_with_damaged_metadata_is_read(encoded, picture, name, data):
+    chunk = _chunk(name, data)
+    for damaged in (chunk, chunk[:-1] + bytes([chunk[-1] ^ 1])):  # the checksum is wrong, too
+        png = encoded(4)[:33] + damaged + encoded(4)[33:]
+        np.testing.assert_array_equal(_pixels({"bytes": png, "path": None}), np.asarray(picture(4)))
+
+
+@pytest.mark.parametrize("marker", [0xE0, 0xE2, 0xED, 0xFE])
+@pytest.mark.parametrize("data", [b"JFIF\0", b"Exif\0\0II*\0", b"ICC_PROFILE\0", b"Photoshop 3.0\x008BIM", b""])
+def test_jpeg_with_damaged_metadata_is_turned(picture, marker, data):
+    jpeg = _row(picture(4), "JPEG", exif=_exif(0x010F, 2))["bytes"]
+    expected = _pixels({"bytes": jpeg, "path": None})
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+    place = 2 + 2 + int.from_bytes(jpeg[4:6])  # after the first segment
+    damaged = jpeg[:place] + segment + jpeg[place:]
+    np.testing.assert_array_equal(_pixels({"bytes": damaged, "path": None}), expected)
 
 
 def test_first_frame_of_an_animation_is_used(picture):
