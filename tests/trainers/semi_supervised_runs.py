@@ -1,5 +1,7 @@
 """Short runs of PAWSTrainer and SuNCEtTrainer on the bundled digits, 8 pixels wide."""
 
+import functools
+
 import torch
 from tiny_semi_supervised import HEADS
 
@@ -34,13 +36,16 @@ SMALL_VIT = {
 LABELLED_ROWS = [1, 5, 9, 11, 13, 16, 17, 21]
 
 
+digits = functools.cache(lambda: load_images("digits"))
+
+
 def transform(method: str = "paws", **settings) -> MultiViewTransform:
     return MultiViewTransform.for_small_grayscale(8, **{"focal_views": 1 if method == "paws" else 0, **settings})
 
 
 def support(rows=None, method: str = "paws", views_per_image: int = 1, **settings) -> SupportDataset:
     rows = LABELLED_ROWS if rows is None else rows
-    return SupportDataset(load_images("digits"), rows, transform(method), views_per_image=views_per_image, **settings)
+    return SupportDataset(digits(), rows, transform(method), views_per_image=views_per_image, **settings)
 
 
 def make_run(
@@ -72,7 +77,7 @@ def make_run(
         **arguments,
     }
     torch.manual_seed(0)
-    images = load_images("digits").select(range(num_images))
+    images = digits().select(range(num_images))
     settings = {
         "train_dataset": MultiViewDataset(images, transform(method), seed=3),
         "support_dataset": support(rows, method, views_per_image),

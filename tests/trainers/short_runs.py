@@ -62,6 +62,13 @@ def make_trainer(
     )
 
 
+def end_workers(trainer) -> None:
+    """End persistent workers. Where a garbage collection ends them, torch waits 5 seconds for each."""
+    for loader in trainer.accelerator._dataloaders:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+
+
 def logged(trainer, name: str = "loss") -> dict[int, float]:
     """Return a logged value by step."""
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
