@@ -9,7 +9,7 @@ _NAMES = {"model_name": "name"}
 def make_parser() -> Parser:
     """Return the parser of the command."""
     return Parser(
-        {"card": options_of(save_model_card, create_model_card, names=_NAMES)},
+        {"card": [*options_of(create_model_card, names=_NAMES), *options_of(save_model_card)]},
         prog="hf-msn card",
         usage="hf-msn card --checkpoint FOLDER --results FILE [--FIELD VALUE ...]",
         description="Write the model card of a checkpoint from measured results. Nothing is uploaded.",
@@ -19,4 +19,5 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn card`."""
     values = make_parser().read_complete(arguments)
-    print(*save_model_card(**arguments_for(save_model_card, values, _NAMES)), sep="\n")
+    card = arguments_for(create_model_card, values, _NAMES) | arguments_for(save_model_card, values, _NAMES)
+    print(*save_model_card(**card), sep="\n")

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from .features import Features, extract_features
 from .gathering import run_on_every_rank
 from .metrics import TopKAccuracy, rank_classes
 from .probes import LogisticProbe, Probe
-from .results import LowShotResults, SplitResult, TaskResult
+from .results import LowShotResults, SplitResult, TaskResult, package_versions
 
 _PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
@@ -228,7 +227,7 @@ class LowShotEvaluator:
                 "class_names": self._class_names,
             },
             settings={**(settings or {}), "seed": self.seed, "num_splits": self.num_splits},
-            versions={package: _version(package) for package in _PACKAGES},
+            versions=package_versions(_PACKAGES),
         )
         return self.results.metrics
 
@@ -348,10 +347,3 @@ def _describe_data(features: Features, dataset: datasets.Dataset | datasets.Iter
             for error in features.skipped[:20]
         ],
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

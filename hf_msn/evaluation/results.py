@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class LowShotResults:
     probe: dict[str, Any] = field(default_factory=dict)  # its settings
     data: dict[str, Any] = field(default_factory=dict)  # names, fingerprints and counts of train and test images
     settings: dict[str, Any] = field(default_factory=dict)  # image processor, features, layers, seed
-    versions: dict[str, str] = field(default_factory=dict)  # of the packages that the numbers depend on
+    versions: dict[str, str | None] = field(default_factory=dict)  # of the packages that the numbers depend on
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -121,3 +123,14 @@ def mean_std_ci95(values: list[float]) -> tuple[float, float, float]:
         return mean, 0.0, 0.0
     std = float(np.std(values, ddof=1))
     return mean, std, float(student_t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Return the version of each package; `None` if it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions

@@ -48,7 +48,7 @@ def head_inputs(
         model(pixel_values=pixel_values)
         return seen.pop()
 
-    with head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+    with head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1))):
         return extract(_AsProjections(model, project), dataset, rows=rows, features="projection").features
 
 

@@ -17,6 +17,7 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
+from ..hub.export import load_under_head
 from ..models.configuration_pretraining import SemiSupervisedConfig
 from ..models.configuration_suncet import SuNCEtConfig
 from ..models.modeling_pretraining import SemiSupervisedModel
@@ -121,15 +122,7 @@ def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperF
         )
     config = TimmWrapperConfig(architecture=name, model_args=source.config.timm_options or None, **labels)
     model = TimmWrapperForImageClassification(config)
-    fault = model.timm_model.load_state_dict(source.encoder.state_dict(), strict=False)
-    head = linear_head(model)
-    own = set(map(id, head.parameters())) if isinstance(head, nn.Linear) else set()
-    of_head = {name for name, value in model.timm_model.state_dict(keep_vars=True).items() if id(value) in own}
-    if not of_head or fault.unexpected_keys or set(fault.missing_keys) != of_head:
-        raise ValueError(
-            f"A classifier must have one linear layer on its features, but '{name}' has another head. Fine-tune it "
-            "with `head` suncet, or start from another network."
-        )
+    load_under_head(model.timm_model, source.encoder, name)
     return model
 
 

@@ -26,7 +26,7 @@ class Standardization:
 
     def __call__(self, head: nn.Linear, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         mean, scale = self.mean.to(inputs[0].device), self.scale.to(inputs[0].device)
-        return (inputs[0] - mean) / scale
+        return (inputs[0] - mean.view(-1, *[1] * (inputs[0].ndim - 2))) / scale  # a convolution takes (B, D, 1, 1)
 
     @torch.no_grad()
     def fold(self, model: PreTrainedModel) -> None:
@@ -34,5 +34,5 @@ class Standardization:
         self._handle.remove()
         head = linear_head(model)
         weight = head.weight.double() / self.scale.to(head.weight).double()
-        head.bias.copy_(head.bias.double() - weight @ self.mean.to(head.weight).double())
+        head.bias.copy_(head.bias.double() - weight.flatten(1) @ self.mean.to(head.weight).double())
         head.weight.copy_(weight)

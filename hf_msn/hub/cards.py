@@ -77,13 +77,8 @@ def save_model_card(
     output: str | os.PathLike | None = None,
     plot: bool = False,
     overwrite: bool = False,
-    repo_id: str | None = None,
     figures: Sequence[str | os.PathLike] = (),
-    license: str | None = None,
-    without_results: bool = False,
-    model_name: str | None = None,
-    base_model: str | None = None,
-    run: str | os.PathLike | None = None,
+    **card: Any,
 ) -> list[Path]:
     """Write the card of [`create_model_card`] as `README.md`, `.eval_results/hf_msn.yaml` and `figures/`.
 
@@ -95,22 +90,22 @@ def save_model_card(
         plot (`bool`, *optional*, defaults to `False`): Also draw accuracy against labels into
             `figures/low_shot.png`. Needs matplotlib: `pip install 'hf_msn[demo]'`.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a `README.md` that hf_msn did not make.
-        checkpoint, results, repo_id, figures, license, without_results, model_name, base_model, run: As for
-            [`create_model_card`].
+
+    The other arguments are those of [`create_model_card`].
 
     Returns:
         `list[Path]`: The files that were written.
     """
     folder = Path(checkpoint if output is None else output)
-    card = folder / CARD_FILE
-    is_ours = not card.is_file() or _MARKER in card.read_text(encoding="utf-8", errors="replace")
+    readme = folder / CARD_FILE
+    is_ours = not readme.is_file() or _MARKER in readme.read_text(encoding="utf-8", errors="replace")
     if not (is_ours or overwrite):
-        raise ValueError(f"'{card}' was not made by hf_msn, and would be lost. Give another `output`, or `overwrite`.")
-    settings = {"repo_id": repo_id, "license": license, "without_results": without_results, "model_name": model_name}
+        raise ValueError(
+            f"'{readme}' was not made by hf_msn and would be lost. Give another `output`, or `overwrite`."
+        )
     with tempfile.TemporaryDirectory() as drawings:
         drawn = [plot_low_shot(results, Path(drawings, "low_shot.png"))] if plot else []
-        shown = [*drawn, *as_paths(figures)]
-        made = card_files(checkpoint, results, figures=shown, base_model=base_model, run=run, **settings)
+        made = card_files(checkpoint, results, figures=[*drawn, *as_paths(figures)], **card)
     (folder / EVAL_RESULTS_FILE).unlink(missing_ok=True)
     for name, content in made.items():
         with whole_file(folder / name, overwrite=True) as staging:

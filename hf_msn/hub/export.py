@@ -181,6 +181,20 @@ def save_timm_network(
     _check_loads_equal(network, config.timm_model, folder, described["input_size"])
 
 
+def load_under_head(classifier: nn.Module, encoder: nn.Module, name: str) -> nn.Module:
+    """Load an encoder into a classifier of timm. Return its head, which must be one linear layer on the features."""
+    fault, head = classifier.load_state_dict(encoder.state_dict(), strict=False), classifier.get_classifier()
+    is_linear = isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1))
+    own = set(map(id, head.parameters())) if is_linear else set()
+    of_head = {key for key, value in classifier.state_dict(keep_vars=True).items() if id(value) in own}
+    if not of_head or fault.unexpected_keys or set(fault.missing_keys) != of_head:
+        raise ValueError(
+            f"A classifier must have one linear layer on its features, but '{name}' has another head. Export the "
+            "backbone, fine-tune it with `head` suncet, or take another network."
+        )
+    return head
+
+
 def _timm_transform(image_processor: BaseImageProcessor) -> dict:
     """Return the fields of timm's `pretrained_cfg` that make the transform of an image processor."""
     settings = image_processor.to_dict()

@@ -16,7 +16,7 @@ from ..evaluation.probes import LinearProbe, LogisticProbe
 from ..files import check_new_folder, whole_folder
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_pretraining import SemiSupervisedModel
-from .export import check_timm_can_make, image_processor_for, pretraining_model, save_timm_network
+from .export import check_timm_can_make, image_processor_for, load_under_head, pretraining_model, save_timm_network
 
 logger = logging.get_logger(__name__)
 
@@ -210,24 +210,7 @@ def _timm_classifier(model: nn.Module, encoder: nn.Module, weight: torch.Tensor,
     with torch.random.fork_rng(devices=[]):
         network = timm.create_model(config.timm_model, num_classes=len(weight), **(config.timm_options or {}))
     network = network.to(model.dtype)
-    fault = network.load_state_dict(encoder.state_dict(), strict=False)
-    head = network.get_classifier()
-    of_head = {
-        name
-        for name, value in network.state_dict(keep_vars=True).items()
-        if isinstance(head, nn.Module) and any(value is parameter for parameter in head.parameters())
-    }
-    is_linear = isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1))
-    if (
-        not is_linear
-        or head.weight.shape[:2] != weight.shape
-        or fault.unexpected_keys
-        or set(fault.missing_keys) != of_head
-    ):
-        raise ValueError(
-            f"'{config.timm_model}' has no single linear layer on its features as head. Export the backbone, or use "
-            "another network."
-        )
+    head = load_under_head(network, encoder, config.timm_model)
     with torch.no_grad():
         head.weight.copy_(weight.view_as(head.weight))
         if head.bias is not None:

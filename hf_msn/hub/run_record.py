@@ -5,13 +5,13 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..evaluation.results import package_versions
 from ..files import public_name, read_json, write_json
 
 RUN_FILE = "run.json"
@@ -105,8 +105,8 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def write_run(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Write the known fields of a record as `run.json`; see [`public_run`]."""
-    versions = {package: _version(package) for package in _PACKAGES}
-    write_json(Path(folder, RUN_FILE), {"format": _FORMAT, **public_run({**record, "versions": versions})})
+    record = {**record, "versions": package_versions(_PACKAGES)}
+    write_json(Path(folder, RUN_FILE), {"format": _FORMAT, **public_run(record)})
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -155,10 +155,3 @@ def _cpu_name() -> str | None:
         lines = []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

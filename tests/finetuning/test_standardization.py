@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments, digits, images_and_labels, suncet_config
+from tiny_semi_supervised import RESNETV2
 from torch import nn
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier
@@ -11,20 +12,28 @@ from hf_msn.finetuning.evaluation import feature_extractor, head_inputs
 from hf_msn.finetuning.models import linear_head, load_for_classification
 from hf_msn.finetuning.standardization import Standardization
 
+PREACTIVATED = {**RESNETV2, "small_image_stem": False}
 
-@pytest.mark.parametrize("config", [suncet_config(), suncet_config(timm_model="test_resnet")], ids=["vit", "convnet"])
-def test_the_head_sees_features_of_mean_0_and_spread_1_and_folds_into_a_plain_one(config, tmp_path):
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"timm_model": "test_resnet"}, PREACTIVATED], ids=["vit", "convnet", "convolution as head"]
+)
+def test_the_head_sees_features_of_mean_0_and_spread_1_and_folds_into_a_plain_one(fields, tmp_path):
     dataset, rows = digits()
-    model = load_for_classification(config, np.arange(10), None, 0, zero_init_head=False, image_size=8).eval()
+    model = load_for_classification(
+        suncet_config(**fields), np.arange(10), None, 0, zero_init_head=False, image_size=8
+    ).eval()
     names = list(model.state_dict())
     pixels, _ = images_and_labels(dataset, rows)
     seen = []
-    handle = linear_head(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double()))
+    handle = linear_head(model).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].double().flatten(1))
+    )
     with torch.no_grad():
         model(pixels)
     handle.remove()
     features, head = seen[0], linear_head(model)
-    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    weight, bias = head.weight.detach().double().flatten(1), head.bias.detach().double()
 
     extract = feature_extractor(PROCESSOR, classifier_arguments(tmp_path), "skip")
     standardization = Standardization(model, head_inputs(model, head, dataset, rows, extract))
@@ -35,10 +44,11 @@ def test_the_head_sees_features_of_mean_0_and_spread_1_and_folds_into_a_plain_on
     with torch.no_grad():
         assert torch.allclose(model(pixels).logits.double(), expected, atol=1e-4)
         standardization.fold(model)
-        assert type(head) is nn.Linear and list(model.state_dict()) == names
+        assert isinstance(head, (nn.Linear, nn.Conv2d)) and list(model.state_dict()) == names
         assert torch.allclose(model(pixels).logits.double(), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_with_a_large_common_mean_is_learnt_from(tmp_path):
     """As pretrained ViTs have it: without standardising, the mean drowns what tells digits apart."""
     torch.manual_seed(0)

@@ -55,18 +55,12 @@ def classifier_score(model, dataset, result) -> float:
 
 @torch.no_grad()
 def suncet_score(model, dataset, result) -> float:
-    """The class with the largest sum of exp(cosine / 0.1) over the trained images, in float64 loops."""
+    """The class with the largest sum of exp(cosine / 0.1) over the trained images, in float64."""
     supports, support_labels = images_and_labels(dataset, result.trained_rows)
     pixels, labels = images_and_labels(dataset, result.held_out_rows)
-    z = F.normalize(model.project(supports).double(), dim=1)
-    right = 0
-    for image, label in zip(pixels, labels):
-        query = F.normalize(model.project(image[None]).double(), dim=1)[0]
-        mass = dict.fromkeys(range(10), 0.0)
-        for row, number in zip(z, support_labels.tolist()):
-            mass[number] += float(torch.exp(row @ query / 0.1))
-        right += max(mass, key=mass.get) == label
-    return 100 * right / len(labels)
+    z, queries = (F.normalize(model.project(images).double(), dim=1) for images in (supports, pixels))
+    votes = (queries @ z.T / 0.1).exp() @ torch.eye(10, dtype=torch.float64)[support_labels]
+    return 100 * np.mean(votes.argmax(dim=1).numpy() == labels)
 
 
 @pytest.mark.slow
@@ -98,11 +92,11 @@ def test_no_label_outside_is_read_and_test_labels_change_no_choice(method, tmp_p
     dataset, rows = digits()
     labels = np.full(len(dataset), -1)  # -1 is no class: reading it is an error
     labels[rows] = np.array(dataset["label"][:])[rows]
-    result = tune(method, tmp_path)
-    blind = tune(method, tmp_path, dataset=with_labels(dataset, labels), rows=rows)
+    result = tune(method, tmp_path, num_train_epochs=1)
+    blind = tune(method, tmp_path, dataset=with_labels(dataset, labels), rows=rows, num_train_epochs=1)
     assert states_are_equal(result.model, blind.model) and result.accuracy_by_epoch == blind.accuracy_by_epoch
 
-    test = load_images("digits", split="test[:60]")
+    test = load_images("digits", split="test[:30]")
     poisoned = with_labels(test, (np.array(test["label"][:]) + 1) % 10)
     before = copy.deepcopy(result.model)
     honest, shifted = result.test(test), blind.test(poisoned)
@@ -113,10 +107,10 @@ def test_no_label_outside_is_read_and_test_labels_change_no_choice(method, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_a_seed_repeats_bit_by_bit_and_another_gives_another_model(method, tmp_path):
-    first = tune(method, tmp_path, num_train_epochs=2)
+    first = tune(method, tmp_path, num_train_epochs=1)
     torch.rand(7)  # the global generator has no influence
-    assert states_are_equal(first.model, tune(method, tmp_path, num_train_epochs=2).model)
-    other = tune(method, tmp_path, num_train_epochs=2, seed=4)
+    assert states_are_equal(first.model, tune(method, tmp_path, num_train_epochs=1).model)
+    other = tune(method, tmp_path, num_train_epochs=1, seed=4)
     assert not states_are_equal(first.model, other.model)
     assert first.held_out_rows.tolist() != other.held_out_rows.tolist()
 
@@ -124,7 +118,7 @@ def test_a_seed_repeats_bit_by_bit_and_another_gives_another_model(method, tmp_p
 @pytest.mark.parametrize("config", [suncet_config(), suncet_config(timm_model="test_resnet")], ids=["vit", "convnet"])
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_a_frozen_encoder_stays_bitwise_and_the_head_learns(method, config, tmp_path):
-    result = tune(method, tmp_path, start=config, freeze_encoder=True)
+    result = tune(method, tmp_path, start=config, freeze_encoder=True, num_train_epochs=1)
     if method is LINEAR:
         before = load_for_classification(config, np.arange(10), None, 3, image_size=8)
         head = {id(parameter) for parameter in linear_head(result.model).parameters()}
@@ -139,7 +133,7 @@ def test_a_frozen_encoder_stays_bitwise_and_the_head_learns(method, config, tmp_
 
 
 def test_without_freezing_every_weight_learns(tmp_path):
-    result = tune(LINEAR, tmp_path)
+    result = tune(LINEAR, tmp_path, num_train_epochs=2)
     before = load_for_classification(suncet_config(), np.arange(10), None, 3, image_size=8).state_dict()
     # a key's bias adds the same to all logits of a softmax: it has no gradient
     still = [n for n, value in result.model.state_dict().items() if value.equal(before[n])]
@@ -148,7 +142,7 @@ def test_without_freezing_every_weight_learns(tmp_path):
 
 @pytest.mark.slow
 def test_refit_is_a_run_of_the_best_length_on_all_labels(tmp_path):
-    settings = {"num_train_epochs": 6, "validation_fraction": 0.4}
+    settings = {"num_train_epochs": 3, "validation_fraction": 0.4}
     chosen, refit = tune(LINEAR, tmp_path, **settings), tune(LINEAR, tmp_path, **settings, refit=True)
     assert (refit.best_epoch, refit.accuracy_by_epoch) == (chosen.best_epoch, chosen.accuracy_by_epoch)
     assert refit.trained_rows.tolist() == digits()[1].tolist()
@@ -160,24 +154,19 @@ def test_refit_is_a_run_of_the_best_length_on_all_labels(tmp_path):
 def test_classes_need_not_be_counted_from_0(tmp_path):
     dataset, rows = digits()
     rows = rows[np.isin(np.array(dataset["label"][:])[rows], (3, 8))]
-    recorder = Recorder()
-    result = tune(LINEAR, tmp_path, dataset=dataset, rows=rows, num_train_epochs=20, callbacks=[recorder])
+    result = tune(LINEAR, tmp_path, dataset=dataset, rows=rows)
     assert result.model.config.id2label == {0: "3", 1: "8"} and result.classes.tolist() == [3, 8]
-    test = load_images("digits", split="test")
+    pixels, labels = images_and_labels(dataset, result.trained_rows)
+    with torch.no_grad():
+        loss = F.cross_entropy(result.model(pixels).logits, torch.from_numpy(labels == 8).long())
+    assert loss < np.log(2) - 0.01  # of a head at 0; images that were taken for the other class would raise it
+    test = load_images("digits", split="test[:100]")
     of_two = test.select(np.flatnonzero(np.isin(np.array(test["label"][:]), (3, 8))))
     pixels, labels = images_and_labels(of_two, range(len(of_two)))
     with torch.no_grad():
         predicted = np.array([3, 8])[result.model(pixels).logits.argmax(dim=1).numpy()]
-    assert result.test(of_two)["top1"] == pytest.approx(100 * np.mean(predicted == labels))
-    assert result.test_accuracy["top1"] > 75
-
-
-def test_a_test_set_with_other_classes_is_refused(tmp_path):
-    dataset, rows = digits()
-    rows = rows[np.array(dataset["label"][:])[rows] < 9]
-    result = tune(LINEAR, tmp_path, dataset=dataset, rows=rows, num_train_epochs=1)
-    test = load_images("digits", split="test")
-    with pytest.raises(ValueError, match="labelled images, but 1 do not: 9"):
+    assert result.test(of_two) == {"top1": pytest.approx(100 * np.mean(predicted == labels))}
+    with pytest.raises(ValueError, match="labelled images, but 8 do not: 0, 1, 2"):
         result.test(test)
 
 
@@ -207,10 +196,11 @@ def test_bad_labels_are_refused(method, tmp_path):
 def test_a_broken_labelled_image_is_left_out_or_stops_the_run(tmp_path):
     dataset, rows = digits()
     whole = tune(LINEAR, tmp_path, num_train_epochs=1)
+    examples = dataset.select(range(rows.max() + 1)).to_list()
     for broken in (whole.held_out_rows[0], whole.trained_rows[0]):
-        examples = dataset.select(range(rows.max() + 1)).to_list()
-        examples[broken]["image"]["bytes"] = b"no image"
-        damaged = dataset.from_list(examples, features=dataset.features)
+        image = {**examples[broken]["image"], "bytes": b"no image"}
+        others = [*examples[:broken], {**examples[broken], "image": image}, *examples[broken + 1 :]]
+        damaged = dataset.from_list(others, features=dataset.features)
         args = classifier_arguments(tmp_path, num_train_epochs=1)
         run = partial(finetune_classifier, suncet_config(), damaged, rows, VIEWS, args, image_processor=PROCESSOR)
         result = run()
@@ -261,7 +251,7 @@ def test_learning_rate_momentum_and_decay_are_those_asked_for(tmp_path):
 
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_mixed_precision_gives_a_model_like_any_other(method, tmp_path):
-    result = tune(method, tmp_path, bf16=True)
+    result = tune(method, tmp_path, bf16=True, num_train_epochs=1)
     assert result.model.dtype == torch.float32 and 0 <= result.validation_accuracy <= 100
     if method is LINEAR:
         pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -274,7 +264,7 @@ def test_mixed_precision_gives_a_model_like_any_other(method, tmp_path):
 def _tune_on_rank(rank, output_dir):
     runs = []
     for method, timm_model in ((LINEAR, "test_resnet"), (SUNCET, None)):
-        result = tune(method, output_dir, start=suncet_config(timm_model=timm_model), num_train_epochs=2)
+        result = tune(method, output_dir, start=suncet_config(timm_model=timm_model), num_train_epochs=1)
         runs.append((dict(result.model.state_dict()), result.accuracy_by_epoch))
     return runs
 

@@ -55,13 +55,14 @@ def run(tmp_path) -> Path:
     return _save_run(tmp_path / "home" / "alice" / "run")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """A checkpoint, its export, results of it, and another checkpoint with results."""
     folder = tmp_path_factory.mktemp("made")
     model, other = msn(), msn(seed=1)
     export_backbone(model, folder / "export", image_processor=PROCESSOR)
     return {
+        "processor": PROCESSOR,
         "checkpoint": save(model, folder / "tiny"),
         "export": folder / "export",
         "other": save(other, folder / "other"),
@@ -71,7 +72,7 @@ def made(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tuned(tmp_path_factory):
     """A classifier, fine-tuned for 3 epochs and tested on 60 digits."""
     folder = tmp_path_factory.mktemp("tuned")

@@ -37,7 +37,7 @@ from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 from hf_msn.hub.run_record import write_run
 
 ROOT = Path(__file__).parents[2]
-PROCESSOR_64 = MultiViewTransform(image_size=64).evaluation_image_processor()
+PROCESSOR_32 = MultiViewTransform(image_size=32).evaluation_image_processor()
 
 
 def test_the_table_has_the_numbers_of_the_file_to_the_printed_digit(made):
@@ -191,10 +191,10 @@ def test_the_lines_that_load_it_work(kind, count, made, tuned, tmp_path):
 def test_a_folder_of_timm_is_used_through_timm(tmp_path):
     network = timm.create_model("test_resnet", num_classes=0).eval()
     timm.models.save_for_hf(network, tmp_path / "net", safe_serialization=True)
-    results = measure(network, tmp_path / "low_shot.json", image_processor=PROCESSOR_64)
+    results = measure(network, tmp_path / "low_shot.json", image_processor=PROCESSOR_32)
     card = create_model_card(tmp_path / "net", results)
     (block,) = code_blocks(card)
-    names = {"pixels": torch.ones(1, 3, 64, 64)}
+    names = {"pixels": torch.ones(1, 3, 32, 32)}
     exec(block.replace("path/to/net", str(tmp_path / "net")), names)
     with torch.no_grad():
         assert names["features"].equal(network(names["pixels"]))
@@ -203,19 +203,19 @@ def test_a_folder_of_timm_is_used_through_timm(tmp_path):
 
 def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp_path):
     torch.manual_seed(0)
-    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", image_size=64, projection_dim=16)).eval()
+    model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", image_size=32, projection_dim=16)).eval()
     images = load_images("digits")
-    features = extract_features(model, images, PROCESSOR_64, rows=np.arange(100))
+    features = extract_features(model, images, PROCESSOR_32, rows=np.arange(100))
     probe = LogisticProbe().fit(features.features, features.labels)
-    export_backbone(model, tmp_path / "encoder", image_processor=PROCESSOR_64)
-    export_classifier(model, probe, features, tmp_path / "classifier", image_processor=PROCESSOR_64)
-    results = measure(model, tmp_path / "low_shot.json", image_processor=PROCESSOR_64)
+    export_backbone(model, tmp_path / "encoder", image_processor=PROCESSOR_32)
+    export_classifier(model, probe, features, tmp_path / "classifier", image_processor=PROCESSOR_32)
+    results = measure(model, tmp_path / "low_shot.json", image_processor=PROCESSOR_32)
     image = decode_image(images[0]["image"])
     cards = {name: create_model_card(tmp_path / name, results) for name in ("encoder", "classifier")}
     for name, card in cards.items():
         outputs = []
         for block in code_blocks(card):
-            names = {"image": image, "pixels": PROCESSOR_64(image, return_tensors="pt")["pixel_values"]}
+            names = {"image": image, "pixels": PROCESSOR_32(image, return_tensors="pt")["pixel_values"]}
             exec(block.replace(f"path/to/{name}", str(tmp_path / name)), names)
             outputs += [names["features"].detach().flatten().numpy()] if "features" in names else []
         assert len(code_blocks(card)) == 2

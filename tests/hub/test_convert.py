@@ -96,8 +96,8 @@ def test_msn_computes_the_features_of_the_original_network(save, tmp_path, heads
 
 @pytest.mark.slow
 def test_a_real_vit_s16_computes_the_same_at_224_and_96_pixels(save, tmp_path):
-    shape = {"width": 384, "depth": 12, "mlp": 1536, "patch": 16, "side": 14, "hidden": 2048, "dim": 256}
-    content = msn_checkpoint(full=False, prototypes=1024, **shape)
+    shape = {"width": 384, "depth": 12, "mlp": 1536, "patch": 16, "side": 14, "hidden": 64, "dim": 32}
+    content = msn_checkpoint(full=False, prototypes=16, **shape)
     convert_checkpoint(save(content), tmp_path / "msn", export_backbone_dir=tmp_path / "trunk")
     model = MSNForPreTraining.from_pretrained(tmp_path / "msn").eval()
     assert_vit_computes_the_same(model.target_encoder, model.project, vit_weights(1, **shape), 6, (224, 96))

@@ -4,14 +4,11 @@ import copy
 import json
 import logging
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny import tiny_batch, tiny_model
+from tiny import tiny_model
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ViTMSNForImageClassification, ViTMSNModel
-from without_hf_msn import run_without_hf_msn
 
 from hf_msn import (
     LowShotEvaluator,
@@ -23,20 +20,6 @@ from hf_msn import (
 )
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256, weights_sha256
 
-LOAD = """
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-folder, images, image, outputs = sys.argv[1:]
-model = AutoModel.from_pretrained(folder)
-assert type(model).__name__ == "ViTMSNModel", type(model)
-pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(image), return_tensors="pt")["pixel_values"]
-with torch.no_grad():
-    features = model(torch.load(images), output_hidden_states=True).hidden_states[-1]
-    torch.save((features, pixels, model(pixels).last_hidden_state), outputs)
-"""
-
 
 @pytest.fixture
 def model():
@@ -46,29 +29,6 @@ def model():
         for parameter in model.encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
-
-
-@pytest.mark.slow
-def test_the_export_loads_where_hf_msn_is_not_installed_with_the_same_features(model, tmp_path):
-    images = tiny_batch()["pixel_values"]
-    torch.save(images, tmp_path / "images.pt")
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 61, 3), dtype=np.uint8))
-    image.save(tmp_path / "image.png")
-    processor = evaluation_image_processor(16, image_mean=(0.1, 0.2, 0.3))
-    folder = export_backbone(model, tmp_path / "export", image_processor=processor)
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    ]
-    files = (folder, tmp_path / "images.pt", tmp_path / "image.png", tmp_path / "out.pt")
-    run_without_hf_msn(LOAD, *files, cwd=tmp_path)
-    features, pixels, of_image = torch.load(tmp_path / "out.pt")
-    assert torch.equal(pixels, processor(image, return_tensors="pt")["pixel_values"])
-    with torch.no_grad():
-        expected = model.target_encoder(images, output_hidden_states=True).hidden_states[-1]
-        torch.testing.assert_close(of_image, model.target_encoder(pixels).last_hidden_state, rtol=0, atol=1e-6)
-    assert torch.equal(features, expected)
 
 
 @pytest.mark.parametrize("which", ["target", "online"])

@@ -10,7 +10,6 @@ import torch
 from tiny import tiny_model
 from tiny_semi_supervised import RESNETV2, tiny_paws
 from transformers import AutoModelForImageClassification, ViTMSNForImageClassification
-from without_hf_msn import run_without_hf_msn
 
 from hf_msn import (
     KNNProbe,
@@ -30,16 +29,6 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 PROCESSOR = evaluation_image_processor(16, image_mean=(0.4, 0.4, 0.4), crop_fraction=1.0)
 RESNET = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}}
 PREACTIVATED = {**RESNETV2, "small_image_stem": False}  # its classifier is a convolution
-
-CLASSIFY = """
-import json
-from PIL import Image
-from transformers import pipeline
-
-folder, *images = sys.argv[1:]
-classify = pipeline("image-classification", folder, device="cpu")
-print(json.dumps([classify(Image.open(image).convert("RGB"), top_k=10) for image in images]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -116,22 +105,6 @@ def test_a_network_of_timm_ranks_the_classes_of_every_test_image_as_the_probe(en
     test = extract_features(model, digits[1], PROCESSOR, batch_size=256)
     spread = probe.predict_scores(test.features).std(axis=1).mean()
     assert 0.7 < logits.std(axis=1).mean() / spread < 1.4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [msn, lambda: paws(RESNET)], ids=["vit", "timm"])
-def test_the_pipeline_classifies_where_hf_msn_is_not_installed(make, digits, tmp_path):
-    model = make()
-    features, probe = fitted(model, digits)
-    folder = export_classifier(model, probe, features, tmp_path / "out", class_names=NAMES, image_processor=PROCESSOR)
-    images = digits[1].select(range(10))
-    files = [tmp_path / f"{row}.png" for row in range(10)]
-    for row, image in enumerate(images["image"]):
-        decode_image(image, row=row).save(files[row])
-    answers = json.loads(run_without_hf_msn(CLASSIFY, folder, *files, cwd=tmp_path).splitlines()[-1])
-    best = [answer[0]["label"] for answer in answers]
-    assert best == [NAMES[digit] for digit in decided_by_probe(model, probe, images)]
-    assert {label["label"] for label in answers[0]} == set(NAMES)
 
 
 @pytest.mark.parametrize("make", [msn, lambda: paws(RESNET)], ids=["vit", "timm"])

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from tiny_semi_supervised import RESNET18, RESNETV2, VIT, tiny_paws, tiny_suncet
 from transformers import AutoModel, TimmWrapperModel
-from without_hf_msn import run_without_hf_msn
 
 from hf_msn import (
     MSNForPreTraining,
@@ -39,23 +37,6 @@ ENCODERS = {
     "tag in the name": {"timm_model": "test_resnet.r160_in1k"},
 }
 
-LOAD = """
-import timm
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-folder, image, outputs = sys.argv[1:]
-network = timm.create_model("local-dir:" + folder, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
-by_timm = transform(Image.open(image)).unsqueeze(0)
-wrapped = AutoModel.from_pretrained(folder)
-assert type(wrapped).__name__ == "TimmWrapperModel", type(wrapped)
-by_transformers = AutoImageProcessor.from_pretrained(folder)(Image.open(image), return_tensors="pt")["pixel_values"]
-with torch.no_grad():
-    torch.save((by_timm, by_transformers, network(by_timm), wrapped(by_transformers).pooler_output), outputs)
-"""
-
 
 def paws_over(encoder, **fields) -> PAWSForPreTraining:
     """Float32, with running statistics that differ from a fresh network's."""
@@ -63,27 +44,6 @@ def paws_over(encoder, **fields) -> PAWSForPreTraining:
     with torch.no_grad():
         model.train().project(torch.randn(8, 3, 32, 32) + 0.5)
     return model.eval()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("encoder", ["resnet18", "vit"])
-def test_timm_and_transformers_load_the_export_where_hf_msn_is_not_installed(encoder, tmp_path):
-    model = paws_over(ENCODERS[encoder])
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (50, 70, 3), dtype=np.uint8))
-    image.save(tmp_path / "image.png")
-    processor = evaluation_image_processor(32, image_mean=(0.1, 0.2, 0.3), interpolation="bicubic")
-    folder = export_backbone(model, tmp_path / "export", image_processor=processor)
-    files = sorted(file.name for file in folder.iterdir())
-    assert files == ["config.json", "model.safetensors", "preprocessor_config.json"]
-    run_without_hf_msn(LOAD, folder, tmp_path / "image.png", tmp_path / "out.pt", cwd=tmp_path)
-    by_timm, by_transformers, from_timm, from_transformers = torch.load(tmp_path / "out.pt")
-    assert torch.equal(by_transformers, processor(image, return_tensors="pt")["pixel_values"])
-    # of 51 pixels the middle 32 begin at the 9th or the 10th, and Pillow and torch round a resized pixel differently
-    moved = [(by_timm - by_transformers.roll(shift, -1)).abs()[..., 1:-1].max() for shift in (-1, 0, 1)]
-    assert min(moved) < 2.5 / 255 / 0.224
-    with torch.no_grad():
-        torch.testing.assert_close(from_timm, model.encoder(by_timm), rtol=0, atol=1e-6)
-        torch.testing.assert_close(from_transformers, model.encoder(by_transformers), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
