@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, Template
+from scipy.stats import binomtest
 
 from ..evaluation.results import LowShotResults, TaskResult
 from ..files import public_name, read_json, whole_file
@@ -374,10 +375,8 @@ def _penalties(task: TaskResult) -> list[float]:
 
 def _wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share in per cent that was seen in `count` images."""
-    share, z = accuracy / 100, 1.959963984540054
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    interval = binomtest(round(accuracy * count / 100), count).proportion_ci(method="wilson")
+    return 100 * interval.low, 100 * interval.high
 
 
 def _duration(seconds: float) -> str:

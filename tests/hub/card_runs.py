@@ -4,29 +4,15 @@ import json
 from pathlib import Path
 
 import torch
+from finetuning_runs import ENCODER, PROCESSOR
 from huggingface_hub import ModelCard
 
-from hf_msn import LowShotEvaluator, MSNConfig, MSNForPreTraining, MultiViewTransform, load_images
-
-VIEWS = MultiViewTransform.for_small_grayscale()
-PROCESSOR = VIEWS.evaluation_image_processor(crop_fraction=1.0)
-FIELDS = {
-    "image_size": 8,
-    "patch_size": 4,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "initializer_range": 0.12,
-    "projection_hidden_dim": 32,
-    "projection_dim": 16,
-    "num_prototypes": 8,
-}
+from hf_msn import LowShotEvaluator, MSNConfig, MSNForPreTraining, load_images
 
 
 def msn(seed: int = 0) -> MSNForPreTraining:
     torch.manual_seed(seed)
-    return MSNForPreTraining(MSNConfig(**FIELDS)).eval()
+    return MSNForPreTraining(MSNConfig(**ENCODER, num_prototypes=8)).eval()
 
 
 def save(model, folder: Path) -> Path:

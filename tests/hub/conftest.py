@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from card_runs import PROCESSOR, VIEWS, measure, msn, save
+from card_runs import measure, msn, save
+from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments
 from hub_server import TOKEN, HubServer
 from tiny import tiny_model
 
 from hf_msn import (
-    ClassifierFinetuningArguments,
     draw_labelled_rows,
     evaluation_image_processor,
     export_backbone,
@@ -78,9 +78,7 @@ def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     dataset = load_images("digits")
     rows = draw_labelled_rows(dataset, images_per_class=3, seed=0)
-    args = ClassifierFinetuningArguments(
-        str(folder), use_cpu=True, disable_tqdm=True, report_to="none", num_train_epochs=3
-    )
+    args = classifier_arguments(folder, num_train_epochs=3)
     result = finetune_classifier(msn(), dataset, rows, VIEWS, args, image_processor=PROCESSOR)
     result.test(load_images("digits", split="test[:60]"))
     result.save(folder / "classifier")

@@ -54,6 +54,26 @@ def test_outputs_and_gradients_are_those_of_plain_layers_in_float64(sizes, shape
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("gradient", [torch.ones(()), torch.ones(768), torch.ones(5, 1)], ids=["sum", "row", "column"])
+def test_an_expanded_gradient_is_made_contiguous_before_the_slow_operator_sees_it(gradient, monkeypatch):
+    product = onednn_linear._PRODUCT
+
+    def checked(*args):
+        assert all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in args[:2])
+        return product(*args)
+
+    monkeypatch.setattr(onednn_linear, "_PRODUCT", checked)
+    layers, input = layers_of((192, 768)), torch.randn(5, 192, requires_grad=True)
+    layers[0](input).backward(gradient.expand(5, 768))
+    expected = [input.grad.clone(), *(p.grad.clone() for p in layers.parameters())]
+    input.grad = None
+    layers.zero_grad()
+    OneDNNLinear.replace_in(layers)
+    layers[0](input).backward(gradient.expand(5, 768))
+    for ours, theirs in zip([input.grad, *(p.grad for p in layers.parameters())], expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [[(192, 768)], [(192, 192), (192, 256)]])
 def test_under_autocast_they_are_those_of_autocast(sizes, products):
     layers = layers_of(*sizes)
