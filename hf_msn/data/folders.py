@@ -1,23 +1,28 @@
 """Infer from the names in a folder of images which folders are splits and which are classes."""
 
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 _EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
+_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @dataclass
 class FolderSplit:
     """One split of a folder of images."""
 
-    folders: list[str]  # that directly hold images or metadata, sorted
+    files: list[str]
+    classes: list[str] | None  # of each file; `None` if this split has no labels
     class_names: list[str]  # over all labelled splits, sorted; empty if this split has no labels
-    has_metadata: bool
+    metadata_files: list[str]
 
 
 def is_image_file(path: str | os.PathLike) -> bool:
@@ -30,32 +35,37 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
 
     The folders directly under `root` are splits if all of those with images are named like splits (`train`, `val`,
     `test` and the other names that `datasets` knows), or at least two are: a class may be named `train` as well.
-    Otherwise there is one split, `train`.
+    Otherwise there is one split, `train`. For the classes see [`_class_levels`].
     """
-    folders = _walk(root, shard_extensions)
-    shards = [shard for folder in folders for shard in folder.shards]
-    folders = [folder for folder in folders if folder.num_images or folder.has_metadata]
-    if not any(folder.num_images for folder in folders):
+    folders = list(_walk(root, (), ()))
+    shards = [shard for folder in folders for shard in folder.ending_with(shard_extensions)]
+    archives = [archive for folder in folders for archive in folder.ending_with(_ARCHIVES)]
+    folders = [folder for folder in folders if folder.images or folder.metadata]
+    if not any(folder.images for folder in folders):
         return {}, shards
-    tops = {folder.parts[0] for folder in folders if folder.parts and folder.num_images}
+    if archives:
+        logger.warning("Archives beside the images are not read (%d, such as '%s').", len(archives), archives[0])
+    tops = {folder.parts[0] for folder in folders if folder.parts and folder.images}
     named = [top for top in sorted(tops) if top.lower() in _SPLIT_NAMES]
-    flat = any(not folder.parts for folder in folders if folder.num_images)
+    flat = any(not folder.parts for folder in folders if folder.images)
     has_splits = not flat and bool(named) and (len(named) == len(tops) or len(named) > 1)
     by_split: dict[str, list[_Folder]] = {}
-    for folder in folders:
+    for folder in sorted(folders, key=lambda folder: folder.path):
         if has_splits and not folder.parts:
             continue
         by_split.setdefault(folder.parts[0] if has_splits else "train", []).append(folder)
-    by_split = {name: parts for name, parts in by_split.items() if any(part.num_images for part in parts)}
+    by_split = {name: parts for name, parts in by_split.items() if any(part.images for part in parts)}
 
-    depth_of_split = 1 if has_splits else 0
-    labelled = {name for name, parts in by_split.items() if _is_labelled(parts, depth_of_split)}
-    class_names = sorted({part.parts[-1] for name in labelled for part in by_split[name] if part.num_images})
+    levels = _class_levels(by_split, begin=1 if has_splits else 0)
+    class_names = sorted(
+        {part.parts[level] for name, level in levels.items() for part in by_split[name] if part.images}
+    )
     layout = {
         name: FolderSplit(
-            folders=sorted(part.path for part in parts),
-            class_names=class_names if name in labelled else [],
-            has_metadata=any(part.has_metadata for part in parts),
+            files=[os.path.join(part.path, image) for part in parts for image in part.images],
+            classes=[part.parts[levels[name]] for part in parts for _ in part.images] if name in levels else None,
+            class_names=class_names if name in levels else [],
+            metadata_files=[os.path.join(part.path, entry) for part in parts for entry in part.metadata],
         )
         for name, parts in by_split.items()
     }
@@ -68,40 +78,64 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
 class _Folder:
     path: str
     parts: tuple[str, ...]
-    num_images: int
-    has_metadata: bool
-    shards: list[str]
+    names: list[str]  # of its files, sorted
+    images: list[str] = field(init=False)
+    metadata: list[str] = field(init=False)
+
+    def __post_init__(self):
+        self.images = [name for name in self.names if is_image_file(name)]
+        self.metadata = [name for name in self.names if name in ImageFolder.METADATA_FILENAMES]
+
+    def ending_with(self, extensions: Collection[str]) -> list[str]:
+        found = [name for name in self.names if os.path.splitext(name)[1].lower() in extensions]
+        return [os.path.join(self.path, name) for name in found if name not in self.metadata]
 
 
-def _walk(root: str, shard_extensions: Collection[str]) -> list[_Folder]:
-    found, seen = [], set()
-    # links are followed, as datasets are often linked into place; `seen` stops at a link that leads back up
-    for path, names, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            names.clear()
-            continue
-        seen.add(real)
-        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
-        relative = os.path.relpath(path, root)
-        files = [name for name in files if not name.startswith(".")]
-        metadata = [name for name in files if name in ImageFolder.METADATA_FILENAMES]
-        found.append(
-            _Folder(
-                path=path,
-                parts=() if relative == "." else tuple(relative.split(os.sep)),
-                num_images=sum(is_image_file(name) for name in files),
-                has_metadata=bool(metadata),
-                shards=[
-                    os.path.join(path, name)
-                    for name in files
-                    if os.path.splitext(name)[1].lower() in shard_extensions and name not in metadata
-                ],
+def _walk(path: str, parts: tuple[str, ...], above: tuple[str, ...]) -> Iterator[_Folder]:
+    # links are followed, as datasets are often linked into place, but not those that lead back up
+    real = os.path.realpath(path)
+    if real in above:
+        return
+    try:
+        with os.scandir(path) as found:
+            entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
+    except PermissionError as error:
+        logger.warning("A folder is left out: %s.", error)
+        return
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    yield _Folder(path, parts, [entry.name for entry in entries if not entry.is_dir()])
+    for name in folders:
+        if not name.startswith("__"):
+            yield from _walk(os.path.join(path, name), (*parts, name), (*above, real))
+
+
+def _class_levels(by_split: dict[str, list[_Folder]], begin: int) -> dict[str, int]:
+    """Return for each labelled split the place in a folder's `parts` that names the class.
+
+    A split is labelled if all of its images are at one depth. The class is the first level at which its folders
+    differ, as in torchvision's `ImageFolder`: `<class>/images` is a class, not `images`. If no level differs, there is
+    one class, at the level of another split of this depth, else at the first. It has none if the classes of all other
+    splits lie at other depths.
+    """
+    differing: dict[str, list[int]] = {}
+    depths: dict[str, int] = {}
+    for name, folders in by_split.items():
+        paths = {folder.parts for folder in folders if folder.images}
+        is_labelled = len({len(path) for path in paths}) == 1 and not any(folder.metadata for folder in folders)
+        depth = len(next(iter(paths)))
+        if is_labelled and depth > begin:
+            depths[name] = depth
+            differing[name] = [level for level in range(begin, depth) if len({path[level] for path in paths}) > 1]
+    first_levels = {depths[name]: levels[0] for name, levels in differing.items() if levels}
+    chosen: dict[str, int] = {}
+    for name, levels in differing.items():
+        if len(levels) > 1:
+            logger.warning(
+                "Folders of '%s' differ at levels %s below the split. The classes are those of level %d.",
+                *(name, " and ".join(str(level - begin + 1) for level in levels), levels[0] - begin + 1),
             )
-        )
-    return found
-
-
-def _is_labelled(folders: list[_Folder], depth_of_split: int) -> bool:
-    depths = {len(folder.parts) for folder in folders if folder.num_images}
-    return len(depths) == 1 and depths.pop() > depth_of_split and not any(folder.has_metadata for folder in folders)
+        if levels:
+            chosen[name] = levels[0]
+        elif depths[name] in first_levels or not first_levels:
+            chosen[name] = first_levels.get(depths[name], begin)
+    return chosen

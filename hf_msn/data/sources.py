@@ -1,6 +1,7 @@
 """Load images from any source: bundled, a folder, saved datasets, shards, the Hub."""
 
 import glob
+import hashlib
 import io
 import os
 import re
@@ -39,13 +40,15 @@ def load_images(
     |---|---|
     | `"digits"` | scikit-learn's 1,797 digits, 8 x 8, gray: 1,437 train and 360 test (a folder is `./digits`) |
     | folder made by `save_to_disk` | that `Dataset` or `DatasetDict` |
-    | folder with images | `imagefolder`: folders `train`, `val`, `test`, ... are splits, those below classes |
+    | folder with images | folders `train`, `val`, `test`, ... are splits, those below classes |
     | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by file names |
     | anything else | a Hub id for `datasets.load_dataset` |
 
-    A folder of images is labelled if, in the requested split, every image lies in a class folder at the same depth
-    (one class is enough). The class names are those of all labelled splits together, so that a class missing in one
-    split shifts no number. With a `metadata.csv` or `.jsonl`, the labels are its columns.
+    A folder of images is labelled if, in the requested split, every image lies in a folder at the same depth (one
+    class is enough). The class is the first level at which these folders differ, as in torchvision's `ImageFolder`:
+    `train/<class>/images/1.jpg` is read, too. The class names are those of all labelled splits together, so that a
+    class missing in one split shifts no number. With a `metadata.csv` or `.jsonl`, the labels are its columns.
+    Links are followed. Archives beside the images are not read, with a warning.
 
     Args:
         source (`str` or `os.PathLike`): The source, see above.
@@ -159,8 +162,8 @@ def _load_local(source: str, split: str, config: str | None, streaming: bool, da
     files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     suffixes = {Path(path).suffix.lower() for path in files}
     if all(is_image_file(path) for path in files):
-        patterns = [glob.escape(path) for path in files]
-        return _load("imagefolder", split, streaming, source, data_files={"train": patterns}, drop_labels=True)
+        layout = {"train": FolderSplit(files, classes=None, class_names=[], metadata_files=[])}
+        return _load_image_folder(layout, split, streaming, source)
     return _load(_shard_builder(source, suffixes), split, streaming, source, data_files={"train": files})
 
 
@@ -176,6 +179,8 @@ def _shard_builder(source: str, suffixes: set[str]) -> str:
 def _load_image_folder(
     layout: dict[str, FolderSplit], split: str, streaming: bool, source: str
 ) -> datasets.Dataset | datasets.IterableDataset:
+    if not any(part.metadata_files for part in layout.values()):
+        return _select_split({name: _image_files(part) for name, part in layout.items()}, split, source)
     if "+" in split:
         return datasets.concatenate_datasets(
             [_load_image_folder(layout, part.strip(), streaming, source) for part in split.split("+")]
@@ -183,16 +188,31 @@ def _load_image_folder(
     name = split.split("[")[0]
     if name not in layout:
         raise _unknown_split(split, source, layout)
-    part = layout[name]
-    features = None
-    if not part.has_metadata:
-        features = datasets.Features(image=datasets.Image(decode=False))
-        if part.class_names:
-            features["label"] = datasets.ClassLabel(names=part.class_names)
-    patterns = [os.path.join(glob.escape(folder), "*") for folder in part.folders]
-    drop_labels = None if part.has_metadata else not part.class_names
-    files = {name: patterns}
-    return _load("imagefolder", split, streaming, source, data_files=files, drop_labels=drop_labels, features=features)
+    if not layout[name].metadata_files:
+        return _select_split({name: _image_files(layout[name])}, split, source)
+    # without the images beside them: a metadata file names its own
+    patterns = [glob.escape(path) for path in layout[name].metadata_files]
+    return _load("imagefolder", split, streaming, source, data_files={name: patterns})
+
+
+def _image_files(part: FolderSplit) -> datasets.Dataset:
+    """Return the files of a split as rows, unread. The fingerprint depends on their time stamps, as in `datasets`."""
+    for path in part.files:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"Names of image files must be UTF-8, but {os.fsencode(path)} is not. Rename it."
+            ) from None
+    columns = {"image": [{"bytes": None, "path": path} for path in part.files]}
+    features = datasets.Features(image=datasets.Image(decode=False))
+    if part.classes is not None:
+        features["label"] = datasets.ClassLabel(names=part.class_names)
+        columns["label"] = part.classes
+    dataset = datasets.Dataset.from_dict(columns, features)
+    stamps = [os.path.getmtime(path) if os.path.exists(path) else None for path in part.files]
+    fingerprint = hashlib.sha256(repr((columns, part.class_names, stamps)).encode()).hexdigest()[:16]
+    return datasets.Dataset(dataset.data, info=dataset.info, fingerprint=fingerprint)
 
 
 def _load(builder: str, split: str, streaming: bool, source: str, **settings) -> datasets.Dataset:

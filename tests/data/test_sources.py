@@ -2,6 +2,8 @@ import io
 import json
 import os
 import tarfile
+import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -111,17 +113,26 @@ def test_image_files_are_found_by_extension_in_any_case(folder, name):
         (["test_1.png", "train_1.png", "other.png"], "train", None),
         (["train/a/1.png", "train/b/2.png", "test/4.png"], "train", ["a", "b"]),
         (["train/a/1.png", "train/b/2.png", "test/4.png"], "test", None),
+        (["a/images/1.png", "b/images/2.png"], "train", ["a", "b"]),
+        (["photos/a/1.png", "photos/b/2.png"], "train", ["a", "b"]),
+        (["a/x/1.png", "a/y/2.png", "b/x/3.png"], "train", ["a", "b"]),  # as torchvision's ImageFolder
+        (["train/a/images/1.png", "train/b/images/2.png", "test/b/images/4.png"], "test", ["a", "b"]),
+        (["train/a/images/1.png", "train/b/images/2.png", "test/images/4.png"], "test", None),  # Tiny ImageNet
     ],
 )
 def test_class_folders_at_one_depth_are_labels(folder, files, split, names):
-    dataset = load_images(folder(dict.fromkeys(files, 1)), split=split)
+    root = folder(dict.fromkeys(files, 1))
+    dataset = load_images(root, split=split)
     in_split = [file for file in files if file.startswith(f"{split}/")]
     assert len(dataset) == (len(in_split) if any(file.startswith("test/") for file in files) else len(files))
     if names is None:
         assert dataset.column_names == ["image"]
     else:
         assert dataset.features["label"].names == names
-        assert sorted(set(dataset["label"][:])) == list(range(len(names)))
+        level = 1 if "/x/" in files[0] else None
+        classes = [Path(name).relative_to(root).parts for name in image_file_names(dataset)]
+        assert all(names[label] in parts for label, parts in zip(dataset["label"][:], classes))
+        assert level is None or dataset["label"][:] == [0, 0, 1]
 
 
 def test_folders_named_like_splits_are_splits(folder, picture):
@@ -138,13 +149,50 @@ def test_folders_named_like_splits_are_splits(folder, picture):
     assert isinstance(streamed, datasets.IterableDataset) and [row["label"] for row in streamed] == [1, 2]
 
 
-def test_linked_class_folders_are_read(folder, tmp_path):
+def test_links_are_followed_but_not_upwards(folder, tmp_path):
     real = folder({"cat/1.png": 1, "dog/2.png": 2}, name="real")
-    (tmp_path / "linked").mkdir()
+    linked = tmp_path / "linked"
+    linked.mkdir()
     for name in ("cat", "dog"):
-        os.symlink(os.path.join(real, name), tmp_path / "linked" / name)
-    os.symlink(tmp_path / "linked", tmp_path / "linked" / "cat" / "round")
-    assert load_images(tmp_path / "linked")["label"][:] == [0, 1]
+        os.symlink(os.path.join(real, name), linked / name)
+    os.symlink(linked, linked / "cat" / "round")
+    assert load_images(linked)["label"][:] == [0, 1]
+
+    splits = Path(folder({"train/a/1.png": 1, "train/b/2.png": 2, "val/a/3.png": 3}, name="splits"))
+    os.symlink(splits / "val", splits / "test")
+    names = {split: image_file_names(load_images(splits, split=split)) for split in ("train", "val", "test")}
+    assert [[Path(name).name for name in files] for files in names.values()] == [
+        ["1.png", "2.png"],
+        ["3.png"],
+        ["3.png"],
+    ]
+
+
+def test_archives_beside_images_are_left_out_and_named(folder, encoded, caplog):
+    root = folder({"cat/1.png": 1, "dog/2.png": 2})
+    for name in ("cat/all.zip", "more.ZIP"):
+        with zipfile.ZipFile(os.path.join(root, name), "w") as archive:
+            archive.writestr("3.png", encoded(3))
+    assert load_images(root)["label"][:] == [0, 1]
+    assert "2, such as" in caplog.text and ".zip'" in caplog.text.lower()
+    with open(os.path.join(root, "metadata.csv"), "w") as file:
+        file.write("file_name,label\ncat/1.png,x\n")
+    assert len(load_images(root)) == 1
+
+
+def test_file_name_that_is_not_utf8_is_named(folder):
+    root = folder({"cat/1.png": 1})
+    os.link(os.path.join(root, "cat/1.png"), os.fsencode(os.path.join(root, "cat/")) + b"caf\xe9.png")
+    with pytest.raises(ValueError, match=r"caf\\xe9\.png"):
+        load_images(root)
+
+
+def test_data_of_changed_files_has_another_fingerprint(folder):
+    root = folder({"cat/1.png": 1, "dog/2.png": 2})
+    first, same = load_images(root), load_images(root)
+    assert first._fingerprint == same._fingerprint
+    os.utime(os.path.join(root, "cat/1.png"), (1, 1))
+    assert load_images(root)._fingerprint != first._fingerprint
 
 
 def test_metadata_file_gives_the_labels(folder):
