@@ -88,9 +88,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx, gradient):
         input, weight = ctx.saved_tensors
         input_gradient = weight_gradient = bias_gradient = None
-        rows = gradient.contiguous().flatten(
-            0, -2
-        )  # with other strides, as of `sum()`, oneDNN takes 100 times as long
+        # with other strides, as of `sum()`, oneDNN takes 100 times as long
+        rows = gradient.contiguous().flatten(0, -2)
         in_16_bits = gradient.dtype != torch.float32  # there torch uses oneDNN too, and copies less than `_product`
         if ctx.needs_input_grad[0]:
             input_gradient = rows @ weight if in_16_bits else _product(rows, weight.t())
