@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 from ..checks import check_integer, check_number
 from ..data.labels import draw_labelled_rows, labelled_rows
 from ..data.sources import load_images
+from ..evaluation.backbones import FeatureSpace
 from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
 from ..trainers.argument_names import in_terms_of
 from .parser import Parser
@@ -187,8 +188,10 @@ class LowShotArguments:
         "with those alone.",
     )
     low_shot_probe: Literal[tuple(PROBES)] = HfArg(default="logistic", help="Classifier on the features.")
-    low_shot_features: Literal["backbone", "projection"] = HfArg(
-        default="backbone", help="backbone: the published features. projection: the space of the loss."
+    low_shot_features: Literal[get_args(FeatureSpace)] = HfArg(
+        default="backbone",
+        help="backbone: the published features. projection: the space of the loss. prediction: after the prediction "
+        "head, as PAWS was measured on ImageNet.",
     )
     crop_fraction: float = HfArg(
         default=224 / 256, help="Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."

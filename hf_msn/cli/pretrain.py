@@ -19,6 +19,7 @@ from ..data.datasets import multi_view_dataset
 from ..data.labels import check_class_names
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
+from ..evaluation.backbones import evaluated_module
 from ..evaluation.low_shot import LowShotEvaluator
 from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.low_shot import LowShotCallback
@@ -115,6 +116,7 @@ class Recipe:
         settings = self.low_shot
         if settings.low_shot_every_epochs == 0:
             return
+        evaluated_module(trainer.model, settings.low_shot_features)  # a missing head is an error before training
         if self.labels is None:
             labelled = self.data.load(settings.low_shot_train_split or self.data.train_split)
             tasks = {"images_per_class": settings.low_shot_images_per_class}

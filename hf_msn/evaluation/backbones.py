@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from ..checks import check_choice, check_integer
 from ..models.configuration_pretraining import PretrainingConfig
 from .weights_hash import CLS_PARAMETER, weights_sha256
+
+FeatureSpace = Literal["backbone", "projection", "prediction"]
 
 
 def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str | None = None) -> nn.Module:
@@ -95,32 +97,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def evaluated_module(
-    model: nn.Module, features: Literal["backbone", "projection"] = "backbone", num_last_layers: int = 1
+    model: nn.Module, features: FeatureSpace = "backbone", num_last_layers: int = 1
 ) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """Return the module that features depend on, and the function (B, C, H, W) -> (B, D) that computes them with it.
 
     "backbone": `find_backbone(model)` and its `feature_function`. "projection": the whole model and `model.project`,
-    the space in which PAWS makes its predictions.
+    the space in which PAWS compares images. "prediction": the whole model and `model.predict`, after its prediction
+    head.
 
     Raises:
-        ValueError: If `features` is unknown, the model has no `project`, or `num_last_layers` does not fit.
+        ValueError: If `features` is unknown, the model lacks that head, or `num_last_layers` does not fit.
     """
-    check_choice("features", features, ("backbone", "projection"))
+    check_choice("features", features, get_args(FeatureSpace))
     if features == "backbone":
         backbone = find_backbone(model)
         return backbone, feature_function(backbone, num_last_layers)
     model = unwrapped(model)
-    if not callable(getattr(model, "project", None)):
+    compute = getattr(model, "project" if features == "projection" else "predict", None)
+    if compute is None or (features == "prediction" and model.prediction_head is None):
         raise ValueError(
-            f"features='projection' needs a pretraining model of hf_msn with its head, but {type(model).__name__} has "
-            "no `project`. Use features='backbone'."
+            f"features='{features}' needs a pretraining model of hf_msn with a {features} head, but this "
+            f"{type(model).__name__} has none. Use another of {', '.join(get_args(FeatureSpace))}."
         )
     if num_last_layers != 1:
         raise ValueError(
-            f"`num_last_layers` must be 1 with features='projection', but is {num_last_layers}. Use "
+            f"`num_last_layers` must be 1 with features='{features}', but is {num_last_layers}. Use "
             "features='backbone' for more."
         )
-    return model, lambda pixels: model.project(pixels)
+    return model, compute
 
 
 def is_timm_model(model: nn.Module) -> bool:
@@ -260,10 +264,10 @@ def describe_image_processor(image_processor: Any) -> dict[str, Any] | str:
 
 
 def checkpoint_weights_sha256(
-    path: str | Path, features: Literal["backbone", "projection"] = "backbone", *, revision: str | None = None
+    path: str | Path, features: FeatureSpace = "backbone", *, revision: str | None = None
 ) -> str:
     """Return the hash that `LowShotEvaluator` writes into its results for a checkpoint: a folder or Hub id.
 
-    For projections the hash is that of the whole model.
+    For projections and predictions the hash is that of the whole model.
     """
     return weights_sha256(evaluated_module(load_vision_model(str(path), revision=revision), features)[0])

@@ -26,6 +26,7 @@ from ..data.spare_cores import spare_cores
 from ..distributed.collectives import rank, world_size
 from ..files import whole_file
 from .backbones import (
+    FeatureSpace,
     describe_image_processor,
     evaluated_module,
     evaluation_mode,
@@ -51,7 +52,7 @@ class Features:
     labels: np.ndarray | None  # (N,), int64, -1 for a row without a label; `None` for data without labels
     rows: np.ndarray  # (N,): row of each image in the dataset; skipped rows are missing
     skipped: list[BrokenImageError] = field(default_factory=list)
-    weights_sha256: str | None = None  # of the backbone, for projections of the whole model; `None` for pixels
+    weights_sha256: str | None = None  # of the backbone, behind a head of the whole model; `None` for pixels
     data_fingerprint: str | None = None  # of the dataset; `None` for streams
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ def extract_features(
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
-    features: Literal["backbone", "projection"] = "backbone",
+    features: FeatureSpace = "backbone",
     num_last_layers: int = 1,
     rows: np.ndarray | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -92,8 +93,9 @@ def extract_features(
         num_workers (`int`, *optional*):
             Processes per rank that decode images. By default none if the model computes on the CPU, which they would
             slow down, or the images are few; on a GPU this rank's share of the cores, at most 16.
-        features (`"backbone"` or `"projection"`, *optional*, defaults to `"backbone"`):
-            "projection" takes `model.project(pixels)`, the space in which PAWS predicts, not the backbone's output.
+        features (`str`, *optional*, defaults to `"backbone"`):
+            "projection" takes `model.project(pixels)`, the space in which PAWS compares images, not the backbone's
+            output; "prediction" the output of the prediction head behind it, for checkpoints that have one.
         num_last_layers (`int`, *optional*, defaults to 1):
             Concatenates [CLS] of the last n blocks, the earliest first.
         rows (`np.ndarray`, *optional*): Only these rows of `dataset`, each once; not for streams. By default all.

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -20,7 +20,7 @@ from ..data.sources import image_file_names
 from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
 from ..files import public_name
-from .backbones import describe_image_processor, find_backbone, resolve_image_processor
+from .backbones import FeatureSpace, describe_image_processor, find_backbone, resolve_image_processor
 from .features import Features, extract_features
 from .gathering import run_on_every_rank
 from .metrics import TopKAccuracy, rank_classes
@@ -108,7 +108,7 @@ class LowShotEvaluator:
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int | None = None,
-        features: Literal["backbone", "projection"] = "backbone",
+        features: FeatureSpace = "backbone",
         num_last_layers: int = 1,
         cache_dir: str | os.PathLike | None = None,
         on_broken_image: Literal["skip", "raise"] = "skip",
@@ -116,7 +116,7 @@ class LowShotEvaluator:
         dtype: torch.dtype | None = None,
         name: str = "low_shot",
     ):
-        check_choice("features", features, ("backbone", "projection"))
+        check_choice("features", features, get_args(FeatureSpace))
         self.num_splits, self.seed = check_integer("num_splits", num_splits, meaning="counts draws"), seed
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name

@@ -289,7 +289,8 @@ def _dataset_id(data: dict[str, Any]) -> str:
 
 def _probe(results: LowShotResults) -> str:
     name = f"{results.probe.get('probe', 'unknown')} probe".replace("_", " ")
-    return name + (" on projections" if results.settings.get("features") == "projection" else "")
+    space = results.settings.get("features", "backbone")
+    return name + ("" if space == "backbone" else f" on {space}s")
 
 
 def _papers(model_type, method, finetuning, codistillation, sync) -> set[str]:

@@ -111,6 +111,10 @@ class PAWSForPreTraining(SemiSupervisedModel):
             anchor_probabilities=output.anchor_probabilities,
         )
 
+    def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return projections after the prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        return self.prediction_head(self.project(pixel_values))
+
 
 AutoConfig.register(PAWSConfig.model_type, PAWSConfig)
 AutoModelForPreTraining.register(PAWSConfig, PAWSForPreTraining)

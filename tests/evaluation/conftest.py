@@ -62,7 +62,7 @@ def around_timm():
     """An untrained PAWS of a timm net, in training mode, with running statistics that differ from a batch's."""
     torch.manual_seed(0)
     model = PAWSForPreTraining(
-        PAWSConfig(timm_model="test_resnet", projection_hidden_dim=12, projection_dim=5)
+        PAWSConfig(timm_model="test_resnet", projection_hidden_dim=12, projection_dim=5, prediction_head=True)
     ).train()
     with torch.no_grad():
         model.project(torch.randn(8, 3, 32, 32))

@@ -119,8 +119,33 @@ def test_projections_are_those_of_the_model_in_evaluation_mode(around_timm, tiny
 
 
 @pytest.mark.parametrize(
+    ("model_class", "config_class", "prefix"),
+    [(PAWSForPreTraining, PAWSConfig, ""), (MSNForPreTraining, MSNConfig, "target_")],
+)
+def test_predictions_are_the_prediction_head_on_the_projections(model_class, config_class, prefix, pixels):
+    model = model_class(config_class(**SMALL, projection_hidden_dim=12, projection_dim=6, prediction_head=True))
+    head = getattr(model, f"{prefix}prediction_head")
+    with torch.no_grad():
+        for batch_norm in (head.bn1, head.bn2):  # running statistics of their own, which evaluation must use
+            batch_norm.running_mean.uniform_(-1, 1)
+            batch_norm.running_var.uniform_(0.5, 2)
+    module, predict = evaluated_module(model.train(), "prediction")
+    with evaluation_mode(module):
+        found, z = predict(pixels).double(), model.project(pixels).double()
+    for batch_norm, linear in ((head.bn1, head.fc1), (head.bn2, head.fc2)):
+        z = (z - batch_norm.running_mean) / (batch_norm.running_var.double() + 1e-5).sqrt()
+        z = z * batch_norm.weight.double() + batch_norm.bias.double()
+        if linear is head.fc2:
+            z = z.relu() if prefix == "" else torch.nn.functional.gelu(z)
+        z = z @ linear.weight.double().T + linear.bias.double()
+    torch.testing.assert_close(found, z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("model", "features", "num_last_layers", "message"),
     [
+        ("tiny_msn", "prediction", 1, "a prediction head, but this MSNForPreTraining has none"),
+        ("tiny_vit", "prediction", 1, "ViTMSNModel"),
         ("tiny_vit", "projection", 1, "ViTMSNModel"),
         ("tiny_msn", "projection", 2, "`num_last_layers` .* but is 2"),
         ("tiny_msn", "head", 1, "`features` .* but is 'head'"),

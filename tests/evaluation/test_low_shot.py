@@ -157,7 +157,8 @@ def test_other_rows_than_the_given_ones_are_never_read(few, with_broken, tiny_vi
     assert evaluator.results.data["train"]["num_images"] == 40
 
 
-def test_projections_are_classified_by_the_vote_of_the_supports(few, around_timm):
+@pytest.mark.parametrize("space", ["projection", "prediction"])
+def test_projections_and_predictions_are_classified_by_the_vote_of_the_supports(few, around_timm, space):
     processor = evaluation_image_processor(32, crop_fraction=1.0)
     rows = low_shot_indices(few[0]["label"][:], images_per_class=3, seed=2)
     evaluator = LowShotEvaluator(
@@ -166,10 +167,10 @@ def test_projections_are_classified_by_the_vote_of_the_supports(few, around_timm
         images_per_class=(),
         rows={"support": rows},
         probe=SoftNearestNeighborProbe(0.05),
-        features="projection",
+        features=space,
     )
     metrics = evaluator(around_timm)
-    train, test = (extract_features(around_timm, part, processor, features="projection") for part in few)
+    train, test = (extract_features(around_timm, part, processor, features=space) for part in few)
 
     def unit(vectors):
         return vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
@@ -177,7 +178,7 @@ def test_projections_are_classified_by_the_vote_of_the_supports(few, around_timm
     votes = np.exp(unit(test.features) @ unit(train.features[rows]).T / 0.05) @ np.eye(10)[train.labels[rows]]
     assert metrics["low_shot/support/top1"] == pytest.approx(100 * (votes.argmax(axis=1) == test.labels).mean())
     results = evaluator.results.to_dict()
-    assert results["settings"]["features"] == "projection"
+    assert results["settings"]["features"] == space
     assert results["model"]["weights_sha256"] == train.weights_sha256
     assert results["model"]["backbone"] == type(around_timm.encoder).__name__
     assert results["probe"] == {"probe": "soft_nearest_neighbor", "temperature": 0.05}
