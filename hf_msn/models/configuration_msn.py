@@ -1,8 +1,8 @@
 """Configuration of MSN: the settings of the forward pass. Schedules are in `MSNTrainingArguments`."""
 
-from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_integer, check_number
 from .configuration_pretraining import PretrainingConfig
@@ -40,24 +40,22 @@ class MSNConfig(PretrainingConfig):
 
     model_type = "msn"
 
-    mask_ratio: float | int = field(default=0.3, metadata={"help": "Fraction of the patches that each anchor loses."})
-    shared_mask: bool = field(
-        default=False, metadata={"help": "One mask for the whole batch and all ranks, instead of one per image."}
+    mask_ratio: float | int = HfArg(default=0.3, help="Fraction of the patches that each anchor loses.")
+    shared_mask: bool = HfArg(
+        default=False, help="One mask for the whole batch and all ranks, instead of one per image."
     )
-    num_prototypes: int = field(default=1024, metadata={"help": "Number of prototypes, K."})
-    sharpen_temperature: float | int = field(
-        default=0.25, metadata={"help": "T of the targets, unless it is scheduled (see training)."}
+    num_prototypes: int = HfArg(default=1024, help="Number of prototypes, K.")
+    sharpen_temperature: float | int = HfArg(
+        default=0.25, help="T of the targets, unless it is scheduled (see training)."
     )
-    use_sinkhorn: bool = field(default=True, metadata={"help": "Balance the targets over the prototypes."})
-    me_max_weight: float | int = field(
-        default=1.0, metadata={"help": "lambda of the mean-entropy maximisation. Without Sinkhorn the paper has 5."}
+    use_sinkhorn: bool = HfArg(default=True, help="Balance the targets over the prototypes.")
+    me_max_weight: float | int = HfArg(
+        default=1.0, help="lambda of the mean-entropy maximisation. Without Sinkhorn the paper has 5."
     )
-    entropy_weight: float | int = field(
-        default=0.0, metadata={"help": "Weight of the entropy of the single assignments."}
-    )
-    prediction_head: bool = field(default=False, metadata={"help": "A prediction head on the anchors' projections."})
-    prediction_hidden_dim: int | None = field(
-        default=None, metadata={"help": "Its hidden width; by default a quarter of projection_dim."}
+    entropy_weight: float | int = HfArg(default=0.0, help="Weight of the entropy of the single assignments.")
+    prediction_head: bool = HfArg(default=False, help="A prediction head on the anchors' projections.")
+    prediction_hidden_dim: int | None = HfArg(
+        default=None, help="Its hidden width; by default a quarter of projection_dim."
     )
 
     def __post_init__(self, **kwargs):

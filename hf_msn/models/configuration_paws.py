@@ -1,8 +1,8 @@
 """Configuration of PAWS: the settings of the forward pass. Schedules are in `PAWSTrainingArguments`."""
 
-from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_number
 from .configuration_pretraining import SemiSupervisedConfig
@@ -33,12 +33,12 @@ class PAWSConfig(SemiSupervisedConfig):
 
     model_type = "paws"
 
-    prediction_head: bool = field(default=False, metadata={"help": "A prediction head on the anchors' projections."})
-    prediction_hidden_dim: int | None = field(
-        default=None, metadata={"help": "Its hidden width; by default a quarter of projection_dim."}
+    prediction_head: bool = HfArg(default=False, help="A prediction head on the anchors' projections.")
+    prediction_hidden_dim: int | None = HfArg(
+        default=None, help="Its hidden width; by default a quarter of projection_dim."
     )
-    sharpen_temperature: float | int = field(default=0.25, metadata={"help": "T of the targets."})
-    me_max_weight: float | int = field(default=1.0, metadata={"help": "Weight of the mean-entropy maximisation."})
+    sharpen_temperature: float | int = HfArg(default=0.25, help="T of the targets.")
+    me_max_weight: float | int = HfArg(default=1.0, help="Weight of the mean-entropy maximisation.")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

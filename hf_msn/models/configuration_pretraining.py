@@ -1,11 +1,11 @@
 """Bases of the configurations: an encoder and a projection head; for methods with labels also networks of timm."""
 
 import dataclasses
-from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTMSNConfig
 from transformers.activations import ACT2FN
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
 
@@ -27,12 +27,10 @@ class PretrainingConfig(ViTMSNConfig):
             `StrictDataclassFieldValidationError`.)
     """
 
-    projection_hidden_dim: int = field(
-        default=2048, metadata={"help": "Width of the projection head's hidden layers."}
-    )
-    projection_dim: int = field(default=256, metadata={"help": "Dimension of the projections."})
-    projection_batch_norm: bool = field(default=True, metadata={"help": "Batch normalisation in the heads."})
-    temperature: float | int = field(default=0.1, metadata={"help": "tau of the similarities."})
+    projection_hidden_dim: int = HfArg(default=2048, help="Width of the projection head's hidden layers.")
+    projection_dim: int = HfArg(default=256, help="Dimension of the projections.")
+    projection_batch_norm: bool = HfArg(default=True, help="Batch normalisation in the heads.")
+    temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -109,18 +107,17 @@ class SemiSupervisedConfig(PretrainingConfig):
         ValueError: If a value is out of range.
     """
 
-    timm_model: str | None = field(
-        default=None, metadata={"help": "A timm architecture as the encoder, such as resnet50, instead of a ViT."}
+    timm_model: str | None = HfArg(
+        default=None, help="A timm architecture as the encoder, such as resnet50, instead of a ViT."
     )
-    timm_options: dict | None = field(
-        default=None, metadata={"help": "Arguments of timm.create_model, as JSON on the command line."}
+    timm_options: dict | None = HfArg(
+        default=None, help="Arguments of timm.create_model, as JSON on the command line."
     )
-    small_image_stem: bool = field(
-        default=False,
-        metadata={"help": "For timm ResNets and small images: a 3x3 stem of stride 1 without pooling."},
+    small_image_stem: bool = HfArg(
+        default=False, help="For timm ResNets and small images: a 3x3 stem of stride 1 without pooling."
     )
-    projection_activation: str = field(default="relu", metadata={"help": "Activation of the heads: relu or gelu."})
-    label_smoothing: float | int = field(default=0.0, metadata={"help": "Smoothing of the supports' labels, eps."})
+    projection_activation: str = HfArg(default="relu", help="Activation of the heads: relu or gelu.")
+    label_smoothing: float | int = HfArg(default=0.0, help="Smoothing of the supports' labels, eps.")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -1,6 +1,8 @@
 """Training arguments of MSN."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_number
 from .pretraining_arguments import PretrainingArguments
@@ -13,21 +15,18 @@ class MSNTrainingArguments(PretrainingArguments):
     The defaults are those of the paper (arXiv 2204.07141), for 1024 images per update.
     """
 
-    ema_momentum: float = field(
-        default=0.996, metadata={"help": "Momentum of the target encoder at the first step, in [0, 1]."}
+    ema_momentum: float = HfArg(default=0.996, help="Momentum of the target encoder at the first step, in [0, 1].")
+    final_ema_momentum: float = HfArg(
+        default=1.0, help="Momentum of the target encoder at the end of its linear schedule, in [0, 1]."
     )
-    final_ema_momentum: float = field(
-        default=1.0, metadata={"help": "Momentum of the target encoder at the end of its linear schedule, in [0, 1]."}
+    start_sharpen_temperature: float | None = HfArg(
+        default=None, help="T of the targets at the first step. By default the model's, 0.25 in the paper."
     )
-    start_sharpen_temperature: float | None = field(
-        default=None,
-        metadata={"help": "T of the targets at the first step. By default the model's, 0.25 in the paper."},
+    final_sharpen_temperature: float | None = HfArg(
+        default=None, help="T of the targets at the last step. By default that of the first."
     )
-    final_sharpen_temperature: float | None = field(
-        default=None, metadata={"help": "T of the targets at the last step. By default that of the first."}
-    )
-    collapse_warning: bool = field(
-        default=True, metadata={"help": "Warn when the assignments collapse, with the symptom and the remedy."}
+    collapse_warning: bool = HfArg(
+        default=True, help="Warn when the assignments collapse, with the symptom and the remedy."
     )
 
     def __post_init__(self):

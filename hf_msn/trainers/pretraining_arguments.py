@@ -1,11 +1,12 @@
 """Training arguments that every pretraining method shares."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_integer, check_number
 from ..data.spare_cores import spare_cores
@@ -21,81 +22,64 @@ class PretrainingArguments(TrainingArguments):
     default for.
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate at the end of the warm-up."})
-    start_learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate at the first step."})
-    final_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
-    warmup_epochs: float = field(
-        default=15.0, metadata={"help": "Epochs of warm-up. `warmup_steps`, if not 0, takes its place."}
+    learning_rate: float = HfArg(default=1e-3, help="Learning rate at the end of the warm-up.")
+    start_learning_rate: float = HfArg(default=2e-4, help="Learning rate at the first step.")
+    final_learning_rate: float = HfArg(default=1e-6, help="Learning rate at the end of the cosine.")
+    warmup_epochs: float = HfArg(default=15.0, help="Epochs of warm-up. `warmup_steps`, if not 0, takes its place.")
+    warmup_steps: float = HfArg(
+        default=0, help="Steps of warm-up, or below 1 their share of all steps. 0: see `warmup_epochs`."
     )
-    warmup_steps: float = field(
-        default=0, metadata={"help": "Steps of warm-up, or below 1 their share of all steps. 0: see `warmup_epochs`."}
-    )
-    resume_from_checkpoint: str | None = field(
+    resume_from_checkpoint: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "A checkpoint folder; true: the last whole one of `output_dir`; auto: the same, or a new run if "
-            "there is none."
-        },
+        help="A checkpoint folder; true: the last whole one of `output_dir`; auto: the same, or a new run if there is "
+        "none.",
     )
-    learning_rate_batch_size: int | None = field(
+    learning_rate_batch_size: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "If given, the three learning rates hold for this many images per update over all ranks and are "
-            "scaled in proportion to the actual number. The paper's are for 1024."
-        },
+        help="If given, the three learning rates hold for this many images per update over all ranks and are scaled "
+        "in proportion to the actual number. The paper's are for 1024.",
     )
-    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay at the first step."})
-    final_weight_decay: float | None = field(
-        default=0.4, metadata={"help": "Weight decay at the end of its cosine; none: `weight_decay` throughout."}
+    weight_decay: float = HfArg(default=0.04, help="Weight decay at the first step.")
+    final_weight_decay: float | None = HfArg(
+        default=0.4, help="Weight decay at the end of its cosine; none: `weight_decay` throughout."
     )
-    schedule_stretch: float = field(
+    schedule_stretch: float = HfArg(
         default=1.25,
-        metadata={
-            "help": "Length of the schedules of learning rate, weight decay and momentum over that of training. "
-            "Above 1 they never reach their end values. The paper has 1.25."
-        },
+        help="Length of the schedules of learning rate, weight decay and momentum over that of training. Above 1 they "
+        "never reach their end values. The paper has 1.25.",
     )
-    max_grad_norm: float = field(
-        default=3.0, metadata={"help": "Gradients of encoder and head are clipped to this norm; 0: never."}
+    max_grad_norm: float = HfArg(default=3.0, help="Gradients of encoder and head are clipped to this norm; 0: never.")
+    num_train_epochs: float = HfArg(default=100.0, help="Passes over the training images.")
+    use_lars: bool = HfArg(
+        default=False, help="LARS with momentum in place of `optim`: for convnets and large batches."
     )
-    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
-    use_lars: bool = field(
-        default=False, metadata={"help": "LARS with momentum in place of `optim`: for convnets and large batches."}
+    lars_momentum: float = HfArg(default=0.9, help="Momentum of LARS, in [0, 1).")
+    lars_trust_coefficient: float = HfArg(default=0.001, help="Trust coefficient of LARS.")
+    compile_encoder: bool = HfArg(
+        default=False, help="torch.compile the encoders. (`torch_compile` would take the whole model.)"
     )
-    lars_momentum: float = field(default=0.9, metadata={"help": "Momentum of LARS, in [0, 1)."})
-    lars_trust_coefficient: float = field(default=0.001, metadata={"help": "Trust coefficient of LARS."})
-    compile_encoder: bool = field(
-        default=False,
-        metadata={"help": "torch.compile the encoders. (`torch_compile` would take the whole model.)"},
+    sync_batch_norm: bool = HfArg(default=True, help="With several ranks, normalise batches over all of them.")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Train from scratch into an `output_dir` that is not empty."
     )
-    sync_batch_norm: bool = field(
-        default=True, metadata={"help": "With several ranks, normalise batches over all of them."}
+    logging_steps: float = HfArg(default=50, help="Updates between two logs.")
+    per_device_train_batch_size: int = HfArg(default=64, help="Images per rank in one micro-batch.")
+    dataloader_drop_last: bool = HfArg(
+        default=True, help="Leave out the last, smaller batch of an epoch: all ranks need equal batches."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train from scratch into an `output_dir` that is not empty."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Updates between two logs."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per rank in one micro-batch."})
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last, smaller batch of an epoch: all ranks need equal batches."}
-    )
-    dataloader_num_workers: int | None = field(
+    dataloader_num_workers: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Processes per rank that read data. By default the cores of the rank less one, at most 16, if an "
-            "accelerator trains, and 0 on a CPU, whose cores are busy with the model."
-        },
+        help="Processes per rank that read data. By default the cores of the rank less one, at most 16, if an "
+        "accelerator trains, and 0 on a CPU, whose cores are busy with the model.",
     )
-    dataloader_persistent_workers: bool | None = field(
-        default=None, metadata={"help": "Keep these processes from epoch to epoch. By default true if there are any."}
+    dataloader_persistent_workers: bool | None = HfArg(
+        default=None, help="Keep these processes from epoch to epoch. By default true if there are any."
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: batches are made of views."})
-    average_tokens_across_devices: bool = field(default=False, metadata={"help": "Has no meaning for images."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are used."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hides NaN losses from the log if on."})
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation on a data set returns its loss only."}
-    )
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are made of views.")
+    average_tokens_across_devices: bool = HfArg(default=False, help="Has no meaning for images.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="All parameters are used.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hides NaN losses from the log if on.")
+    prediction_loss_only: bool = HfArg(default=True, help="Evaluation on a data set returns its loss only.")
 
     num_loaders: ClassVar[int] = 1  # loaders that read at the same time and share the default number of workers
 

@@ -1,6 +1,8 @@
 """Training arguments of SimCLR + SuNCEt."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from ..checks import check_number
 from .semi_supervised_arguments import SemiSupervisedArguments
@@ -14,11 +16,9 @@ class SuNCEtTrainingArguments(SemiSupervisedArguments):
     `start_learning_rate=0.6`, `final_learning_rate=0.048`, `weight_decay=1e-6`, `final_weight_decay=None`.
     """
 
-    supervised_epochs: float | None = field(
+    supervised_epochs: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Epochs that train with the SuNCEt term and labelled images, before SimCLR alone. By default all."
-        },
+        help="Epochs that train with the SuNCEt term and labelled images, before SimCLR alone. By default all.",
     )
 
     def __post_init__(self):
