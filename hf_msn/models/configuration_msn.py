@@ -1,6 +1,5 @@
 """Configuration of MSN: the settings of the forward pass. Schedules are in `MSNTrainingArguments`."""
 
-
 from huggingface_hub.dataclasses import strict
 from transformers.hf_argparser import HfArg
 

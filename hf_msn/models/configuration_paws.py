@@ -1,6 +1,5 @@
 """Configuration of PAWS: the settings of the forward pass. Schedules are in `PAWSTrainingArguments`."""
 
-
 from huggingface_hub.dataclasses import strict
 from transformers.hf_argparser import HfArg
 

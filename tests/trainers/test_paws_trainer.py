@@ -1,13 +1,12 @@
 """PAWSTrainer: the support of each micro-batch, LARS step by step, the log, refusals."""
 
 import copy
-import json
 import math
 
 import datasets
 import pytest
 import torch
-from semi_supervised_runs import LABELLED_ROWS, load_images, make_run, support, transform, watch
+from semi_supervised_runs import load_images, make_run, support, transform, watch
 from short_runs import assert_same_weights, logged
 
 from hf_msn import ClassStratifiedSampler, MultiViewDataset, SupportDataset
@@ -26,13 +25,12 @@ def expected_support(step: int, views_per_image: int = 1, **settings) -> dict[st
     return SupportCollator()([dataset[key] for key in keys])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_micro_batch_has_the_support_of_its_number(tmp_path, accumulation):
-    trainer = make_run(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, views_per_image=2)
+def test_each_micro_batch_has_the_support_of_its_number(tmp_path):
+    trainer = make_run(tmp_path, max_steps=4, gradient_accumulation_steps=2, views_per_image=2)
     seen = watch(trainer)
     trainer.train()
-    # 5 micro-batches per epoch: with 2 per update, the third update has one, and the number of its other is skipped.
-    numbers = [0, 1, 2, 3] if accumulation == 1 else [0, 1, 2, 3, 4, 6, 7]
+    # 5 micro-batches per epoch: the third update has one, and the number of its other is skipped.
+    numbers = [0, 1, 2, 3, 4, 6, 7]
     assert len(seen) == len(numbers)
     for number, inputs in zip(numbers, seen):
         wanted = expected_support(number, views_per_image=2)
@@ -68,18 +66,21 @@ def test_a_run_with_lars_is_a_plain_loop(tmp_path, weight_decay):
         use_lars=True,
         weight_decay=weight_decay,
         final_weight_decay=None,
+        max_steps=5,
         **rates,
     )
+    # LARS scales a gradient that is mostly rounding as much as any other: float32 depends on the processor.
+    trainer.model.double()
     plain, seen = copy.deepcopy(trainer.model), watch(trainer)
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, LARS)
 
     momenta = {name: torch.zeros_like(parameter) for name, parameter in plain.named_parameters()}
     for step, inputs in enumerate(seen):
-        lr = rate(step, 8, 2, *rates.values())
+        lr = rate(step, 5, 2, *rates.values())
         assert logged(trainer, "learning_rate")[step + 1] == pytest.approx(lr, rel=1e-9)
         loss = plain(**inputs).loss
-        assert logged(trainer)[step + 1] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+        assert logged(trainer)[step + 1] == pytest.approx(loss.item(), rel=1e-6)
         plain.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -92,7 +93,7 @@ def test_a_run_with_lars_is_a_plain_loop(tmp_path, weight_decay):
                 momenta[name] = 0.9 * momenta[name] + lr * update
                 parameter.sub_(momenta[name])
     for (name, found), wanted in zip(trainer.model.state_dict().items(), plain.state_dict().values()):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9, msg=name)
 
 
 def test_the_log_has_the_parts_of_the_loss_and_of_the_targets(tmp_path):
@@ -108,19 +109,12 @@ def test_the_log_has_the_parts_of_the_loss_and_of_the_targets(tmp_path):
     assert entry["loss"] == mean([output.loss.item() for output in outputs])
     assert entry["cross_entropy"] == mean([output.cross_entropy.item() for output in outputs])
     assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.5 * entry["me_max"], rel=1e-5)
-    agreements, sure, in_use = [], [], []
-    for output in outputs:
-        rows = output.target_probabilities.tolist()
-        assert len(rows) == 8
-        agreements.append(
-            sum(rows[i].index(max(rows[i])) == rows[4 + i].index(max(rows[4 + i])) for i in range(4)) / 4
-        )
-        sure.append(sum(max(row) for row in rows) / 8)
-        means = [sum(column) / 8 for column in zip(*rows)]
-        in_use.append(math.exp(-sum(p * math.log(p) for p in means if p > 0)))
-    assert entry["view_agreement"] == mean(agreements)
-    assert entry["mean_max_target_probability"] == mean(sure)
-    assert entry["classes_in_use"] == mean(in_use)
+    targets = [output.target_probabilities.double() for output in outputs]
+    classes = [target.argmax(dim=1) for target in targets]
+    shares = [target.mean(dim=0) for target in targets]
+    assert entry["view_agreement"] == mean([(c[:4] == c[4:]).double().mean().item() for c in classes])
+    assert entry["mean_max_target_probability"] == mean([t.max(dim=1).values.mean().item() for t in targets])
+    assert entry["classes_in_use"] == mean([math.exp(-torch.xlogy(p, p).sum().item()) for p in shares])
 
 
 def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
@@ -131,23 +125,23 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
         eval_strategy="steps",
         eval_steps=1,
         per_device_eval_batch_size=8,
-        max_steps=4,
+        max_steps=2,
         gradient_accumulation_steps=2,
     )
     evaluated.train()
-    plain = make_run(tmp_path / "plain", max_steps=4, gradient_accumulation_steps=2)
+    plain = make_run(tmp_path / "plain", max_steps=2, gradient_accumulation_steps=2)
     plain.train()
     assert_same_weights(evaluated.model, plain.model)
     assert logged(evaluated) == logged(plain)
 
     found = logged(evaluated, "eval_loss")
-    assert sorted(found) == [1, 2, 3, 4]
+    assert sorted(found) == [1, 2]
     batch = evaluated.data_collator([images[row] for row in range(8)])
     dataset = support()
     sampler = ClassStratifiedSampler(dataset.labels, global_images_per_class=2, seed=42)
     fixed = SupportCollator()([dataset[position] for position in sampler.batch(0)])
     with torch.no_grad():
-        assert found[4] == pytest.approx(evaluated.model.eval()(**batch, **fixed).loss.item(), rel=1e-4)
+        assert found[2] == pytest.approx(evaluated.model.eval()(**batch, **fixed).loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +186,7 @@ def test_class_names_that_differ_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'cat'"):
         make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": other}).train()
     same = MultiViewDataset(named(names), transform())
-    make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": same}, max_steps=1).train()
+    make_run(tmp_path, changes={"support_dataset": labelled, "train_dataset": same}).check_before_training()
 
 
 def test_a_size_that_a_timm_network_does_not_take_is_refused(tmp_path):
@@ -203,19 +197,4 @@ def test_a_size_that_a_timm_network_does_not_take_is_refused(tmp_path):
         trainer.train()
     assert trainer.model.encoder.training and trainer.state.global_step == 0
     fields["timm_options"] = {**options, "dynamic_img_size": True}
-    make_run(tmp_path, model_fields=fields, max_steps=1).train()
-
-
-def test_labelled_images_are_saved_beside_the_model(tmp_path):
-    trainer = make_run(tmp_path, max_steps=1)
-    trainer.train()
-    trainer.save_model()
-    saved = json.loads((tmp_path / "labelled_images.json").read_text())
-    assert saved["rows"] == LABELLED_ROWS and saved["labels"] == [1, 5, 9, 1, 5, 9, 1, 5]
-    assert saved["support"] == {
-        "global_classes": None,
-        "global_images_per_class": 2,
-        "shard": "classes",
-        "views_per_image": 1,
-        "seed": 42,
-    }
+    make_run(tmp_path, model_fields=fields).check_before_training()

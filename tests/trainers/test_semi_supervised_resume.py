@@ -54,7 +54,14 @@ def stopped(tmp_path_factory):
 
 def test_other_labelled_images_are_refused(stopped, tmp_path):
     saved = json.loads((stopped / "labelled_images.json").read_text())
-    assert saved["rows"] == LABELLED_ROWS
+    assert saved["rows"] == LABELLED_ROWS and saved["labels"] == [1, 5, 9, 1, 5, 9, 1, 5]
+    assert saved["support"] == {
+        "global_classes": None,
+        "global_images_per_class": 2,
+        "shard": "classes",
+        "views_per_image": 1,
+        "seed": 42,
+    }
     for rows, shared in (([*LABELLED_ROWS[:-1], 25], 7), (LABELLED_ROWS[:-1], 7), ([0, 2, 10, 18], 0)):
         with pytest.raises(CheckpointError, match=f"8 there, {len(rows)} here, {shared} rows"):
             make_run(tmp_path, rows=rows).train(resume_from_checkpoint=str(stopped))
