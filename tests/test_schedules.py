@@ -1,42 +1,10 @@
-"""Schedules against the golden numbers of the reference and against their equations."""
+"""Schedules against their equations. The golden numbers of the reference are in tests/trainers/test_msn_trainer.py."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 
 from hf_msn.schedules import cosine, linear, warmup_cosine
-
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["schedule"]
-HORIZON = GOLDEN["steps_per_epoch"] * GOLDEN["epochs"] * GOLDEN["stretch"]
-
-
-def test_learning_rate_equals_the_golden_numbers():
-    warmup = GOLDEN["warmup_epochs"] * GOLDEN["steps_per_epoch"] / HORIZON
-    rates = [
-        warmup_cosine(
-            (step + 1) / HORIZON,
-            warmup=warmup,
-            start=GOLDEN["start_lr"],
-            peak=GOLDEN["lr"],
-            end=GOLDEN["final_lr"],
-        )
-        for step in range(len(GOLDEN["lr_at_step"]))
-    ]
-    assert rates == pytest.approx(GOLDEN["lr_at_step"], rel=1e-12, abs=0)
-
-
-def test_weight_decay_equals_the_golden_numbers():
-    decays = [
-        cosine((step + 1) / HORIZON, GOLDEN["wd"], GOLDEN["final_wd"]) for step in range(len(GOLDEN["wd_at_step"]))
-    ]
-    assert decays == pytest.approx(GOLDEN["wd_at_step"], rel=1e-12, abs=0)
-
-
-def test_momentum_equals_the_golden_numbers():
-    momenta = [linear(step / HORIZON, 0.996, 1.0) for step in range(len(GOLDEN["momentum_at_step"]))]
-    assert momenta == pytest.approx(GOLDEN["momentum_at_step"], rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("schedule", [linear, cosine])

@@ -10,27 +10,10 @@ from .masking import num_kept_patches
 
 @strict
 class MSNConfig(PretrainingConfig):
-    r"""
-    Configuration of an [`MSNForPreTraining`] (arXiv 2204.07141). The fields of `ViTMSNConfig` describe the encoder, by
-    default ViT-B/16; [`PretrainingConfig`] has those of the projection head.
+    """Configuration of an [`MSNForPreTraining`] (arXiv 2204.07141).
 
-    Args:
-        mask_ratio (`float`, *optional*, defaults to 0.3):
-            Fraction of the patches that each anchor loses, in [0, 1); floor(N * (1 - mask_ratio)) are kept. The paper:
-            S/16 0.15, B/16 0.3, L/16 0.5, B/8 0.3, B/4 0.7, L/7 0.7. Focal views keep all.
-        shared_mask (`bool`, *optional*, defaults to `False`):
-            One mask for the whole batch and all ranks, as in the authors' code, instead of one per image.
-        num_prototypes (`int`, *optional*, defaults to 1024): Number of prototypes, K.
-        sharpen_temperature (`float`, *optional*, defaults to 0.25):
-            T of the targets, > 0, unless `forward` receives another.
-        use_sinkhorn (`bool`, *optional*, defaults to `True`): Balance the targets over the prototypes.
-        me_max_weight (`float`, *optional*, defaults to 1.0):
-            lambda of the mean-entropy maximisation. The authors' recipe has 1 with Sinkhorn, the paper's best 5
-            without.
-        entropy_weight (`float`, *optional*, defaults to 0.0): Weight of the entropy of the single assignments.
-        prediction_head (`bool`, *optional*, defaults to `False`):
-            A second head on the projections of the anchors, an option of the authors' code that the paper leaves off.
-        prediction_hidden_dim (`int`, *optional*): Its hidden width; by default a quarter of `projection_dim`.
+    The fields of `ViTMSNConfig` describe the encoder, by default ViT-B/16; [`PretrainingConfig`] has those of the
+    heads. floor(N * (1 - mask_ratio)) of an anchor's N patches are kept; focal views keep all.
 
     Raises:
         ValueError: If a value is out of range. (A value of the wrong type raises transformers'
@@ -39,7 +22,11 @@ class MSNConfig(PretrainingConfig):
 
     model_type = "msn"
 
-    mask_ratio: float | int = HfArg(default=0.3, help="Fraction of the patches that each anchor loses.")
+    mask_ratio: float | int = HfArg(
+        default=0.3,
+        help="Fraction of the patches that each anchor loses, in [0, 1). The paper: S/16 0.15, B/16 0.3, L/16 0.5, "
+        "B/8 0.3, B/4 0.7, L/7 0.7.",
+    )
     shared_mask: bool = HfArg(
         default=False, help="One mask for the whole batch and all ranks, instead of one per image."
     )

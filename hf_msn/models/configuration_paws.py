@@ -9,16 +9,11 @@ from .configuration_pretraining import SemiSupervisedConfig
 
 @strict
 class PAWSConfig(SemiSupervisedConfig):
-    r"""
-    Configuration of a [`PAWSForPreTraining`] (arXiv 2104.13963). The encoder is a ViTMSN, described by the fields of
-    `ViTMSNConfig`, or a network of timm: see [`SemiSupervisedConfig`], also for the projection head.
+    """Configuration of a [`PAWSForPreTraining`] (arXiv 2104.13963).
 
-    Args:
-        prediction_head (`bool`, *optional*, defaults to `False`):
-            A second head on the projections of the anchors, which the paper has for ImageNet and not for CIFAR-10.
-        prediction_hidden_dim (`int`, *optional*): Its hidden width; by default a quarter of `projection_dim`.
-        sharpen_temperature (`float`, *optional*, defaults to 0.25): T of the targets, > 0.
-        me_max_weight (`float`, *optional*, defaults to 1.0): Weight of the mean-entropy maximisation.
+    The encoder is a ViTMSN, described by the fields of `ViTMSNConfig`, or a network of timm: see
+    [`SemiSupervisedConfig`], also for the projection head. The paper has a prediction head for ImageNet, none for
+    CIFAR-10.
 
     Raises:
         ValueError: If a value is out of range.

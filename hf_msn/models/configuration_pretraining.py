@@ -12,15 +12,9 @@ from ..checks import check_choice, check_integer, check_number
 
 @strict
 class PretrainingConfig(ViTMSNConfig):
-    r"""
-    Base of the configurations of pretraining methods. The fields of `ViTMSNConfig` describe a ViT encoder, by default
-    ViT-B/16; each method adds its own.
+    """Base of the configurations of pretraining methods.
 
-    Args:
-        projection_hidden_dim (`int`, *optional*, defaults to 2048): Width of the projection head's two hidden layers.
-        projection_dim (`int`, *optional*, defaults to 256): Dimension of the projections, D.
-        projection_batch_norm (`bool`, *optional*, defaults to `True`): Batch normalisation in the heads.
-        temperature (`float`, *optional*, defaults to 0.1): tau of the similarities, > 0.
+    The fields of `ViTMSNConfig` describe a ViT encoder, by default ViT-B/16; each method adds its own.
 
     Raises:
         ValueError: If a value is out of range. (A value of the wrong type raises transformers'
@@ -30,6 +24,11 @@ class PretrainingConfig(ViTMSNConfig):
     projection_hidden_dim: int = HfArg(default=2048, help="Width of the projection head's hidden layers.")
     projection_dim: int = HfArg(default=256, help="Dimension of the projections.")
     projection_batch_norm: bool = HfArg(default=True, help="Batch normalisation in the heads.")
+    batch_norm_per_resolution: bool = HfArg(
+        default=True,
+        help="Batch statistics of the heads for the views of each size by themselves, as in the authors' code; false: "
+        "for all views together.",
+    )
     temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")
 
     def __post_init__(self, **kwargs):
@@ -86,22 +85,13 @@ class PretrainingConfig(ViTMSNConfig):
 
 @strict
 class SemiSupervisedConfig(PretrainingConfig):
-    r"""
-    Base of [`PAWSConfig`] and [`SuNCEtConfig`]: the encoder is a ViTMSN, described by the fields of `ViTMSNConfig`,
-    or, with `timm_model`, any network of timm.
+    """Base of [`PAWSConfig`] and [`SuNCEtConfig`].
 
-    Args:
-        timm_model (`str`, *optional*): Name of a timm architecture, such as "resnet50", to use as encoder; also
-            "paws_wide_resnet" (WideResNet-28-2) and "paws_resnet" (a widened ResNet). The fields of the ViT are then
-            ignored.
-        timm_options (`dict`, *optional*): Arguments of `timm.create_model` beside the name, such as
-            `{"drop_path_rate": 0.1}`. A ViT of timm needs `{"dynamic_img_size": True}` for small crops.
-        small_image_stem (`bool`, *optional*, defaults to `False`):
-            For a ResNet of timm: a 3x3 convolution of stride 1 without pooling replaces the stem that divides the
-            sides by 4, as is usual for images of 32 pixels.
-        projection_activation (`str`, *optional*, defaults to `"relu"`): "relu" or "gelu", in both heads.
-        label_smoothing (`float`, *optional*, defaults to 0.0): eps, in [0, 1): a fraction eps of each support's label
-            is spread evenly over the classes of the support.
+    The encoder is a ViTMSN, described by the fields of `ViTMSNConfig`, or, with `timm_model`, any network of timm;
+    also "paws_wide_resnet" (WideResNet-28-2) and "paws_resnet" (a widened ResNet). A ViT of timm needs
+    `timm_options={"dynamic_img_size": True}` for small crops. `small_image_stem` replaces a ResNet's stem, which
+    divides the sides by 4, as is usual for images of 32 pixels. `label_smoothing` is eps in [0, 1): a fraction eps of
+    each support's label is spread evenly over the classes of the support.
 
     Raises:
         ValueError: If a value is out of range.

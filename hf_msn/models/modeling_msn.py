@@ -120,14 +120,17 @@ class MSNForPreTraining(PretrainingModel):
                 f"{[None if view is None else tuple(view.shape) for view in given.values()]}."
             )
 
-        features = []
+        rows = []
         for name, view in views.items():
             images = view.transpose(0, 1).flatten(0, 1)  # view-major
             kept_patches = self._draw_kept_patches(images) if name == "anchor_pixel_values" else None
-            features.append(self._cls(self.encoder, images, kept_patches))
-        anchor_projections = self.projection_head(torch.cat(features))
+            rows.append(self._cls(self.encoder, images, kept_patches))
+        if len({view.shape[-2:] for view in views.values()}) == 1:
+            rows = [torch.cat(rows)]
+        rows = self._apply_head(self.projection_head, rows)
         if self.prediction_head is not None:
-            anchor_projections = self.prediction_head(anchor_projections)
+            rows = self._apply_head(self.prediction_head, rows)
+        anchor_projections = torch.cat(rows)
         with torch.no_grad():
             target_projections = self.project(pixel_values)
 

@@ -85,18 +85,18 @@ class PAWSForPreTraining(SemiSupervisedModel):
         if num_small_crops:
             views.append(focal_pixel_values.transpose(0, 1).flatten(0, 1))
 
-        supports, *projections = self._project_together([support_pixel_values, *views])
-        target_projections = torch.cat([projections[1], projections[0]])
-        anchor_projections, anchor_supports = torch.cat(projections), supports
-        if self.prediction_head is not None:
-            predictions = self.prediction_head(torch.cat([anchor_supports, anchor_projections]))
-            anchor_supports, anchor_projections = predictions.split([len(supports), len(anchor_projections)])
+        heads = (
+            [self.projection_head] if self.prediction_head is None else [self.projection_head, self.prediction_head]
+        )
+        outputs = self._apply_heads([support_pixel_values, *views], *heads)
+        target_supports, first, second, *_ = outputs[0]
+        anchor_supports, *anchors = outputs[-1]
 
         output = paws_loss(
-            anchor_projections,
+            torch.cat(anchors),
             anchor_supports,
-            target_projections,
-            supports,
+            torch.cat([second, first]),
+            target_supports,
             self._label_rows(support_labels),
             num_small_crops=num_small_crops,
             temperature=self.config.temperature,

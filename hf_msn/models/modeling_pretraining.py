@@ -95,6 +95,12 @@ class PretrainingModel(PreTrainedModel):
         model.trunk_from = str(name_or_path)
         return model
 
+    def _apply_head(self, head: nn.Module, resolutions: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Apply a head to the rows of each resolution: its batch statistics are theirs, or those of all rows."""
+        if self.config.batch_norm_per_resolution:
+            return [head(rows) for rows in resolutions]
+        return list(head(torch.cat(resolutions)).split([len(rows) for rows in resolutions]))
+
     def _after_loading(self) -> None:
         """Called after `from_pretrained`, which makes every floating-point parameter trainable."""
 
@@ -159,19 +165,23 @@ class SemiSupervisedModel(PretrainingModel):
             return self.encoder(pixel_values, cls_only=True).last_hidden_state[:, 0]
         return self.encoder(pixel_values)
 
-    def _project_together(self, groups: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the projections of each group of images.
+    def _apply_heads(self, groups: list[torch.Tensor], *heads: nn.Module) -> list[list[torch.Tensor]]:
+        """Apply the encoder and then the heads, one after the other, to groups of images.
 
-        Images of one size share a pass of the encoder, and all share one pass of the head: batch normalisation in the
-        encoder sees all images of one size, in the head all images.
+        Images of one size share a pass of the encoder and, with `batch_norm_per_resolution`, of the heads.
+
+        Returns:
+            `list[list[torch.Tensor]]`: For each head its outputs for each group.
         """
         sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
         order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
-        features = [
-            self._features(torch.cat([group for group in groups if group.shape[-2:] == size])) for size in sizes
-        ]
-        parts = self.projection_head(torch.cat(features)).split([len(groups[place]) for place in order])
-        return [part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])]
+        rows = [self._features(torch.cat([group for group in groups if group.shape[-2:] == size])) for size in sizes]
+        outputs = []
+        for head in heads:
+            rows = self._apply_head(head, rows)
+            parts = torch.cat(rows).split([len(groups[place]) for place in order])
+            outputs.append([part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])])
+        return outputs
 
     def _label_rows(self, support_labels: torch.Tensor) -> torch.Tensor:
         """Return smoothed one-hot rows of this rank's supports, one column per class in the support of **all** ranks.

@@ -72,7 +72,7 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
         if pixel_values is not None:
             check_two_views(pixel_values, anchor_pixel_values)
             groups += [pixel_values, anchor_pixel_values[:, 0]]
-        projections = self._project_together(groups)
+        (projections,) = self._apply_heads(groups, self.projection_head)
 
         suncet = nt_xent = None
         if support_labels is not None:

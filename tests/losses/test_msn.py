@@ -279,23 +279,17 @@ def test_a_temperature_that_is_not_above_0_is_an_error(name, value):
         msn_loss(*inputs(), **{name: value})
 
 
-def test_inputs_that_are_no_matrices_are_an_error():
-    anchors, targets, prototypes = inputs()
-    with pytest.raises(ValueError, match=r"takes anchors \(V\*B, D\).*got shapes \(2, 3, 4\), \(3, 4\) and \(5, 4\)"):
-        msn_loss(anchors.view(NUM_VIEWS, NUM_IMAGES, DIM), targets, prototypes)
-
-
-def test_different_dimensions_are_an_error():
-    anchors, targets, prototypes = inputs()
-    with pytest.raises(ValueError, match="must share their last dimension, but have 4, 4 and 3"):
-        msn_loss(anchors, targets, prototypes[:, :3])
-
-
 @pytest.mark.parametrize(
-    ("num_anchors", "num_targets", "num_prototypes"), [(5, 3, 5), (0, 3, 5), (6, 0, 5), (6, 3, 0)]
+    ("shapes", "message"),
+    [
+        ([(2, 3, 4), (3, 4), (5, 4)], r"\(2, 3, 4\), \(3, 4\) and \(5, 4\)"),
+        ([(6, 4), (3, 4), (5, 3)], "4, 4 and 3"),
+        ([(5, 4), (3, 4), (5, 4)], "5 anchors for 3 targets and 5 prototypes"),
+        ([(0, 4), (3, 4), (5, 4)], "0 anchors"),
+        ([(6, 4), (0, 4), (5, 4)], "0 targets"),
+        ([(6, 4), (3, 4), (0, 4)], "0 prototypes"),
+    ],
 )
-def test_anchors_that_are_no_whole_number_of_views_are_an_error(num_anchors, num_targets, num_prototypes):
-    anchors, targets, prototypes = inputs()
-    message = f"There are {num_anchors} anchors for {num_targets} targets and {num_prototypes} prototypes"
+def test_shapes_that_do_not_fit_are_an_error(shapes, message):
     with pytest.raises(ValueError, match=message):
-        msn_loss(anchors[:num_anchors], targets[:num_targets], prototypes[:num_prototypes])
+        msn_loss(*(torch.ones(shape) for shape in shapes))

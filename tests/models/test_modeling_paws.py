@@ -40,17 +40,21 @@ def by_hand_one_by_one(model, batch) -> tuple[torch.Tensor, list]:
 
 
 def by_hand_jointly(model, batch) -> torch.Tensor:
-    """Supports and global views in one pass of the encoder, small crops in another, all in one of each head."""
+    """Supports and global views in one pass of the encoder and the heads, small crops in another.
+
+    Without `batch_norm_per_resolution` all are in one pass of the heads.
+    """
     images, crops = len(batch["pixel_values"]), batch["focal_pixel_values"]
     supports = len(batch["support_labels"])
     groups = [batch["pixel_values"], batch["anchor_pixel_values"][:, 0], batch["support_pixel_values"]]
     large = features_of(model, torch.cat(groups))
     small = features_of(model, crops.flatten(0, 1))
-    projected = model.projection_head(torch.cat([small, large]))
-    predicted = projected if model.prediction_head is None else model.prediction_head(projected)
+    rows = [large, small] if model.config.batch_norm_per_resolution else [torch.cat([large, small])]
+    projected = [model.projection_head(part) for part in rows]
+    predicted = projected if model.prediction_head is None else [model.prediction_head(part) for part in projected]
 
     def split(rows):
-        of_crops, first, second, of_supports = rows.split([len(small), images, images, supports])
+        first, second, of_supports, of_crops = torch.cat(rows).split([images, images, supports, len(small)])
         of_crops = of_crops.unflatten(0, crops.shape[:2])
         return [[first[i], second[i], *of_crops[i]] for i in range(images)], of_supports
 
@@ -85,7 +89,11 @@ def test_loss_and_gradients_are_those_of_the_equations_image_by_image(fields, sm
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("head", [{}, PREDICTION], ids=["no prediction head", "prediction head"])
+@pytest.mark.parametrize(
+    "head",
+    [{}, PREDICTION, {**PREDICTION, "batch_norm_per_resolution": False}],
+    ids=["no prediction head", "prediction head", "all views together"],
+)
 def test_supports_and_global_views_share_their_batch_statistics(encoder, head):
     model = tiny_paws(label_smoothing=0.1, **ENCODERS[encoder], **head)
     batch = semi_supervised_batch()

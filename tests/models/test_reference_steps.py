@@ -1,16 +1,22 @@
-"""Ten steps of MSNTrainer against a plain loop in float64, written from the equations with raw torch."""
+"""Steps of MSNTrainer against the losses of the authors' code, and against a plain loop in float64."""
 
 import copy
+import json
 import math
+import zlib
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model
 from torch import nn
 from transformers import ViTMSNModel
 
-from hf_msn import MSNTrainer, MSNTrainingArguments
+from hf_msn import MSNConfig, MSNForPreTraining, MSNTrainer, MSNTrainingArguments
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trajectory.json").read_text())
 
 STEPS, WARMUP_STEPS, IMAGES = 10, 3, 4
 STRETCH = 1.25
@@ -54,9 +60,11 @@ class Reference:
     def parameters(self) -> list[torch.Tensor]:
         return [*self.encoder.parameters(), *self.head.parameters()]
 
-    def project(self, views: list[torch.Tensor]) -> torch.Tensor:
-        features = [self.encoder(view, interpolate_pos_encoding=True).last_hidden_state[:, 0] for view in views]
-        return self.head(torch.cat(features))
+    def project(self, resolutions: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Take the views of each size; the batch statistics of the head are those of one size."""
+        images = [torch.cat(views) for views in resolutions]
+        features = [self.encoder(view, interpolate_pos_encoding=True).last_hidden_state[:, 0] for view in images]
+        return torch.cat([self.head(rows) for rows in features])
 
 
 def reference_loss(anchors, targets, prototypes, use_sinkhorn):
@@ -92,9 +100,9 @@ def reference_losses(model, batches: list[dict], accumulation: int, use_sinkhorn
     for update in range(STEPS):
         for batch in batches[update * accumulation : (update + 1) * accumulation]:
             batch = {name: views.double() for name, views in batch.items()}
-            views = [batch["anchor_pixel_values"][:, 0], *batch["focal_pixel_values"].unbind(1)]
+            views = [[batch["anchor_pixel_values"][:, 0]], batch["focal_pixel_values"].unbind(1)]
             with torch.no_grad():
-                targets = target.project([batch["pixel_values"]])
+                targets = target.project([[batch["pixel_values"]]])
             loss = reference_loss(online.project(views), targets, prototypes, use_sinkhorn) / accumulation
             loss.backward()
             losses.append(loss.item())
@@ -178,3 +186,72 @@ def test_ten_steps_give_the_losses_of_the_plain_loop(tmp_path, settings, dtype, 
     trainer.train()
     assert losses == pytest.approx(expected, rel=tolerance)
     assert max(expected) / min(expected) > 1.2  # the steps change something
+
+
+def philox(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    """Return normal numbers, rounded to float32."""
+    return torch.from_numpy(scale * np.random.Generator(np.random.Philox(seed)).standard_normal(shape)).float()
+
+
+@torch.no_grad()
+def golden_model() -> MSNForPreTraining:
+    vit = {"image_size": 32, "patch_size": 8, "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
+    head = {"projection_hidden_dim": 64, "projection_dim": 32, "num_prototypes": 16}
+    loss = {"mask_ratio": 0.0, "use_sinkhorn": False, "me_max_weight": GOLDEN["options"]["memax"]}
+    model = MSNForPreTraining(MSNConfig(**vit, **head, **loss, intermediate_size=768, layer_norm_eps=1e-6)).double()
+    for name, tensor in model.named_parameters():
+        if not name.startswith("target_"):
+            values = philox(zlib.crc32(name.encode()), *tensor.shape, scale=0.05)
+            is_scale = name.endswith("weight") and ("norm" in name or ".bn" in name)
+            tensor.copy_(values + 1 if is_scale else values)
+    model.update_target(0.0)
+    return model
+
+
+def golden_views(step: int) -> dict[str, torch.Tensor]:
+    batch, focal = GOLDEN["options"]["batch"], range(GOLDEN["options"]["focal"])
+    target, anchor = (philox(5000 + 20 * step + view, batch, 3, 32, 32).double() for view in (0, 1))
+    small = [philox(5010 + 20 * step + view, batch, 3, 16, 16).double() for view in focal]
+    return {
+        "pixel_values": target,
+        "anchor_pixel_values": anchor[:, None],
+        "focal_pixel_values": torch.stack(small, dim=1),
+    }
+
+
+def test_twelve_steps_have_the_losses_of_the_authors_code(tmp_path):
+    steps, batch = GOLDEN["options"]["steps"], GOLDEN["options"]["batch"]
+    views = [golden_views(step) for step in range(steps)]
+    trainer = MSNTrainer(
+        golden_model(),
+        MSNTrainingArguments(
+            str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            train_sampling_strategy="sequential",
+            warmup_steps=GOLDEN["options"]["ipe"] * GOLDEN["options"]["warmup"],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=[{name: v[row] for name, v in step.items()} for step in views for row in range(batch)],
+    )
+    losses = []  # the log has them in float32
+    trainer.model.register_forward_hook(
+        lambda module, args, output: losses.append([output.cross_entropy, output.me_max, output.entropy])
+    )
+    trainer.train()
+    torch.testing.assert_close(
+        torch.tensor(losses, dtype=torch.float64),
+        torch.tensor(GOLDEN["losses"], dtype=torch.float64),
+        rtol=1e-9,
+        atol=0,
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(GOLDEN["learning_rate"], rel=1e-9)
+    assert [entry["grad_norm"] for entry in logs] == pytest.approx(GOLDEN["gradient_norm"], rel=1e-8)
+    trained = [*trainer.model.encoder.parameters(), *trainer.model.projection_head.parameters()]
+    norm = math.sqrt(sum(parameter.square().sum().item() for parameter in trained))
+    assert norm == pytest.approx(GOLDEN["encoder_norm_after"], rel=1e-10)
