@@ -42,7 +42,7 @@ _TRAINER_FIELDS = {
     *("dataloader_num_workers", "disable_tqdm", "report_to", "run_name"),
     *("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),
 }
-_FIXED = {"save_strategy", "remove_unused_columns", "average_tokens_across_devices", "ddp_find_unused_parameters"}
+_FIXED = {"remove_unused_columns", "average_tokens_across_devices", "ddp_find_unused_parameters"}
 
 
 @dataclass
@@ -169,11 +169,7 @@ def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
     Views and evaluation take size and normalisation from the image processor that is saved with the model, unless the
     values have others.
     """
-    check_output_dir(
-        values.get("output_dir"),
-        bool(values.get("overwrite_output_dir")),
-        "Choose another, or replace its model by `--overwrite_output_dir`. Fine-tuning is short and is not resumed.",
-    )
+    check_output_dir(values)
     start = build(StartArguments, values)
     training = build(HEADS[check_choice("head", start.head, HEADS)][0], values)
     if start.model is not None:
@@ -217,7 +213,8 @@ def make_parser(head: str) -> Parser:
         prog="hf-msn finetune",
         usage="hf-msn finetune [--num_processes N] --config RECIPE --output_dir FOLDER [--FIELD VALUE ...]",
         description=f"Fine-tune on labelled images: head {head}. For the other head: --head NAME --help. The best "
-        "epoch is chosen on held-out labels and saved at the end. A run is short and is not resumed.",
+        "epoch is chosen on held-out labels and saved at the end. With --save_strategy epoch a stopped run can be "
+        "resumed.",
         epilog="Fields on the command line override those of the recipe.",
     )
 

@@ -45,8 +45,8 @@ def without_debug(arguments: list[str]) -> list[str]:
 
 def show_message(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Write an uncaught error to the standard error stream: of a wrong input the message, of others the traceback."""
-    if kind.__name__ == "ChildFailedError":  # of the launcher, whose child has written what is wrong
-        return
+    if kind.__name__ == "ChildFailedError" and error.get_first_failure()[1].exitcode > 0:
+        return  # the process that failed has written what is wrong; one that was killed has not
     is_input = isinstance(error, (ValueError, OSError, ImportError)) or kind.__module__.startswith("hf_msn.")
     if is_input and str(error):
         print(error, file=sys.stderr)
@@ -109,7 +109,7 @@ def launch_processes(num_processes: int, arguments: list[str]) -> None:
     # without --multi_gpu accelerate starts a single process on a CPU; port 0 is a free one
     options = ["--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module"]
-    launch_command(launch_command_parser().parse_args([*options, __name__, *arguments]))
+    launch_command(launch_command_parser().parse_args([*options, "hf_msn.cli.main", *arguments]))
 
 
 if __name__ == "__main__":

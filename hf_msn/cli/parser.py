@@ -255,16 +255,21 @@ def own_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def check_output_dir(output_dir: str | None, is_reused: bool, remedy: str) -> None:
-    """Check that `output_dir` is a folder, and new or empty unless `is_reused`; `remedy` is for one that is not."""
+def check_output_dir(values: Mapping[str, Any]) -> None:
+    """Check that `output_dir` is a folder, and new or empty unless a run in it is resumed or overwritten."""
+    output_dir = values.get("output_dir")
     if output_dir is None:
         raise ValueError("`output_dir` is missing: the folder of the trained model. Give --output_dir.")
     folder = Path(output_dir)
     for path in (folder, *folder.parents):
         if path.is_file():
             raise ValueError(f"`output_dir` '{output_dir}' must be a folder, but '{path}' is a file. Give another.")
-    if not is_reused and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"`output_dir` '{output_dir}' is not empty. {remedy}")
+    is_resumed = str(values.get("resume_from_checkpoint") or False).lower() != "false"
+    if not is_resumed and not values.get("overwrite_output_dir") and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"`output_dir` '{output_dir}' is not empty. Continue its run by `--resume_from_checkpoint true`, start "
+            "again by `--overwrite_output_dir`, or choose another."
+        )
 
 
 def _members(annotation: Any) -> list:

@@ -185,12 +185,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     resume = values.get("resume_from_checkpoint")
     if str(resume).lower() in ("true", "false"):
         values = {**values, "resume_from_checkpoint": str(resume).lower() == "true"}
-    check_output_dir(
-        values.get("output_dir"),
-        bool(values.get("resume_from_checkpoint") or values.get("overwrite_output_dir")),
-        "Continue its run by `--resume_from_checkpoint true`, start again by `--overwrite_output_dir`, or choose "
-        "another.",
-    )
+    check_output_dir(values)
     names = {option.name for option in sync_options()}
     return Recipe(
         method=method,

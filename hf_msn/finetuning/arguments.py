@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from ..checks import check_integer, check_number
+from ..checks import check_choice, check_integer, check_number
 from ..trainers.pretraining_arguments import check_counts
 
 
@@ -14,7 +14,7 @@ class FinetuningArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the fields that both heads share.
 
     The learning rate falls in a cosine from `learning_rate` to `final_learning_rate`. `optim="sgd"` has Nesterov
-    momentum. Nothing is saved before the end, so there is nothing to resume from: these runs are short.
+    momentum. With `save_strategy="epoch"` a stopped run can be resumed, and ends as it would have without the stop.
     """
 
     learning_rate: float = HfArg(default=0.02, help="Learning rate at the first update.")
@@ -39,7 +39,13 @@ class FinetuningArguments(TrainingArguments):
     overwrite_output_dir: bool = HfArg(default=False, help="Save into an `output_dir` that is not empty.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Images per rank in an evaluation.")
     logging_steps: float = HfArg(default=50, help="Updates between two logs.")
-    save_strategy: str = HfArg(default="no", help="Must stay no: the best epoch is saved at the end.")
+    save_strategy: str = HfArg(
+        default="no", help="epoch: a checkpoint after each, from which a stopped run is resumed. no: none."
+    )
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints to keep.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="true: the last checkpoint of output_dir. auto: if there is one. Or its folder."
+    )
     remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are made of views.")
     average_tokens_across_devices: bool = HfArg(default=False, help="Has no meaning for images.")
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="All parameters are used.")
@@ -72,10 +78,7 @@ class FinetuningArguments(TrainingArguments):
                 "`refit` trains on all labelled images after some chose the best epoch, but `validation_fraction` 0 "
                 "holds none out. Leave out one of the two."
             )
-        if self.save_strategy != "no":
-            raise ValueError(
-                f"`save_strategy` must be 'no', but is {self.save_strategy}: the best epoch is saved at the end."
-            )
+        check_choice("save_strategy", self.save_strategy, ("no", "epoch"), remedy="A checkpoint ends an epoch.")
 
 
 @dataclass

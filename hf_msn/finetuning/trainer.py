@@ -1,18 +1,27 @@
 """The Trainer of both heads, and the callback that keeps the weights of the best epoch."""
 
+import json
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
 from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossError
+from ..trainers.checkpoints import staging_folder
 from .arguments import FinetuningArguments
+
+BEST_EPOCH_FILE = "best_epoch.pt"
 
 
 class FinetuningTrainer(Trainer):
@@ -42,6 +51,7 @@ class FinetuningTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
         self.model_accepts_loss_kwargs = False
         self.all_finite = torch.tensor(True, device=args.device)
+        self._staging: Path | None = None
         self.add_callback(DatasetEpochCallback(loader.batch_sampler))
         self.remove_callback(PrinterCallback)
 
@@ -80,6 +90,29 @@ class FinetuningTrainer(Trainer):
         self.all_finite &= torch.isfinite(outputs.loss.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save a checkpoint with the best epoch so far. It appears whole or not at all."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with staging_folder(self, folder, name) as self._staging:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                torch.save(self.best.state_dict(), self._staging / name / BEST_EPOCH_FILE)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+                os.replace(self._staging / name, folder / name)
+                rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
+        self._staging = None
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
+        best = Path(resume_from_checkpoint, BEST_EPOCH_FILE)
+        self.best.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
+
     def check_finite(self) -> None:
         """Raise if a loss was NaN or infinite on any rank. Every rank must call it."""
         if all_reduce_sum((~self.all_finite).float()) > 0:
@@ -93,11 +126,12 @@ class BestEpochCallback(TrainerCallback):
     """Measure the accuracy every few epochs and after the last, and keep the weights of the first best epoch.
 
     `measure` returns the accuracies of a model in percent; the first one decides. Without it the last epoch counts as
-    the best.
+    the best. A run is resumed with the same `settings` only.
     """
 
-    def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None):
-        self.trainer, self.measure = trainer, measure
+    def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None, settings: dict | None = None):
+        self.trainer, self.measure, self.settings = trainer, measure, json.dumps(settings or {})
+        trainer.best = self
         self.by_epoch: dict[int, dict[str, float]] = {}
         self.best_epoch: int | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
@@ -118,3 +152,19 @@ class BestEpochCallback(TrainerCallback):
         if decisive > self._best:
             self._best, self.best_epoch = decisive, epoch
             self.best_weights = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        found = {name: getattr(self, name) for name in ("by_epoch", "best_epoch", "best_weights", "_best")}
+        return {**found, "settings": self.settings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, after a check that the settings are the same."""
+        there, here = json.loads(state.pop("settings")), json.loads(self.settings)
+        for name in {**there, **here}:
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"`{name}` must be that of the checkpoint to resume from, {there.get(name) or 'the default'}, "
+                    f"but is {here.get(name) or 'the default'}. Start again by `overwrite_output_dir`."
+                )
+        vars(self).update(state)

@@ -1,6 +1,7 @@
 """Fine-tuning on labelled images alone: some of the labels choose the best epoch, never a test set."""
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from ..hub.run_record import changed_arguments
+from ..trainers.checkpoints import find_last_checkpoint, resolve_checkpoint
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .batches import classifier_loader, suncet_loader
 from .evaluation import classifier_accuracy, feature_extractor, head_inputs, suncet_accuracy
@@ -22,6 +24,15 @@ from .result import FinetuningResult
 from .standardization import Standardization
 from .trainer import BestEpochCallback, FinetuningTrainer
 from .validation_split import validation_split
+
+# Settings in which a resumed run may differ from the stopped one.
+_MAY_DIFFER = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "save_total_limit",
+    "dataloader_num_workers",
+)
 
 
 def finetune_classifier(
@@ -124,11 +135,18 @@ class _Tuning:
         def on_held_out(model: PreTrainedModel) -> dict[str, float]:
             return self.measure(model, self.train_rows, self.dataset, self.held_out)
 
-        model, best = self._train(self.train_rows, args, callbacks, on_held_out if len(self.held_out) else None)
+        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        refit_dir = Path(args.output_dir, "refit")
+        if checkpoint is None and args.should_save:
+            shutil.rmtree(refit_dir, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+        measure = on_held_out if len(self.held_out) else None
+        model, best = self._train(self.train_rows, args, callbacks, measure, checkpoint)
         if args.refit:
             shorter = copy.copy(args)
             shorter.num_train_epochs = best.best_epoch
-            model, _ = self._train(self.rows, shorter, callbacks)
+            shorter.output_dir = str(refit_dir)
+            found = None if checkpoint is None else find_last_checkpoint(refit_dir)
+            model, _ = self._train(self.rows, shorter, callbacks, checkpoint=found)
         elif best.best_weights is not None:
             model.load_state_dict(best.best_weights)
         self.finish(model)
@@ -161,12 +179,15 @@ class _Tuning:
         args: FinetuningArguments,
         callbacks: Sequence[TrainerCallback],
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        checkpoint: str | Path | None = None,
     ) -> tuple[PreTrainedModel, BestEpochCallback]:
         trainer = self.make_trainer(self.build_model(), rows, args)
-        best = BestEpochCallback(trainer, measure)
+        settings = {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
+        start = str(self.start) if isinstance(self.start, (str, Path)) else None
+        best = BestEpochCallback(trainer, measure, {**settings, "start": start, "rows": rows.tolist()})
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best
 
     def _support(self, rows: np.ndarray, views_per_image: int = 1) -> SupportDataset:

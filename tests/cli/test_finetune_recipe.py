@@ -78,7 +78,7 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
         (["--per_device_train_batch_size", "8"], "`global_batch_size`"),
         (["--max_steps", "-5"], "`num_train_epochs`"),
         (["--model", "timm:test_resnet", "--hidden_size", "8"], "`hidden_size`"),
-        (["--resume_from_checkpoint", "x"], "`resume_from_checkpoint`"),
+        (["--save_strategy", "steps"], "`save_strategy` .*'steps'"),
         (["--model", "/no/such"], "'/no/such'"),
         (["--model", "timm:nonsense"], "'timm:nonsense'"),
         (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),

@@ -219,7 +219,7 @@ def test_a_broken_labelled_image_is_left_out_or_stops_the_run(tmp_path):
         ({"refit": True, "validation_fraction": 0}, "`refit` .*`validation_fraction` 0"),
         ({"learning_rate": 0.0}, "`learning_rate` .*0"),
         ({"validation_fraction": 1}, "`validation_fraction` .*1"),
-        ({"save_strategy": "epoch"}, "`save_strategy` .*EPOCH"),
+        ({"save_strategy": "steps"}, "`save_strategy` .*'steps'"),
         ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, "`global_batch_size` .*9"),
     ],
 )

@@ -1,0 +1,62 @@
+"""A stopped fine-tuning goes on bit for bit, also where it was stopped while it trained again on all labels."""
+
+import pytest
+import torch
+from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
+from transformers import TrainerCallback
+
+from hf_msn import finetune_classifier, finetune_suncet
+from hf_msn.trainers.checkpoints import CheckpointError
+
+RESNET = suncet_config(timm_model="test_resnet")
+METHODS = {
+    "linear": (finetune_classifier, classifier_arguments, suncet_config()),
+    "linear on a convnet": (finetune_classifier, classifier_arguments, RESNET),
+    "suncet": (finetune_suncet, suncet_arguments, suncet_config()),
+}
+
+
+class Stop(TrainerCallback):
+    """Stop like a kill when the process begins its `epoch`-th epoch, counted over both trainings."""
+
+    def __init__(self, epoch):
+        self.left = epoch
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def tune(name, folder, callbacks=(), **fields):
+    method, arguments, start = METHODS[name]
+    settings = {"num_train_epochs": 3, "refit": True, "save_strategy": "epoch", **fields}
+    return method(start, *digits(3), VIEWS, arguments(folder, **settings), callbacks=callbacks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stopped_run_ends_as_one_that_was_not_stopped(name, tmp_path):
+    whole = tune(name, tmp_path / "whole")
+    place = {"resume_from_checkpoint": "auto"}
+    for epoch in (3, 3 if whole.best_epoch > 1 else 2):  # the last of the first training, then in the second one
+        with pytest.raises(KeyboardInterrupt):
+            tune(name, tmp_path / "parts", [Stop(epoch)], **place)
+    resumed = tune(name, tmp_path / "parts", **place)
+    assert resumed.best_epoch == whole.best_epoch and resumed.accuracy_by_epoch == whole.accuracy_by_epoch
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_the_same_settings_and_labels_only(tmp_path):
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        tune("linear", tmp_path, resume_from_checkpoint="true")
+    with pytest.raises(KeyboardInterrupt):
+        tune("linear", tmp_path, [Stop(2)])
+    with pytest.raises(ValueError, match=r"`learning_rate` .*0.05.*0.01"):
+        tune("linear", tmp_path, resume_from_checkpoint="true", learning_rate=0.01)
+    with pytest.raises(ValueError, match="`rows`"):
+        method, arguments, start = METHODS["linear"]
+        settings = {"num_train_epochs": 3, "refit": True, "save_strategy": "epoch", "resume_from_checkpoint": "true"}
+        method(start, *digits(4), VIEWS, arguments(tmp_path, **settings))
