@@ -5,10 +5,11 @@ import copy
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 from transformers.utils import logging
@@ -21,7 +22,9 @@ from .transforms import DrawnViews, gives_crops
 
 logger = logging.get_logger(__name__)
 
-_MOST_BROKEN_IN_SUCCESSION = 1000
+_READABLE, _BROKEN = 1, 2  # states of a row; 0: not read yet
+_FIRST_COUNT, _MANY_BROKEN = 10, 0.05  # number and share of broken images from which on a run says so
+_ROWS_AHEAD = 1024
 _MOST_WORKERS = 1024
 _MASK = (1 << 64) - 1
 
@@ -46,12 +49,9 @@ def multi_view_dataset(
 
 
 class EncodedImages:
-    """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views.
+    """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views."""
 
-    `num_counts` is the length of the shared tensor in which broken images are counted.
-    """
-
-    def __init__(self, dataset, transform, seed: int, on_broken_image: str, num_counts: int):
+    def __init__(self, dataset, transform, seed: int, on_broken_image: str):
         check_choice("on_broken_image", on_broken_image, ("skip", "raise"))
         check_integer("seed", seed, 0)
         self.class_names = class_names(dataset)  # from the features: no label is read
@@ -61,13 +61,7 @@ class EncodedImages:
         self.seed = seed
         self.on_broken_image = on_broken_image
         self.gives_crops = False
-        # shared memory: the main process sees what the workers found broken
-        self._broken = torch.zeros(num_counts, dtype=torch.int64).share_memory_()
-
-    @property
-    def num_broken(self) -> int:
-        """Number of images found broken so far, by all workers of this process; of a stream, in the current pass."""
-        return int(self._broken.sum())
+        self._says_many_broken = torch.zeros((), dtype=torch.bool).share_memory_()  # once for all workers
 
     def _views(self, decode: Callable, seed: int) -> dict[str, torch.Tensor]:
         """Return the views of one image. The draws decide how large `decode(reduction)` decodes it."""
@@ -86,25 +80,60 @@ class EncodedImages:
     def _views_of_other_transform(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return self.transform(image)
 
-    def _first_readable(self, positions: Iterable[int], value: dict, reduction) -> tuple | BrokenImageError:
-        """Decode the first readable image, or return the last error. `value` is that of the first position."""
-        for place, position in enumerate(positions):
-            encoded = self._dataset[position]["image"] if place else value
-            try:
-                return decode_reduced_image(encoded, reduction, row=int(self.rows[position]))
-            except BrokenImageError as error:
-                if self.on_broken_image == "raise":
-                    raise
-                if not self._broken[position]:
-                    self._broken[position] = 1
-                    logger.warning("Skipped: %s", error)
-                last = error
-        return last
+    def _warn_of_many_broken(self, num_broken: int, num_read: int) -> None:
+        if num_broken >= _FIRST_COUNT and num_broken >= _MANY_BROKEN * num_read and not self._says_many_broken:
+            self._says_many_broken.fill_(True)
+            logger.warning(
+                "%d of the first %d images cannot be read (%.0f %%). They are skipped; the count goes on in the log.",
+                *(num_broken, num_read, 100 * num_broken / num_read),
+            )
 
 
-class _EpochViews(EncodedImages):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+class RowImages(EncodedImages):
+    """Images with row numbers, whose broken rows are remembered and not decoded again."""
+
+    rows: Sequence[int] | np.ndarray  # of the source, by position
+
+    def __init__(self, dataset, transform, seed: int, on_broken_image: str):
+        super().__init__(dataset, transform, seed, on_broken_image)
+        # shared memory: all processes see what one of them found broken
+        self._states = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+
+    @property
+    def num_broken(self) -> int:
+        """Number of images found broken so far, by all workers of this process."""
+        return int((self._states == _BROKEN).sum())
+
+    def _first_readable(
+        self, position: int, value: dict, others: Iterable[np.ndarray], reduction
+    ) -> tuple[Image.Image, tuple[int, int]] | None:
+        """Decode the image at a position, which holds `value`, or the first readable one of `others`, in chunks."""
+        states = self._states.numpy()
+        if states[position] != _BROKEN and (decoded := self._decoded(position, value, reduction)) is not None:
+            return decoded
+        for positions in others:
+            for other in positions[states[positions] != _BROKEN].tolist():
+                if (decoded := self._decoded(other, self._dataset[other]["image"], reduction)) is not None:
+                    return decoded
+        return None
+
+    def _decoded(self, position: int, value: dict, reduction) -> tuple[Image.Image, tuple[int, int]] | None:
+        try:
+            decoded = decode_reduced_image(value, reduction, row=int(self.rows[position]))
+            self._states[position] = _READABLE
+            return decoded
+        except BrokenImageError as error:
+            if self.on_broken_image == "raise":
+                raise
+            self._states[position] = _BROKEN
+            logger.warning("Skipped: %s", error)
+            self._warn_of_many_broken(self.num_broken, int((self._states > 0).sum()))
+            return None
+
+
+class _Epochs:
+    def __init__(self, *args):
+        super().__init__(*args)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it
 
     @property
@@ -116,7 +145,7 @@ class _EpochViews(EncodedImages):
         self._epoch.fill_(epoch)
 
 
-class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
+class MultiViewDataset(_Epochs, RowImages, torch.utils.data.Dataset):
     """The views of each image of a dataset. Labels are not read.
 
     The views of row i in epoch e depend on (`seed`, e, i) alone: the three are hashed into the seed of torch's
@@ -128,12 +157,13 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
         transform (`Callable`): Makes the views of one image from torch's global generator.
         seed (`int`, *optional*, defaults to 0): Seed of the views.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` warns once per broken row, counts it and takes the next readable one; `"raise"` stops.
+            `"skip"` warns once per broken row, counts it, does not decode it again and takes the next readable one;
+            `"raise"` stops.
 
     Raises:
         ValueError: If there are no rows or no column `image`, or `on_broken_image` is unknown.
-        BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if none of the rows (or
-            of 1000 in succession) is readable.
+        BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if none of the rows is
+            readable.
     """
 
     def __init__(
@@ -144,7 +174,7 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
         seed: int = 0,
         on_broken_image: str = "skip",
     ):
-        super().__init__(dataset, transform, seed, on_broken_image, num_counts=len(dataset))
+        super().__init__(dataset, transform, seed, on_broken_image)
         self.rows = range(len(dataset))
 
     def __len__(self) -> int:
@@ -163,15 +193,15 @@ class MultiViewDataset(_EpochViews, torch.utils.data.Dataset):
         ]
 
     def _readable(self, row: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
-        limit = min(len(self), _MOST_BROKEN_IN_SUCCESSION)
-        image = self._first_readable((position % len(self) for position in range(row, row + limit)), value, reduction)
-        if not isinstance(image, BrokenImageError):
-            return image
-        reason = f"none of {limit} rows in succession is readable; the last: {image.reason}"
-        raise BrokenImageError(reason, row=image.row, path=image.path)
+        starts = range(row + 1, row + len(self), _ROWS_AHEAD)
+        later = (np.arange(start, min(start + _ROWS_AHEAD, row + len(self))) % len(self) for start in starts)
+        decoded = self._first_readable(row, value, later, reduction)
+        if decoded is None:
+            raise BrokenImageError(f"none of {len(self)} rows is readable", row=row, path=(value or {}).get("path"))
+        return decoded
 
 
-class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
+class StreamingMultiViewDataset(_Epochs, EncodedImages, torch.utils.data.IterableDataset):
     """The views of each image of a stream. Labels are not read.
 
     The views of an image depend on (`seed`, epoch, the image's path and bytes) alone, so that neither the workers nor
@@ -183,7 +213,8 @@ class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
         dataset (`datasets.IterableDataset`): Stream with a column `image`, from `load_images(..., streaming=True)`.
         transform, seed: As in [`MultiViewDataset`]; the order depends on the seed too.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` warns, counts and drops; `"raise"` stops. Rows are counted within the worker's part of the stream.
+            `"skip"` warns once per image, counts and drops; `"raise"` stops. Rows are counted within the worker's part
+            of the stream.
         shuffle_buffer (`int`, *optional*, defaults to 1000):
             Images that each worker holds in memory to shuffle among; 0 keeps the source's order.
 
@@ -193,8 +224,8 @@ class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
 
     Raises:
         ValueError: If there are no images or no column `image`, `on_broken_image` is unknown, or the buffer negative.
-        BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if 1000 in succession,
-            or all of a worker's part, are broken.
+        BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if all of a worker's
+            part are broken.
     """
 
     def __init__(
@@ -206,10 +237,17 @@ class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
         on_broken_image: str = "skip",
         shuffle_buffer: int = 1000,
     ):
+        super().__init__(dataset, transform, seed, on_broken_image)
         # one count per worker, as several cannot safely add to one number
-        super().__init__(dataset, transform, seed, on_broken_image, num_counts=_MOST_WORKERS)
+        self._broken = torch.zeros(_MOST_WORKERS, dtype=torch.int64).share_memory_()
+        self._known_broken: set[int] = set()  # to this worker
         self.shuffle_buffer = check_integer("shuffle_buffer", shuffle_buffer, 0, meaning="counts images")
         self.repeat = False
+
+    @property
+    def num_broken(self) -> int:
+        """Number of images found broken in the current pass, by all workers of this process."""
+        return int(self._broken.sum())
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for epoch in itertools.count(self.epoch):
@@ -228,31 +266,29 @@ class StreamingMultiViewDataset(_EpochViews, torch.utils.data.IterableDataset):
         if self.shuffle_buffer > 0:
             # not `datasets`' own epoch, which all workers share: they do not reach the next pass at the same time
             dataset = dataset.shuffle(seed=hash_numbers(self.seed, epoch) >> 32, buffer_size=self.shuffle_buffer)
-        row, in_succession, last = -1, 0, None
+        row, num_broken = -1, 0
         for row, value in enumerate(dataset):
             value = value["image"]
-            decode = functools.partial(decode_reduced_image, value, row=row)
-            try:
-                views = self._views(decode, hash_numbers(self.seed, epoch, _fingerprint(value)))
-            except BrokenImageError as error:
-                if self.on_broken_image == "raise":
-                    raise
-                logger.warning("Skipped: %s", error)
-                self._broken[place] += 1
-                in_succession, last = in_succession + 1, error
-                if in_succession == _MOST_BROKEN_IN_SUCCESSION:
-                    break
-                continue
-            in_succession = 0
-            yield views
+            content = _fingerprint(value)
+            if content not in self._known_broken:
+                decode = functools.partial(decode_reduced_image, value, row=row)
+                try:
+                    views = self._views(decode, hash_numbers(self.seed, epoch, content))
+                except BrokenImageError as error:
+                    if self.on_broken_image == "raise":
+                        raise
+                    logger.warning("Skipped: %s", error)
+                    self._known_broken.add(content)
+                else:
+                    yield views
+                    continue
+            num_broken += 1
+            self._broken[place] = num_broken
+            self._warn_of_many_broken(num_broken, row + 1)
         if row < 0 and worker is None:
             raise ValueError("The stream must have at least one image, but has none. Check the source and the split.")
-        if in_succession > 0 and in_succession in (row + 1, _MOST_BROKEN_IN_SUCCESSION):
-            raise BrokenImageError(
-                f"none of {in_succession} images in succession is readable; the last: {last.reason}",
-                row=last.row,
-                path=last.path,
-            ) from last
+        if row >= 0 and num_broken == row + 1:
+            raise BrokenImageError(f"none of {num_broken} images is readable", row=row, path=value.get("path"))
 
 
 def as_crops(dataset: Any) -> Any:

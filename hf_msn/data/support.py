@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ..checks import check_integer
-from .datasets import EncodedImages, hash_numbers
+from .datasets import RowImages, hash_numbers
 from .decoding import BrokenImageError
 from .labels import class_names, class_numbers, labelled_rows
 from .samplers import ClassStratifiedSampler
@@ -18,7 +18,7 @@ from .transforms import DrawnViews, MultiViewTransform
 SupportKey = tuple[int, int, int]
 
 
-class SupportDataset(EncodedImages, torch.utils.data.Dataset):
+class SupportDataset(RowImages, torch.utils.data.Dataset):
     """The views and the class of each labelled image. The label of a row that is not among `rows` is never read.
 
     An image is addressed by its position in `rows`, or by a key (step, place in the global support, position) from
@@ -62,7 +62,7 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
         self.views_per_image = check_integer("views_per_image", views_per_image, meaning="counts views")
         self.rows = labelled_rows(dataset, mask=rows)
         self.labels = class_numbers(dataset, self.rows)
-        super().__init__(dataset.select(self.rows), transform, seed, on_broken_image, num_counts=len(self.rows))
+        super().__init__(dataset.select(self.rows), transform, seed, on_broken_image)
         self.class_names = class_names(dataset)
 
     def __len__(self) -> int:
@@ -94,10 +94,10 @@ class SupportDataset(EncodedImages, torch.utils.data.Dataset):
 
     def _readable(self, position: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
         of_class = np.flatnonzero(self.labels == self.labels[position])
-        candidates = np.roll(of_class, -int(np.searchsorted(of_class, position))).tolist()
-        image = self._first_readable(candidates, value, reduction)
-        if not isinstance(image, BrokenImageError):
-            return image
+        others = np.roll(of_class, -int(np.searchsorted(of_class, position)))[1:]
+        decoded = self._first_readable(position, value, [others], reduction)
+        if decoded is not None:
+            return decoded
         number = int(self.labels[position])
         name = f"class {number}" if self.class_names is None else f"class {number} ('{self.class_names[number]}')"
         raise BrokenImageError(

@@ -1,5 +1,6 @@
 import itertools
 import logging
+from collections import Counter
 
 import datasets
 import pytest
@@ -8,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from hf_msn.data.collators import MultiViewCollator
 from hf_msn.data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops, multi_view_dataset
-from hf_msn.data.decoding import BrokenImageError
+from hf_msn.data.decoding import BrokenImageError, decode_reduced_image
 from hf_msn.data.transforms import MultiViewTransform
 
 TRANSFORM = MultiViewTransform(image_size=8, focal_size=4, focal_views=1)
@@ -94,6 +95,39 @@ def test_broken_rows_are_counted_over_the_workers(image_rows):
     dataset = MultiViewDataset(image_rows(8, broken=(0, 3, 7)), TRANSFORM)
     assert len(_batches(dataset, workers=2)["pixel_values"]) == 8
     assert dataset.num_broken == 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_broken_images_are_decoded_once_and_many_of_them_are_said_at_once(image_rows, caplog, monkeypatch, streamed):
+    decoded = []
+
+    def count(value, *args, **settings):
+        decoded.append(value["path"])
+        return decode_reduced_image(value, *args, **settings)
+
+    monkeypatch.setattr("hf_msn.data.datasets.decode_reduced_image", count)
+    broken = (0, 2, 3, 7, 8, 9, 11, 12, 14, 15, 16, 19)
+    images = image_rows(24, broken)
+    dataset = multi_view_dataset(images.to_iterable_dataset() if streamed else images, TRANSFORM, shuffle_buffer=0)
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        _batches(dataset)
+    counts = Counter(decoded)
+    assert [counts[f"photo_{row}.png"] for row in broken] == [1] * 12
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 13
+    # after the tenth broken image, which is row 15
+    assert [place for place, text in enumerate(warnings) if "10 of the first 16 images" in text] == [10]
+    assert dataset.num_broken == 12
+
+
+def test_long_run_of_broken_rows_does_not_stop_training(image_rows):
+    images = image_rows(3, broken=(0,))
+    long = datasets.concatenate_datasets([images.select([1]), *[images.select([0])] * 2100, images.select([2])])
+    dataset = MultiViewDataset(long, TRANSFORM)
+    assert all(len(batch) for batch in (dataset[1], dataset[1500])) and dataset.num_broken == 2100
+    stream = StreamingMultiViewDataset(long.to_iterable_dataset(), TRANSFORM, shuffle_buffer=0)
+    assert len(list(stream)) == 2 and stream.num_broken == 2100
 
 
 @pytest.mark.parametrize("workers", [0, 2])
