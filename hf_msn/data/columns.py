@@ -1,6 +1,9 @@
 """Find the columns of the images and the labels."""
 
 import datasets
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _LABEL_NAMES = ("labels", "fine_label", "cls", "class", "target")
 
@@ -31,6 +34,12 @@ def image_and_label(
                 f"holds {feature}. Name another column."
             )
         label_column = None
+    if _is_text(feature) and isinstance(dataset, datasets.IterableDataset):
+        problem = f"'{label_column}' of '{source}' holds class names, which a stream cannot number: not all are known."
+        if required:
+            raise ValueError(f"{problem} Load it without `streaming`, or name a column of integers.")
+        logger.warning("%s Its images have no labels here. For labels, load it without `streaming`.", problem)
+        label_column = None
 
     if features[image_column] != datasets.Image(decode=False):
         # first of all: any later operation would decode the images of a stream, and stop at a broken one
@@ -41,7 +50,7 @@ def image_and_label(
         dataset = _take_label(dataset, image_column, label_column)
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
-    return _number_labels(dataset, label_column, feature, source)
+    return _number_labels(dataset, label_column, feature)
 
 
 def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
@@ -125,17 +134,16 @@ def _take_label(dataset, image_column: str, label_column: str):
     return dataset.map(lift, batched=True, remove_columns=outer, features=features)
 
 
-def _number_labels(dataset, label_column: str | None, feature, source: str):
+def _number_labels(dataset, label_column: str | None, feature):
     if label_column is None or isinstance(feature, datasets.ClassLabel):
         return dataset
-    if feature.dtype in ("string", "large_string"):
-        if isinstance(dataset, datasets.IterableDataset):
-            raise ValueError(
-                f"Labels of a stream must be integers, but '{label_column}' of '{source}' holds class names, which "
-                "are not all known in advance. Load it without `streaming`, or name a column of integers."
-            )
+    if _is_text(feature):
         return dataset.class_encode_column("label")
     return dataset if feature.dtype == "int64" else dataset.cast_column("label", datasets.Value("int64"))
+
+
+def _is_text(feature) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def _is_label(feature) -> bool:
@@ -143,7 +151,7 @@ def _is_label(feature) -> bool:
         return True
     if not isinstance(feature, datasets.Value):
         return False
-    return feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
+    return _is_text(feature) or feature.dtype == "bool" or feature.dtype.startswith(("int", "uint"))
 
 
 def _is_encoded_image(feature) -> bool:
@@ -153,8 +161,8 @@ def _is_encoded_image(feature) -> bool:
 
 
 def _can_be_image(feature) -> bool:
-    is_path = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-    return isinstance(feature, datasets.Image) or is_path or _is_encoded_image(feature)
+    # text: the path of a file
+    return isinstance(feature, datasets.Image) or _is_text(feature) or _is_encoded_image(feature)
 
 
 def _names(features) -> str:

@@ -220,6 +220,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
     def _warmup_steps(self, num_training_steps: int) -> int:
         if self.args.warmup_steps:
             steps = self.args.get_warmup_steps(num_training_steps)
+        elif self.args.warmup_epochs == 0:
+            steps = 0
         elif has_length(self.train_dataset):
             steps = round(self.args.warmup_epochs * len(self.train_dataset) / self.images_per_update())
         else:

@@ -25,7 +25,7 @@ class SuNCEtTrainer(SemiSupervisedTrainer):
 
     def check_before_training(self) -> None:
         super().check_before_training()
-        if self.args.supervised_epochs is not None and not has_length(self.train_dataset):
+        if self.args.supervised_epochs and not has_length(self.train_dataset):
             raise ValueError(
                 "`supervised_epochs` needs the number of images, which a streamed data set does not have. Leave it "
                 "out, or load the data without streaming."

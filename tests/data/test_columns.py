@@ -53,13 +53,15 @@ def test_ambiguous_label_columns_are_listed(table):
     assert image_and_label(both, "x", label_column="coarse_label")["label"][:] == [0, 0]
 
 
-def test_text_labels_are_numbered_in_alphabetical_order_but_not_while_streaming(table):
+def test_text_labels_are_numbered_in_alphabetical_order_and_left_out_of_a_stream(table, caplog):
     named = table(label=(TEXT, ["dog", "cat"]))
     dataset = image_and_label(named, "x")
     assert dataset.features["label"].names == ["cat", "dog"]
     assert dataset["label"][:] == [1, 0]
-    with pytest.raises(ValueError, match="'label'"):
-        image_and_label(named.to_iterable_dataset(), "x")
+    assert image_and_label(named.to_iterable_dataset(), "x").column_names == ["image"]
+    assert "'label' of 'x'" in caplog.text
+    with pytest.raises(ValueError, match="'label' of 'x'"):
+        image_and_label(named.to_iterable_dataset(), "x", label_column="label")
 
 
 def test_column_of_floats_is_ignored_or_refused(table):

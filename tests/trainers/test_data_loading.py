@@ -82,6 +82,15 @@ def test_finishing_on_the_device_changes_no_weight(tmp_path, streamed, accumulat
     assert cut.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
 
+def test_stream_trains_without_warmup(tmp_path):
+    settings = {"warmup_epochs": 0, "warmup_steps": 0, "max_steps": 2, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, _digits(streamed=True), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(ValueError, match="warmup"):
+        make_trainer(tmp_path, _digits(streamed=True), **{**settings, "warmup_epochs": 1}).train()
+
+
 def test_views_that_a_user_changes_are_left_to_the_loader(tmp_path):
     views = MultiViewTransform(**COLORED)
     for name, transform in (("own", OwnTransform(**COLORED)), ("any", lambda image: views(image))):
