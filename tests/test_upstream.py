@@ -58,6 +58,7 @@ datasets.packaged_modules.imagefolder.imagefolder: ImageFolder
 huggingface_hub.dataclasses: strict
 huggingface_hub.errors: HTTPError HfHubHTTPError OfflineModeIsEnabled
 huggingface_hub.utils: validate_repo_id
+huggingface_hub.utils.sha: sha_fileobj
 timm.layers: DropPath
 timm.models: build_model_with_cfg generate_default_cfgs register_model
 timm.models.resnet: BasicBlock Bottleneck ResNet

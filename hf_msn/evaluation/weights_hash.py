@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -117,4 +118,4 @@ def _is_below(name: str, prefixes: set[str]) -> bool:
 def file_sha256(file: str | Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return sha_fileobj(content).hex()

@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, Trainer
 from transformers.utils import logging
 
-from ..files import read_json
+from ..evaluation.weights_hash import file_sha256
+from ..files import read_json, write_text
 
 logger = logging.get_logger(__name__)
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 STAGING_FOLDER = ".incomplete"
+CHECKSUMS_FILE = "checksums.sha256"  # in the format of `sha256sum -c`
 
 
 class CheckpointError(OSError):
@@ -98,11 +100,32 @@ def check_output_dir(output_dir: str | Path) -> None:
         )
 
 
-def find_fault(checkpoint: str | Path) -> str | None:
-    """Return why a run cannot resume from a folder, or `None` if it can.
+def write_checksums(checkpoint: str | Path) -> None:
+    """Write the SHA-256 of every file of a checkpoint into it."""
+    files = sorted(file for file in Path(checkpoint).iterdir() if file.is_file())
+    write_text(Path(checkpoint, CHECKSUMS_FILE), "".join(f"{file_sha256(file)}  {file.name}\n" for file in files))
 
-    Reads the headers and directories of the files, not the tensors: it is quick for a model of any size.
+
+def find_changed_file(checkpoint: str | Path) -> str | None:
+    """Return the first file of a checkpoint that differs from its checksum, if any.
+
+    Files that were added or removed since are not judged, nor checkpoints of earlier versions, without checksums.
     """
+    checksums = Path(checkpoint, CHECKSUMS_FILE)
+    if not checksums.is_file():
+        return None
+    for line in checksums.read_text(encoding="utf-8", errors="replace").splitlines():
+        sha256, _, name = line.partition("  ")
+        file = Path(checkpoint, name)
+        if not name:
+            return CHECKSUMS_FILE
+        if file.is_file() and file_sha256(file) != sha256:
+            return name
+    return None
+
+
+def find_fault(checkpoint: str | Path) -> str | None:
+    """Return why a run cannot resume from a folder, or `None` if it can. Reads every file to verify its checksum."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -118,6 +141,9 @@ def find_fault(checkpoint: str | Path) -> str | None:
         return "'model.safetensors' is missing"
     if not rng_states:
         return "'rng_state.pth' is missing (was it saved with `save_only_model`?)"
+    changed = find_changed_file(checkpoint)
+    if changed is not None:
+        return f"'{changed}' is damaged (its SHA-256 is not that of '{CHECKSUMS_FILE}')"
     try:
         read_json(checkpoint / "config.json")
         step = read_json(checkpoint / "trainer_state.json")["global_step"]

@@ -36,6 +36,7 @@ from .checkpoints import (
     resolve_checkpoint,
     saved_world_size,
     staging_folder,
+    write_checksums,
 )
 from .local_update_mixin import LocalUpdateTrainerMixin
 from .pretraining_arguments import PretrainingArguments
@@ -53,7 +54,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
     Logged beside the loss: `images_per_second` over all ranks; `data_wait_seconds`, the mean over ranks of the time
     spent waiting for data since the last log; schedules and broken images.
 
-    A checkpoint is written into another folder and then renamed: a folder `checkpoint-<step>` is always whole.
+    A checkpoint is written into another folder and then renamed: a folder `checkpoint-<step>` is always whole. It has
+    the checksums of its files, which a resume verifies.
     """
 
     args: PretrainingArguments
@@ -365,6 +367,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
                     self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_checksums(staging / name)
                 shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
                 os.replace(staging / name, run_dir / name)
                 rotate_checkpoints(

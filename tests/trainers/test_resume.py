@@ -11,7 +11,7 @@ from semi_supervised_runs import digits
 from short_runs import RandomViews, assert_same_weights, end_workers, logged, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, multi_view_dataset
-from hf_msn.trainers.checkpoints import CheckpointError, find_last_checkpoint
+from hf_msn.trainers.checkpoints import CheckpointError, find_fault, find_last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +116,38 @@ def test_files_of_a_killed_save_do_not_get_into_the_next_checkpoint(tmp_path):
     "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "config.json"]
 )
 def test_a_broken_checkpoint_is_named_and_skipped(copy, caplog, name):
+    (copy / "checkpoint-8" / "checksums.sha256").unlink()  # as in checkpoints of earlier versions
     broken = copy / "checkpoint-8" / name
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     assert find_last_checkpoint(copy) == copy / "checkpoint-6"
     assert "checkpoint-8" in caplog.text and "damaged" in caplog.text
     with pytest.raises(CheckpointError, match="damaged"):
         make_trainer(copy).train(resume_from_checkpoint=str(copy / "checkpoint-8"))
+
+
+def test_a_flipped_bit_in_any_file_is_named_and_refused(copy, caplog):
+    last = copy / "checkpoint-8"
+    assert find_fault(last) is None
+    names = [file.name for file in sorted(last.iterdir()) if file.name != "checksums.sha256"]
+    assert {"model.safetensors", "optimizer.pt", "run.json", "training_args.bin"} < set(names)
+    for name in names:
+        file = last / name
+        whole = file.read_bytes()
+        for place in (len(whole) // 3, len(whole) - 2):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert f"'{name}'" in find_fault(last), (name, place)
+        with pytest.raises(CheckpointError, match=f"'{name}"):
+            make_trainer(copy).train(resume_from_checkpoint=str(last))
+        assert find_last_checkpoint(copy) == copy / "checkpoint-6"
+        file.write_bytes(whole)
+    (last / "README.md").write_text("added by hand")
+    assert find_fault(last) is None
+    (last / "checksums.sha256").write_bytes(b"\xff\n")
+    assert "'checksums.sha256'" in find_fault(last)
+    (last / "checksums.sha256").unlink()  # as in checkpoints of earlier versions
+    resumed = make_trainer(copy, max_steps=9)
+    resumed.train(resume_from_checkpoint=str(last))
+    assert resumed.state.global_step == 9
 
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "model.safetensors", "rng_state.pth"])

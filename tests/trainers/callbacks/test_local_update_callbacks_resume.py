@@ -165,6 +165,8 @@ def test_a_broken_file_of_a_rank_makes_a_checkpoint_broken(tmp_path, caplog):
     last, before = tmp_path / "checkpoint-8" / "sync_state_0.pt", tmp_path / "checkpoint-6" / "sync_state_0.pt"
     assert find_fault(last.parent) is None
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    assert "'sync_state_0.pt' is damaged" in find_fault(last.parent)
+    (last.parent / "checksums.sha256").unlink()
     assert find_fault(last.parent) == "'sync_state_0.pt' is damaged (its end is missing)"
     with pytest.raises(CheckpointError, match=r"sync_state_0.pt' is damaged"):
         slowmo_on_msn(tmp_path).train(resume_from_checkpoint=str(last.parent))
