@@ -144,11 +144,33 @@ def check_class_names(
             if number is None
             else f"class {number} is '{names[number]}' and '{other[number]}'"
         )
+        if unknown := [name for name in other if name not in names]:
+            difference += f" (the second has {first_few(unknown)}, which the first lacks)"
         raise ValueError(
-            f"The two datasets must have the same class names in the same order, but {difference}. Load both from one "
-            "source, or remove the column 'label' if its classes do not matter."
+            f"The two datasets must have the same class names in the same order, but {difference}. Use data of the "
+            "same classes, or remove the column 'label' if its classes do not matter."
         )
     return names
+
+
+def numbered_as(
+    train: datasets.Dataset | datasets.IterableDataset, test: datasets.Dataset | datasets.IterableDataset
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the test data with the class numbers of the train data.
+
+    They differ if the classes are text, which each split numbers by itself, and the test data lacks one.
+
+    Raises:
+        ValueError: If the class names of the test data are not a part of those of the train data, in the same order.
+    """
+    names, own = class_names(train), class_names(test)
+    numbers = [names.index(name) for name in own or () if name in (names or ())]
+    is_part = own is not None and len(numbers) == len(own) < len(names) and numbers == sorted(numbers)
+    if not is_part or not isinstance(test, datasets.Dataset):
+        check_class_names(train, test)
+        return test
+    labels = np.array(numbers)[class_numbers(test, which="test data")]
+    return test.remove_columns("label").add_column("label", labels, feature=datasets.ClassLabel(names=names))
 
 
 def check_every_class_is_learnt(

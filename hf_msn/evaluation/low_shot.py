@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..checks import check_choice, check_integer
 from ..data.decoding import BrokenImageError
-from ..data.labels import check_class_names, check_every_class_is_learnt, check_rows, class_numbers
+from ..data.labels import check_every_class_is_learnt, check_rows, class_names, class_numbers, numbered_as
 from ..data.sources import image_file_names
 from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
@@ -118,6 +118,7 @@ class LowShotEvaluator:
     ):
         check_choice("features", features, get_args(FeatureSpace))
         self.num_splits, self.seed = check_integer("num_splits", num_splits, meaning="counts draws"), seed
+        test_dataset = numbered_as(train_dataset, test_dataset)
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name
         self.probe = LogisticProbe() if probe is None else probe
@@ -140,7 +141,7 @@ class LowShotEvaluator:
         fingerprints = [getattr(dataset, "_fingerprint", None) for dataset in (train_dataset, test_dataset)]
         if fingerprints[0] is not None and fingerprints[0] == fingerprints[1]:
             logger.warning("Train and test data are the same: the probe is tested on images that it learnt from.")
-        self._class_names = check_class_names(train_dataset, test_dataset)
+        self._class_names = class_names(train_dataset)
         self._splits: dict[str, list[Split]] | None = None
         # if the labelled images are given, no other label is read
         only_given = not (self._drawn or self._list_files)

@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data.labels import check_class_names, check_every_class_is_learnt, class_names, class_numbers
+from ..data.labels import check_every_class_is_learnt, class_names, class_numbers, numbered_as
 from ..distributed.collectives import is_distributed, rank
 from ..evaluation.backbones import evaluated_module, weights_sha256
 from ..evaluation.weights_hash import file_sha256
@@ -81,7 +81,7 @@ class FinetuningResult:
         Raises:
             ValueError: If an image has no label, or the data has other class names or a class that training lacks.
         """
-        check_class_names(self.labelled, dataset)
+        dataset = numbered_as(self.labelled, dataset)
         labels = class_numbers(dataset)
         check_every_class_is_learnt(self.classes, labels, "labelled images", class_names(dataset))
         self.test_accuracy, self.num_test_images = self.measure(dataset), len(labels)

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_msn.data.labels import check_class_names, class_numbers, draw_labelled_rows, labelled_rows
+from hf_msn import LowShotEvaluator, pixel_features
+from hf_msn.data.labels import check_class_names, class_numbers, draw_labelled_rows, labelled_rows, numbered_as
+from hf_msn.data.sources import load_images
 from hf_msn.data.splits import check_labels, low_shot_indices
 
 NAMES = ["cat", "dog", "fox"]
@@ -119,6 +121,29 @@ def test_different_class_names_are_refused():
         check_class_names(named, _labelled([0], ["cat", "fox", "dog"]))
     with pytest.raises(ValueError, match="3 and 2 classes"):
         check_class_names(named, _labelled([0], ["cat", "dog"]))
+
+
+def test_test_data_that_lacks_a_class_is_numbered_as_the_train_data(tmp_path, encoded):
+    def text(labels, split):
+        images = [{"bytes": encoded(row), "path": None} for row in range(len(labels))]
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+        part = datasets.Dataset.from_dict({"image": images, "label": labels}, features)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        part.to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
+        return load_images(tmp_path / "data", split=split)
+
+    train, test = text(["dog", "cat", "fox"], "train"), text(["fox", "cat", "fox"], "test")
+    assert (test.features["label"].names, test["label"][:]) == (["cat", "fox"], [1, 0, 1])
+    same = numbered_as(train, test)
+    assert (same.features["label"].names, same["label"][:]) == (["cat", "dog", "fox"], [2, 0, 2])
+    assert same["image"][:] == test["image"][:] and same.info.dataset_name == test.info.dataset_name
+    assert same._fingerprint == numbered_as(train, test)._fingerprint
+    assert numbered_as(train, train) is train
+    evaluator = LowShotEvaluator(train, test, images_per_class=(1,))
+    metrics = evaluator.evaluate_features(pixel_features(train), pixel_features(evaluator.test_dataset))
+    assert evaluator.results.data["class_names"] == ["cat", "dog", "fox"] and metrics["low_shot/1_per_class/top1"] >= 0
+    with pytest.raises(ValueError, match="dog, which the first lacks"):
+        numbered_as(test, train)
 
 
 @pytest.mark.parametrize(
