@@ -1,12 +1,15 @@
 """Training arguments of fine-tuning."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
 from ..trainers.pretraining_arguments import check_counts
+
+START_LAYERS = ("backbone", "fc1")
 
 
 @dataclass
@@ -26,6 +29,11 @@ class FinetuningArguments(TrainingArguments):
     lars_trust_coefficient: float = HfArg(default=0.001, help="Trust coefficient of LARS.")
     weight_decay: float = HfArg(default=0.0, help="Weight decay; none on biases and norms.")
     max_grad_norm: float = HfArg(default=0.0, help="Gradients are clipped to this norm; 0: never.")
+    freeze_batch_norm: bool = HfArg(
+        default=False,
+        help="Batch normalisation stays in evaluation mode: it normalises by its running statistics, which stay as "
+        "they are. Its scale and shift are trained.",
+    )
     freeze_encoder: bool = HfArg(default=False, help="Train the head alone; the encoder does not change by a bit.")
     validation_fraction: float = HfArg(
         default=0.2,
@@ -85,11 +93,23 @@ class FinetuningArguments(TrainingArguments):
 class ClassifierFinetuningArguments(FinetuningArguments):
     """[`FinetuningArguments`] of a linear classifier on the encoder.
 
-    The batch is **global**: its size counts the images of all ranks. The images of an epoch are distributed evenly, so
-    that no batch is much smaller than the others.
+    `global_batch_size` counts the images of all ranks, `per_device_train_batch_size` those of one rank; one of them is
+    given. The images of an epoch are distributed evenly, so that no batch is much smaller than the others.
     """
 
-    global_batch_size: int = HfArg(default=64, help="Images in one update, at most, over all ranks together.")
+    global_batch_size: int | None = HfArg(
+        default=None,
+        help="Images in one update, at most, over all ranks together. 64 without it and without "
+        "per_device_train_batch_size.",
+    )
+    per_device_train_batch_size: int | None = HfArg(
+        default=None, help="Images in one batch of each rank, in place of global_batch_size."
+    )
+    start_layer: Literal[START_LAYERS] = HfArg(
+        default="backbone",
+        help="backbone: the classifier is on the encoder, and plain transformers loads it. fc1: on the first layer of "
+        "the projection head of pretraining (linear, batch normalisation, activation), as PAWS is fine-tuned.",
+    )
     zero_init_head: bool = HfArg(
         default=True, help="Start the linear head at 0, where all classes are equally likely."
     )
@@ -100,14 +120,26 @@ class ClassifierFinetuningArguments(FinetuningArguments):
     )
 
     def __post_init__(self):
+        given, images_per_rank = self.global_batch_size, self.per_device_train_batch_size
+        if images_per_rank is not None:
+            check_integer("per_device_train_batch_size", images_per_rank, meaning="counts images")
+        check_choice("start_layer", self.start_layer, START_LAYERS)
+        self.per_device_train_batch_size = images_per_rank or 1  # the base class needs a number
         super().__post_init__()
         parts = self.world_size * self.gradient_accumulation_steps
+        if given is None:
+            self.global_batch_size = 64 if images_per_rank is None else images_per_rank * parts
         if self.global_batch_size < 1 or self.global_batch_size % parts:
             raise ValueError(
                 f"`global_batch_size` must be a multiple of {parts}, for {self.world_size} ranks and "
                 f"{self.gradient_accumulation_steps} accumulated batches, but is {self.global_batch_size}."
             )
         self.per_device_train_batch_size = self.global_batch_size // parts
+        if images_per_rank not in (None, self.per_device_train_batch_size):
+            raise ValueError(
+                f"`per_device_train_batch_size` is {images_per_rank}, but `global_batch_size` {given} is "
+                f"{self.per_device_train_batch_size} per rank and batch. Leave out one of the two."
+            )
 
 
 @dataclass

@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from ..hub.export import load_under_head
-from ..models.configuration_pretraining import SemiSupervisedConfig
+from ..models.configuration_pretraining import PretrainingConfig
 from ..models.configuration_suncet import SuNCEtConfig
+from ..models.modeling_head_classifier import HeadClassifierConfig, HeadForImageClassification
+from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_pretraining import SemiSupervisedModel
 from ..models.modeling_suncet import SuNCEtForPreTraining
 from ..models.pretrained_encoders import copy_encoder, load_encoder, select_fields
@@ -58,21 +60,24 @@ def load_for_classification(
     class_names: list[str] | None,
     seed: int,
     zero_init_head: bool = True,
+    start_layer: str = "backbone",
     **config_fields,
-) -> ViTMSNForImageClassification | TimmWrapperForImageClassification:
+) -> ViTMSNForImageClassification | TimmWrapperForImageClassification | HeadForImageClassification:
     """Load the encoder of `start` under a linear head, as a model of plain transformers.
 
-    Output j is class `classes[j]`, ascending; `class_names` are by class number.
+    Output j is class `classes[j]`, ascending; `class_names` are by class number. With `start_layer="fc1"` the first
+    layer of the projection head of `start` is between them, in a [`HeadForImageClassification`].
 
     Raises:
-        ValueError: As for [`load_for_suncet`], or if plain transformers has no such network.
+        ValueError: As for [`load_for_suncet`], if plain transformers has no such network, or `start` has no head.
     """
-    source = load_for_suncet(start, seed, **config_fields)
     names = [str(number) if class_names is None else class_names[number] for number in classes.tolist()]
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: column for column, name in enumerate(names)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if source.config.timm_model is None:
+        if start_layer == "fc1":
+            model = _head_classifier(start, labels, config_fields)
+        elif (source := load_for_suncet(start, seed, **config_fields)).config.timm_model is None:
             config = source.config.to_vit_msn_config()
             config.id2label, config.label2id = labels["id2label"], labels["label2id"]
             model = ViTMSNForImageClassification(config)
@@ -84,6 +89,21 @@ def load_for_classification(
         nn.init.zeros_(head.weight)
         if head.bias is not None:
             nn.init.zeros_(head.bias)
+    return model
+
+
+def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadForImageClassification:
+    source, encoder, fields, name = (None, None, {}, "") if isinstance(start, PreTrainedConfig) else _source(start)
+    head = getattr(source, "target_projection_head", getattr(source, "projection_head", None))
+    if head is None:
+        raise _no_head(name)
+    fields = select_fields(HeadClassifierConfig, fields, name)
+    if isinstance(source, MSNForPreTraining):
+        fields["projection_activation"] = "gelu"
+    model = HeadForImageClassification(HeadClassifierConfig(**{**fields, **config_fields, **labels}))
+    copy_encoder(encoder, model.encoder, model.config, fields, name)
+    own = model.projection_head.state_dict()
+    model.projection_head.load_state_dict({key: value for key, value in head.state_dict().items() if key in own})
     return model
 
 
@@ -105,6 +125,21 @@ def check_start(name: str) -> None:
             f"The model to fine-tune must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
             f"'{name}' is of type '{config.model_type}'."
         )
+
+
+def check_start_layer(name: str | None, start_layer: str) -> None:
+    """Raise a `ValueError` if the checkpoint `name` has no projection head for `start_layer`. Read no weights."""
+    has_config = name is not None and not name.startswith("timm:")
+    if start_layer == "fc1" and not (has_config and isinstance(AutoConfig.from_pretrained(name), PretrainingConfig)):
+        raise _no_head(name)
+
+
+def _no_head(name: str | None) -> ValueError:
+    return ValueError(
+        "`start_layer` 'fc1' is the first layer of the projection head of MSN, PAWS or SuNCEt, but "
+        f"{f'{name!r} has no such head' if name else 'there is no checkpoint to start from'}. Give such a checkpoint "
+        "as the model, or `start_layer` 'backbone'."
+    )
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear:
@@ -139,7 +174,7 @@ def _source(start: str | Path | PreTrainedModel) -> tuple[PreTrainedModel | None
     name = str(start)
     if not name.startswith("timm:"):
         config = AutoConfig.from_pretrained(name)
-        if isinstance(config, SemiSupervisedConfig):
+        if isinstance(config, PretrainingConfig):
             model = AutoModelForPreTraining.from_pretrained(name)
             return model, model.evaluation_encoder, _own_fields(config), name
     encoder, fields = load_encoder(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -83,6 +84,10 @@ class FinetuningTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         if self._head is not None:  # running means of batch normalisation stay too, and nothing is dropped
             self.model.eval()
             self._head.train()

@@ -67,7 +67,8 @@ def finetune_classifier(
         **config_fields: Fields of [`SuNCEtConfig`] that differ from those of `start`, such as `image_size`.
 
     Returns:
-        [`FinetuningResult`]: Its `model` is a `ViTMSNForImageClassification` or `TimmWrapperForImageClassification`.
+        [`FinetuningResult`]: Its `model` is a `ViTMSNForImageClassification` or `TimmWrapperForImageClassification`,
+            or, with `start_layer="fc1"`, a [`HeadForImageClassification`].
 
     Raises:
         ValueError: If there is no labelled row, a label is no class number, there are fewer than 2 classes, a class
@@ -201,7 +202,8 @@ class _Classifier(_Tuning):
 
     def build_model(self) -> PreTrainedModel:
         labels, args = (self.classes, self.class_names), self.args
-        return load_for_classification(self.start, *labels, args.seed, args.zero_init_head, **self.config_fields)
+        how = (args.seed, args.zero_init_head, args.start_layer)
+        return load_for_classification(self.start, *labels, *how, **self.config_fields)
 
     def make_trainer(self, model: PreTrainedModel, rows: np.ndarray, args: FinetuningArguments) -> FinetuningTrainer:
         if args.standardize_features or (args.standardize_features is None and args.freeze_encoder):

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from ..evaluation.results import LowShotResults, TaskResult
 from ..files import public_name, read_json, whole_file
+from ..models.modeling_head_classifier import HeadClassifierConfig
 from .figures import plot_low_shot, read_png
 from .results import as_paths, count_weights, read_finetuning, read_low_shot, weights_of
 from .run_record import read_run
@@ -181,6 +182,7 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
         "is_timm": model_type == "timm",
         "is_classifier": bool(config.get("num_classes")) if model_type == "timm" else is_classifier,
         "pretraining_class": _PRETRAINING_CLASSES.get(model_type),
+        "needs_hf_msn": model_type == HeadClassifierConfig.model_type,
         "has_processor": (folder / "preprocessor_config.json").is_file(),
         "image_size": config.get("image_size") if isinstance(config.get("image_size"), int) else None,
         "architecture": _architecture(config, sum(count_weights(folder).values())),
@@ -210,7 +212,8 @@ def _metadata(card: dict[str, Any], base_model: str | None, tags: Iterable[str])
     start = record.get("start") or (record.get("recipe") or {}).get("from_backbone")
     data = [(record.get(name) or {}).get("name") for name in ("data", "labelled")]
     evaluated = _eval_results(card)
-    library = "hf_msn" if card["pretraining_class"] else "timm" if card["is_timm"] else "transformers"
+    plain = "timm" if card["is_timm"] else "transformers"
+    library = "hf_msn" if card["pretraining_class"] or card["needs_hf_msn"] else plain
     learning = [method, f"{_LEARNING[method]}-learning"] if method else []
     return ModelCardData(
         model_name=card["title"],

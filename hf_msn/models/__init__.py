@@ -1,9 +1,9 @@
 """Models in the form of transformers: a configuration, and a PreTrainedModel whose forward returns the loss.
 
-Importing this package registers the pretraining models with the Auto classes of transformers, and the networks of PAWS
+Importing this package registers the models with the Auto classes of transformers, and the networks of PAWS
 with timm.
 """
 
-from . import modeling_msn, modeling_paws, modeling_suncet, paws_resnets
+from . import modeling_head_classifier, modeling_msn, modeling_paws, modeling_suncet, paws_resnets
 
-__all__ = ["modeling_msn", "modeling_paws", "modeling_suncet", "paws_resnets"]
+__all__ = ["modeling_head_classifier", "modeling_msn", "modeling_paws", "modeling_suncet", "paws_resnets"]

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from finetuning_runs import paws_config, suncet_config
+import torch.nn.functional as F
+from finetuning_runs import paws_config, states_are_equal, suncet_config
 from tiny import tiny_model
 from transformers import (
+    AutoModelForImageClassification,
     ResNetConfig,
     ResNetModel,
     TimmWrapperForImageClassification,
@@ -14,6 +16,7 @@ from transformers import (
 
 from hf_msn import PAWSForPreTraining, SuNCEtConfig
 from hf_msn.finetuning.models import linear_head, load_for_classification, load_for_suncet
+from hf_msn.models.modeling_head_classifier import HeadForImageClassification
 
 CLASSES, NAMES = np.array([1, 4, 5]), ["a", "b", "c", "d", "e", "f"]
 
@@ -126,3 +129,43 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path):
         load_for_suncet(tmp_path, 0)
     with pytest.raises(ValueError, match="is a ResNetModel, but must be a pretraining model"):
         load_for_suncet(resnet, 0)
+
+
+@pytest.mark.parametrize("make", [paws_model, lambda: paws_model(timm_model="test_resnet"), tiny_model])
+def test_a_classifier_on_the_head_computes_its_first_layer_from_folder_and_model(make, tmp_path):
+    source = make()
+    head = getattr(source, "target_projection_head", None) or source.projection_head
+    with torch.no_grad():
+        head.bn1.running_mean.uniform_(-1, 1)
+        head.bn1.running_var.uniform_(0.5, 2)
+    source.save_pretrained(tmp_path / "source")
+    side = 32 if source.config.model_type == "paws" and source.config.timm_model else source.config.image_size
+    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+    for start in (source.eval(), tmp_path / "source"):
+        arguments = (start, CLASSES, NAMES, 0, False, "fc1")
+        model = load_for_classification(*arguments).eval()
+        assert type(model) is HeadForImageClassification and model.config.id2label == {0: "b", 1: "e", 2: "f"}
+        with torch.no_grad():
+            features = source.evaluation_encoder(pixels)
+            features = (features if torch.is_tensor(features) else features.last_hidden_state[:, 0]).double()
+            hidden = features @ head.fc1.weight.double().T + head.fc1.bias.double()
+            hidden = (hidden - head.bn1.running_mean) / (head.bn1.running_var.double() + 1e-5).sqrt()
+            hidden = hidden * head.bn1.weight.double() + head.bn1.bias.double()
+            hidden = hidden.clamp(min=0) if isinstance(head.activation, torch.nn.ReLU) else F.gelu(hidden)
+            expected = hidden @ model.classifier.weight.double().T + model.classifier.bias.double()
+            logits = model(pixels).logits
+        assert expected.abs().max() > 0.01 and torch.allclose(logits.double(), expected, atol=1e-4)
+        loss = model(pixels, labels=torch.tensor([0, 1, 2, 1, 0])).loss
+        reference = [-expected[row].log_softmax(0)[label] for row, label in enumerate([0, 1, 2, 1, 0])]
+        assert loss.item() == pytest.approx(float(sum(reference)) / 5, abs=1e-5)
+        model.save_pretrained(tmp_path / "tuned")
+        again = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").eval()
+        assert states_are_equal(again, model) and torch.allclose(again(pixels).logits, logits, atol=1e-5)
+    zero = load_for_classification(source, CLASSES, NAMES, 0, True, "fc1")
+    assert not zero.classifier.weight.any() and not zero.classifier.bias.any()
+
+
+@pytest.mark.parametrize("start", [suncet_config, plain_model])
+def test_a_start_without_a_projection_head_is_refused(start):
+    with pytest.raises(ValueError, match=r"`start_layer` 'fc1'.*'backbone'"):
+        load_for_classification(start(), CLASSES, NAMES, 0, start_layer="fc1")

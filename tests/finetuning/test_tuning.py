@@ -20,7 +20,14 @@ from finetuning_runs import (
 from launch import run_ranks
 from transformers import TrainerCallback
 
-from hf_msn import BrokenImageError, PAWSForPreTraining, finetune_classifier, finetune_suncet, load_images
+from hf_msn import (
+    BrokenImageError,
+    ClassifierFinetuningArguments,
+    PAWSForPreTraining,
+    finetune_classifier,
+    finetune_suncet,
+    load_images,
+)
 from hf_msn.finetuning.models import linear_head, load_for_classification, load_for_suncet
 from hf_msn.trainers.callbacks.non_finite import NonFiniteLossError
 
@@ -247,6 +254,33 @@ def test_learning_rate_momentum_and_decay_are_those_asked_for(tmp_path):
     expected = [0.01 + (0.05 - 0.01) * 0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(8)]
     assert [rate for rate, _ in seen] == pytest.approx(expected)
     assert [seen[0][1][name] for name in ("momentum", "nesterov", "weight_decay")] == [0.9, True, 0.3]
+
+
+@pytest.mark.parametrize("method", [LINEAR, SUNCET])
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale(method, tmp_path):
+    torch.manual_seed(0)
+    start = PAWSForPreTraining(paws_config(timm_model="test_resnet"))
+    with torch.no_grad():
+        start.train().project(torch.randn(8, 3, 8, 8))
+    fields = {"start_layer": "fc1"} if method is LINEAR else {}
+    for frozen in (True, False):
+        result = tune(method, tmp_path, start=start, num_train_epochs=2, freeze_batch_norm=frozen, **fields)
+        name = "bn1" if method is LINEAR else "bn2"
+        tuned, before = getattr(result.model.projection_head, name), getattr(start.projection_head, name)
+        for one, other in ((tuned, before), (result.model.encoder.bn1, start.encoder.bn1)):
+            assert torch.equal(one.running_mean, other.running_mean) is frozen
+            assert torch.equal(one.running_var, other.running_var) is frozen
+            assert not torch.equal(one.weight, other.weight)
+
+
+def test_a_batch_of_each_rank_or_of_all_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(ClassifierFinetuningArguments, "world_size", 4)
+    batch = {"gradient_accumulation_steps": 2, "global_batch_size": None}
+    for given, expected in (({"per_device_train_batch_size": 3}, (24, 3)), ({}, (64, 8))):
+        args = classifier_arguments(tmp_path, **batch, **given)
+        assert (args.global_batch_size, args.per_device_train_batch_size) == expected
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` is 3, but `global_batch_size` 16"):
+        classifier_arguments(tmp_path, **{**batch, "global_batch_size": 16}, per_device_train_batch_size=3)
 
 
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])

@@ -14,6 +14,7 @@ import timm
 import torch
 import yaml
 from card_runs import edited, measure, msn, save, table, with_value
+from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
@@ -28,6 +29,7 @@ from hf_msn import (
     export_backbone,
     export_classifier,
     extract_features,
+    finetune_classifier,
     load_images,
     plot_low_shot,
     save_model_card,
@@ -186,6 +188,25 @@ def test_the_lines_that_load_it_work(kind, count, made, tuned, tmp_path):
         names = {"image": image}
         exec(lines, names)
         assert names.get("features", torch.zeros(1, 32)).shape == (1, 32)
+
+
+def test_a_classifier_on_a_projection_head_is_used_with_hf_msn(made, tmp_path):
+    dataset = load_images("digits", split="train[:60]")
+    args = classifier_arguments(tmp_path, num_train_epochs=1, start_layer="fc1")
+    result = finetune_classifier(made["checkpoint"], dataset, np.arange(60), VIEWS, args, image_processor=PROCESSOR)
+    result.test(load_images("digits", split="test[:60]"))
+    result.save(tmp_path / "tuned")
+    card = create_model_card(tmp_path / "tuned")
+    assert card.data.library_name == "hf_msn" and card.data.pipeline_tag == "image-classification"
+    (block,) = code_blocks(card)
+    image = decode_image(dataset[3]["image"])
+    names = {"image": image}
+    exec(block.replace("path/to/tuned", str(tmp_path / "tuned")).replace("print(", "found = ("), names)
+    with torch.no_grad():
+        probabilities = result.model(PROCESSOR(image, return_tensors="pt")["pixel_values"]).logits[0].softmax(dim=0)
+    assert names["found"][0]["label"] == str(int(probabilities.argmax()))
+    assert names["found"][0]["score"] == pytest.approx(float(probabilities.max()), abs=1e-5)
+    assert "registers" in card.text
 
 
 def test_a_folder_of_timm_is_used_through_timm(tmp_path):
