@@ -5,10 +5,12 @@ import hashlib
 import io
 import os
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -158,13 +160,16 @@ def _load_local(source: str, split: str, config: str | None, streaming: bool, da
                 "saved dataset. Check the path."
             )
         builder = _shard_builder(source, {Path(shard).suffix.lower() for shard in shards})
+        _check_shards(shards)
         return _load(builder, split, streaming, source, data_dir=source)
     files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
     suffixes = {Path(path).suffix.lower() for path in files}
     if all(is_image_file(path) for path in files):
         layout = {"train": FolderSplit(files, classes=None, class_names=[], metadata_files=[])}
         return _load_image_folder(layout, split, streaming, source)
-    return _load(_shard_builder(source, suffixes), split, streaming, source, data_files={"train": files})
+    builder = _shard_builder(source, suffixes)
+    _check_shards(files)
+    return _load(builder, split, streaming, source, data_files={"train": files})
 
 
 def _shard_builder(source: str, suffixes: set[str]) -> str:
@@ -174,6 +179,24 @@ def _shard_builder(source: str, suffixes: set[str]) -> str:
             f"{', '.join(sorted(suffixes)) or 'without extension'}. Give a folder or a glob of one kind."
         )
     return _SHARD_BUILDERS[next(iter(suffixes))]
+
+
+def _check_shards(files: list[str]) -> None:
+    """Check that shards are whole, as far as their ends tell; `datasets` names no file, and drops the end of a tar."""
+    for path in files:
+        try:
+            if path.lower().endswith(".parquet"):
+                pyarrow.parquet.read_metadata(path)
+                continue
+            with tarfile.open(path) as archive:
+                if isinstance(archive.fileobj, io.BufferedReader):  # not compressed
+                    archive.fileobj.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+                    if any(archive.fileobj.read()):
+                        raise tarfile.ReadError("the zeros at the end of a tar are missing: it has been cut")
+        except (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError) as error:
+            raise ValueError(
+                f"`source` must hold whole shards, but '{path}' is broken: {error}. Copy it again, or remove it."
+            ) from error
 
 
 def _load_image_folder(

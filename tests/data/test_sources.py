@@ -258,6 +258,24 @@ def test_webdataset_label_is_found_in_json(tmp_path, encoded, streaming):
     assert [row["label"] for row in named] == [7, 8, 9]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("part", ["text", "nothing", "half", "less than half"])
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_broken_shard_is_named(parquet, tmp_path, encoded, kind, part, streaming):
+    for number in range(2):
+        if kind == "parquet":
+            file = Path(parquet(f"shards/train-{number}.parquet"))
+        else:
+            (tmp_path / "shards").mkdir(exist_ok=True)
+            file = Path(_tar(tmp_path / "shards" / f"train-{number}.tar", [{"png": encoded(number)}] * 20))
+    whole = file.read_bytes()
+    parts = {"text": b"hello", "nothing": b"", "half": whole[: len(whole) // 2]}
+    file.write_bytes(parts.get(part, whole[: len(whole) // 2 - 700]))
+    for source in (file.parent, file.parent / f"*.{kind}"):
+        with pytest.raises(ValueError, match=rf"train-1\.{kind}' is broken"):
+            load_images(str(source), streaming=streaming)
+
+
 def test_unknown_columns_are_refused(parquet):
     file = parquet("a.parquet")
     with pytest.raises(ValueError, match=r"'klass'.*'image', 'label'"):
