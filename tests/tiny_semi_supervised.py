@@ -130,13 +130,14 @@ def paws_by_hand(anchors, anchor_supports, targets, target_supports, labels, con
     return sum(cross_entropies) / len(cross_entropies) - config.me_max_weight * entropy, predicted
 
 
-def nt_xent_by_hand(first, second, temperature: float) -> torch.Tensor:
-    """Equation 1 of SimCLR; the views that one is compared with count as constants, as in the authors' code."""
+def nt_xent_by_hand(first, second, temperature: float, full_gradient: bool) -> torch.Tensor:
+    """Equation 1 of SimCLR; in SuNCEt's code the views that one is compared with count as constants."""
     rows = [*first, *second]
+    compared = rows if full_gradient else [row.detach() for row in rows]
     losses = []
     for i, row in enumerate(rows):
         pair = (i + len(first)) % len(rows)
-        others = {j: torch.exp(cosine(row, rows[j].detach()) / temperature) for j in range(len(rows)) if j != i}
+        others = {j: torch.exp(cosine(row, compared[j]) / temperature) for j in range(len(rows)) if j != i}
         losses.append(-torch.log(others[pair] / sum(others.values())))
     return sum(losses) / len(losses)
 

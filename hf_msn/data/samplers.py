@@ -19,7 +19,9 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
 
     Both numbers count the support over ALL ranks, whatever the number of ranks. The draw of a step is a function of
     (`seed`, step) alone: a resumed run begins at its step and replays nothing, and the ranks together draw the same
-    as one rank alone. Each class is drawn equally often, however many images it has, and so is each image of a class.
+    as one rank alone. The classes take turns, in an order that is drawn anew for each cycle: with N classes, each
+    ceil(N / `global_classes`) steps have all of them, however many images they have. Each image of a class is drawn
+    equally often.
 
     Of a class with n < k images, all n are drawn floor(k / n) times, and k mod n different ones once more.
 
@@ -103,13 +105,21 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
 
     def batch(self, step: int) -> list[int]:
         """Return this rank's part of a step's support: positions in `labels`, whose places in it are `places`."""
-        sequence = np.random.SeedSequence([int(self.seed), int(step), _STREAM])
-        # RandomState is frozen by numpy: its streams are the same in every version
-        random = np.random.RandomState(np.random.MT19937(sequence))
-        drawn = random.permutation(len(self._rows))[: self.global_classes]
+        num_classes, drawn_classes = len(self._rows), self.global_classes
+        random = self._random(step)
+        order = random.permutation(num_classes)
+        turn = step % -(-num_classes // drawn_classes)
+        if turn:
+            order = self._random(step - turn).permutation(num_classes)  # that of the first step of the cycle
+        drawn = order.take(range(turn * drawn_classes, (turn + 1) * drawn_classes), mode="wrap")
         # resize repeats the shuffled class if it is too small
         rows = [np.resize(random.permutation(self._rows[number]), self.global_images_per_class) for number in drawn]
         return np.concatenate(rows)[self.places].tolist()
+
+    def _random(self, step: int) -> np.random.RandomState:
+        sequence = np.random.SeedSequence([int(self.seed), int(step), _STREAM])
+        # RandomState is frozen by numpy: its streams are the same in every version
+        return np.random.RandomState(np.random.MT19937(sequence))
 
     def describe(self, views_per_image: int) -> str:
         """Return the global support in one line, for the log."""

@@ -12,6 +12,7 @@ def nt_xent_loss(
     projections: torch.Tensor,
     *,
     temperature: float = 0.1,
+    full_gradient: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Return the normalised temperature-scaled cross-entropy: each view has to find the other view of its image.
@@ -20,12 +21,14 @@ def nt_xent_loss(
 
         loss = mean_i -log( exp(s_i,pair(i) / temperature) / sum_{j != i} exp(s_ij / temperature) )
 
-    As in the authors' code of SuNCEt, the gradient goes through row i alone: the rows j that it is compared with count
-    as constants. Each pair comes up both as (i, j) and as (j, i), so that every row still learns from every other.
+    The gradient is that of this equation. With `full_gradient=False`, as in the authors' code of SuNCEt, it goes
+    through row i alone: the rows j that it is compared with count as constants. It is then about half as long and
+    points in nearly the same direction, since each pair comes up both as (i, j) and as (j, i).
 
     Args:
         projections (`torch.Tensor` of shape `(2*B, D)`): The first view of all images of this rank, then the second.
         temperature (`float`, *optional*, defaults to 0.1): tau, above 0.
+        full_gradient (`bool`, *optional*, defaults to `True`): Whether the compared rows get a gradient too.
         group (`ProcessGroup`, *optional*): The ranks whose views are compared; equally many on each. By default all.
 
     Returns:
@@ -44,7 +47,7 @@ def nt_xent_loss(
     num_rows = len(projections)
     with without_autocast(projections):
         queries = F.normalize(at_least_float32(projections), dim=-1)
-        keys = all_gather_cat(queries.detach(), group)
+        keys = all_gather_cat(queries if full_gradient else queries.detach(), group)
         own = rank(group) * num_rows + torch.arange(num_rows, device=queries.device)
         similarities = without_self(queries @ keys.T / temperature, own)
         return F.cross_entropy(similarities, own.roll(num_rows // 2))

@@ -39,6 +39,10 @@ class MSNConfig(PretrainingConfig):
         default=1.0, help="lambda of the mean-entropy maximisation. Without Sinkhorn the paper has 5."
     )
     entropy_weight: float | int = HfArg(default=0.0, help="Weight of the entropy of the single assignments.")
+    head_initializer_range: float | int | None = HfArg(
+        default=0.02,
+        help="Standard deviation of the heads' initial weights, with biases of 0; null: torch's own initialisation.",
+    )
     prediction_head: bool = HfArg(default=False, help="A prediction head on the anchors' projections.")
     prediction_hidden_dim: int | None = HfArg(
         default=None, help="Its hidden width; by default a quarter of projection_dim."

@@ -30,12 +30,24 @@ class PretrainingConfig(ViTMSNConfig):
         "for all views together.",
     )
     temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")
+    patch_initializer_range: float | int | None = HfArg(
+        default=None,
+        help="Standard deviation of a ViT's initial patch embedding; by default sqrt(2 / inputs of a patch), for 16 "
+        "pixels 0.051.",
+    )
+    head_initializer_range: float | int | None = HfArg(
+        default=None,
+        help="Standard deviation of the heads' initial weights, with biases of 0; null: torch's own initialisation.",
+    )
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         check_integer("projection_dim", self.projection_dim)
         check_integer("projection_hidden_dim", self.projection_hidden_dim)
         check_number("temperature", self.temperature, above=0, remedy="The papers use 0.1.")
+        for name in ("patch_initializer_range", "head_initializer_range"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0, remedy="MSN's authors have 0.02 in the head.")
 
     @property
     def num_patches(self) -> int:

@@ -1,5 +1,7 @@
 """The encoder of MSN: a ViTMSN that drops patches instead of replacing them, with layers that train faster."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,6 +42,11 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Conv2d):  # the patch embedding; ViTMSNModel draws it as narrow as any layer
+            std = getattr(self.config, "patch_initializer_range", None)
+            init.normal_(module.weight, std=math.sqrt(2 / module.weight[0].numel()) if std is None else std)
+            init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         if isinstance(module, ViTMSNEmbeddings):
             # ViTMSNModel starts both at 0, where all patches look alike; the authors' code draws them.

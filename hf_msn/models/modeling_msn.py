@@ -175,11 +175,18 @@ class MSNForPreTraining(PretrainingModel):
         Parameters only: the running statistics of batch normalisation follow the target's own forward passes.
 
         Raises:
-            ValueError: If `momentum` is outside [0, 1].
+            ValueError: If `momentum` is outside [0, 1], or the weights have 16 bits, which would lose most of a step.
         """
         check_number("momentum", momentum, minimum=0, maximum=1, remedy="The paper goes from 0.996 to 1.")
         online = [self.encoder, self.projection_head, self.prediction_head]
-        torch._foreach_lerp_(_parameters(self._target_modules()), _parameters(online), 1.0 - momentum)
+        target = _parameters(self._target_modules())
+        if 0 < momentum < 1 and any(torch.finfo(parameter.dtype).bits < 32 for parameter in target):
+            raise ValueError(
+                f"The weights of the target must have at least 32 bits for a moving average, but are {target[0].dtype}"
+                f": steps of 1 - momentum = {1 - momentum:.3g} would be lost to rounding. Load the model with "
+                "`dtype=torch.float32`; `bf16` of the training arguments computes in 16 bits all the same."
+            )
+        torch._foreach_lerp_(target, _parameters(online), 1.0 - momentum)
 
     def _after_loading(self) -> None:
         for parameter in _parameters(self._target_modules()):

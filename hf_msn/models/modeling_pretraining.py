@@ -43,11 +43,15 @@ class PretrainingModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         # Called for the layers of the heads: a ViTMSN initialises its own layers.
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            # torch's own initialisation; the narrow normal distribution of transformers is meant for the encoder
+        if not isinstance(module, nn.Linear):
+            return
+        if self.config.head_initializer_range is None:
             bound = module.in_features**-0.5
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             init.uniform_(module.bias, -bound, bound)
+        else:
+            init.trunc_normal_(module.weight, std=self.config.head_initializer_range)
+            init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -50,6 +50,7 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
         anchor_pixel_values: torch.Tensor | None = None,
         support_pixel_values: torch.Tensor | None = None,
         support_labels: torch.Tensor | None = None,
+        supervised: bool = True,
     ) -> SuNCEtForPreTrainingOutput:
         """
         Args:
@@ -57,13 +58,16 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
             anchor_pixel_values (`torch.Tensor` of shape `(B, 1, C, H, W)`, *optional*): The second.
             support_pixel_values (`torch.Tensor` of shape `(S, C, H, W)`, *optional*): This rank's labelled images.
             support_labels (`torch.LongTensor` of shape `(S,)`, *optional*): Their class numbers, >= 0, in any order.
+            supervised (`bool`, *optional*, defaults to `True`): Without it the support takes part in the batch
+                statistics alone.
 
         Raises:
             ValueError: If there are neither views nor support, one is incomplete, or a shape does not fit.
         """
-        if pixel_values is None and support_pixel_values is None:
+        if pixel_values is None and (support_pixel_values is None or not supervised):
             raise ValueError(
-                "`pixel_values` and `support_pixel_values` are both None. Give two views, a support, or both."
+                "`pixel_values` and `support_pixel_values` are both None, or a support comes alone with "
+                "`supervised=False`: there is no loss. Give two views, a support, or both."
             )
         groups = []
         if support_pixel_values is not None or support_labels is not None:
@@ -77,9 +81,14 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
         suncet = nt_xent = None
         if support_labels is not None:
             supports, *projections = projections
-            suncet = suncet_loss(supports, self._label_rows(support_labels), temperature=self.config.temperature)
+            if supervised:
+                suncet = suncet_loss(supports, self._label_rows(support_labels), temperature=self.config.temperature)
         if pixel_values is not None:
-            nt_xent = nt_xent_loss(torch.cat(projections), temperature=self.config.temperature)
+            nt_xent = nt_xent_loss(
+                torch.cat(projections),
+                temperature=self.config.temperature,
+                full_gradient=self.config.full_gradient,
+            )
         return SuNCEtForPreTrainingOutput(
             loss=sum(part for part in (nt_xent, suncet) if part is not None),
             nt_xent=None if nt_xent is None else nt_xent.detach(),

@@ -19,7 +19,7 @@ def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
     options = dict(config.timm_options or {})
     _check_name("`timm_model`", config.timm_model)
     try:
-        encoder = timm.create_model(config.timm_model, pretrained=False, num_classes=0, **options)
+        encoder = _create_network(config.timm_model, options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # each network checks in its own way
         raise ValueError(
             f"`timm_options` {options} do not fit '{config.timm_model}': {error}. Correct or leave out that option."
@@ -95,6 +95,16 @@ def copy_encoder(
             f"The encoder of '{name_or_path}' does not fit the configuration. Leave the fields that describe the "
             f"encoder (`hidden_size`, `timm_options`, ...) as the checkpoint has them. {error}"
         ) from error
+
+
+def _create_network(name: str, options: dict) -> nn.Module:
+    """Return a network of timm whose residual blocks do not start at 0, as in the authors' code of PAWS."""
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **{"zero_init_last": False, **options})
+    except TypeError as error:
+        if "zero_init_last" not in str(error):
+            raise
+    return timm.create_model(name, pretrained=False, num_classes=0, **options)  # has no such blocks
 
 
 def _check_name(what: str, name: str) -> None:

@@ -23,7 +23,7 @@ class MSNTrainingArguments(PretrainingArguments):
         default=None, help="T of the targets at the first step. By default the model's, 0.25 in the paper."
     )
     final_sharpen_temperature: float | None = HfArg(
-        default=None, help="T of the targets at the last step. By default that of the first."
+        default=None, help="T of the targets at the end of its linear schedule. By default that of the first."
     )
     collapse_warning: bool = HfArg(
         default=True, help="Warn when the assignments collapse, with the symptom and the remedy."

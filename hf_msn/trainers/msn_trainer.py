@@ -7,7 +7,6 @@ from transformers.utils import logging
 
 from ..data.collators import MultiViewCollator
 from ..distributed.collectives import all_reduce_sum
-from ..models.masking import num_kept_patches
 from ..models.modeling_msn import MSNForPreTraining
 from ..schedules import linear
 from .callbacks.update_target import UpdateTargetCallback
@@ -30,6 +29,8 @@ class MSNTrainer(PretrainingTrainer):
         kwargs: As in `transformers.Trainer`. A `processing_class` (the evaluation image processor) is saved with each
             checkpoint.
     """
+
+    arguments_class = MSNTrainingArguments
 
     def __init__(self, model: MSNForPreTraining, args: MSNTrainingArguments, data_collator=None, **kwargs):
         super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
@@ -61,11 +62,10 @@ class MSNTrainer(PretrainingTrainer):
         return linear(self.stretched_progress(), self.args.ema_momentum, self.args.final_ema_momentum)
 
     def sharpen_temperature_now(self) -> float:
-        """Return T of the targets for the next update: linear over training."""
+        """Return T of the targets for the next update: linear over the stretched horizon."""
         start, end = self.args.start_sharpen_temperature, self.args.final_sharpen_temperature
         start = self.model.config.sharpen_temperature if start is None else start
-        progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
-        return linear(progress, start, start if end is None else end)
+        return linear(self.stretched_progress(), start, start if end is None else end)
 
     def extra_logs(self) -> dict[str, float]:
         used = int((all_reduce_sum(self._prototypes_used.float()) > 0).sum())
@@ -89,15 +89,7 @@ class MSNTrainer(PretrainingTrainer):
     def check_before_training(self) -> None:
         super().check_before_training()
         self.check_view_sizes()
-        config = self.model.config
-        views_size = self.view_sizes().get("image_size", config.image_size)
-        num_patches = (views_size // config.patch_size) ** 2
-        if num_kept_patches(num_patches, config.mask_ratio) < 1:
-            raise ValueError(
-                f"`mask_ratio` {config.mask_ratio} keeps none of the {num_patches} patches of a view of {views_size} "
-                "pixels. Lower it, or choose larger views."
-            )
-        if config.projection_batch_norm and self.args.per_device_train_batch_size < 2:
+        if self.model.config.projection_batch_norm and self.args.per_device_train_batch_size < 2:
             raise ValueError(
                 f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, but batch normalisation "
                 "in the projection head needs at least 2 images per batch. Raise it, or set `projection_batch_norm` "

@@ -30,6 +30,7 @@ class PAWSTrainer(SemiSupervisedTrainer):
     """
 
     args: PAWSTrainingArguments
+    arguments_class = PAWSTrainingArguments
 
     def values_to_log(self, outputs: PAWSForPreTrainingOutput) -> dict[str, torch.Tensor]:
         target = outputs.target_probabilities

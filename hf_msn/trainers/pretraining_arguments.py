@@ -17,13 +17,14 @@ class PretrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the schedules of pretraining, and with defaults that fit it.
 
     Learning rate: linear from `start_learning_rate` to `learning_rate` during `warmup_epochs`, then a cosine to
-    `final_learning_rate`. Weight decay: a cosine from `weight_decay` to `final_weight_decay`, not on biases, norms and
-    other 1-D tensors, nor on prototypes. The fields below are those that `TrainingArguments` lacks or has another
-    default for.
+    `final_learning_rate`. As in the authors' codes, the first update of PAWS and SuNCEt has the start value, that of
+    MSN is one step into the warm-up; horizons and warm-up are cut to whole steps. Weight decay: a cosine from
+    `weight_decay` to `final_weight_decay`, not on biases, norms and other 1-D tensors, nor on prototypes. The fields
+    below are those that `TrainingArguments` lacks or has another default for.
     """
 
     learning_rate: float = HfArg(default=1e-3, help="Learning rate at the end of the warm-up.")
-    start_learning_rate: float = HfArg(default=2e-4, help="Learning rate at the first step.")
+    start_learning_rate: float = HfArg(default=2e-4, help="Learning rate where the warm-up starts.")
     final_learning_rate: float = HfArg(default=1e-6, help="Learning rate at the end of the cosine.")
     warmup_epochs: float = HfArg(default=15.0, help="Epochs of warm-up. `warmup_steps`, if not 0, takes its place.")
     warmup_steps: float = HfArg(
@@ -45,8 +46,8 @@ class PretrainingArguments(TrainingArguments):
     )
     schedule_stretch: float = HfArg(
         default=1.25,
-        help="Length of the schedules of learning rate, weight decay and momentum over that of training. Above 1 they "
-        "never reach their end values. The paper has 1.25.",
+        help="Length of the schedules of learning rate, weight decay, momentum and sharpening over that of training. "
+        "Above 1 they never reach their end values. The paper has 1.25.",
     )
     max_grad_norm: float = HfArg(default=3.0, help="Gradients of encoder and head are clipped to this norm; 0: never.")
     num_train_epochs: float = HfArg(default=100.0, help="Passes over the training images.")
@@ -81,6 +82,7 @@ class PretrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = HfArg(default=False, help="Hides NaN losses from the log if on.")
     prediction_loss_only: bool = HfArg(default=True, help="Evaluation on a data set returns its loss only.")
 
+    first_schedule_step: ClassVar[int] = 1  # steps of the learning rate's schedule before the first update
     num_loaders: ClassVar[int] = 1  # loaders that read at the same time and share the default number of workers
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """Base of the pretraining trainers: data, schedules, optimizer, log, checkpoints."""
 
+import math
 import os
 import shutil
 from concurrent.futures import Future
@@ -59,9 +60,15 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
     """
 
     args: PretrainingArguments
+    arguments_class: type[PretrainingArguments] = PretrainingArguments
     _staging: Path | None = None
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
+        if not isinstance(args, self.arguments_class):
+            raise ValueError(
+                f"`args` of {type(self).__name__} must be {self.arguments_class.__name__}, which have its schedules, "
+                f"but are {type(args).__name__}."
+            )
         if args.sync_batch_norm and args.world_size > 1:
             model = synchronize_batch_norm(model, args.device)
         super().__init__(model=model, args=args, **kwargs)
@@ -135,9 +142,15 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         return {name: getattr(transform, name) for name in names if hasattr(transform, name)}
 
     def check_view_sizes(self) -> None:
-        """Raise a `ValueError` if a view is not a whole number of patches of the model."""
-        patch_size = self.model.config.patch_size
-        for name, size in self.view_sizes().items():
+        """Raise a `ValueError` if the views are not of the model's size, or not a whole number of its patches."""
+        patch_size, sizes = self.model.config.patch_size, self.view_sizes()
+        image_size = self.model.config.image_size
+        if sizes.get("image_size", image_size) != image_size:
+            raise ValueError(
+                f"`image_size` of the views must be the model's {image_size}, but is {sizes['image_size']} pixels. "
+                "Change one of them."
+            )
+        for name, size in sizes.items():
             if size < patch_size or size % patch_size:
                 raise ValueError(
                     f"`{name}` of the views must be a multiple of the model's `patch_size` {patch_size}, but is "
@@ -201,13 +214,12 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         if self.lr_scheduler is None:
             args = self.args
             scale = self.images_per_update() / args.learning_rate_batch_size if args.learning_rate_batch_size else 1.0
-            horizon = num_training_steps * args.schedule_stretch
+            horizon = self._whole_horizon(num_training_steps)
             warmup = self._warmup_steps(num_training_steps) / horizon
 
             def factor(step: int) -> float:
-                # The first update is one step into the warm-up, as in the authors' code.
                 value = warmup_cosine(
-                    min((step + 1) / horizon, 1.0),
+                    min((step + args.first_schedule_step) / horizon, 1.0),
                     warmup=warmup,
                     start=args.start_learning_rate,
                     peak=args.learning_rate,
@@ -225,7 +237,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         elif self.args.warmup_epochs == 0:
             steps = 0
         elif has_length(self.train_dataset):
-            steps = round(self.args.warmup_epochs * len(self.train_dataset) / self.images_per_update())
+            steps = math.floor(self.args.warmup_epochs * self._updates_per_epoch() + 1e-9)
         else:
             raise ValueError(
                 "`warmup_epochs` needs the number of images, which a streamed data set does not have. Set "
@@ -238,6 +250,16 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
             )
         return steps
 
+    def _updates_per_epoch(self) -> int:
+        accumulated = self.args.gradient_accumulation_steps
+        micro_batches = len(self.train_dataset) * accumulated / self.images_per_update()
+        cut = math.floor if self.args.dataloader_drop_last else math.ceil
+        return math.ceil(cut(micro_batches) / accumulated)
+
+    def _whole_horizon(self, num_training_steps: int) -> int:
+        """Return the steps of the stretched horizon, cut to whole ones as in the authors' code."""
+        return math.floor(num_training_steps * self.args.schedule_stretch + 1e-9)
+
     def stretched_progress(self) -> float:
         """Return the part of the stretched horizon before the next update, in [0, 1]."""
         return min(self.state.global_step / (max(self.state.max_steps, 1) * self.args.schedule_stretch), 1.0)
@@ -247,7 +269,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         args = self.args
         if args.final_weight_decay is None:
             return args.weight_decay
-        horizon = max(self.state.max_steps, 1) * args.schedule_stretch
+        horizon = self._whole_horizon(max(self.state.max_steps, 1))
         return cosine(min((self.state.global_step + 1) / horizon, 1.0), args.weight_decay, args.final_weight_decay)
 
     def parameters_to_clip(self, model: nn.Module) -> list[nn.Parameter]:

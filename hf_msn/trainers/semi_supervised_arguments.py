@@ -15,6 +15,7 @@ class SemiSupervisedArguments(PretrainingArguments):
     The numbers of the support are **global**: they hold for all ranks together, however many there are.
     """
 
+    first_schedule_step: ClassVar[int] = 0
     num_loaders: ClassVar[int] = 2  # images, and supports beside them
 
     global_support_classes: int | None = HfArg(
@@ -32,5 +33,10 @@ class SemiSupervisedArguments(PretrainingArguments):
     warmup_epochs: float = HfArg(default=10.0, help="Epochs of warm-up. `warmup_steps`, if not 0, takes its place.")
     schedule_stretch: float = HfArg(
         default=1.0, help="Length of the schedules over that of training; 1: they reach their ends."
+    )
+    adapt_shortcut_scales: bool = HfArg(
+        default=False,
+        help="Weight decay and LARS's scaling for the batch-norm scales of ResNets' shortcuts (downsample.1.weight) "
+        "too, as in the authors' code, which excludes tensors by name. By default no 1-D tensor has them.",
     )
     max_grad_norm: float = HfArg(default=0.0, help="Gradients are clipped to this norm; 0: never.")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..data.collators import MultiViewCollator
@@ -90,6 +91,13 @@ class SemiSupervisedTrainer(PretrainingTrainer):
 
     def extra_logs(self) -> dict[str, float]:
         return {**super().extra_logs(), "broken_labelled_images": self.support_dataset.num_broken}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        if self.args.adapt_shortcut_scales:
+            scales = [name for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".weight")]
+            names += [name for name in scales if ".downsample." in name]
+        return names
 
     # Supports
 

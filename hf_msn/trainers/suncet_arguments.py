@@ -18,7 +18,8 @@ class SuNCEtTrainingArguments(SemiSupervisedArguments):
 
     supervised_epochs: float | None = HfArg(
         default=None,
-        help="Epochs that train with the SuNCEt term and labelled images, before SimCLR alone. By default all.",
+        help="Epochs with the SuNCEt term in the loss; after them labelled images only take part in the batch "
+        "statistics. 0: SimCLR alone, without labelled images. By default all.",
     )
 
     def __post_init__(self):

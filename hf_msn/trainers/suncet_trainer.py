@@ -11,13 +11,22 @@ from .suncet_arguments import SuNCEtTrainingArguments
 class SuNCEtTrainer(SemiSupervisedTrainer):
     """Train a [`SuNCEtForPreTraining`]; see [`SemiSupervisedTrainer`] for the arguments.
 
-    After `supervised_epochs` no labelled image is read any more, and the loss is that of SimCLR.
+    After `supervised_epochs` the loss is that of SimCLR. As in the authors' code, the labelled images then still take
+    part in the batch statistics; with `supervised_epochs=0` none is read.
     """
 
     args: SuNCEtTrainingArguments
+    arguments_class = SuNCEtTrainingArguments
 
     def needs_support(self) -> bool:
+        return self.args.supervised_epochs != 0
+
+    def is_supervised(self) -> bool:
+        """Return whether the SuNCEt term is part of the loss of the next micro-batch."""
         return self.args.supervised_epochs is None or (self.state.epoch or 0.0) < self.args.supervised_epochs - 1e-6
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "supervised": self.is_supervised()}, *args, **kwargs)
 
     def values_to_log(self, outputs: SuNCEtForPreTrainingOutput) -> dict[str, torch.Tensor]:
         # 0 for a part that is left out, so that all micro-batches between two logs count alike.

@@ -31,6 +31,18 @@ def test_each_step_draws_c_classes_with_k_different_images_each():
         assert all(sorted(images.values()) == [1, 1] for images in drawn.values())
 
 
+@pytest.mark.parametrize("classes", [1, 2, 3, 4])
+def test_all_classes_are_drawn_in_each_cycle(classes):
+    sampler, steps = _sampler(global_classes=classes), math.ceil(4 / classes)
+    orders = []
+    for cycle in range(20):
+        order = [tuple(_drawn(sampler, cycle * steps + turn)) for turn in range(steps)]
+        assert all(len(set(drawn)) == classes for drawn in order)
+        assert set(itertools.chain(*order)) == set(LABELS)
+        orders.append(tuple(order))
+    assert len(set(orders)) > 5  # an order of its own for each cycle
+
+
 def test_classes_and_images_are_drawn_equally_often_whatever_their_number():
     sampler, steps = _sampler(global_classes=2, seed=3), 1500
     counts = Counter(position for step in range(steps) for position in sampler.batch(step))
@@ -88,7 +100,7 @@ def test_draws_are_a_function_of_seed_and_step():
 
 def test_draws_are_the_same_on_every_machine():
     sampler = ClassStratifiedSampler(np.repeat([2, 4, 9], 5), global_classes=2, global_images_per_class=2, seed=0)
-    assert [sampler.batch(0), sampler.batch(1)] == [[0, 1, 12, 13], [1, 0, 5, 8]]
+    assert [sampler.batch(0), sampler.batch(1)] == [[0, 1, 12, 13], [6, 5, 0, 3]]
 
 
 def test_resumed_sampler_continues():

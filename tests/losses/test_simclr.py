@@ -24,12 +24,12 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
 
 
-def loop_nt_xent(projections, temperature):
+def loop_nt_xent(projections, temperature, full_gradient):
     total = 0.0
-    constants = projections.detach()
+    compared = projections if full_gradient else projections.detach()
     for i, row in enumerate(projections):
         pair = (i + len(projections) // 2) % len(projections)
-        exponentials = {j: (cosine(row, constants[j]) / temperature).exp() for j in range(len(projections)) if j != i}
+        exponentials = {j: (cosine(row, compared[j]) / temperature).exp() for j in range(len(projections)) if j != i}
         total = total - (exponentials[pair] / sum(exponentials.values())).log()
     return total / len(projections)
 
@@ -37,19 +37,32 @@ def loop_nt_xent(projections, temperature):
 @pytest.mark.parametrize("case", GOLDEN["nt_xent_loss"], ids=lambda case: f"seed {case['seed']}")
 def test_nt_xent_equals_the_golden_numbers(case):
     projections = golden_array(case["input_seed"], 2 * case["batch"], case["dim"])
-    loss = nt_xent_loss(projections, temperature=case["temperature"])
+    loss = nt_xent_loss(projections, temperature=case["temperature"], full_gradient=False)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     assert projections.grad.norm().item() == pytest.approx(case["grad"], rel=1e-5)
 
 
+@pytest.mark.parametrize("full_gradient", [True, False])
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
-def test_nt_xent_equals_the_loop(temperature):
+def test_nt_xent_equals_the_loop(temperature, full_gradient):
     projections = normal(6, DIM).requires_grad_()
-    loss, expected = nt_xent_loss(projections, temperature=temperature), loop_nt_xent(projections, temperature)
+    loss = nt_xent_loss(projections, temperature=temperature, full_gradient=full_gradient)
+    expected = loop_nt_xent(projections, temperature, full_gradient)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(value, projections)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_the_full_gradient_is_the_default_and_about_twice_that_of_the_authors():
+    projections = normal(64, 16).requires_grad_()
+    full, default, authors = (
+        torch.autograd.grad(nt_xent_loss(projections, **settings), projections)[0].flatten()
+        for settings in ({"full_gradient": True}, {}, {"full_gradient": False})
+    )
+    assert torch.equal(default, full)
+    assert torch.cosine_similarity(full, authors, dim=0) > 0.98
+    assert authors.norm() / full.norm() == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("rows", [0, 5])

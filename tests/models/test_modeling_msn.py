@@ -122,15 +122,28 @@ def test_a_new_target_equals_the_online_encoder(msn_model):
         assert torch.equal(target, online)
 
 
-def test_fresh_heads_and_prototypes_are_drawn_as_torch_draws_linear_layers():
-    model = tiny_model(projection_hidden_dim=256, projection_dim=64, num_prototypes=512)
-    for weight, bound in (
-        (model.projection_head.fc1.weight, 32**-0.5),
-        (model.projection_head.fc2.bias, 256**-0.5),
-        (model.projection_head.fc3.weight, 256**-0.5),
-        (model.prototypes, 64**-0.5),
-    ):
-        assert weight.abs().max() <= bound
+def test_initial_weights_are_those_of_the_authors():
+    wide = {"hidden_size": 128, "image_size": 64, "patch_size": 16, "prediction_head": True}
+    model = tiny_model(projection_hidden_dim=256, projection_dim=64, num_prototypes=512, **wide)
+    embeddings, heads = model.encoder.embeddings, [model.projection_head, model.prediction_head]
+    patches = embeddings.patch_embeddings.projection
+    layers = [layer for head in heads for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
+    expected = [(patches.weight, math.sqrt(2 / 768)), (model.prototypes, 64**-0.5 / math.sqrt(3))]
+    expected += [(layer.weight, 0.02) for layer in layers]
+    expected += [(embeddings.position_embeddings, 0.02), (embeddings.cls_token, 0.02)]
+    for weight, deviation in expected:
+        assert weight.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * weight.numel()))
+    assert math.sqrt(2 / 768) == pytest.approx(0.051, abs=1e-4)
+    assert model.prototypes.abs().max() <= 64**-0.5
+    assert not any(layer.bias.any() for layer in [patches, *layers])
+
+
+def test_initial_weights_can_be_set():
+    model = tiny_model(patch_initializer_range=0.12, head_initializer_range=None, projection_hidden_dim=256)
+    weight = model.encoder.embeddings.patch_embeddings.projection.weight
+    assert weight.std().item() == pytest.approx(0.12, rel=0.1)
+    for weight, bound in ((model.projection_head.fc1.weight, 32**-0.5), (model.projection_head.fc2.bias, 256**-0.5)):
+        assert weight.abs().max() <= bound  # as torch draws linear layers
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
@@ -171,6 +184,15 @@ def test_update_target_leaves_all_buffers_alone(msn_model, msn_batch):
     )
     msn_model.update_target(0.0)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in msn_model.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_of_16_bits_is_refused(dtype):
+    model = tiny_model().to(dtype)
+    with pytest.raises(ValueError, match=f"{dtype}"):
+        model.update_target(0.996)
+    model.update_target(0.0)  # a copy loses nothing
+    model.update_target(1.0)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan])

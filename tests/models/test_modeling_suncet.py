@@ -32,7 +32,7 @@ def by_hand(model, batch) -> dict[str, torch.Tensor]:
     parts = dict(zip(range(3), projected.split([len(group) for group in groups])))
     found = {}
     if VIEWS[0] in batch:
-        found["nt_xent"] = nt_xent_by_hand(parts[0], parts[1], model.config.temperature)
+        found["nt_xent"] = nt_xent_by_hand(parts[0], parts[1], model.config.temperature, model.config.full_gradient)
     if SUPPORT[0] in batch:
         found["suncet"] = suncet_by_hand(parts[len(groups) - 1], batch["support_labels"], model.config)
     return found
@@ -41,7 +41,8 @@ def by_hand(model, batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("names", [(*VIEWS, *SUPPORT), VIEWS, SUPPORT], ids=["both", "SimCLR", "SuNCEt"])
 def test_loss_and_gradients_are_the_sum_of_those_of_views_and_support(encoder, names):
-    model = tiny_suncet(label_smoothing=0.1, temperature=0.2, **ENCODERS[encoder])
+    settings = {"label_smoothing": 0.1, "temperature": 0.2, "full_gradient": encoder == "vit"}
+    model = tiny_suncet(**settings, **ENCODERS[encoder])
     batch, reference = suncet_batch(names), copy.deepcopy(model)
     output, parts = model(**batch), by_hand(reference, batch)
     expected = sum(parts.values())
@@ -54,6 +55,17 @@ def test_loss_and_gradients_are_the_sum_of_those_of_views_and_support(encoder, n
             assert getattr(output, name) is None
     for (name, found), wanted in zip(model.named_buffers(), reference.buffers()):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_an_unsupervised_support_takes_part_in_the_batch_statistics_alone():
+    model, batch = tiny_suncet(**ENCODERS["resnet18"]), suncet_batch()
+    both, alone, without = (copy.deepcopy(model) for _ in range(3))
+    output = alone(**batch, supervised=False)
+    assert output.suncet is None
+    torch.testing.assert_close(output.loss, both(**batch).nt_xent, rtol=1e-12, atol=0)
+    for (name, found), wanted in zip(alone.named_buffers(), both.buffers()):
+        assert torch.equal(found, wanted), name
+    assert (without(**suncet_batch(VIEWS)).loss - output.loss).abs() > 1e-6
 
 
 @pytest.mark.parametrize(

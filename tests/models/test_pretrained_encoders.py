@@ -39,11 +39,23 @@ def test_weights_of_timm_are_as_timm_draws_them(network):
     fields = NETWORKS[network]
     model = new_paws(**fields)
     torch.manual_seed(0)
-    reference = timm.create_model(fields["timm_model"], num_classes=0, **fields["timm_options"]).eval()
+    start = {} if network == "rope" else {"zero_init_last": False}  # as in the authors' code
+    reference = timm.create_model(fields["timm_model"], num_classes=0, **fields["timm_options"], **start).eval()
     state = model.encoder.state_dict()
     assert state.keys() == reference.state_dict().keys()
     assert [name for name, wanted in reference.state_dict().items() if not torch.equal(state[name], wanted)] == []
     assert torch.equal(model.encoder(images()), reference(images()))
+
+
+@pytest.mark.parametrize(
+    "network", [RESNET18, RESNETV2, {"timm_model": "paws_resnet", "timm_options": {"layers": [1, 1, 1, 1]}}]
+)
+def test_residual_blocks_do_not_start_at_0(network):
+    parameters = dict(new_paws(**network).encoder.named_parameters())
+    assert all(p.any() for name, p in parameters.items() if name.endswith("weight"))
+    assert all((p == 1).all() for name, p in parameters.items() if p.ndim == 1 and name.endswith("weight"))
+    zero = {**network, "timm_options": {**network["timm_options"], "zero_init_last": True}}
+    assert not all(p.any() for name, p in new_paws(**zero).encoder.named_parameters() if name.endswith("weight"))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -107,14 +107,14 @@ def reference_losses(model, batches: list[dict], accumulation: int, use_sinkhorn
             loss.backward()
             losses.append(loss.item())
 
-        horizon, done = STRETCH * STEPS, update + 1
+        horizon, done = int(STRETCH * STEPS), update + 1  # whole steps
         if done < WARMUP_STEPS:
             rate = start + (peak - start) * done / WARMUP_STEPS
         else:
             progress = (done - WARMUP_STEPS) / (horizon - WARMUP_STEPS)
             rate = half_cosine(progress, peak, final)
         decay = half_cosine(done / horizon, *settings.weight_decays)
-        momentum = settings.momenta[0] + (settings.momenta[1] - settings.momenta[0]) * update / horizon
+        momentum = settings.momenta[0] + (settings.momenta[1] - settings.momenta[0]) * update / (STRETCH * STEPS)
 
         with torch.no_grad():
             norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in online.parameters()))

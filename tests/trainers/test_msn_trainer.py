@@ -9,8 +9,17 @@ import pytest
 import torch
 from short_runs import RandomViews, assert_same_weights, logged, make_trainer
 from tiny import tiny_model
+from transformers import TrainingArguments
 
-from hf_msn import MSNTrainingArguments, MultiViewCollator, MultiViewDataset, MultiViewTransform, load_images
+from hf_msn import (
+    MSNTrainer,
+    MSNTrainingArguments,
+    MultiViewCollator,
+    MultiViewDataset,
+    MultiViewTransform,
+    PAWSTrainingArguments,
+    load_images,
+)
 from hf_msn.trainers.checkpoints import CheckpointError
 from hf_msn.trainers.msn_trainer import describe_collapse
 
@@ -131,13 +140,36 @@ def test_the_log_has_the_parts_of_the_loss(tmp_path):
     assert {"ema_momentum", "weight_decay", "learning_rate", "grad_norm"} <= set(log)
 
 
-def test_sharpening_is_linear_over_training(tmp_path):
+@pytest.mark.parametrize("stretch", [1.0, 1.25])
+def test_sharpening_is_linear_over_the_stretched_horizon(tmp_path, stretch):
+    settings = {"start_sharpen_temperature": 0.5, "final_sharpen_temperature": 0.1, "schedule_stretch": stretch}
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="no", **settings)
+    trainer.train()
+    expected = [0.5 - 0.4 * step / (4 * stretch) for step in range(1, 5)]
+    assert list(logged(trainer, "sharpen_temperature").values()) == pytest.approx(expected)
+
+
+def test_horizon_and_warmup_are_cut_to_whole_steps(tmp_path):
+    # 22 images in batches of 4: 5 updates per epoch, of which 1.5 epochs are 7 whole ones; 1.25 * 10 steps are 12.
+    rates = {"start_learning_rate": 0.1, "learning_rate": 0.8, "final_learning_rate": 0.01}
     trainer = make_trainer(
-        tmp_path, start_sharpen_temperature=0.5, final_sharpen_temperature=0.1, max_steps=4, save_strategy="no"
+        tmp_path,
+        RandomViews(22),
+        max_steps=-1,
+        num_train_epochs=2,
+        warmup_steps=0,
+        warmup_epochs=1.5,
+        save_strategy="no",
+        weight_decay=0.1,
+        final_weight_decay=0.2,
+        **rates,
     )
     trainer.train()
-    logged = [entry["sharpen_temperature"] for entry in trainer.state.log_history if "sharpen_temperature" in entry]
-    assert logged == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    expected = [0.1 + 0.1 * step for step in range(1, 8)]
+    expected += [0.01 + 0.79 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(1, 4)]
+    assert list(logged(trainer, "learning_rate").values()) == pytest.approx(expected)
+    trainer.state.global_step = 5
+    assert trainer.weight_decay_now() == pytest.approx(0.15)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -168,14 +200,21 @@ def test_too_few_images(tmp_path, num_images, batch, message):
         trainer.train()
 
 
-def test_a_mask_that_leaves_no_patch_of_smaller_views(tmp_path):
-    transform = MultiViewTransform(image_size=8, focal_views=0)  # 4 patches, where the model was made for 16
-    dataset = MultiViewDataset(load_images("digits"), transform)
-    trainer = make_trainer(tmp_path, dataset, model_fields={"mask_ratio": 0.8})
+def test_a_mask_that_leaves_no_patch_of_smaller_views():
     with pytest.raises(ValueError, match=r"`mask_ratio` 0\.8 .* 4 patches"):
-        trainer.train()
-    with pytest.raises(ValueError, match="4 patches"):
-        trainer.model(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8))
+        tiny_model(mask_ratio=0.8)(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("dataset", [load_images("digits"), [torch.zeros(3, 16, 16)] * 8], ids=["images", "tensors"])
+def test_items_that_are_no_views_are_refused(tmp_path, dataset):
+    with pytest.raises(ValueError, match="MultiViewDataset"):
+        make_trainer(tmp_path, dataset).train()
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path):
+    for arguments in (TrainingArguments, PAWSTrainingArguments):
+        with pytest.raises(ValueError, match=f"MSNTrainingArguments.* {arguments.__name__}"):
+            MSNTrainer(tiny_model(), arguments(str(tmp_path), use_cpu=True), train_dataset=RandomViews())
 
 
 def test_the_final_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -204,8 +243,9 @@ def test_a_batch_of_one_needs_no_batch_norm(tmp_path):
     assert trainer.state.global_step == 8
 
 
-@pytest.mark.parametrize("sizes, name", [({"focal_size": 6}, "focal_size"), ({"image_size": 18}, "image_size")])
-def test_views_must_be_whole_patches(tmp_path, sizes, name):
+@pytest.mark.parametrize(("name", "size"), [("focal_size", 6), ("image_size", 18), ("image_size", 8)])
+def test_views_must_be_of_the_models_size_and_whole_patches(tmp_path, name, size):
+    sizes = {name: size}
     transform = MultiViewTransform(**{"image_size": 16, "focal_size": 8, "focal_views": 1, **sizes})
     trainer = make_trainer(tmp_path, MultiViewDataset(load_images("digits"), transform))
     with pytest.raises(ValueError, match=f"`{name}` .* {sizes[name]} pixels"):

@@ -51,10 +51,9 @@ def test_fewer_classes_and_more_images_than_there_are(tmp_path):
 
 
 def rate(step: int, steps: int, warmup: int, start: float, peak: float, end: float) -> float:
-    done = step + 1
-    if done <= warmup:
-        return start + (peak - start) * done / warmup
-    return end + (peak - end) * (1 + math.cos(math.pi * (done - warmup) / (steps - warmup))) / 2
+    if step <= warmup:  # the first update has the start value
+        return start + (peak - start) * step / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 @pytest.mark.parametrize("weight_decay", [1e-2, 0.0])
@@ -94,6 +93,20 @@ def test_a_run_with_lars_is_a_plain_loop(tmp_path, weight_decay):
                 parameter.sub_(momenta[name])
     for (name, found), wanted in zip(trainer.model.state_dict().items(), plain.state_dict().values()):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_scales_of_shortcuts_are_adapted_where_asked_for(tmp_path):
+    fields = {"timm_model": "resnet18", "timm_options": {"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}}
+    for adapted in (False, True):
+        trainer = make_run(tmp_path, model_fields=fields, use_lars=True, adapt_shortcut_scales=adapted)
+        decayed = set(trainer.get_decay_parameter_names(trainer.model))
+        parameters = dict(trainer.model.named_parameters())
+        assert {name for name in decayed if parameters[name].ndim == 1} == (
+            {f"encoder.layer{stage}.0.downsample.1.weight" for stage in range(1, 5)} if adapted else set()
+        )
+        assert {name for name, p in parameters.items() if p.ndim > 1} <= decayed
+        groups = trainer.create_optimizer().param_groups
+        assert [len(group["params"]) for group in groups] == [len(decayed), len(parameters) - len(decayed)]
 
 
 def test_the_log_has_the_parts_of_the_loss_and_of_the_targets(tmp_path):
