@@ -17,11 +17,11 @@ _SIMILARITIES = 2**23
 
 
 class Probe(Protocol):
-    """The interface of a probe for `LowShotEvaluator`.
+    """The interface of a probe for `LowShotEvaluator`, and the base of those below.
 
     `fit` learns anew at each call and sets `classes_`, the sorted labels; `predict_scores` returns one column per
-    class, in that order. `settings` and `fit_report` describe the probe and its last fit in the results; both must be
-    JSON-serialisable.
+    class, in that order, and `predict` the label of the largest score. `settings` and `fit_report` describe the probe
+    and its last fit in the results; both must be JSON-serialisable.
     """
 
     classes_: np.ndarray
@@ -34,8 +34,12 @@ class Probe(Protocol):
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray: ...
 
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N,) labels: the class of the largest score, of equal ones the lowest."""
+        return self.classes_[self.predict_scores(features).argmax(axis=1)]
 
-class LogisticProbe:
+
+class LogisticProbe(Probe):
     r"""Multinomial logistic regression without intercept, the classifier of the MSN paper (arXiv 2204.07141).
 
     Features are centred (each vector minus its own mean) and l2-normalised; then, over the `N` labelled images,
@@ -116,7 +120,7 @@ class LogisticProbe:
         return (inputs @ torch.from_numpy(self.coef_).to(self.device).T).cpu().numpy()
 
 
-class KNNProbe:
+class KNNProbe(Probe):
     r"""Weighted vote of the `k` nearest labelled images by cosine similarity.
 
     The score of class c is `sum over the k nearest with label c of exp(similarity / temperature)`, divided by the sum
@@ -155,7 +159,7 @@ class KNNProbe:
         return scores / scores.sum(axis=1, keepdims=True)
 
 
-class SoftNearestNeighborProbe:
+class SoftNearestNeighborProbe(Probe):
     r"""A vote of all labelled images, the classifier that PAWS trains with (arXiv 2104.13963, equation 1).
 
     $$d(z, S) = \sum_i \frac{\exp(z^\top s_i / \tau)}{\sum_j \exp(z^\top s_j / \tau)} y_i$$
@@ -200,12 +204,17 @@ class SoftNearestNeighborProbe:
         return largest + np.log(np.add.reduceat(relative, self._first, axis=1))
 
 
-class LinearProbe:
+class LinearProbe(Probe):
     r"""Softmax classifier trained by SGD: the paper's protocol for all labels, on cached features.
 
-    Each vector passes a LayerNorm without learned scale and shift (a learned scale before the l2 norm would train more
-    than a linear classifier) and is l2-normalised; Nesterov SGD, learning rate on a half cosine to 0, batches drawn
-    anew each epoch. Weights start at 0, so that only the order of the batches is random, and that is seeded.
+    Each vector passes a LayerNorm, whose scale and shift are learned too, and is l2-normalised; Nesterov SGD, learning
+    rate on a half cosine to 0, batches drawn anew each epoch. As in the authors' code the learning rate is inside of
+    the momentum,
+
+    $$v \leftarrow \mu v + \eta_t g, \qquad w \leftarrow w - (\eta_t g + \mu v),$$
+
+    so that a step keeps the learning rate at which it was taken. Weights start at 0, so that only the order of the
+    batches is random, and that is seeded.
 
     With fewer images than `batch_size` a step takes all of them and an epoch is one step. The learning rate stays: it
     is bounded by the curvature of the loss, which a full batch shares with the paper's batches.
@@ -215,7 +224,10 @@ class LinearProbe:
         learning_rate (`float`, *optional*, defaults to 6.4): Learning rate of the first step.
         epochs (`int`, *optional*, defaults to 100): Passes over the labelled images.
         momentum (`float`, *optional*, defaults to 0.9): Nesterov momentum.
-        weight_decay (`float`, *optional*, defaults to 0.0): l2 penalty on weights and bias.
+        weight_decay (`float`, *optional*, defaults to 0.0): l2 penalty on all that is learned.
+        affine (`bool`, *optional*, defaults to `True`):
+            Learn scale and shift of the LayerNorm. They are before the l2 norm: without them the probe is a linear
+            classifier on the normalised vectors, which `export_classifier` can write.
         seed (`int`, *optional*, defaults to 0):
             Seed of the order of the batches. The global random state is neither read nor changed.
         device (`str` or `torch.device`, *optional*): Device to train on; by default CUDA if available, else the CPU.
@@ -228,9 +240,11 @@ class LinearProbe:
         epochs: int = 100,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        affine: bool = True,
         seed: int = 0,
         device: str | torch.device | None = None,
     ):
+        self.affine = affine
         self.batch_size = check_integer("batch_size", batch_size)
         self.learning_rate = check_number("learning_rate", learning_rate, above=0, remedy="The paper uses 6.4.")
         self.epochs = check_integer("epochs", epochs)
@@ -240,35 +254,37 @@ class LinearProbe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        names = ("batch_size", "learning_rate", "epochs", "momentum", "weight_decay", "seed")
+        names = ("batch_size", "learning_rate", "epochs", "momentum", "weight_decay", "affine", "seed")
         return {"probe": "linear", **{name: getattr(self, name) for name in names}}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "LinearProbe":
         """Fit the probe anew. Arguments and errors are those of [`LogisticProbe.fit`], and an infinite loss."""
         features, self.classes_, columns = _check_inputs(features, labels)
-        inputs, targets = self._prepare(features), torch.from_numpy(columns).to(self.device)
-        weight = torch.zeros(len(self.classes_), inputs.shape[1], device=self.device, requires_grad=True)
-        bias = torch.zeros(len(self.classes_), device=self.device, requires_grad=True)
-        optimizer = torch.optim.SGD(
-            [weight, bias],
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=True,
-        )
+        inputs, targets = self._normalize(features), torch.from_numpy(columns).to(self.device)
+        dimension, num_classes = inputs.shape[1], len(self.classes_)
+        self.weight_ = torch.zeros(num_classes, dimension, device=self.device, requires_grad=True)
+        self.bias_ = torch.zeros(num_classes, device=self.device, requires_grad=True)
+        self.scale_ = torch.ones(dimension, device=self.device, requires_grad=self.affine)
+        self.shift_ = torch.zeros(dimension, device=self.device, requires_grad=self.affine)
+        learned = [self.weight_, self.bias_] + [self.scale_, self.shift_] * self.affine
+        velocities = [torch.zeros_like(parameter) for parameter in learned]
         generator = torch.Generator().manual_seed(self.seed)
         num_steps = self.epochs * math.ceil(len(inputs) / self.batch_size)
         step = 0
         for _ in range(self.epochs):
             for rows in torch.randperm(len(inputs), generator=generator).split(self.batch_size):
-                optimizer.param_groups[0]["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+                rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / num_steps))
                 rows = rows.to(self.device)
-                loss = F.cross_entropy(F.linear(inputs[rows], weight, bias), targets[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss = F.cross_entropy(self._logits(inputs[rows]), targets[rows])
+                gradients = torch.autograd.grad(loss, learned)
+                with torch.no_grad():
+                    for parameter, gradient, velocity in zip(learned, gradients, velocities):
+                        change = rate * (gradient + self.weight_decay * parameter)
+                        velocity.mul_(self.momentum).add_(change)
+                        parameter.sub_(change + self.momentum * velocity)
                 step += 1
-        self.weight_, self.bias_ = weight.detach(), bias.detach()
+        for parameter in learned:
+            parameter.requires_grad_(False)
         self.fit_report = {"steps": step, "last_loss": loss.item()}
         if not math.isfinite(self.fit_report["last_loss"]):
             raise ValueError(
@@ -279,11 +295,15 @@ class LinearProbe:
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) logits, columns in the order of `classes_`."""
-        return F.linear(self._prepare(_check_features(features)), self.weight_, self.bias_).cpu().numpy()
+        return self._logits(self._normalize(_check_features(features))).cpu().numpy()
 
-    def _prepare(self, features: np.ndarray) -> torch.Tensor:
+    def _normalize(self, features: np.ndarray) -> torch.Tensor:
         inputs = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(self.device)
-        return F.normalize(F.layer_norm(inputs, inputs.shape[1:]), dim=1)
+        return F.layer_norm(inputs, inputs.shape[1:])
+
+    def _logits(self, normalized: torch.Tensor) -> torch.Tensor:
+        inputs = F.normalize(normalized * self.scale_ + self.shift_, dim=1)
+        return F.linear(inputs, self.weight_, self.bias_)
 
 
 def centre_and_normalize(features: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def suncet_accuracy(
         images = extract(model, dataset, rows=rows, features=space)
         probe = SoftNearestNeighborProbe(temperature=model.config.temperature)
         probe.fit(supports.features, class_numbers(labelled, supports.rows))
-        predicted = probe.classes_[probe.predict_scores(images.features).argmax(axis=1)]
+        predicted = probe.predict(images.features)
         accuracies[space] = _percent(predicted == class_numbers(dataset, images.rows))
     return accuracies
 

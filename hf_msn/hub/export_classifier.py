@@ -50,7 +50,8 @@ def export_classifier(
     Args:
         model ([`MSNForPreTraining`], [`PAWSForPreTraining`] or [`SuNCEtForPreTraining`]): The pretrained model; of MSN
             the target encoder is taken.
-        probe ([`LogisticProbe`] or [`LinearProbe`]): Fitted on `features`, or on some rows of them.
+        probe ([`LogisticProbe`] or [`LinearProbe`]): Fitted on `features`, or on some rows of them; a [`LinearProbe`]
+            with `affine=False`.
         features ([`Features`]): `extract_features(model, ...)`; the classifier is compared with the probe on them.
         path (`str` or `Path`): Folder to write. It must not exist or be empty.
         class_names (`Sequence[str]`, *optional*): Names by class number, such as `dataset.features["label"].names`. By
@@ -118,6 +119,11 @@ def _linear_weights(probe: LogisticProbe | LinearProbe) -> tuple[np.ndarray, np.
         )
     if isinstance(probe, LogisticProbe):
         return probe.coef_.astype(np.float64), np.zeros(len(probe.classes_))
+    if probe.affine:
+        raise ValueError(
+            "`probe` learned scale and shift before the l2 norm, which no linear head computes. Fit "
+            "`LinearProbe(affine=False)`, or a LogisticProbe."
+        )
     return probe.weight_.cpu().numpy().astype(np.float64), probe.bias_.cpu().numpy().astype(np.float64)
 
 

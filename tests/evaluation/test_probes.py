@@ -105,31 +105,42 @@ def test_soft_nearest_neighbor_scores_are_the_same_in_chunks(clusters, monkeypat
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-9, atol=1e-14)
 
 
-def sgd_reference(features, labels, *, batches, learning_rate, momentum):
-    """Nesterov SGD of a softmax classifier on l2-normalised LayerNorm outputs, with loops, in float64."""
+def sgd_reference(features, labels, *, batches, learning_rate, affine, weight_decay=0.0, momentum=0.9):
+    """Nesterov SGD of a softmax classifier on l2-normalised outputs of a LayerNorm, with loops, in float64."""
     inputs = []
     for row in features.astype(np.float64):
-        row = (row - row.mean()) / math.sqrt(row.var() + 1e-5)
-        inputs.append(row / math.sqrt((row * row).sum()))
-    num_classes = labels.max() + 1
-    weights = np.zeros((num_classes, features.shape[1] + 1))
-    velocity = np.zeros_like(weights)
+        inputs.append((row - row.mean()) / math.sqrt(row.var() + 1e-5))
+    num_classes, dimension = labels.max() + 1, features.shape[1]
+    learned = [np.zeros((num_classes, dimension)), np.zeros(num_classes), np.ones(dimension), np.zeros(dimension)]
+    velocities = [np.zeros_like(one) for one in learned]
     for step, rows in enumerate(batches):
-        gradient = np.zeros_like(weights)
+        weights, bias, scale, shift = learned
+        gradients = [weight_decay * one for one in learned]
         for i in rows:
-            x = np.append(inputs[i], 1.0)
-            p = np.exp(weights @ x)
-            gradient += np.outer(p / p.sum() - np.eye(num_classes)[labels[i]], x) / len(rows)
+            y = scale * inputs[i] + shift
+            length = math.sqrt((y * y).sum())
+            x = y / length
+            p = np.exp(weights @ x + bias)
+            error = (p / p.sum() - np.eye(num_classes)[labels[i]]) / len(rows)
+            back = weights.T @ error
+            back = (back - x * (x @ back)) / length  # through y / |y|
+            for gradient, term in zip(gradients, (np.outer(error, x), error, back * inputs[i], back)):
+                gradient += term
         rate = learning_rate * (1 + math.cos(math.pi * step / len(batches))) / 2
-        velocity = momentum * velocity + gradient
-        weights = weights - rate * (gradient + momentum * velocity)
-    return np.array([weights @ np.append(x, 1.0) for x in inputs])
+        for place in range(4 if affine else 2):
+            change = rate * gradients[place]
+            velocities[place] = momentum * velocities[place] + change
+            learned[place] = learned[place] - (change + momentum * velocities[place])
+    weights, bias, scale, shift = learned
+    outputs = [scale * x + shift for x in inputs]
+    return np.array([weights @ (y / math.sqrt((y * y).sum())) + bias for y in outputs])
 
 
-def test_linear_probe_uses_all_of_few_images_in_each_step(clusters):
+@pytest.mark.parametrize("settings", [{"affine": True}, {"affine": False}, {"affine": True, "weight_decay": 0.1}])
+def test_linear_probe_uses_all_of_few_images_in_each_step(clusters, settings):
     features, labels = clusters
-    probe = LinearProbe(epochs=10, device="cpu").fit(features, labels)
-    expected = sgd_reference(features, labels, batches=[range(60)] * 10, learning_rate=6.4, momentum=0.9)
+    probe = LinearProbe(epochs=10, device="cpu", **settings).fit(features, labels)
+    expected = sgd_reference(features, labels, batches=[range(60)] * 10, learning_rate=6.4, **settings)
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-3, atol=1e-3)
     assert probe.fit_report["steps"] == 10
 
@@ -140,7 +151,7 @@ def test_linear_probe_uses_batches_in_the_seeded_order(clusters):
     generator = torch.Generator().manual_seed(3)
     epochs = [torch.randperm(60, generator=generator).tolist() for _ in range(2)]
     batches = [order[start : start + 25] for order in epochs for start in (0, 25, 50)]
-    expected = sgd_reference(features, labels, batches=batches, learning_rate=1.0, momentum=0.9)
+    expected = sgd_reference(features, labels, batches=batches, learning_rate=1.0, affine=True)
     np.testing.assert_allclose(probe.predict_scores(features), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -157,7 +168,9 @@ def test_columns_are_the_sorted_labels(make, clusters):
     features, labels = clusters
     probe = make().fit(features, np.array([40, 7, 12])[labels])
     np.testing.assert_array_equal(probe.classes_, [7, 12, 40])
-    guesses = probe.classes_[probe.predict_scores(features).argmax(axis=1)]
+    guesses = probe.predict(features)
+    best = [list(row).index(max(row)) for row in probe.predict_scores(features)]
+    np.testing.assert_array_equal(guesses, [[7, 12, 40][column] for column in best])
     assert (guesses == np.array([40, 7, 12])[labels]).mean() > 0.8
 
 
