@@ -1,7 +1,11 @@
 """Find the columns of the images and the labels."""
 
+from typing import Any
+
 import datasets
 from transformers.utils import logging
+
+from .map_style import image_dataset
 
 logger = logging.get_logger(__name__)
 
@@ -53,12 +57,13 @@ def image_and_label(
     return _number_labels(dataset, label_column, feature)
 
 
-def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+def undecoded(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
     """Return a dataset whose images `datasets` does not decode: a broken one would end the run without its row.
 
     Raises:
-        ValueError: If there is no column `image`, or there are no rows.
+        ValueError: If there is no column `image`, there are no rows, or [`image_dataset`] refuses it.
     """
+    dataset = image_dataset(dataset)
     columns = getattr(dataset, "column_names", ())  # `None` for some streams
     if columns is not None and "image" not in columns:
         raise ValueError(
@@ -74,23 +79,34 @@ def undecoded(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.
 
 def _image_column(features: datasets.Features, column: str | None, source: str) -> str:
     if column is not None:
-        if column not in features or not _can_be_image(features[column]):
+        if column not in features:
             raise ValueError(
-                f"`image_column` must hold images, but '{source}' has no such column '{column}'. "
-                f"It has {_names(features)}."
+                f"`image_column` must hold images, but '{source}' has no column '{column}'. It has {_names(features)}."
+            )
+        if not _can_be_image(features[column]):
+            raise ValueError(
+                f"`image_column` must hold images, but '{column}' of '{source}' holds {features[column]}. It has "
+                f"{_names(features)}."
             )
         return column
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name, feature in features.items() if _is_encoded_image(feature)]
     if len(found) == 1 or "image" in found:
         return "image" if "image" in found else found[0]
-    problem = f"several image columns ({', '.join(found)})" if found else "no image column"
+    problem = f"several image columns ({', '.join(found)})" if found else "no column of images"
+    if "image" in features and not found:
+        problem += f": 'image' holds {features['image']}"
     raise ValueError(f"'{source}' has {problem}. Name one with `image_column`: it has {_names(features)}.")
 
 
 def _label_column(features: datasets.Features, image_column: str, column: str | None, source: str) -> str | None:
     if column is not None:
-        if _feature(features, column) is None or column == image_column:
+        if column == image_column:
+            raise ValueError(
+                f"`label_column` must name a column of labels, but '{column}' of '{source}' holds the images. It has "
+                f"{_names(features)}."
+            )
+        if _feature(features, column) is None:
             raise ValueError(
                 f"`label_column` must name a column of labels, but '{source}' has no such column '{column}'. It has "
                 f"{_names(features)}. Class folders and `metadata.csv` label a folder of images."

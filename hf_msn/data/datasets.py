@@ -54,8 +54,9 @@ class EncodedImages:
     def __init__(self, dataset, transform, seed: int, on_broken_image: str):
         check_choice("on_broken_image", on_broken_image, ("skip", "raise"))
         check_integer("seed", seed, 0)
+        dataset = undecoded(dataset)
         self.class_names = class_names(dataset)  # from the features: no label is read
-        self._dataset = undecoded(dataset).with_format(None).select_columns("image")
+        self._dataset = dataset.with_format(None).select_columns("image")
         self.info, self.split = self._dataset.info, self._dataset.split
         self.transform = transform
         self.seed = seed
@@ -97,7 +98,7 @@ class RowImages(EncodedImages):
     def __init__(self, dataset, transform, seed: int, on_broken_image: str):
         super().__init__(dataset, transform, seed, on_broken_image)
         # shared memory: all processes see what one of them found broken
-        self._states = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        self._states = torch.zeros(len(self._dataset), dtype=torch.uint8).share_memory_()
 
     @property
     def num_broken(self) -> int:
@@ -153,7 +154,10 @@ class MultiViewDataset(_Epochs, RowImages, torch.utils.data.Dataset):
     cannot change them. An unreadable image is replaced by the next readable row, so that batches keep their size.
 
     Args:
-        dataset (`datasets.Dataset`): Dataset with a column `image`, from [`~hf_msn.load_images`].
+        dataset (`datasets.Dataset`):
+            Dataset with a column `image`, from [`~hf_msn.load_images`]. Other map-style datasets are read too:
+            torchvision's `ImageFolder` (as its files) and others, `torch.utils.data.Subset`, a list; see
+            [`~hf_msn.data.map_style.image_dataset`].
         transform (`Callable`): Makes the views of one image from torch's global generator.
         seed (`int`, *optional*, defaults to 0): Seed of the views.
         on_broken_image (`str`, *optional*, defaults to `"skip"`):
@@ -161,7 +165,8 @@ class MultiViewDataset(_Epochs, RowImages, torch.utils.data.Dataset):
             `"raise"` stops.
 
     Raises:
-        ValueError: If there are no rows or no column `image`, or `on_broken_image` is unknown.
+        ValueError: If there are no rows or no column `image`, the dataset is of no known kind, or `on_broken_image` is
+            unknown.
         BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if none of the rows is
             readable.
     """
@@ -175,7 +180,7 @@ class MultiViewDataset(_Epochs, RowImages, torch.utils.data.Dataset):
         on_broken_image: str = "skip",
     ):
         super().__init__(dataset, transform, seed, on_broken_image)
-        self.rows = range(len(dataset))
+        self.rows = range(len(self._dataset))
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -1,9 +1,11 @@
 """Infer from the names in a folder of images which folders are splits and which are classes."""
 
+import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import datasets
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
@@ -23,6 +25,33 @@ class FolderSplit:
     classes: list[str] | None  # of each file; `None` if this split has no labels
     class_names: list[str]  # over all labelled splits, sorted; empty if this split has no labels
     metadata_files: list[str]
+
+    def load(self) -> datasets.Dataset:
+        """Return the images as rows, unread."""
+        return image_files(self.files, self.classes, self.class_names)
+
+
+def image_files(files: Sequence[str], classes: Sequence[str] | None, class_names: Sequence[str]) -> datasets.Dataset:
+    """Return image files as rows, unread. The fingerprint depends on their time stamps, as in `datasets`.
+
+    Raises:
+        ValueError: If the name of a file is not UTF-8.
+    """
+    for path in files:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            name = os.fsencode(path)
+            raise ValueError(f"Names of image files must be UTF-8, but {name} is not. Rename the file.") from None
+    columns = {"image": [{"bytes": None, "path": path} for path in files]}
+    features = datasets.Features(image=datasets.Image(decode=False))
+    if classes is not None:
+        features["label"] = datasets.ClassLabel(names=list(class_names))
+        columns["label"] = classes
+    dataset = datasets.Dataset.from_dict(columns, features)
+    stamps = [os.path.getmtime(path) if os.path.exists(path) else None for path in files]
+    fingerprint = hashlib.sha256(repr((columns, class_names, stamps)).encode()).hexdigest()[:16]
+    return datasets.Dataset(dataset.data, info=dataset.info, fingerprint=fingerprint)
 
 
 def is_image_file(path: str | os.PathLike) -> bool:

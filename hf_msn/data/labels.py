@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 
+from .map_style import image_dataset
 from .sources import image_file_names
 from .splits import check_labels, first_few, low_shot_indices, match_list_file
 
@@ -42,6 +43,8 @@ def labelled_rows(
         given = "both" if mask is not None else "neither"
         raise ValueError(f"Exactly one of `mask` and `list_file` selects the labelled rows, but {given} is given.")
     if not hasattr(dataset, "select"):
+        dataset = image_dataset(dataset)
+    if isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
             f"`dataset` must have numbered rows, but is a {type(dataset).__name__}. Load it without `streaming`."
         )
@@ -83,6 +86,7 @@ def draw_labelled_rows(
     Raises:
         ValueError: See [`~hf_msn.data.splits.low_shot_indices`] and [`class_numbers`].
     """
+    dataset = image_dataset(dataset)
     labels = class_numbers(dataset)
     return low_shot_indices(
         labels, images_per_class=images_per_class, fraction=fraction, seed=seed, class_names=class_names(dataset)

@@ -1,7 +1,6 @@
 """Load images from any source: bundled, a folder, saved datasets, shards, the Hub."""
 
 import glob
-import hashlib
 import io
 import os
 import re
@@ -203,7 +202,7 @@ def _load_image_folder(
     layout: dict[str, FolderSplit], split: str, streaming: bool, source: str
 ) -> datasets.Dataset | datasets.IterableDataset:
     if not any(part.metadata_files for part in layout.values()):
-        return _select_split({name: _image_files(part) for name, part in layout.items()}, split, source)
+        return _select_split({name: part.load() for name, part in layout.items()}, split, source)
     if "+" in split:
         return datasets.concatenate_datasets(
             [_load_image_folder(layout, part.strip(), streaming, source) for part in split.split("+")]
@@ -212,30 +211,10 @@ def _load_image_folder(
     if name not in layout:
         raise _unknown_split(split, source, layout)
     if not layout[name].metadata_files:
-        return _select_split({name: _image_files(layout[name])}, split, source)
+        return _select_split({name: layout[name].load()}, split, source)
     # without the images beside them: a metadata file names its own
     patterns = [glob.escape(path) for path in layout[name].metadata_files]
     return _load("imagefolder", split, streaming, source, data_files={name: patterns})
-
-
-def _image_files(part: FolderSplit) -> datasets.Dataset:
-    """Return the files of a split as rows, unread. The fingerprint depends on their time stamps, as in `datasets`."""
-    for path in part.files:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"Names of image files must be UTF-8, but {os.fsencode(path)} is not. Rename it."
-            ) from None
-    columns = {"image": [{"bytes": None, "path": path} for path in part.files]}
-    features = datasets.Features(image=datasets.Image(decode=False))
-    if part.classes is not None:
-        features["label"] = datasets.ClassLabel(names=part.class_names)
-        columns["label"] = part.classes
-    dataset = datasets.Dataset.from_dict(columns, features)
-    stamps = [os.path.getmtime(path) if os.path.exists(path) else None for path in part.files]
-    fingerprint = hashlib.sha256(repr((columns, part.class_names, stamps)).encode()).hexdigest()[:16]
-    return datasets.Dataset(dataset.data, info=dataset.info, fingerprint=fingerprint)
 
 
 def _load(builder: str, split: str, streaming: bool, source: str, **settings) -> datasets.Dataset:

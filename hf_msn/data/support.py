@@ -12,6 +12,7 @@ from ..checks import check_integer
 from .datasets import RowImages, hash_numbers
 from .decoding import BrokenImageError
 from .labels import class_names, class_numbers, labelled_rows
+from .map_style import image_dataset
 from .samplers import ClassStratifiedSampler
 from .transforms import DrawnViews, MultiViewTransform
 
@@ -60,6 +61,7 @@ class SupportDataset(RowImages, torch.utils.data.Dataset):
         on_broken_image: str = "skip",
     ):
         self.views_per_image = check_integer("views_per_image", views_per_image, meaning="counts views")
+        dataset = image_dataset(dataset)
         self.rows = labelled_rows(dataset, mask=rows)
         self.labels = class_numbers(dataset, self.rows)
         super().__init__(dataset.select(self.rows), transform, seed, on_broken_image)

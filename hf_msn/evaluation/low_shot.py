@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..checks import check_choice, check_integer
 from ..data.decoding import BrokenImageError
 from ..data.labels import check_every_class_is_learnt, check_rows, class_names, class_numbers, numbered_as
+from ..data.map_style import image_dataset
 from ..data.sources import image_file_names
 from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
@@ -50,7 +51,8 @@ class LowShotEvaluator:
 
     Args:
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Labelled images that splits are drawn from, from `load_images`. Of a stream all are extracted.
+            Labelled images that splits are drawn from, from `load_images`. Of a stream all are extracted. Other
+            map-style datasets are read as by [`MultiViewDataset`].
         test_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Labelled images that accuracy is measured on.
         image_processor (*optional*):
             As for `extract_features`; normalise as in training. By default the one saved with the model.
@@ -118,6 +120,7 @@ class LowShotEvaluator:
     ):
         check_choice("features", features, get_args(FeatureSpace))
         self.num_splits, self.seed = check_integer("num_splits", num_splits, meaning="counts draws"), seed
+        train_dataset, test_dataset = image_dataset(train_dataset), image_dataset(test_dataset)
         test_dataset = numbered_as(train_dataset, test_dataset)
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.labels import check_every_class_is_learnt, class_names, class_numbers, numbered_as
+from ..data.map_style import image_dataset
 from ..distributed.collectives import is_distributed, rank
 from ..evaluation.backbones import evaluated_module, weights_sha256
 from ..evaluation.weights_hash import file_sha256
@@ -81,7 +82,7 @@ class FinetuningResult:
         Raises:
             ValueError: If an image has no label, or the data has other class names or a class that training lacks.
         """
-        dataset = numbered_as(self.labelled, dataset)
+        dataset = numbered_as(self.labelled, image_dataset(dataset))
         labels = class_numbers(dataset)
         check_every_class_is_learnt(self.classes, labels, "labelled images", class_names(dataset))
         self.test_accuracy, self.num_test_images = self.measure(dataset), len(labels)

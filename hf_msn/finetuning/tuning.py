@@ -12,6 +12,7 @@ import numpy as np
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
 from ..data.labels import class_names, class_numbers, labelled_rows
+from ..data.map_style import image_dataset
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from ..hub.run_record import changed_arguments
@@ -113,13 +114,13 @@ class _Tuning:
     head: str
 
     def __init__(self, start, dataset, rows, views, args, image_processor, on_broken_image, config_fields):
-        self.start, self.dataset, self.views, self.args = start, dataset, views, args
+        self.start, self.dataset, self.views, self.args = start, image_dataset(dataset), views, args
         self.image_processor = image_processor or views.evaluation_image_processor()
         self.on_broken_image = on_broken_image
         self.extract = feature_extractor(self.image_processor, args, on_broken_image)
         self.config_fields = {"image_size": views.image_size, **config_fields}
-        self.rows = labelled_rows(dataset, mask=rows)
-        self.labels, self.class_names = class_numbers(dataset, self.rows), class_names(dataset)
+        self.rows = labelled_rows(self.dataset, mask=rows)
+        self.labels, self.class_names = class_numbers(self.dataset, self.rows), class_names(self.dataset)
         self.classes = np.unique(self.labels)
         if len(self.classes) < 2:
             raise ValueError(
