@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArgumen
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.transforms import MultiViewTransform
 from ..distributed.collectives import rank
@@ -69,6 +69,9 @@ class StartArguments:
     crop_fraction: float = HfArg(
         default=224 / 256, help="Centre crop over resized shortest edge, of an evaluation not saved with the model."
     )
+
+    def __post_init__(self):
+        check_number("crop_fraction", self.crop_fraction, above=0, maximum=1, remedy="1 keeps the whole image.")
 
 
 @dataclass
