@@ -58,14 +58,6 @@ class BackgroundGossip(LocalUpdate):
         now = self._peers.seconds_waiting if self._is_attached else 0.0
         return super().seconds_waiting + self._waited_before + now
 
-    def start(self) -> "BackgroundGossip":
-        try:
-            return super().start()
-        except BaseException:
-            if self._gradients is None and self._is_attached:
-                self._detach()
-            raise
-
     def _attach(self) -> None:
         super()._attach()
         size, seconds = self._exchange.size, self._exchange.timeout_seconds
@@ -86,6 +78,8 @@ class BackgroundGossip(LocalUpdate):
 
     def _detach(self) -> None:
         super()._detach()
+        if not self._is_attached:  # entering has failed
+            return
         self._is_attached = False
         self._mailbox.close(min(_CLOSE_SECONDS, self._exchange.timeout_seconds))
         self._sent_before += self._mailbox.bytes_sent

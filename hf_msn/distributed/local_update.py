@@ -77,7 +77,8 @@ class LocalUpdate:
         ValueError: If a setting is outside of its rule, another sync object runs on the model or the optimizer, the
             ranks' parameters or settings differ, or the group's backend cannot reach the tensors.
         TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
-        PeerError: If a peer died, or did not arrive at an exchange before the deadline.
+        PeerError: If a peer died, did not arrive at an exchange before the deadline, or is at another one, because it
+            has taken another number of steps.
     """
 
     can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
@@ -110,6 +111,7 @@ class LocalUpdate:
         self._used_learning_rates: list[float] | None = None
         self._restored = False
         self._gradients: GradientSync | None = None
+        self._step_hook: Any = None
 
     @property
     def bytes_sent(self) -> int:
@@ -131,18 +133,22 @@ class LocalUpdate:
         if not self._acts_alone and all(exchange.size == 1 for exchange in self._exchanges):
             warnings.warn(f"{type(self).__name__} has one rank only: it trains as without it.", stacklevel=2)
         require_free(self.model, self.optimizer)
-        self._attach()
-        tensors = [p for _, p, _ in self._parameters]
-        if not self._restored:
-            self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
-        self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
-        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
-        if self.steps < self.sync_start_step:
-            self._gradients.average_over_all()
-        else:
-            self._gradients.keep_local()
+        try:
+            self._attach()
+            tensors = [p for _, p, _ in self._parameters]
             if not self._restored:
-                self._begin_local_steps()
+                self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
+            self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
+            self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
+            if self.steps < self.sync_start_step:
+                self._gradients.average_over_all()
+            else:
+                self._gradients.keep_local()
+                if not self._restored:
+                    self._begin_local_steps()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def stop(self, error: BaseException | None = None) -> None:
@@ -154,10 +160,16 @@ class LocalUpdate:
                     self._end_period()
                 self.sync()
         finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._gradients is not None:
             self._gradients.restore()
             self._gradients = None
+        if self._step_hook is not None:
             self._step_hook.remove()
-            self._detach()
+            self._step_hook = None
+        self._detach()
 
     def __enter__(self) -> "LocalUpdate":
         return self.start()
@@ -192,6 +204,7 @@ class LocalUpdate:
         covers the local steps before and after.
         """
         self._require_started()
+        self._meet("a sync")
         self._before_mean()
         self._average_all()
         self._after_mean()
@@ -206,13 +219,17 @@ class LocalUpdate:
         if self.base_buffers == "average":
             self._average_moments()
 
-    @torch.no_grad()
     def consensus_distance(self) -> float:
         """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters, with xbar their mean over the ranks.
 
         It exchanges all parameters and does not change them. Every rank of the group must call it.
         """
         self._require_started()
+        self._meet("the consensus distance")
+        return self._distance_by_collectives()
+
+    @torch.no_grad()
+    def _distance_by_collectives(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for bucket in self._bucket_tensors():
             own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
@@ -283,6 +300,11 @@ class LocalUpdate:
     def _take_outer_step(self) -> None:
         """Called after the last local step of a period, on every rank."""
         raise NotImplementedError
+
+    def _meet(self, event: str) -> None:
+        """Called before the ranks exchange. Raise a `PeerError` where another rank comes to another event."""
+        for exchange in self._exchanges:
+            exchange.meet(event, self.steps, self._device)
 
     def _before_mean(self) -> None:
         """Prepare an unweighted average: no messages in flight, parameters hold x rather than x / w."""

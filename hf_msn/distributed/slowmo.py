@@ -155,6 +155,11 @@ class SlowMo(LocalUpdate):
             self.base._learning_rates = self._learning_rates
             self.base._count_local_step()
 
+    def _meet(self, event: str) -> None:
+        if self.base is not None:
+            self.base._meet(event)
+        super()._meet(event)
+
     def _before_mean(self) -> None:
         if self.base is not None:
             self.base._before_mean()
@@ -188,6 +193,7 @@ class SlowMo(LocalUpdate):
             return
         factors = self._factors()
         if self.average:
+            self._meet("an outer step")
             self._before_mean()
         for index, bucket in enumerate(self._bucket_tensors()):
             flat = FlatTensors(bucket, multiple_of=self._num_shards)

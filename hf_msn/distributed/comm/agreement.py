@@ -55,6 +55,11 @@ class Agreement:
         members = {peers.rank, *peers.connected} if self._waits_for_silent else peers.members
         return sorted(members - self._excluded)
 
+    @property
+    def arrived(self) -> set[int]:
+        """Peers that have come to this agreement or a later one: until it ends, they take no step."""
+        return {peer for (kind, _, _), heard in self._heard.items() if kind == HERE for peer in heard}
+
     def receive(self, message: Message) -> None:
         """Take a message of an agreement; pass on another one, or hold it back."""
         if message.kind < HERE:
