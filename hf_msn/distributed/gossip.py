@@ -267,8 +267,8 @@ class Gossip(LocalUpdate):
         """Let the ranks that wait for this one know of its error."""
         try:
             yield
-        except PeerError:
-            self._exchange.announce_failure()
+        except PeerError as error:
+            self._exchange.announce_failure(error)
             raise
 
     def _before_mean(self) -> None:

@@ -12,6 +12,7 @@ from ..checks import check_choice, check_integer
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper, require_free
+from .step_calls import StepCalls
 from .training_state import (
     average_moments,
     compare_ranks,
@@ -74,9 +75,12 @@ class LocalUpdate:
             between the ranks. By default the group's deadline holds, and the error cannot name the missing rank.
 
     Raises:
-        ValueError: If a setting is outside of its rule, another sync object runs on the model or the optimizer, the
-            ranks' parameters or settings differ, or the group's backend cannot reach the tensors.
+        ValueError: If a setting is outside of its rule, the optimizer is of another model, another sync object runs on
+            the model or the optimizer, the ranks' parameters or settings differ, or the group's backend cannot reach
+            the tensors.
         TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
+        RuntimeError: At an outer step, a `sync()` or when leaving, if `step` was not called once after each
+            `optimizer.step()`.
         PeerError: If a peer died, did not arrive at an exchange before the deadline, or is at another one, because it
             has taken another number of steps.
     """
@@ -112,6 +116,7 @@ class LocalUpdate:
         self._restored = False
         self._gradients: GradientSync | None = None
         self._step_hook: Any = None
+        self._calls: StepCalls | None = None
 
     @property
     def bytes_sent(self) -> int:
@@ -122,6 +127,11 @@ class LocalUpdate:
     def seconds_waiting(self) -> float:
         """Seconds that this rank has spent in exchanges, see [`Exchange`]."""
         return sum(exchange.seconds_waiting for exchange in self._exchanges)
+
+    @property
+    def absent_ranks(self) -> list[int]:
+        """Global ranks that this rank goes on without, because they are lost or silent."""
+        return []
 
     def start(self) -> "LocalUpdate":
         """Enter.
@@ -140,6 +150,7 @@ class LocalUpdate:
                 self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
             self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
             self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
+            self._calls = StepCalls(type(self).__name__, self.optimizer, tensors)
             if self.steps < self.sync_start_step:
                 self._gradients.average_over_all()
             else:
@@ -156,6 +167,7 @@ class LocalUpdate:
         self._require_started()
         try:
             if error is None:
+                self._calls.check(is_last=True)
                 if self.local_steps:
                     self._end_period()
                 self.sync()
@@ -166,9 +178,10 @@ class LocalUpdate:
         if self._gradients is not None:
             self._gradients.restore()
             self._gradients = None
-        if self._step_hook is not None:
-            self._step_hook.remove()
-            self._step_hook = None
+        for hook in (self._step_hook, self._calls):
+            if hook is not None:
+                hook.remove()
+        self._step_hook = self._calls = None
         self._detach()
 
     def __enter__(self) -> "LocalUpdate":
@@ -187,6 +200,7 @@ class LocalUpdate:
         if self._gradient_state is not None and not self._gradient_state.sync_gradients:
             return
         self.steps += 1
+        self._calls.note_call()
         # A scheduler may have moved on since the hook of the step; a skipped step calls no hook.
         self._learning_rates = self._used_learning_rates or self._current_learning_rates()
         self._used_learning_rates = None
@@ -195,6 +209,8 @@ class LocalUpdate:
                 self._gradients.keep_local()
                 self._begin_local_steps()
             return
+        if self.local_steps + 1 == self.sync_every:
+            self._calls.check()
         self._count_local_step()
 
     def sync(self) -> None:
@@ -204,6 +220,7 @@ class LocalUpdate:
         covers the local steps before and after.
         """
         self._require_started()
+        self._calls.check()
         self._meet("a sync")
         self._before_mean()
         self._average_all()
@@ -237,6 +254,14 @@ class LocalUpdate:
             total += sum((x - y).abs().double().square().sum() for x, y in zip(own, mean))
         self._exchange.mean_([total])
         return total.sqrt().item()
+
+    def wait_for_all(self, event: str) -> None:
+        """Wait until all ranks come to the same event, such as a collective of others that has no deadline.
+
+        Raises:
+            PeerError: If a rank has not come after `timeout_seconds`, or comes to another event.
+        """
+        self._meet(event)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of *this rank*. The ranks differ inside a period: save that of each."""
@@ -394,4 +419,5 @@ class LocalUpdate:
                 flat.copy_back()
 
     def _current_learning_rates(self) -> list[float]:
-        return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return [1.0 if rate is None else float(rate) for rate in rates]  # Adafactor may choose its own

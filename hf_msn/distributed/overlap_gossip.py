@@ -218,10 +218,11 @@ class OverlapGossip(BackgroundGossip):
                 if narrow:
                     tensor.sub_(sent)
 
-        to = self._schedule.out_peers(self._mailbox.rank, self._peers.step)
-        # A peer that waits in a `sync` returns no mass: w here would fall with every step.
-        arrived = self._agreement.arrived
-        self._push_sum.push([peer for peer in to if peer not in arrived], self._mailbox.narrows, send)
+        step, arrived = self._peers.step, self._agreement.arrived
+        to = self._schedule.out_peers(self._mailbox.rank, step)
+        # A peer that waits in a `sync` after fewer steps returns no mass: w here would fall with every step.
+        to = [peer for peer in to if arrived.get(peer, step) >= step]
+        self._push_sum.push(to, self._mailbox.narrows, send)
 
     def _pull(self) -> None:
         """Wait for mass that was sent `staleness_bound` steps ago or earlier, and merge it."""
@@ -239,7 +240,7 @@ class OverlapGossip(BackgroundGossip):
         Peers that wait in a `sync` have taken fewer steps, and all that they sent has arrived.
         """
         agreement, peers = self._agreement, self._peers
-        peers.wait_for(lambda: self._schedule.missing(step, peers.members - agreement.arrived))
+        peers.wait_for(lambda: self._schedule.missing(step, peers.members - agreement.arrived.keys()))
         self._schedule.settle_until(step)
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ from .exchange import Exchange, PeerError, num_bytes
 
 _FIRST_TAG = 4100  # far from 0, which other users of the group are likely to take
 _MIXES, _LEAVES, _FAILED = range(3)  # notes
-_MEANINGS = {_MIXES: "mixes", _LEAVES: "comes to a collective", _FAILED: "has ended with an error"}
 
 # Messages of exchanges that failed. Others may wait for them, and torch sends a message only while it is referred to.
 _unsent: list = []
@@ -63,11 +62,11 @@ class PeerExchange(Exchange):
         if self.size > 1:
             self._run_operations("collective", _LEAVES, dict.fromkeys(to, ()), dict.fromkeys(sources, ()))
 
-    def announce_failure(self) -> None:
-        """Tell the others, of which each may wait for this rank in some exchange, that it does not come."""
+    def announce_failure(self, error: PeerError) -> None:
+        """Tell the others, of which each may wait for this rank in some exchange, that it does not come, and why."""
         others = [place for place in range(self.size) if place != self.rank]
         with contextlib.suppress(RuntimeError):  # they may be gone
-            _unsent.append(self._launch_notes(_FAILED, others, ()))
+            _unsent.append(self._launch_notes(_FAILED, others, (), *error.ranks[:1]))
 
     def _run_operations(self, name: str, note: int, sends: Messages, receives: Messages) -> None:
         began, waited_for = time.monotonic(), None
@@ -91,9 +90,9 @@ class PeerExchange(Exchange):
             for number, (place, work) in enumerate(works):
                 waited_for = place
                 self._wait(work, began)
-                if number < len(notes) and notes[place].item() != note:
+                if number < len(notes) and notes[place][0].item() != note:
                     _unsent.append(works)
-                    raise self._note_error(place, notes[place].item())
+                    raise self._note_error(place, *notes[place].tolist())
         except PeerError:
             raise
         except RuntimeError as error:
@@ -108,25 +107,34 @@ class PeerExchange(Exchange):
         group = self._downward if goes_down and tensor.is_cpu and self._downward else self.group
         return dist.P2POp(kind, tensor, self.global_ranks[place], group, _FIRST_TAG + number)
 
-    def _launch_notes(self, note: int, to: Iterable[int], sources: Iterable[int]) -> tuple[list, dict]:
+    def _launch_notes(
+        self, note: int, to: Iterable[int], sources: Iterable[int], missing_rank: int = -1
+    ) -> tuple[list, dict]:
         """Send a note to peers and receive theirs, over gloo. Return operations, those that receive first, and notes.
 
         A peer may have taken fewer steps, and wait in a collective instead of sending its message.
         """
         if self._downward is None:
             return [], {}
-        notes = {place: torch.empty(1, dtype=torch.int64) for place in sources}
+        notes = {place: torch.empty(2, dtype=torch.int64) for place in sources}
         received = [(place, self._operation(dist.irecv, tensor, place, -1)) for place, tensor in notes.items()]
-        own = torch.tensor([note])
+        own = torch.tensor([note, missing_rank])
         sent = [(place, self._operation(dist.isend, own, place, -1)) for place in to]
         works = [(place, dist.batch_isend_irecv([operation])[0]) for place, operation in received + sent]
         return works, notes
 
-    def _note_error(self, place: int, note: int) -> PeerError:
-        rank = self.global_ranks[place]
+    def _note_error(self, place: int, note: int, missing_rank: int) -> PeerError:
+        rank, own = self.global_ranks[place], dist.get_rank()
+        if note == _FAILED:
+            cause = [missing_rank] if missing_rank not in (-1, own) else []
+            reason = f", because rank {missing_rank} is missing" if cause else ""
+            return PeerError(
+                f"Rank {own} waits for rank {rank}, which has failed{reason}. See its log.", [*cause, rank]
+            )
+        does = "comes to a collective" if note == _LEAVES else "mixes"
         return PeerError(
-            f"All ranks must take the same number of steps, but rank {rank} {_MEANINGS[note]} where rank "
-            f"{dist.get_rank()} does not. See its log.",
+            f"All ranks must come to the same exchange, but rank {rank} {does} where rank {own} does not. Let every "
+            "rank take the same number of steps.",
             [rank],
         )
 
