@@ -34,6 +34,7 @@ from .checkpoints import (
     CheckpointError,
     check_output_dir,
     find_config_differences,
+    own_settings_kept,
     resolve_checkpoint,
     saved_world_size,
     staging_folder,
@@ -97,7 +98,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         Raises:
             ValueError: If the data does not fill one batch, or if `output_dir` holds an earlier run that is neither
                 resumed nor overwritten.
-            CheckpointError: If the checkpoint is not whole or does not fit this run.
+            CheckpointError: If the checkpoint is not whole, does not fit this run, or is of another data set and
+                `args.resume_on_other_data` is not set. Other settings are logged, and those of `args` hold.
         """
         args = self.args
         self.check_before_training()
@@ -112,7 +114,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         if args.should_save:
             # It describes the model of an earlier run.
             Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)
-        self.run_record.checkpoint = checkpoint
+        self.run_record.begin(checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -368,7 +370,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
                     f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
                     f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
                 )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with own_settings_kept(self):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
