@@ -144,15 +144,9 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         return {name: getattr(transform, name) for name in names if hasattr(transform, name)}
 
     def check_view_sizes(self) -> None:
-        """Raise a `ValueError` if the views are not of the model's size, or not a whole number of its patches."""
-        patch_size, sizes = self.model.config.patch_size, self.view_sizes()
-        image_size = self.model.config.image_size
-        if sizes.get("image_size", image_size) != image_size:
-            raise ValueError(
-                f"`image_size` of the views must be the model's {image_size}, but is {sizes['image_size']} pixels. "
-                "Change one of them."
-            )
-        for name, size in sizes.items():
+        """Raise a `ValueError` if a view is not a whole number of patches of the model."""
+        patch_size = self.model.config.patch_size
+        for name, size in self.view_sizes().items():
             if size < patch_size or size % patch_size:
                 raise ValueError(
                     f"`{name}` of the views must be a multiple of the model's `patch_size` {patch_size}, but is "
@@ -179,7 +173,18 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         inputs = super()._prepare_inputs(inputs)
         if "view_parameters" in inputs or "support_view_parameters" in inputs:
             inputs = self.train_dataset.transform.finish(inputs)
+        if self.model.training and "pixel_values" in inputs:
+            self._check_image_size(inputs["pixel_values"])
         return inputs
+
+    def _check_image_size(self, pixel_values: torch.Tensor) -> None:
+        config = self.model.config
+        wanted, sides = config.image_size, pixel_values.shape[-2:]
+        if getattr(config, "timm_model", None) is None and set(sides) != {wanted}:
+            raise ValueError(
+                f"`image_size` of the views must be the model's, {wanted}, but is {' x '.join(map(str, sides))} pixels."
+                " Change one of them."
+            )
 
     def get_batch_samples(self, *args, **kwargs):
         with self.throughput.waiting():
