@@ -181,9 +181,9 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         config = self.model.config
         wanted, sides = config.image_size, pixel_values.shape[-2:]
         if getattr(config, "timm_model", None) is None and set(sides) != {wanted}:
+            found = " x ".join(map(str, sides))
             raise ValueError(
-                f"`image_size` of the views must be the model's, {wanted}, but is {' x '.join(map(str, sides))} pixels."
-                " Change one of them."
+                f"`image_size` of the views must be the model's {wanted}, but is {found} pixels. Change one of them."
             )
 
     def get_batch_samples(self, *args, **kwargs):
