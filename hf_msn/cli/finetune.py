@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from ..checks import check_choice, check_number
 from ..data.labels import class_names, class_numbers, labelled_rows
-from ..data.transforms import MultiViewTransform
+from ..data.transforms import MultiViewTransform, cropped_as_in_torchvision
 from ..distributed.collectives import rank
 from ..files import read_json
 from ..finetuning.arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
@@ -260,7 +260,7 @@ def _saved_image_processor(model: str | None) -> BaseImageProcessor | None:
     if model is None or model.startswith("timm:"):
         return None
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return cropped_as_in_torchvision(AutoImageProcessor.from_pretrained(model))
     except (OSError, ValueError):
         return None
 
