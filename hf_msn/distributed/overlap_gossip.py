@@ -197,6 +197,7 @@ class OverlapGossip(BackgroundGossip):
             self._push_sum.read()
         self._holds_numerators = False
         self._peers.update()
+        self._peers.ping()  # a peer that waits in a `sync` gets no mass
         if not self._merges_on_time:
             self._merge()
         self._push()

@@ -42,7 +42,7 @@ FREE = {
 }
 
 
-def _train(rank, name, steps, timeout_seconds):
+def _train(rank, name, steps, timeout_seconds, pause=0.0):
     method, options = {**LOCKSTEP, **FREE}[name]
     options = dict(options)
     if "topology" in options:
@@ -58,6 +58,7 @@ def _train(rank, name, steps, timeout_seconds):
                 backward(model, optimizer, rank, step)
                 optimizer.step()
                 sync.step()
+                time.sleep(pause)
     except PeerError as error:
         ranks = error.ranks
     threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_msn")]
@@ -92,3 +93,14 @@ def test_a_method_in_the_background_goes_on_and_ends_with_the_mean(tmp_path, nam
         assert torch.equal(values, results[0][2])
         assert bool(values.isfinite().all())
         assert threads == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["overlap gossip, bound 0", "ad-psgd"])
+def test_a_rank_waits_in_its_last_sync_for_longer_than_a_peer_may_be_silent(tmp_path, name):
+    results = run_ranks_that_are_left(_train, 2, tmp_path, name, (12, 2), 1.0, 0.2, timeout=30.0)
+    for seconds, ranks, values, _ in results.values():
+        assert 2.0 < seconds < 6.0
+        assert ranks is None
+        assert torch.equal(values, results[0][2])
