@@ -50,6 +50,8 @@ _NOT_STRUCTURE = {
     "weight_init_mode",
     "fix_init",
 }
+# sizes of a patch embedding that follow from its grid and its patches, or that only checks of its input use
+_SIZES_OF_PATCHES = {"img_size", "num_patches", "H", "W"}
 _IDENTITY_IN_EVALUATION = (nn.Identity, _DropoutNd, DropPath)
 
 
@@ -86,7 +88,9 @@ def _structure(module: nn.Module, left_out: set[str]) -> Iterator[list[Any]]:
             config = part.config.to_dict()
             yield [name, kind, {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}]
         else:
-            yield [name, kind, {key: value for key, value in vars(part).items() if _is_setting(key, value)}]
+            unused = _SIZES_OF_PATCHES if "PatchEmbed" in kind else set()
+            settings = {key: value for key, value in vars(part).items() if _is_setting(key, value)}
+            yield [name, kind, {key: value for key, value in settings.items() if key not in unused}]
 
 
 def _is_setting(name: str, value: Any) -> bool:
@@ -100,7 +104,10 @@ def _classifier_names(module: nn.Module) -> set[str]:
     """Return the names of the classifiers of a timm model; features come before them."""
     if not (hasattr(module, "forward_head") and hasattr(module, "get_classifier")):
         return set()
-    classifiers = module.get_classifier()
+    try:
+        classifiers = module.get_classifier()
+    except AttributeError:  # some networks have none without classes
+        return set()
     classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
     return {name for name, part in module.named_modules() if any(part is classifier for classifier in classifiers)}
 

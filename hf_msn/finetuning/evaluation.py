@@ -54,11 +54,14 @@ def head_inputs(
 
 def classifier_accuracy(
     model: PreTrainedModel, classes: np.ndarray, dataset: datasets.Dataset, rows: np.ndarray | None, extract: Extract
-) -> dict[str, float]:
-    """Return `{"top1": percent}` of the images in `rows`, by default of all; output j of the model is `classes[j]`."""
+) -> tuple[dict[str, float], int]:
+    """Return `{"top1": percent}` of the readable images in `rows`, by default of all, and their number.
+
+    Output j of the model is `classes[j]`.
+    """
     logits = _AsProjections(model, lambda pixel_values: model(pixel_values=pixel_values).logits)
     found = extract(logits, dataset, rows=rows, features="projection")
-    return {"top1": _percent(classes[found.features.argmax(axis=1)] == class_numbers(dataset, found.rows))}
+    return {"top1": _percent(classes[found.features.argmax(axis=1)] == class_numbers(dataset, found.rows))}, len(found)
 
 
 def suncet_accuracy(
@@ -68,10 +71,11 @@ def suncet_accuracy(
     dataset: datasets.Dataset,
     rows: np.ndarray | None,
     extract: Extract,
-) -> dict[str, float]:
-    """Return the accuracy of [`SoftNearestNeighborProbe`] in percent, on projections and on features of the backbone.
+) -> tuple[dict[str, float], int]:
+    """Return the accuracy of [`SoftNearestNeighborProbe`] in percent, by space, and the number of readable images.
 
-    The supports are `support_rows` of `labelled`; the images to classify are `rows` of `dataset`, by default all.
+    The spaces are projections and features of the backbone, the supports `support_rows` of `labelled`; the images to
+    classify are `rows` of `dataset`, by default all.
     """
     accuracies = {}
     for space in ("projection", "backbone"):
@@ -81,7 +85,7 @@ def suncet_accuracy(
         probe.fit(supports.features, class_numbers(labelled, supports.rows))
         predicted = probe.predict(images.features)
         accuracies[space] = _percent(predicted == class_numbers(dataset, images.rows))
-    return accuracies
+    return accuracies, len(images)
 
 
 def _percent(right: np.ndarray) -> float:

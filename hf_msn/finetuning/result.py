@@ -39,6 +39,7 @@ class FinetuningResult:
             finished epochs. A classifier has "top1"; SuNCEt has "projection", which decides, and "backbone".
         trained_rows, held_out_rows (`numpy.ndarray`): The training rows, and the rows that chose the epoch. They
             overlap only with `refit`.
+        num_trained_images, num_held_out_images (`int`): How many of these could be read.
         classes (`numpy.ndarray`): Class numbers, ascending: output j of a classifier is class `classes[j]`.
         class_names (`list[str]`, *optional*): Names by class number.
         image_processor (`BaseImageProcessor`): The image processor of the evaluation.
@@ -56,10 +57,12 @@ class FinetuningResult:
     labels: np.ndarray
     classes: np.ndarray
     class_names: list[str] | None
+    num_trained_images: int
+    num_held_out_images: int
     image_processor: BaseImageProcessor
     args: FinetuningArguments
     labelled: datasets.Dataset = field(repr=False)
-    measure: Callable[[datasets.Dataset], dict[str, float]] = field(repr=False)
+    measure: Callable[[datasets.Dataset], tuple[dict[str, float], int]] = field(repr=False)
     test_accuracy: dict[str, float] | None = None
     num_test_images: int | None = None
     test_data: dict[str, Any] | None = None
@@ -85,8 +88,10 @@ class FinetuningResult:
         dataset = numbered_as(self.labelled, image_dataset(dataset))
         labels = class_numbers(dataset)
         check_every_class_is_learnt(self.classes, labels, "labelled images", class_names(dataset))
-        self.test_accuracy, self.num_test_images = self.measure(dataset), len(labels)
-        self.test_data = {**describe_data(dataset), "fingerprint": getattr(dataset, "_fingerprint", None)}
+        self.test_accuracy, self.num_test_images = self.measure(dataset)
+        counts = {"num_images": self.num_test_images, "num_skipped": len(labels) - self.num_test_images}
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        self.test_data = {**describe_data(dataset), **counts, "fingerprint": fingerprint}
         return self.test_accuracy
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,8 +111,8 @@ class FinetuningResult:
             "validation_fraction": self.args.validation_fraction,
             "refit": self.args.refit,
             "num_labelled_images": len(self.labels),
-            "num_trained_images": len(self.trained_rows),
-            "num_held_out_images": len(self.held_out_rows),
+            "num_trained_images": self.num_trained_images,
+            "num_held_out_images": self.num_held_out_images,
             "classes": self.classes.tolist(),
             "class_names": None if self.class_names is None else [self.class_names[number] for number in self.classes],
             "trained_rows": self.trained_rows.tolist(),
@@ -128,11 +133,13 @@ class FinetuningResult:
     def describe(self) -> str:
         """Return a summary of one or two lines."""
         if self.validation_accuracy is None:
-            lines = [f"Epoch {self.best_epoch}, the last, on {len(self.trained_rows)} labelled images, none held out."]
+            lines = [
+                f"Epoch {self.best_epoch}, the last, on {self.num_trained_images} labelled images, none held out."
+            ]
         else:
             lines = [
                 f"Best epoch {self.best_epoch} of {int(self.args.num_train_epochs)}: "
-                f"{self.validation_accuracy:.1f} % of {len(self.held_out_rows)} held-out labelled images are right."
+                f"{self.validation_accuracy:.1f} % of {self.num_held_out_images} held-out labelled images are right."
             ]
         if self.test_accuracy is not None:
             measured = ", ".join(f"{name} {value:.1f} %" for name, value in self.test_accuracy.items())
@@ -141,7 +148,7 @@ class FinetuningResult:
 
     def _describe_run(self) -> dict[str, Any]:
         args = self.args
-        data = {**describe_data(self.labelled), "num_images": len(self.trained_rows)}
+        data = {**describe_data(self.labelled), "num_images": self.num_trained_images}
         return {
             "method": f"fine-tuning, {self.head}",
             "data": data,

@@ -9,12 +9,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
 from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.map_style import image_dataset
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
+from ..distributed.collectives import all_reduce_sum
 from ..hub.run_record import changed_arguments
 from ..trainers.checkpoints import find_last_checkpoint, resolve_checkpoint
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
@@ -108,7 +110,7 @@ class _Tuning:
     """One run: train, keep the best epoch, and train again on all labels with `refit`. A subclass is a head.
 
     It has `build_model()`, `make_trainer(model, rows, args)` and `measure(model, support_rows, dataset, rows)`, which
-    returns accuracies in percent.
+    returns accuracies in percent and the number of images.
     """
 
     head: str
@@ -134,24 +136,30 @@ class _Tuning:
     def tune(self, callbacks: Sequence[TrainerCallback]) -> FinetuningResult:
         args, started = self.args, time.monotonic()
 
+        num_held_out = 0  # that could be read
+
         def on_held_out(model: PreTrainedModel) -> dict[str, float]:
-            return self.measure(model, self.train_rows, self.dataset, self.held_out)
+            nonlocal num_held_out
+            accuracies, num_held_out = self.measure(model, self.train_rows, self.dataset, self.held_out)
+            return accuracies
 
         checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
         refit_dir = Path(args.output_dir, "refit")
         if checkpoint is None and args.should_save:
             shutil.rmtree(refit_dir, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
         measure = on_held_out if len(self.held_out) else None
-        model, best = self._train(self.train_rows, args, callbacks, measure, checkpoint)
+        model, best, num_trained = self._train(self.train_rows, args, callbacks, measure, checkpoint)
         if args.refit:
             shorter = copy.copy(args)
             shorter.num_train_epochs = best.best_epoch
-            shorter.output_dir = args.output_dir if args.save_strategy == "no" else str(refit_dir)
+            shorter.output_dir = str(refit_dir)
             found = None if checkpoint is None else find_last_checkpoint(refit_dir)
-            model, _ = self._train(self.rows, shorter, callbacks, checkpoint=found)
+            model, _, num_trained = self._train(self.rows, shorter, callbacks, checkpoint=found)
         elif best.best_weights is not None:
             model.load_state_dict(best.best_weights)
         self.finish(model)
+        if measure is not None and num_held_out == 0:  # a resumed run that had ended
+            on_held_out(model)
         run = {"arguments": changed_arguments(args), "wall_time_seconds": time.monotonic() - started}
         named = isinstance(self.start, (str, Path))
         run["start"] = str(self.start) if named else getattr(self.start, "name_or_path", None) or None
@@ -162,6 +170,8 @@ class _Tuning:
             accuracy_by_epoch=best.by_epoch,
             trained_rows=self.rows if args.refit else self.train_rows,
             held_out_rows=self.held_out,
+            num_trained_images=num_trained,
+            num_held_out_images=num_held_out,
             labelled=self.dataset,
             labels=self.labels,
             classes=self.classes,
@@ -182,7 +192,8 @@ class _Tuning:
         callbacks: Sequence[TrainerCallback],
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         checkpoint: str | Path | None = None,
-    ) -> tuple[PreTrainedModel, BestEpochCallback]:
+    ) -> tuple[PreTrainedModel, BestEpochCallback, int]:
+        """Return the trained model, the callback with its accuracies, and how many of the images could be read."""
         trainer = self.make_trainer(self.build_model(), rows, args)
         settings = {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
         start = str(self.start) if isinstance(self.start, (str, Path)) else None
@@ -190,7 +201,9 @@ class _Tuning:
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best
+        broken = all_reduce_sum(trainer.train_dataset.is_broken.to(args.device, torch.float32)) > 0
+        num_trained = len(rows) - int(broken.sum())
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best, num_trained
 
     def _support(self, rows: np.ndarray, views_per_image: int = 1) -> SupportDataset:
         settings = {"views_per_image": views_per_image, "seed": self.args.seed}
@@ -213,7 +226,7 @@ class _Classifier(_Tuning):
         loader = classifier_loader(self._support(rows), self.classes, args)
         return FinetuningTrainer(model, args, loader, head=linear_head)
 
-    def measure(self, model, support_rows, dataset, rows) -> dict[str, float]:
+    def measure(self, model, support_rows, dataset, rows) -> tuple[dict[str, float], int]:
         return classifier_accuracy(model, self.classes, dataset, rows, self.extract)
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -231,5 +244,5 @@ class _SuNCEt(_Tuning):
         loader = suncet_loader(self._support(rows, args.support_views_per_image), args)
         return FinetuningTrainer(model, args, loader, head=lambda suncet: suncet.projection_head)
 
-    def measure(self, model, support_rows, dataset, rows) -> dict[str, float]:
+    def measure(self, model, support_rows, dataset, rows) -> tuple[dict[str, float], int]:
         return suncet_accuracy(model, self.dataset, support_rows, dataset, rows, self.extract)

@@ -152,14 +152,12 @@ def save_timm_network(
     `image_processor`.
     """
     options, cfg = dict(config.timm_options or {}), network.pretrained_cfg
-    patches = getattr(network, "patch_embed", None)
-    any_size = bool(options.get("dynamic_img_size")) or getattr(patches, "strict_img_size", None) is False
-    if any_size and getattr(patches, "img_size", None) is not None:
-        options["img_size"] = list(patches.img_size)  # of the position embeddings, for images of any size
+    if cfg.get("fixed_input_size"):  # timm made the network for its own size, whatever that of the images is
+        options.setdefault("img_size", list(cfg["input_size"][-2:]))
     num_classes = 0 if class_names is None else len(class_names)
     described = {
         **{name: cfg[name] for name in ("first_conv", "classifier") if cfg.get(name) is not None},
-        "fixed_input_size": bool(cfg.get("fixed_input_size")) and not any_size,
+        "fixed_input_size": False,  # else timm would make the network for `input_size`, that of the images
         **_timm_transform(image_processor),
         "num_classes": num_classes,
     }

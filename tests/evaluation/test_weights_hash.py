@@ -137,3 +137,21 @@ def test_hash_during_training_on_several_ranks_is_that_of_the_checkpoint(encoder
         expected = checkpoint_weights_sha256(tmp_path, features)
         for other in (model, in_training, on_gpus):
             assert weights_sha256(evaluated_module(other, features)[0]) == expected
+
+
+def test_a_size_that_changes_no_output_does_not_count():
+    torch.manual_seed(0)
+    own = timm.create_model("xcit_nano_12_p8_224", num_classes=0, depth=1).eval()
+    small = timm.create_model("xcit_nano_12_p8_224", num_classes=0, depth=1, img_size=64).eval()
+    small.load_state_dict(own.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(own(images), small(images))
+    assert weights_sha256(own) == weights_sha256(small)
+    options = {"num_classes": 0, "depth": 1, "embed_dim": 24, "num_heads": 2, "dynamic_img_size": True}
+    square = timm.create_model("vit_tiny_patch16_224", img_size=(64, 64), **options).eval()
+    wide = timm.create_model("vit_tiny_patch16_224", img_size=(32, 128), **options).eval()
+    wide.load_state_dict(square.state_dict())  # 16 positions, in another grid
+    with torch.no_grad():
+        assert not torch.equal(square(images), wide(images))
+    assert weights_sha256(square) != weights_sha256(wide)

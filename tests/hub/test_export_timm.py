@@ -85,6 +85,30 @@ def test_the_transform_of_timm_resizes_and_crops_as_the_image_processor(size, tm
     assert not set(written["pretrained_cfg"]) & {"url", "hf_hub_id", "tag", "test_input_size"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("xcit_nano_12_p8_224", {"depth": 1}, 64),
+        ("twins_svt_small", {"depths": [1, 1, 1, 1]}, 64),
+        ("mvitv2_tiny", {}, 96),
+        ("crossvit_tiny_240", {}, 64),
+        ("shvit_s1", {}, 64),
+    ],
+)
+def test_a_network_is_exported_for_images_of_another_size_than_its_own(name, options, size, tmp_path):
+    model = tiny_paws(timm_model=name, timm_options=options).float().eval()
+    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(size))
+    images = torch.randn(2, 3, size, size)
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = model.encoder(images)
+        assert torch.equal(network(images), expected)
+        assert torch.equal(AutoModel.from_pretrained(folder).eval()(images).pooler_output, expected)
+    assert checkpoint_weights_sha256(folder) == checkpoint_weights_sha256(f"timm:{folder}")
+    assert checkpoint_weights_sha256(folder) == weights_sha256(model.encoder)
+
+
 def test_networks_that_timm_cannot_make_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"resnetv2_18.*small_image_stem"):
         export_backbone(tiny_paws(**RESNETV2), tmp_path / "export")

@@ -40,8 +40,7 @@ digits = functools.cache(lambda: load_images("digits"))
 
 
 def transform(method: str = "paws", **settings) -> MultiViewTransform:
-    settings = {"image_size": 8, "focal_views": 1 if method == "paws" else 0, **settings}
-    return MultiViewTransform.for_small_grayscale(**settings)
+    return MultiViewTransform.for_small_grayscale(8, **{"focal_views": 1 if method == "paws" else 0, **settings})
 
 
 def support(rows=None, method: str = "paws", views_per_image: int = 1, **settings) -> SupportDataset:
