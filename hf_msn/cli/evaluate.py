@@ -50,8 +50,9 @@ def make_parser() -> Parser:
         ],
     }
     for title, (probe, names) in PROBES.items():
-        for option in options_of(probe, names={**dict.fromkeys(_parameters(probe)), **names}):
-            groups["probe"].append(replace(option, help=f"With --probe {title}: {option.help}"))
+        for option in options_of(probe, names=names):
+            if option.name in names.values():
+                groups["probe"].append(replace(option, help=f"With --probe {title}: {option.help}"))
     defaults = {"dataset": {"default": "digits"}, "images_per_class": {"default": None}}
     return Parser(
         {title: [replace(o, **defaults.get(o.name, {})) for o in options] for title, options in groups.items()},
@@ -60,10 +61,6 @@ def make_parser() -> Parser:
         description="Measure the accuracy of a frozen model with a few labelled images per class. Without another "
         "task it is measured with 1, 2 and 5 images per class.",
     )
-
-
-def _parameters(probe: type) -> list[str]:
-    return [option.name for option in options_of(probe)]
 
 
 def main(arguments: list[str] | None = None) -> None:

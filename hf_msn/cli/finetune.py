@@ -14,16 +14,16 @@ from transformers import AutoImageProcessor, BaseImageProcessor, TrainingArgumen
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from ..data.labels import class_names, class_numbers, labelled_rows
-from ..data.transforms import MultiViewTransform
+from ..data.transforms import MultiViewTransform, cropped_as_in_torchvision
 from ..distributed.collectives import rank
 from ..files import read_json
 from ..finetuning.arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from ..finetuning.models import check_start, check_start_layer
 from ..finetuning.result import FinetuningResult
 from ..finetuning.tuning import finetune_classifier, finetune_suncet
-from ..hub.publish import HubRepository, Publication, publish_checkpoint
+from ..hub.publish import HubRepository, publish_checkpoint
 from ..models.configuration_suncet import SuNCEtConfig
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, check_encoder_fields, read_fields
@@ -70,6 +70,9 @@ class StartArguments:
         default=224 / 256, help="Centre crop over resized shortest edge, of an evaluation not saved with the model."
     )
 
+    def __post_init__(self):
+        check_number("crop_fraction", self.crop_fraction, above=0, maximum=1, remedy="1 keeps the whole image.")
+
 
 @dataclass
 class FinetuningRecipe:
@@ -95,7 +98,7 @@ class FinetuningRecipe:
         """Read the labelled images, and no other label, and train. First check that the result can be pushed."""
         check_start_layer(self.start.model, getattr(self.training, "start_layer", "backbone"))
         if self.training.push_to_hub:
-            self._open_repository()
+            self.open_repository()
         labelled, rows = self.load_labelled()
         if self.start.test_split is not None:
             self.data.load(self.start.test_split)  # a missing split is an error before training; no row is read
@@ -109,25 +112,8 @@ class FinetuningRecipe:
         result.run["recipe"] = self.given
         return result
 
-    def test(self, result: FinetuningResult) -> None:
-        """Measure `result` on the test split, if there is one."""
-        if self.start.test_split is not None:
-            result.test(self.data.load(self.start.test_split))
-
-    def push(self, result: FinetuningResult) -> Publication | None:
-        """Publish the saved result from rank 0, if `push_to_hub` is set."""
-        if not self.training.push_to_hub or rank() > 0:
-            return None
-        return publish_checkpoint(
-            self.output_dir,
-            self._open_repository().repo_id,
-            private=self.training.hub_private_repo,
-            revision=self.training.hub_revision,
-            token=self.training.hub_token,
-            without_results=result.test_accuracy is None,
-        )
-
-    def _open_repository(self) -> HubRepository:
+    def open_repository(self) -> HubRepository:
+        """Return the repository that the result is pushed to, which is made if it does not exist."""
         args = self.training
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         return HubRepository(name, args.hub_revision, args.hub_private_repo, args.hub_token)
@@ -274,7 +260,7 @@ def _saved_image_processor(model: str | None) -> BaseImageProcessor | None:
     if model is None or model.startswith("timm:"):
         return None
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return cropped_as_in_torchvision(AutoImageProcessor.from_pretrained(model))
     except (OSError, ValueError):
         return None
 
@@ -304,11 +290,20 @@ def _settings(processor: BaseImageProcessor) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn finetune`."""
     recipe = parse_finetuning_recipe(arguments)
+    args, test_split = recipe.training, recipe.start.test_split
     result = recipe.finetune()
-    result.save(recipe.output_dir)
-    if recipe.start.test_split is not None:
-        recipe.test(result)
-        result.save(recipe.output_dir)
+    result.save(args.output_dir)
+    if test_split is not None:
+        result.test(recipe.data.load(test_split))
+        result.save(args.output_dir)
     PartialState().print(result.describe())
-    recipe.push(result)
+    if args.push_to_hub and rank() == 0:
+        publish_checkpoint(
+            args.output_dir,
+            recipe.open_repository().repo_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
+            without_results=test_split is None,
+        )
     PartialState().destroy_process_group()

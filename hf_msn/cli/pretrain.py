@@ -248,16 +248,12 @@ def _groups(name: str) -> dict[str, list[Option]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `hf-msn pretrain`."""
-    train(parse_recipe(arguments))
-    # a process group whose threads outlive the interpreter aborts it
-    gc.collect()
-
-
-def train(recipe: Recipe) -> None:
-    """Train, and save the model."""
-    trainer = recipe.build_trainer()
+    """Run `hf-msn pretrain`: train, and save the model."""
+    trainer = parse_recipe(arguments).build_trainer()
     trainer.train()
     trainer.save_state()
     trainer.save_model()  # last, as with push_to_hub it can fail
     trainer.accelerator.end_training()
+    del trainer
+    # a process group whose threads outlive the interpreter aborts it
+    gc.collect()

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import functools
+import hashlib
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -109,6 +111,17 @@ class RowImages(EncodedImages):
     def num_broken(self) -> int:
         """Number of images found broken so far, by all workers of this process."""
         return int(self.is_broken.sum())
+
+    @functools.cached_property
+    def sample_sha256(self) -> str:
+        """SHA-256 of the files of 16 images, from the first to the last: the same wherever the data set lies."""
+        digest = hashlib.sha256()
+        last = len(self._dataset) - 1
+        for row in sorted({last * part // 15 for part in range(16)}):
+            value = self._dataset[row]["image"] or {}
+            with contextlib.suppress(OSError, TypeError):  # a row without a readable file
+                digest.update(value.get("bytes") or Path(value.get("path")).read_bytes())
+        return digest.hexdigest()
 
     def _first_readable(
         self, position: int, value: dict, others: Iterable[np.ndarray], reduction

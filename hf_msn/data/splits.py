@@ -1,5 +1,6 @@
 """Stratified splits with few labels, and the lists of the published ImageNet subsets."""
 
+import itertools
 import logging as levels
 import numbers
 import os
@@ -99,11 +100,11 @@ def check_labels(
 
 
 def read_list_file(path: str | os.PathLike) -> list[str]:
-    """Read a list in the format of the published ImageNet subsets: one file name per line, `<class>_<image>.JPEG`.
+    """Read a list of labelled images: one name per line, such as `n01440764_10026.JPEG` or `cat/000 (1).jpg`.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it has no names, or lines in another format (the first five are shown).
+        ValueError: If it has no names, or lines without folder, extension and `<class>_` (the first five are shown).
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -112,11 +113,11 @@ def read_list_file(path: str | os.PathLike) -> list[str]:
             f"The list file '{path}' must be text, one image name per line, but is not: {error}."
         ) from None
     names = [line.strip() for line in lines if line.strip()]
-    wrong = [name for name in names if not re.fullmatch(r"[^_\s]+_\S+", _base(name))]
+    wrong = [name for name in names if not re.search(r"[^_\s]_\S|[/\\]|\.\w+$", name)]
     if wrong or not names:
         raise ValueError(
-            f"The list file '{path}' must have lines of the form <class>_<image>, such as n01440764_10026.JPEG, but "
-            f"{len(wrong)} of {len(names)} are not: {first_few(wrong)}."
+            f"The list file '{path}' must have one image per line, such as n01440764_10026.JPEG or cat/000.jpg, but "
+            f"{len(wrong)} of {len(names)} lines are not: {first_few(wrong)}."
         )
     return names
 
@@ -124,27 +125,43 @@ def read_list_file(path: str | os.PathLike) -> list[str]:
 def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -> np.ndarray:
     """Return the rows of a dataset that a list file names, in its order, and log how many images per class it holds.
 
-    Names are compared without folder and extension: first as they are, then without the `_<class>` that the Hub's
-    ImageNet rows end in (`n01440764_10026_n01440764.JPEG`). Uneven counts, and counts that differ from the number in
-    the file's name, are logged as a warning (one published list named for 3 images per class holds 5).
+    Extensions do not matter. A name in the list is the end of a file's path (`cat/000.jpg`), its name alone where that
+    is unique in the dataset, the name before the `_<class>` that the Hub's ImageNet rows end in
+    (`n01440764_10026_n01440764.JPEG`), or `<class>_<name>` of a file in a class folder. Folders in the list may be
+    others than the dataset's if the name begins with its class, as those of the published lists do. Uneven counts, and
+    counts that differ from the number in the file's name, are logged as a warning (one published list named for 3
+    images per class holds 5).
 
     Raises:
         FileNotFoundError: If the list does not exist.
         ValueError: If names have no row or several (counted, the first five shown).
     """
-    counts = Counter(_stem(name) for name in read_list_file(path))
-    names = list(counts)
+    counts = Counter(map(_split, read_list_file(path)))
+    names = {"/".join((*folders, stem)): (folders, stem) for folders, stem in counts}
+    files = {row: _split(name) for row, name in enumerate(file_names) if name is not None}
+    all_folders = {folders[-1] for folders, _ in files.values() if folders}
     exact: dict[str, list[int]] = {}
     shortened: dict[str, list[int]] = {}
-    for row, file_name in enumerate(file_names):
-        if file_name is None:
-            continue
-        stem = _stem(file_name)
+    in_folder: dict[str, list[int]] = {}
+    for row, (folders, stem) in files.items():
         exact.setdefault(stem, []).append(row)
-        suffix = f"_{_class(stem)}"
+        suffix = f"_{stem.split('_', 1)[0]}"
         if stem.endswith(suffix):
             shortened.setdefault(stem.removesuffix(suffix), []).append(row)
-    matches = {name: exact.get(name) or shortened.get(name) or [] for name in names}
+        if folders:
+            in_folder.setdefault(f"{folders[-1]}_{stem}", []).append(row)
+
+    def find(folders: tuple[str, ...], stem: str) -> list[int]:
+        for rows in (table.get(stem, []) for table in (exact, shortened, in_folder)):
+            common = {row: _common_end(folders, files[row][0]) for row in rows}
+            # a file in another folder is another one, unless folders mean nothing and its name holds the class
+            is_free = not folders or (folders[-1] not in all_folders and "_" in stem)
+            found = [row for row in rows if common[row] or is_free or not files[row][0]]
+            if found:
+                return [row for row in found if common[row] == max(common.values())]
+        return []
+
+    matches = {name: find(*split) for name, split in names.items()}
     if missing := [name for name, rows in matches.items() if not rows]:
         raise ValueError(
             f"Names of the list file '{path}' must be file names of the dataset, but {len(missing)} of {len(names)} "
@@ -154,21 +171,23 @@ def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -
     if several:
         raise ValueError(
             f"File names must be unique in the dataset, but {len(several)} names of the list file '{path}' have "
-            f"several rows: {first_few(several)}."
+            f"several rows: {first_few(several)}. Give their folders too: <class>/<name>."
         )
-    _log_counts(path, names, [name for name, count in counts.items() if count > 1])
-    return np.array([rows[0] for rows in matches.values()], dtype=np.int64)
+    rows = dict.fromkeys(rows[0] for rows in matches.values())
+    classes = [_class_of(split, files[rows[0]]) for split, rows in zip(names.values(), matches.values())]
+    _log_counts(path, classes, [name for name, split in names.items() if counts[split] > 1])
+    return np.array(list(rows), dtype=np.int64)
 
 
-def _log_counts(path: str | os.PathLike, names: list[str], repeated: list[str]) -> None:
-    counts = Counter(map(_class, names)).values()
+def _log_counts(path: str | os.PathLike, classes: list[str], repeated: list[str]) -> None:
+    counts = Counter(classes).values()
     smallest, largest = min(counts), max(counts)
     file_name = Path(path).name.lower()
     expected = re.search(r"(\d+)[ _-]*im(?:g|age)", file_name)
     differs = expected is not None and not smallest == largest == int(expected[1])
     uneven = smallest != largest and not re.search(r"percent|%", file_name)
     sizes = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-    text = f"'{path}' lists {len(names)} images of {len(counts)} classes, {sizes} per class"
+    text = f"'{path}' lists {len(classes)} images of {len(counts)} classes, {sizes} per class"
     text += f", although its name says {expected[1]}" if differs else ""
     text += f"; {len(repeated)} names occur more than once ({first_few(repeated)}) and count once" if repeated else ""
     logger.log(levels.WARNING if uneven or differs or repeated else levels.INFO, "%s.", text)
@@ -198,13 +217,20 @@ def _check_class_sizes(counts: np.ndarray, images_per_class: int, class_names: S
         )
 
 
-def _base(name: str) -> str:
-    return PurePosixPath(name.replace("\\", "/")).name
+def _split(name: str) -> tuple[tuple[str, ...], str]:
+    """Return the folders of a file and its name without extension."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.parts[:-1], path.stem
 
 
-def _stem(name: str) -> str:
-    return PurePosixPath(_base(name)).stem
+def _common_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
+    pairs = zip(reversed(first), reversed(second))
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def _class(name: str) -> str:
-    return _base(name).split("_", 1)[0]
+def _class_of(listed: tuple[tuple[str, ...], str], file: tuple[tuple[str, ...], str]) -> str:
+    """Return the class of a listed image: its folder in the list, else the beginning of its name, else its folder."""
+    folders, stem = listed
+    if not folders and "_" not in stem:
+        folders = file[0]
+    return folders[-1] if folders else stem.split("_", 1)[0]

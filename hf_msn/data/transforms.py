@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BitImageProcessor
 from transformers.hf_argparser import HfArg
+from transformers.image_utils import SizeDict
 
 from ..checks import check_choice, check_integer, check_number
 from . import view_parameters
@@ -23,6 +25,7 @@ from .crops import (
     rotated_crops,
     whole_pixel_crops,
 )
+from .decoding import decode_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,7 +163,7 @@ class MultiViewTransform:
         return evaluation_image_processor(self.image_size, crop_fraction=crop_fraction, **settings)
 
     def __call__(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Draw the views of one image.
+        """Draw the views of one image, a `PIL.Image` or an array (see [`~hf_msn.decode_image`]).
 
         Returns:
             `dict[str, torch.Tensor]`, float32, normalised: `pixel_values` (3, H, H), the target view;
@@ -343,6 +346,27 @@ def gives_crops(transform: Any) -> bool:
     )
 
 
+class EvaluationImageProcessor(BitImageProcessor):
+    """A `BitImageProcessor` whose crop begins where torchvision's `CenterCrop` begins: half pixels round to even."""
+
+    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs) -> torch.Tensor:
+        height, width = image.shape[-2:]
+        if size.height > height or size.width > width:
+            return super().center_crop(image, size, **kwargs)  # with a border
+        top, left = round((height - size.height) / 2), round((width - size.width) / 2)
+        return image[..., top : top + size.height, left : left + size.width]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "image_processor_type": BitImageProcessor.__name__}
+
+
+def cropped_as_in_torchvision(image_processor: Any) -> Any:
+    """Return a loaded `BitImageProcessor` as an [`EvaluationImageProcessor`]; any other one as it is."""
+    if type(image_processor) is not BitImageProcessor:
+        return image_processor
+    return EvaluationImageProcessor(**image_processor.to_dict())
+
+
 def evaluation_image_processor(
     image_size: int = 224,
     *,
@@ -353,8 +377,9 @@ def evaluation_image_processor(
 ) -> BitImageProcessor:
     """Return the image processor of the paper's evaluation: resize, centre crop, normalisation.
 
-    The shortest edge becomes `image_size / crop_fraction` pixels, of which the middle `image_size` are kept. The
-    processor saves and loads with plain `transformers` (`preprocessor_config.json`, `AutoImageProcessor`).
+    The shortest edge becomes `image_size / crop_fraction` pixels, of which the middle `image_size` are kept, as in
+    torchvision. It is saved as a `BitImageProcessor` of plain `transformers` (`preprocessor_config.json`,
+    `AutoImageProcessor`), which crops a quarter of the image sizes one pixel further up or left.
 
     Args:
         image_size (`int`, *optional*, defaults to 224): Side of the square the encoder sees, in pixels.
@@ -369,7 +394,7 @@ def evaluation_image_processor(
     check_integer("image_size", image_size, meaning="is a side in pixels")
     check_number("crop_fraction", crop_fraction, above=0, maximum=1, remedy="The paper uses 224 / 256.")
     check_choice("interpolation", interpolation, INTERPOLATIONS)
-    return BitImageProcessor(
+    return EvaluationImageProcessor(
         size={"shortest_edge": round(image_size / crop_fraction)},
         crop_size={"height": image_size, "width": image_size},
         resample=INTERPOLATIONS[interpolation],
@@ -378,5 +403,7 @@ def evaluation_image_processor(
     )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        return decode_image(image)  # arrays; names what is no image
     return image if image.mode == "RGB" else image.convert("RGB")

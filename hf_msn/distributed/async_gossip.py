@@ -253,13 +253,13 @@ class AsyncGossip(BackgroundGossip):
         """Return sqrt(mean_i ||z_i - zbar||^2) over the living ranks, each after its own number of steps."""
         self._require_started()
         if self._exchange.size == 1:
-            return super().consensus_distance()
+            return 0.0
         self._absorb()
         flat, result = FlatTensors([p for _, p, _ in self._parameters]), []
 
         def by_collectives() -> None:
             self._write()
-            result.append(super(AsyncGossip, self).consensus_distance())
+            result.append(self._distance_by_collectives())
 
         def contribute() -> tuple[float, torch.Tensor]:
             self._write()

@@ -58,13 +58,10 @@ class BackgroundGossip(LocalUpdate):
         now = self._peers.seconds_waiting if self._is_attached else 0.0
         return super().seconds_waiting + self._waited_before + now
 
-    def start(self) -> "BackgroundGossip":
-        try:
-            return super().start()
-        except BaseException:
-            if self._gradients is None and self._is_attached:
-                self._detach()
-            raise
+    @property
+    def absent_ranks(self) -> list[int]:
+        absent = self._peers.lost | self._peers.silent if self._is_attached else ()
+        return sorted(self._mailbox.global_ranks[peer] for peer in absent)
 
     def _attach(self) -> None:
         super()._attach()
@@ -86,6 +83,8 @@ class BackgroundGossip(LocalUpdate):
 
     def _detach(self) -> None:
         super()._detach()
+        if not self._is_attached:  # entering has failed
+            return
         self._is_attached = False
         self._mailbox.close(min(_CLOSE_SECONDS, self._exchange.timeout_seconds))
         self._sent_before += self._mailbox.bytes_sent
@@ -99,6 +98,7 @@ class BackgroundGossip(LocalUpdate):
             PeerError: Where the class says so. `sync()` can be called again.
         """
         self._require_started()
+        self._calls.check()
         if self._exchange.size == 1:
             super().sync()
             return
@@ -122,6 +122,9 @@ class BackgroundGossip(LocalUpdate):
             finish,
             self._unanswered,
         )
+
+    def wait_for_all(self, event: str) -> None:
+        LocalUpdate._meet(self, event)  # without an agreement, which would end in a mean
 
     def _receive(self, message: Message) -> None:
         """Take a message that is not of an agreement."""

@@ -14,6 +14,7 @@ from .comm.flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper, require_free
 from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
 from .same_batch import check_same_batch
+from .step_calls import StepCalls
 from .training_state import (
     compare_ranks,
     frozen_and_buffers,
@@ -285,6 +286,7 @@ class Codistillation:
         if self._gradient_state is not None and not self._gradient_state.sync_gradients:
             return
         self.steps += 1
+        self._calls.note_call()
         if self._checkpoints is not None:
             if self._is_snapshot_step(self.steps):
                 self._checkpoints.send(self.steps)
@@ -367,6 +369,7 @@ class Codistillation:
         groups = [] if self.weight_decay_schedule is None else self.optimizer.param_groups
         self._initial_weight_decay = [group["weight_decay"] for group in groups]
         self._step_hook = self.optimizer.register_step_pre_hook(self._before_update)
+        self._calls = StepCalls(type(self).__name__, self.optimizer, self._trained)
         if self._state is not None:
             try:
                 self._restore()
@@ -381,9 +384,12 @@ class Codistillation:
         self._gradients.restore()
         self._gradients = None
         self._step_hook.remove()
+        self._calls.remove()
         self._scale_weight_decay(1.0)
         if self._checkpoints is not None:
             self._checkpoints.close(wait=error is None)
+        if error is None:
+            self._calls.check(is_last=True)
 
     def find_lost(self, seconds: float) -> list[int]:
         """Return the global ranks of the replicas whose connection closes within `seconds`, with checkpoints only."""

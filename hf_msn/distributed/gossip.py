@@ -1,12 +1,14 @@
 """Gossip: every rank mixes its parameters with those of a few peers, instead of all with all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comm.exchange import PeerError
 from .comm.flat import FlatTensors
 from .comm.peer_exchange import PeerExchange
 from .comm.wire import checked_wire_dtype
@@ -193,12 +195,13 @@ class Gossip(LocalUpdate):
     @torch.no_grad()
     def _take_outer_step(self) -> None:
         if self._exchange.size > 1:
-            self._mix(self._before)
-            parameters = [p for _, p, _ in self._parameters]
-            before = self.rounds
-            while self._control.wants_more(self.rounds - before, self.steps, parameters, self._exchange):
-                self._mix(None)
-            self.extra_rounds += self.rounds - before
+            with self._announced_failure():
+                self._mix(self._before)
+                parameters = [p for _, p, _ in self._parameters]
+                before = self.rounds
+                while self._control.wants_more(self.rounds - before, self.steps, parameters, self._exchange):
+                    self._mix(None)
+                self.extra_rounds += self.rounds - before
         self._end_step()
 
     def _end_step(self) -> None:
@@ -208,14 +211,14 @@ class Gossip(LocalUpdate):
 
     def _mix(self, before: list[torch.Tensor] | None) -> None:
         """Mix x once: x - d with push-sum, x `before` the step with D-PSGD; an extra round has no `before`."""
-        step, rank = self.rounds, self._exchange.rank
+        step = self.rounds
         self.rounds += 1
         if not self._stays_regular and not self.topology.is_doubly_stochastic_at(step):
             if not self.push_sum:
                 self._require_doubly_stochastic(step)
             if self._numerators is None:
                 self._numerators = self._copies()
-        to, sources = self.topology.out_peers(rank, step), sorted(self.topology.in_peers(rank, step))
+        to, sources = self._peers_of(step)
         if self._numerators is not None:
             weight = torch.tensor([self.push_sum_weight], dtype=torch.float64, device=self._device)
             for index, x in enumerate(self._numerators):
@@ -236,6 +239,11 @@ class Gossip(LocalUpdate):
                 x.add_(mixed)
             flat.copy_back()
 
+    def _peers_of(self, step: int) -> tuple[list[int], list[int]]:
+        """Return the peers that this rank sends to and receives from."""
+        rank = self._exchange.rank
+        return self.topology.out_peers(rank, step), sorted(self.topology.in_peers(rank, step))
+
     def _mix_bucket(self, index: int, tensors: list[torch.Tensor], to: list[int], sources: list[int]) -> None:
         """x <- P_ii x + sum_j P_ij x_j for x of a bucket (and w after it), in place, with P_ji = 1 / (peers + 1)."""
         wire_dtype = self._wire_dtype or self._parameters[self._buckets[index][0]][1].dtype.to_real()
@@ -247,6 +255,21 @@ class Gossip(LocalUpdate):
             t.sub_(shares[place], alpha=len(to))
             for source in sources:
                 t.add_(received[source][place])
+
+    def _meet(self, event: str) -> None:
+        with self._announced_failure():
+            # A peer that has taken more steps mixes, and waits for this rank.
+            self._exchange.announce_collective(*self._peers_of(self.rounds))
+            super()._meet(event)
+
+    @contextmanager
+    def _announced_failure(self) -> Iterator[None]:
+        """Let the ranks that wait for this one know of its error."""
+        try:
+            yield
+        except PeerError as error:
+            self._exchange.announce_failure(error)
+            raise
 
     def _before_mean(self) -> None:
         for flat in self._flat_numerators():

@@ -103,6 +103,8 @@ class GradientSync:
         if not any(exchange.size > 1 for exchange in self._exchanges):
             return
         # A parameter may have no gradient on some ranks only: those take part with zeros.
+        for exchange in self._exchanges:
+            exchange.meet("an average of gradients", None, self._parameters[0].device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         flat = FlatTensors(gradients)
         buffers = flat.copy_in()

@@ -55,6 +55,7 @@ class LocalSGD(LocalUpdate):
             self._anchors = [FlatTensors(bucket).copy_in()[0] for bucket in self._bucket_tensors()]
 
     def _take_outer_step(self) -> None:
+        self._meet("an outer step")
         for index, bucket in enumerate(self._bucket_tensors()):
             flat = FlatTensors(bucket)
             [x] = flat.copy_in()

@@ -12,6 +12,7 @@ from ..checks import check_choice, check_integer
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper, require_free
+from .step_calls import StepCalls
 from .training_state import (
     average_moments,
     compare_ranks,
@@ -74,10 +75,14 @@ class LocalUpdate:
             between the ranks. By default the group's deadline holds, and the error cannot name the missing rank.
 
     Raises:
-        ValueError: If a setting is outside of its rule, another sync object runs on the model or the optimizer, the
-            ranks' parameters or settings differ, or the group's backend cannot reach the tensors.
+        ValueError: If a setting is outside of its rule, the optimizer is of another model, another sync object runs on
+            the model or the optimizer, the ranks' parameters or settings differ, or the group's backend cannot reach
+            the tensors.
         TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
-        PeerError: If a peer died, or did not arrive at an exchange before the deadline.
+        RuntimeError: At an outer step, a `sync()` or when leaving, if `step` was not called once after each
+            `optimizer.step()`.
+        PeerError: If a peer died, did not arrive at an exchange before the deadline, or is at another one, because it
+            has taken another number of steps.
     """
 
     can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
@@ -110,6 +115,8 @@ class LocalUpdate:
         self._used_learning_rates: list[float] | None = None
         self._restored = False
         self._gradients: GradientSync | None = None
+        self._step_hook: Any = None
+        self._calls: StepCalls | None = None
 
     @property
     def bytes_sent(self) -> int:
@@ -121,6 +128,11 @@ class LocalUpdate:
         """Seconds that this rank has spent in exchanges, see [`Exchange`]."""
         return sum(exchange.seconds_waiting for exchange in self._exchanges)
 
+    @property
+    def absent_ranks(self) -> list[int]:
+        """Global ranks that this rank goes on without, because they are lost or silent."""
+        return []
+
     def start(self) -> "LocalUpdate":
         """Enter.
 
@@ -131,18 +143,23 @@ class LocalUpdate:
         if not self._acts_alone and all(exchange.size == 1 for exchange in self._exchanges):
             warnings.warn(f"{type(self).__name__} has one rank only: it trains as without it.", stacklevel=2)
         require_free(self.model, self.optimizer)
-        self._attach()
-        tensors = [p for _, p, _ in self._parameters]
-        if not self._restored:
-            self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
-        self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
-        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
-        if self.steps < self.sync_start_step:
-            self._gradients.average_over_all()
-        else:
-            self._gradients.keep_local()
+        try:
+            self._attach()
+            tensors = [p for _, p, _ in self._parameters]
             if not self._restored:
-                self._begin_local_steps()
+                self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
+            self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
+            self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
+            self._calls = StepCalls(type(self).__name__, self.optimizer, tensors)
+            if self.steps < self.sync_start_step:
+                self._gradients.average_over_all()
+            else:
+                self._gradients.keep_local()
+                if not self._restored:
+                    self._begin_local_steps()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def stop(self, error: BaseException | None = None) -> None:
@@ -150,14 +167,22 @@ class LocalUpdate:
         self._require_started()
         try:
             if error is None:
+                self._calls.check(is_last=True)
                 if self.local_steps:
                     self._end_period()
                 self.sync()
         finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._gradients is not None:
             self._gradients.restore()
             self._gradients = None
-            self._step_hook.remove()
-            self._detach()
+        for hook in (self._step_hook, self._calls):
+            if hook is not None:
+                hook.remove()
+        self._step_hook = self._calls = None
+        self._detach()
 
     def __enter__(self) -> "LocalUpdate":
         return self.start()
@@ -175,6 +200,7 @@ class LocalUpdate:
         if self._gradient_state is not None and not self._gradient_state.sync_gradients:
             return
         self.steps += 1
+        self._calls.note_call()
         # A scheduler may have moved on since the hook of the step; a skipped step calls no hook.
         self._learning_rates = self._used_learning_rates or self._current_learning_rates()
         self._used_learning_rates = None
@@ -183,6 +209,8 @@ class LocalUpdate:
                 self._gradients.keep_local()
                 self._begin_local_steps()
             return
+        if self.local_steps + 1 == self.sync_every:
+            self._calls.check()
         self._count_local_step()
 
     def sync(self) -> None:
@@ -192,6 +220,8 @@ class LocalUpdate:
         covers the local steps before and after.
         """
         self._require_started()
+        self._calls.check()
+        self._meet("a sync")
         self._before_mean()
         self._average_all()
         self._after_mean()
@@ -206,13 +236,17 @@ class LocalUpdate:
         if self.base_buffers == "average":
             self._average_moments()
 
-    @torch.no_grad()
     def consensus_distance(self) -> float:
         """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters, with xbar their mean over the ranks.
 
         It exchanges all parameters and does not change them. Every rank of the group must call it.
         """
         self._require_started()
+        self._meet("the consensus distance")
+        return self._distance_by_collectives()
+
+    @torch.no_grad()
+    def _distance_by_collectives(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for bucket in self._bucket_tensors():
             own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
@@ -220,6 +254,14 @@ class LocalUpdate:
             total += sum((x - y).abs().double().square().sum() for x, y in zip(own, mean))
         self._exchange.mean_([total])
         return total.sqrt().item()
+
+    def wait_for_all(self, event: str) -> None:
+        """Wait until all ranks come to the same event, such as a collective of others that has no deadline.
+
+        Raises:
+            PeerError: If a rank has not come after `timeout_seconds`, or comes to another event.
+        """
+        self._meet(event)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of *this rank*. The ranks differ inside a period: save that of each."""
@@ -283,6 +325,11 @@ class LocalUpdate:
     def _take_outer_step(self) -> None:
         """Called after the last local step of a period, on every rank."""
         raise NotImplementedError
+
+    def _meet(self, event: str) -> None:
+        """Called before the ranks exchange. Raise a `PeerError` where another rank comes to another event."""
+        for exchange in self._exchanges:
+            exchange.meet(event, self.steps, self._device)
 
     def _before_mean(self) -> None:
         """Prepare an unweighted average: no messages in flight, parameters hold x rather than x / w."""
@@ -372,4 +419,5 @@ class LocalUpdate:
                 flat.copy_back()
 
     def _current_learning_rates(self) -> list[float]:
-        return [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return [1.0 if rate is None else float(rate) for rate in rates]  # Adafactor may choose its own

@@ -197,6 +197,7 @@ class OverlapGossip(BackgroundGossip):
             self._push_sum.read()
         self._holds_numerators = False
         self._peers.update()
+        self._peers.ping()  # a peer that waits in a `sync` gets no mass
         if not self._merges_on_time:
             self._merge()
         self._push()
@@ -218,7 +219,10 @@ class OverlapGossip(BackgroundGossip):
                 if narrow:
                     tensor.sub_(sent)
 
-        to = self._schedule.out_peers(self._mailbox.rank, self._peers.step)
+        step, arrived = self._peers.step, self._agreement.arrived
+        to = self._schedule.out_peers(self._mailbox.rank, step)
+        # A peer that waits in a `sync` after fewer steps returns no mass: w here would fall with every step.
+        to = [peer for peer in to if arrived.get(peer, step) >= step]
         self._push_sum.push(to, self._mailbox.narrows, send)
 
     def _pull(self) -> None:
@@ -232,8 +236,12 @@ class OverlapGossip(BackgroundGossip):
         return (self.deterministic or self.staleness_bound == 0) and not self._is_disturbed
 
     def _wait_for_mass(self, step: int) -> None:
-        """Wait until all mass that was sent to this rank at a step <= `step` has arrived."""
-        self._peers.wait_for(lambda: self._schedule.missing(step, self._peers.members))
+        """Wait until all mass that was sent to this rank at a step <= `step` has arrived.
+
+        Peers that wait in a `sync` have taken fewer steps, and all that they sent has arrived.
+        """
+        agreement, peers = self._agreement, self._peers
+        peers.wait_for(lambda: self._schedule.missing(step, peers.members - agreement.arrived.keys()))
         self._schedule.settle_until(step)
 
     @torch.no_grad()
@@ -300,8 +308,8 @@ class OverlapGossip(BackgroundGossip):
         if self._push_sum.weight == 1.0:
             self._push_sum.read()
 
-    @torch.no_grad()
-    def _before_mean(self) -> None:
+    def _meet(self, event: str) -> None:
+        """Bring all ranks together for a mean by collectives, which [`SlowMo`] takes."""
         if self._exchange.size == 1:
             return
         self._refresh()
@@ -315,7 +323,11 @@ class OverlapGossip(BackgroundGossip):
                 "an outer step over it has to go on from the last checkpoint.",
                 ranks,
             )
-        self._write_mean_share()
+
+    @torch.no_grad()
+    def _before_mean(self) -> None:
+        if self._exchange.size > 1:
+            self._write_mean_share()
 
     def _write_mean_share(self) -> None:
         """Merge all, and write x / mean_i w_i, of which the plain mean is the consensus, into the parameters."""
@@ -347,7 +359,8 @@ class OverlapGossip(BackgroundGossip):
                 f"The consensus distance is over all {self._exchange.size} ranks of the group, but only the places "
                 f"{self.alive} are there. `sync()` goes on without the others.",
             )
-        return super().consensus_distance()
+        self._require_started()
+        return self._distance_by_collectives()
 
     # State
 

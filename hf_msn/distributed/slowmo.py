@@ -47,9 +47,10 @@ class SlowMo(LocalUpdate):
         wire_dtype (`str`, *optional*): `"bfloat16"` halves the bytes of an outer step: x - x0 is rounded, and the
             rounding error is added to the next ([`RoundedMean`]). It needs memory for one more copy of the trainable
             parameters. By default the parameters' own precision.
-        base ([`Gossip`] or [`OverlapGossip`], *optional*): The method between the outer steps, of the same model,
-            optimizer and groups: SlowMo over SGP or OSGP, for which the paper uses `sync_every=48`. SlowMo starts and
-            stops it. By default SlowMo over Local SGD.
+        base ([`Gossip`], [`OverlapGossip`] or [`LocalSGD`], *optional*): The method between the outer steps, of the
+            same model, optimizer and groups: SlowMo over SGP or OSGP, for which the paper uses `sync_every=48`. SlowMo
+            starts and stops it. By default the ranks take local steps only, which is the paper's SlowMo over Local SGD
+            with one average per outer step; over a [`LocalSGD`] they also average every `base.sync_every` steps.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`].
         kwargs: `sync_start_step`, `inner_group` and `timeout_seconds` of [`LocalUpdate`].
 
@@ -119,11 +120,15 @@ class SlowMo(LocalUpdate):
     def seconds_waiting(self) -> float:
         return super().seconds_waiting + (0.0 if self.base is None else self.base.seconds_waiting)
 
+    @property
+    def absent_ranks(self) -> list[int]:
+        return [] if self.base is None else self.base.absent_ranks
+
     def _check_base(self, base: LocalUpdate) -> None:
         if not isinstance(base, LocalUpdate) or not base.can_be_base:
             raise ValueError(
-                f"`base` must be a Gossip or an OverlapGossip, but is a {type(base).__name__}. Leave it out for "
-                "SlowMo over Local SGD."
+                f"`base` must be a LocalSGD, a Gossip or an OverlapGossip, but is a {type(base).__name__}. Without it "
+                "the ranks take local steps."
             )
         same = base.model is self.model and base.optimizer is self.optimizer
         if not same or base._place != self._place or base.sync_start_step:
@@ -154,6 +159,17 @@ class SlowMo(LocalUpdate):
             self.base.steps += 1
             self.base._learning_rates = self._learning_rates
             self.base._count_local_step()
+
+    def _meet(self, event: str) -> None:
+        if self.base is not None:
+            self.base._meet(event)
+        super()._meet(event)
+
+    def wait_for_all(self, event: str) -> None:
+        if self.base is None:
+            super().wait_for_all(event)
+        else:
+            self.base.wait_for_all(event)
 
     def _before_mean(self) -> None:
         if self.base is not None:
@@ -188,6 +204,7 @@ class SlowMo(LocalUpdate):
             return
         factors = self._factors()
         if self.average:
+            self._meet("an outer step")
             self._before_mean()
         for index, bucket in enumerate(self._bucket_tensors()):
             flat = FlatTensors(bucket, multiple_of=self._num_shards)

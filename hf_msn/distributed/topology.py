@@ -313,7 +313,8 @@ class BipartiteExponentialTopology(Topology):
     """Pairs of an even and an odd rank, at distances that grow from step to step: undirected, for AD-PSGD.
 
     With n even, at step k the even rank r and the odd rank r + 2^(i + 1) - 1 mod n are a pair, with i = k mod
-    floor(log2 n): hops 1, 3, 7, ... If n is a power of two, all ranks hold the exact mean after log2 n steps.
+    floor(log2 n): hops 1, 3, 7, ... If n is a power of two, all ranks hold the exact mean after log2 n steps. The SGP
+    repository has 1 and then 1 + 2^i: hops 1, 3, 5, 9, ..., which need log2 n + 1 steps for n = 8, 16, 32, ...
 
     With n odd the (k mod (n + 1) / 2)-th even rank has no peer at step k. The other even ranks, counted in order, and
     the odd ranks are paired as if they were n - 1 ranks. So two even ranks are never a pair, and exchanges in which

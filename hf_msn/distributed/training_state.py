@@ -15,6 +15,9 @@ _SHARDED = {
     "DTensor": "tensor parallelism",
 }
 
+# Of each parameter, beside its moments, in the optimizers of torch (NAdam, ASGD, Rprop), and where they begin.
+_SCALARS = {"step": 0.0, "mu_product": 1.0, "mu": 1.0, "eta": 0.0}
+
 
 def trainable_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer
@@ -61,7 +64,7 @@ def plain_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse FSDP, tensor parallelism (DTensor parameters) and DeepSpeed: every rank must have the whole model."""
+    """Refuse an optimizer of another model, and FSDP, tensor parallelism (DTensor parameters) and DeepSpeed."""
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     data = [parameter.data for parameter in (*model.parameters(), *optimized)]
     for part in (*model.modules(), *data):
@@ -71,33 +74,53 @@ def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer) -> No
                     "Training with little communication needs the whole model on every rank, but this one is of "
                     f"{_SHARDED[kind.__name__]} ({type(part).__name__}). Use DistributedDataParallel or no wrapper."
                 )
+    own = {id(parameter) for parameter in model.parameters()}
+    if own.isdisjoint(map(id, optimized)):
+        raise ValueError(
+            f"An optimizer must train parameters of its model, but none of the {len(optimized)} of `optimizer` is one "
+            f"of the {len(own)} of this {type(model).__name__}. Pass the model that it was made for."
+        )
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], torch.Tensor]:
-    """Return the optimizer's float tensors of the shape of their parameter, by position of the parameter and name."""
+    """Return the optimizer's moments, by position of the parameter and name.
+
+    They are the tensors of the shape of their parameter, or of rows and columns of it (Adafactor), but no scalars.
+    """
     places = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        (place, name): value
-        for place, parameter in enumerate(places)
-        for name, value in sorted(optimizer.state.get(parameter, {}).items())
-        if torch.is_tensor(value)
-        and value.shape == parameter.shape
-        and value.is_floating_point()
-        and name not in ("step", "mu_product")  # have the shape of a scalar parameter, but are no moments
-    }
+    found = {}
+    for place, parameter in enumerate(places):
+        for name, value in sorted(optimizer.state.get(parameter, {}).items()):
+            is_scalar = not torch.is_tensor(value) or value.dim() < min(parameter.dim(), 1)
+            if is_scalar or name in _SCALARS:
+                continue
+            if not (value.is_floating_point() or value.is_complex()):
+                raise ValueError(
+                    f"`base_buffers` 'reset' and 'average' need moments of floating-point numbers, but `{name}` of "
+                    f"{type(optimizer).__name__} is {value.dtype}. Use 'maintain'."
+                )
+            found[place, name] = value
+    return found
 
 
 @torch.no_grad()
 def reset_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Set moments to zero, and the counts that correct their bias to their first values, as in a new optimizer."""
+    """Set the state to that of a new optimizer: moments to zero, counts and step sizes to their first values."""
     for moment in moments(optimizer).values():
         moment.zero_()
-    for state in optimizer.state.values():
-        for name, first in (("step", 0.0), ("mu_product", 1.0)):
-            if torch.is_tensor(state.get(name)):
-                state[name].fill_(first)
-            elif name in state:
-                state[name] = type(state[name])(first)
+    for group in optimizer.param_groups:
+        first_values = {
+            **_SCALARS,
+            "eta": group.get("lr"),
+            "step_size": group.get("lr"),
+            "sum": group.get("initial_accumulator_value", 0.0),
+        }
+        for state in (optimizer.state.get(parameter, {}) for parameter in group["params"]):
+            for name in first_values.keys() & state.keys():
+                if torch.is_tensor(state[name]):
+                    state[name].fill_(first_values[name])
+                else:
+                    state[name] = type(state[name])(first_values[name])
 
 
 def average_moments(

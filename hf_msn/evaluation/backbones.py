@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
 from ..checks import check_choice, check_integer
+from ..data.transforms import cropped_as_in_torchvision
 from ..models.configuration_pretraining import PretrainingConfig
 from .weights_hash import CLS_PARAMETER, weights_sha256
 
@@ -251,7 +252,7 @@ def resolve_image_processor(model: nn.Module) -> Any:
     if path is None:
         raise ValueError(f"{type(model).__name__} was not loaded from a checkpoint with an image processor. {remedy}")
     try:
-        return AutoImageProcessor.from_pretrained(path)
+        return cropped_as_in_torchvision(AutoImageProcessor.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"No image processor can be loaded from {path!r}: {error} {remedy}") from error
 

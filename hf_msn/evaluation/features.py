@@ -138,7 +138,7 @@ def extract_features(
         "features": features,
         "num_last_layers": num_last_layers,
         "dtype": str(dtype or weights_dtype),
-        "format": 2,
+        "format": 3,  # 2: crops that began half a pixel earlier
     }
     path = None
     if cache_dir is not None and fingerprint is not None and " at 0x" not in str(processor):

@@ -152,7 +152,7 @@ class _Tuning:
         if args.refit:
             shorter = copy.copy(args)
             shorter.num_train_epochs = best.best_epoch
-            shorter.output_dir = str(refit_dir)
+            shorter.output_dir = args.output_dir if args.save_strategy == "no" else str(refit_dir)
             found = None if checkpoint is None else find_last_checkpoint(refit_dir)
             model, _, num_trained = self._train(self.rows, shorter, callbacks, checkpoint=found)
         elif best.best_weights is not None:

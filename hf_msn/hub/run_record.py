@@ -20,11 +20,12 @@ _PACKAGES = ("hf_msn", "torch", "transformers", "accelerate", "datasets", "timm"
 
 # The only fields of run.json.
 _FIELDS = (
-    *("method", "data", "labelled", "start", "hardware", "steps", "planned_steps", "epochs", "batch", "precision"),
-    *("seed", "arguments", "recipe", "sync", "versions", "wall_time_seconds"),
+    *("method", "data", "data_sample_sha256", "labelled", "start", "hardware", "steps", "planned_steps", "epochs"),
+    *("batch", "precision", "seed", "arguments", "recipe", "sync", "settings", "resumes", "versions"),
+    "wall_time_seconds",
 )
-# In a recipe and in arguments numbers have any name, and text only one of these names.
-_SETTINGS = ("arguments", "recipe")
+# In these fields, such as a recipe, numbers have any name, and text only one of these names.
+_SETTINGS = ("arguments", "recipe", "settings", "resumes")
 _TEXT_SETTINGS = {
     *("method", "head", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
     *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
@@ -41,7 +42,9 @@ _TRAINING_FIELDS = {
     *("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "seed"),
     *("gradient_checkpointing", "torch_compile", "average_tokens_across_devices", "label_smoothing_factor"),
 }
-_NOT_SETTINGS = ("hub_", "push_to_hub", "overwrite_")
+_NOT_SETTINGS = ("hub_", "push_to_hub", "overwrite_", "resume_")
+# The fields of a record that settle, beside the arguments above, what a training does.
+_BATCH_FIELDS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def describe_training(trainer: Trainer) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     described: dict[str, Any] = {
         "method": getattr(getattr(model, "config", None), "model_type", None),
         "data": describe_data(trainer.train_dataset),
+        "data_sample_sha256": getattr(trainer.train_dataset, "sample_sha256", None),
         "labelled": None if support is None else {**describe_data(support), "num_images": len(support.rows)},
         "start": getattr(model, "trunk_from", None),
         "hardware": describe_hardware(args),
@@ -67,6 +71,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,
         "arguments": changed_arguments(args),
+        "settings": describe_settings(trainer),
     }
     sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False)
     if args.world_size > 1 and not sharded:
@@ -97,10 +102,32 @@ def describe_hardware(args: TrainingArguments) -> dict[str, Any]:
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     """Return the arguments that concern the training and differ from their defaults."""
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - _TRAINING_FIELDS
-    defaults = {field.name: field.default for field in dataclasses.fields(args) if field.name not in inherited}
+    defaults = {field.name: field.default for field in _training_fields(args)}
     values = {name: getattr(args, name) for name in defaults}
     return {name: value for name, value in values.items() if value is not None and value != defaults[name]}
+
+
+def describe_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return the arguments that concern the training, defaults among them, and the fields of the views."""
+    args, transform = trainer.args, getattr(trainer.train_dataset, "transform", None)
+    names = [*(field.name for field in _training_fields(args)), *_BATCH_FIELDS]
+    settings = {name: getattr(args, name) for name in names}
+    if dataclasses.is_dataclass(transform):
+        settings["views"] = {field.name: getattr(transform, field.name) for field in dataclasses.fields(transform)}
+    return settings
+
+
+def find_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings that differ between two records, each as `before` and `after`; those of views too."""
+    there, here = ({**settings, **settings.get("views", {})} for settings in (there, here))
+    names = sorted((there.keys() | here.keys()) - {"views"})
+    pairs = {name: {"before": there.get(name), "after": here.get(name)} for name in names}
+    return {name: pair for name, pair in pairs.items() if pair["before"] != pair["after"]}
+
+
+def _training_fields(args: TrainingArguments) -> list[dataclasses.Field]:
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)} - _TRAINING_FIELDS
+    return [field for field in dataclasses.fields(args) if field.name not in inherited]
 
 
 def write_run(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:

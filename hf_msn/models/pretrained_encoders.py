@@ -73,7 +73,8 @@ def select_fields(config_class: type[PreTrainedConfig], fields: dict, name_or_pa
             f"The encoder of '{name_or_path}' is '{fields['timm_model']}' of timm, but a {config_class.__name__} has "
             "a ViTMSN. Use PAWS or SuNCEt for it."
         )
-    return {key: value for key, value in fields.items() if hasattr(config_class, key)}
+    of_heads = "head_initializer_range"  # the heads are fresh, and each method starts them in its own way
+    return {key: value for key, value in fields.items() if hasattr(config_class, key) and key != of_heads}
 
 
 def copy_encoder(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer
 from transformers.utils import logging
 
@@ -48,6 +49,26 @@ def staging_folder(trainer: Trainer, folder: Path, name: str = "") -> Iterator[P
     finally:
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def own_settings_kept(trainer: Trainer) -> Iterator[None]:
+    """Keep the settings of the optimizer and of the learning rate while the block loads the states of a checkpoint.
+
+    The states hold them too, and would silently replace those of this run.
+    """
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    names = set(trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)[1]) - {"lr"}
+    settings = [{name: group[name] for name in names & set(group)} for group in optimizer.param_groups]
+    learning_rates = [*scheduler.base_lrs] if isinstance(scheduler, LambdaLR) else None
+    yield
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+    if learning_rates is not None:
+        scheduler.base_lrs = learning_rates
+        for group, initial, factor in zip(optimizer.param_groups, learning_rates, scheduler.lr_lambdas):
+            group.update(initial_lr=initial, lr=initial * factor(scheduler.last_epoch))
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # for the log
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -35,6 +35,9 @@ class PretrainingArguments(TrainingArguments):
         help="A checkpoint folder; true: the last whole one of `output_dir`; auto: the same, or a new run if there is "
         "none.",
     )
+    resume_on_other_data: bool = HfArg(
+        default=False, help="Go on from a checkpoint of another data set, which is refused otherwise."
+    )
     learning_rate_batch_size: int | None = HfArg(
         default=None,
         help="If given, the three learning rates hold for this many images per update over all ranks and are scaled "

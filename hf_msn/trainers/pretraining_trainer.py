@@ -34,6 +34,7 @@ from .checkpoints import (
     CheckpointError,
     check_output_dir,
     find_config_differences,
+    own_settings_kept,
     resolve_checkpoint,
     saved_world_size,
     staging_folder,
@@ -97,7 +98,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         Raises:
             ValueError: If the data does not fill one batch, or if `output_dir` holds an earlier run that is neither
                 resumed nor overwritten.
-            CheckpointError: If the checkpoint is not whole or does not fit this run.
+            CheckpointError: If the checkpoint is not whole, does not fit this run, or is of another data set and
+                `args.resume_on_other_data` is not set. Other settings are logged, and those of `args` hold.
         """
         args = self.args
         self.check_before_training()
@@ -112,7 +114,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         if args.should_save:
             # It describes the model of an earlier run.
             Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)
-        self.run_record.checkpoint = checkpoint
+        self.run_record.begin(checkpoint)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -142,15 +144,9 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         return {name: getattr(transform, name) for name in names if hasattr(transform, name)}
 
     def check_view_sizes(self) -> None:
-        """Raise a `ValueError` if the views are not of the model's size, or not a whole number of its patches."""
-        patch_size, sizes = self.model.config.patch_size, self.view_sizes()
-        image_size = self.model.config.image_size
-        if sizes.get("image_size", image_size) != image_size:
-            raise ValueError(
-                f"`image_size` of the views must be the model's {image_size}, but is {sizes['image_size']} pixels. "
-                "Change one of them."
-            )
-        for name, size in sizes.items():
+        """Raise a `ValueError` if a view is not a whole number of patches of the model."""
+        patch_size = self.model.config.patch_size
+        for name, size in self.view_sizes().items():
             if size < patch_size or size % patch_size:
                 raise ValueError(
                     f"`{name}` of the views must be a multiple of the model's `patch_size` {patch_size}, but is "
@@ -177,7 +173,18 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         inputs = super()._prepare_inputs(inputs)
         if "view_parameters" in inputs or "support_view_parameters" in inputs:
             inputs = self.train_dataset.transform.finish(inputs)
+        if self.model.training and "pixel_values" in inputs:
+            self._check_image_size(inputs["pixel_values"])
         return inputs
+
+    def _check_image_size(self, pixel_values: torch.Tensor) -> None:
+        config = self.model.config
+        wanted, sides = config.image_size, pixel_values.shape[-2:]
+        if getattr(config, "timm_model", None) is None and set(sides) != {wanted}:
+            found = " x ".join(map(str, sides))
+            raise ValueError(
+                f"`image_size` of the views must be the model's {wanted}, but is {found} pixels. Change one of them."
+            )
 
     def get_batch_samples(self, *args, **kwargs):
         with self.throughput.waiting():
@@ -368,7 +375,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
                     f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
                     f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
                 )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with own_settings_kept(self):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -49,10 +49,10 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         **kwargs,
     ):
         super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
-        if support_dataset is None:
+        if not isinstance(support_dataset, SupportDataset):
             raise ValueError(
-                "`support_dataset`, the labelled images, is missing. Pass one, for example "
-                "`SupportDataset(images, labelled_rows, transform)`."
+                f"`support_dataset` must be a SupportDataset, the labelled images, but is {support_dataset!r:.80}. "
+                "Pass `SupportDataset(images, labelled_rows, transform)`."
             )
         self.label_names = []  # an eval_dataset has a loss without labels of its own
         self.support_dataset = support_dataset

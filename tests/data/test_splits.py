@@ -115,6 +115,32 @@ def test_names_may_end_in_their_class(write, names, rows):
     assert match_list_file(write(["n1_1.JPEG", "n1_2.JPEG"]), names).tolist() == rows
 
 
+CLASS_FOLDERS = ["cat/000.jpg", "cat/001 (1).jpg", "big dog/000.jpg", "big dog/IMG 7.png", "fox/x_1.jpg"]
+FILES = [f"/d/{name}" for name in CLASS_FOLDERS]
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows"),
+    [
+        (["cat/000.jpg", "big dog/000.jpg", "cat/001 (1).jpg"], [0, 2, 1]),  # relative paths
+        (["./cat/000.jpg", "d/big dog/000.jpg", "cat\\001 (1).JPEG"], [0, 2, 1]),
+        (["cat_000.jpg", "big dog_000.jpg", "fox_x_1"], [0, 2, 4]),  # <class>_<name>
+        (["IMG 7.png", "001 (1).jpg", "x_1.jpg"], [3, 1, 4]),  # unique file names
+        (["x_1.jpg", "fox/x_1.jpg", "cat/000.jpg"], [4, 0]),  # one image twice
+    ],
+)
+def test_images_in_class_folders_are_found(write, lines, rows):
+    assert match_list_file(write(lines), FILES).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    "line", ["000.jpg", "fox/000.jpg", "cat/IMG 7.png", "dog_000.jpg", "owl/IMG 7.png", "cat/x_1.jpg"]
+)
+def test_names_of_several_files_and_of_other_folders_are_refused(write, line):
+    with pytest.raises(ValueError, match=line.split(".")[0]):
+        match_list_file(write([line]), FILES)
+
+
 def test_names_without_a_row_are_refused(write):
     path = write([f"a_{number}.JPEG" for number in range(9)])
     with pytest.raises(ValueError, match=r"7 of 9 are not: a_2, a_3, a_4, a_5, a_6, \.\.\."):

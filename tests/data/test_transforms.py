@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
-from transformers import AutoImageProcessor
+from torchvision.transforms.v2 import functional as F
+from transformers import AutoImageProcessor, BitImageProcessor
 
 from hf_msn.data.collators import MultiViewCollator
-from hf_msn.data.transforms import MultiViewTransform, evaluation_image_processor
+from hf_msn.data.transforms import MultiViewTransform, cropped_as_in_torchvision, evaluation_image_processor
 
 PLAIN = {
     "horizontal_flip": 0.0,
@@ -163,6 +164,32 @@ def test_reduction_is_the_largest_that_enlarges_no_crop():
 def test_values_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MultiViewTransform(**settings)
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (500, 375), (333, 500), (300, 300), (341, 256), (100, 450)])
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_evaluation_crops_the_pixels_that_torchvision_crops(tmp_path, size, reloaded):
+    processor = evaluation_image_processor(224, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    if reloaded:
+        processor.save_pretrained(tmp_path)
+        assert type(AutoImageProcessor.from_pretrained(tmp_path)) is BitImageProcessor  # without hf_msn, too
+        processor = cropped_as_in_torchvision(AutoImageProcessor.from_pretrained(tmp_path))
+    image = torch.from_numpy(np.array(_ramp(*size))).permute(2, 0, 1)
+    expected = F.center_crop(F.resize(image, [256], antialias=True), [224, 224])
+    seen = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(seen * 255, expected.float(), atol=1e-4, rtol=0)
+
+
+def test_array_gives_the_views_of_its_image(picture):
+    transform = MultiViewTransform(image_size=8, focal_views=0)
+    views = []
+    for image in (picture(1, (40, 30)), np.asarray(picture(1, (40, 30)))):
+        torch.manual_seed(5)
+        views.append((transform(image)["pixel_values"], transform.global_views(image, 2)))
+    assert all(map(torch.equal, *views))
+    for wrong in (torch.zeros(3, 8, 8), np.zeros((8, 8), np.int64), "digits.png"):
+        with pytest.raises(ValueError, match="cannot be read"):
+            transform(wrong)
 
 
 def test_evaluation_resizes_crops_and_normalises():

@@ -1,6 +1,7 @@
 """Wrong use of local training, and lost ranks."""
 
 import os
+import threading
 import time
 import warnings
 
@@ -181,7 +182,12 @@ def _refusals_on_ranks(rank):
     errors.append(error_of(lambda: LocalSGD(same, sgd(same), sync_every=3 + rank).start()))
     hooked = DistributedDataParallel(make_model())
     hooked.register_comm_hook(None, lambda state, bucket: None)
-    errors.append(error_of(lambda: SlowMo(hooked, sgd(hooked)).start()))
+    optimizer = sgd(hooked)
+    for base in (None, OverlapGossip(hooked, optimizer)):
+        errors.append(error_of(lambda base=base: SlowMo(hooked, optimizer, base=base).start()))
+    errors.append(error_of(lambda: OverlapGossip(hooked, optimizer).start()))
+    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_msn")]
+    assert threads == []
     outside = dist.new_group([1])
     if rank == 0:
         errors.append(error_of(lambda: SlowMo(same, sgd(same), group=outside)))
@@ -199,12 +205,12 @@ def _refusals_on_ranks(rank):
 @pytest.mark.distributed
 def test_ranks_that_differ_and_sharded_parameters_are_refused():
     first, second = run_ranks(_refusals_on_ranks, 2)
-    for shapes, settings, hook, *_ in (first, second):
+    for shapes, settings, *hooks in (first[:5], second[:5]):
         assert "rank 0 has `1.weight (2, 4) torch.float32 in group 0` where rank 1 has `1.weight (3, 4)" in shapes
         assert "rank 0 has `setting sync_every=3` where rank 1 has `setting sync_every=4`" in settings
-        assert "`_refusals_on_ranks.<locals>.<lambda>`" in hook
-    assert "`group`" in first[3]
-    for fsdp, dtensor in (first[4:], second[3:]):
+        assert all("`_refusals_on_ranks.<locals>.<lambda>`" in hook for hook in hooks)
+    assert "`group`" in first[5]
+    for fsdp, dtensor in (first[6:], second[5:]):
         assert "FSDP" in fsdp
         assert "DTensor" in dtensor
 

@@ -7,6 +7,7 @@ from gossip_reference import (
     WITH_ZEROS,
     Lopsided,
     flat,
+    gradient,
     make_model,
     make_optimizer,
     reference,
@@ -20,6 +21,7 @@ from topologies import Star
 
 from hf_msn.distributed.async_gossip import AsyncGossip
 from hf_msn.distributed.gossip import Gossip
+from hf_msn.distributed.local_sgd import LocalSGD
 from hf_msn.distributed.slowmo import SlowMo
 from hf_msn.distributed.topology import CompleteTopology
 
@@ -132,5 +134,33 @@ def test_gossip_begins_with_the_first_local_step():
 def test_what_has_no_common_steps_cannot_be_a_base(kind):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=f"must be a Gossip or an OverlapGossip, but is a {kind.__name__}"):
+    with pytest.raises(ValueError, match=f"`base`.*{kind.__name__}"):
         SlowMo(model, optimizer, base=kind(model, optimizer))
+
+
+def _over_local_sgd(rank):
+    model = make_model()
+    optimizer = make_optimizer(model, 0.0)
+    base, seen = LocalSGD(model, optimizer, sync_every=2), []
+    with SlowMo(model, optimizer, base=base, sync_every=6, slow_momentum=0.6) as sync:
+        for step in range(NUM_STEPS):
+            take_step(model, optimizer, (0.1, 0.2), rank, step)
+            sync.step()
+            seen.append(flat(model))
+    return torch.stack(seen)
+
+
+@pytest.mark.distributed
+def test_over_local_sgd_the_ranks_average_between_the_outer_steps():
+    rates = torch.tensor([0.1] * 6 + [0.2] * 2, dtype=torch.float64)
+    x, v = [flat(make_model())] * 3, torch.zeros(8, dtype=torch.float64)
+    x0 = x[0]
+    for step, seen in enumerate(zip(*run_ranks(_over_local_sgd, 3))):
+        x = [z - rates * gradient(z, rank, step) for rank, z in enumerate(x)]
+        if step % 2:
+            x = [sum(x) / 3] * 3
+        if step % 6 == 5:
+            v = 0.6 * v + (x0 - x[0])
+            x0 = x0 - v
+            x = [x0] * 3
+        torch.testing.assert_close(list(seen), x, rtol=1e-9, atol=1e-11)

@@ -67,6 +67,7 @@ def test_wall_time_continues_from_that_of_the_checkpoint(tmp_path):
     assert 0 < record_in(tmp_path / "checkpoint-2")["wall_time_seconds"] < first < 600
     file = tmp_path / "checkpoint-2" / "run.json"
     file.write_text(file.read_text().replace('"wall_time_seconds": ', '"wall_time_seconds": 1000'))
+    (tmp_path / "checkpoint-2" / "checksums.sha256").unlink()
     (tmp_path / "checkpoint-4").rename(tmp_path / "away")
     resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)
@@ -77,6 +78,7 @@ def test_wall_time_continues_from_that_of_the_checkpoint(tmp_path):
 
 def test_wall_time_is_left_out_where_an_earlier_part_is_not_known(tmp_path):
     make_trainer(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "checksums.sha256").unlink()
     (tmp_path / "checkpoint-2" / "run.json").write_text("{")
     resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)

@@ -40,7 +40,8 @@ digits = functools.cache(lambda: load_images("digits"))
 
 
 def transform(method: str = "paws", **settings) -> MultiViewTransform:
-    return MultiViewTransform.for_small_grayscale(8, **{"focal_views": 1 if method == "paws" else 0, **settings})
+    settings = {"image_size": 8, "focal_views": 1 if method == "paws" else 0, **settings}
+    return MultiViewTransform.for_small_grayscale(**settings)
 
 
 def support(rows=None, method: str = "paws", views_per_image: int = 1, **settings) -> SupportDataset:

@@ -171,6 +171,8 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
             r"`global_support_images_per_class` = 3 .* 1 have fewer: 9 has 2\..*support_on_small_class='repeat'",
         ),
         ({}, {"support_dataset": None}, "`support_dataset`"),
+        ({}, {"support_dataset": load_images("digits")}, "`support_dataset`"),
+        ({}, {"transform": {"image_size": 16}}, "`image_size` .* 16 x 16 pixels"),
         ({}, {"transform": {"anchor_views": 2}}, "`anchor_views` .* 2"),
         ({}, {"transform": {"focal_size": 6}}, "`focal_size` .* 6 pixels"),
         ({"per_device_train_batch_size": 32}, {}, "has 20 images, but one batch takes 32"),

@@ -11,6 +11,7 @@ from semi_supervised_runs import digits
 from short_runs import RandomViews, assert_same_weights, end_workers, logged, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, multi_view_dataset
+from hf_msn.files import read_json
 from hf_msn.trainers.checkpoints import CheckpointError, find_fault, find_last_checkpoint
 
 
@@ -168,6 +169,64 @@ def test_resume_without_any_checkpoint(tmp_path):
 def test_a_checkpoint_of_another_configuration_is_refused(finished):
     with pytest.raises(CheckpointError, match="num_prototypes 8 there, 4 here"):
         make_trainer(finished[0], model_fields={"num_prototypes": 4}).train(resume_from_checkpoint=True)
+
+
+OTHER_SETTINGS = {
+    "learning_rate": (1e-3, 2e-3),
+    "start_learning_rate": (2e-4, 1e-4),
+    "weight_decay": (0.04, 0.01),
+    "ema_momentum": (0.996, 0.9),
+    "adam_beta1": (0.9, 0.8),
+    "seed": (42, 7),
+    "max_steps": (8, 12),
+    "final_weight_decay": (0.4, None),
+    "optim": ("adamw_torch_fused", "adamw_torch"),
+}
+
+
+def test_other_settings_are_named_hold_and_are_recorded(tmp_path, copy, caplog):
+    after = {name: values[1] for name, values in OTHER_SETTINGS.items()}
+    trainer = make_trainer(copy, **after, report_to="none")
+    trainer.train(resume_from_checkpoint=str(copy / "checkpoint-3"))
+    for name, (there, here) in OTHER_SETTINGS.items():
+        assert f"{name} {there} there, {here} here" in caplog.text
+    found = make_trainer(tmp_path / "new", **after, save_strategy="no")
+    found.train()
+    for name in ("learning_rate", "weight_decay", "ema_momentum"):
+        expected = {step: value for step, value in logged(found, name).items() if step > 3}
+        assert {step: value for step, value in logged(trainer, name).items() if step > 3} == expected, name
+    assert {group["betas"][0] for group in trainer.optimizer.param_groups} == {0.8}
+
+    (resumed,) = read_json(copy / "checkpoint-12" / "run.json")["resumes"]
+    assert resumed["step"] == 3 and resumed["settings"].keys() == OTHER_SETTINGS.keys()
+    assert resumed["settings"]["learning_rate"] == {"before": 1e-3, "after": 2e-3}
+    assert resumed["settings"]["optim"] == {"before": "adamw_torch_fused", "after": "adamw_torch"}
+    caplog.clear()
+    make_trainer(copy, **{**after, "max_steps": 13, "save_steps": 13}).train(resume_from_checkpoint=True)
+    assert "other settings: max_steps 12 there, 13 here." in caplog.text
+    assert [entry["step"] for entry in read_json(copy / "checkpoint-13" / "run.json")["resumes"]] == [3, 12]
+
+
+@pytest.mark.parametrize("views", [RandomViews, drawn_views])
+def test_another_data_set_is_refused_unless_it_is_allowed(tmp_path, views):
+    make_trainer(tmp_path, views(), max_steps=2, save_steps=2).train()
+    other = RandomViews(16)
+    if views is drawn_views:
+        other = MultiViewDataset(digits().select(range(1, 21)), views().transform, seed=3)  # as many, but not the same
+    with pytest.raises(CheckpointError, match=r"\(20 images\) there.*resume_on_other_data"):
+        make_trainer(tmp_path, other).train(resume_from_checkpoint=True)
+    trainer = make_trainer(tmp_path, other, max_steps=4, save_steps=4, resume_on_other_data=True)
+    trainer.train(resume_from_checkpoint=True)
+    resumed = read_json(tmp_path / "checkpoint-4" / "run.json")["resumes"][0]["settings"]
+    assert resumed["num_images"] == {"before": 20, "after": len(other)}
+
+
+def test_other_views_are_named_and_a_renamed_data_set_is_the_same(tmp_path, caplog):
+    make_trainer(tmp_path, drawn_views(), max_steps=2, save_steps=2).train()
+    views = drawn_views()
+    views.transform.grayscale, views.info.dataset_name = 0.5, "moved"
+    make_trainer(tmp_path, views, max_steps=2).train(resume_from_checkpoint=True)
+    assert "other settings: grayscale 0.0 there, 0.5 here." in caplog.text
 
 
 def test_an_output_dir_of_an_earlier_run_asks_for_a_decision(tmp_path, copy):

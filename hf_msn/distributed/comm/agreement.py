@@ -55,6 +55,12 @@ class Agreement:
         members = {peers.rank, *peers.connected} if self._waits_for_silent else peers.members
         return sorted(members - self._excluded)
 
+    @property
+    def arrived(self) -> dict[int, int]:
+        """Peers that have come to this agreement or a later one, and the last step that they took before its end."""
+        messages = [heard.values() for (kind, _, _), heard in self._heard.items() if kind == HERE]
+        return {message.sender: message.step for heard in messages for message in heard}
+
     def receive(self, message: Message) -> None:
         """Take a message of an agreement; pass on another one, or hold it back."""
         if message.kind < HERE:

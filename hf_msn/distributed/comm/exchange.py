@@ -63,7 +63,7 @@ class Exchange:
         self.timeout_seconds = timeout_seconds
         self.bytes_sent = 0
         self.seconds_waiting = 0.0
-        self._count = 0  # exchanges so far
+        self._count, self._name = 0, ""  # exchanges so far, and the last one
         self._store_key: str | None = None
 
     @property
@@ -125,9 +125,19 @@ class Exchange:
             self.bytes_sent += sum(map(num_bytes, tensors))
 
     def texts_that_differ(self, text: str, device: torch.device) -> list[str] | None:
-        """Return the texts of all ranks, first rank first, if they are not all equal, else `None`. Compare digests."""
+        """Return the texts of all ranks, first rank first, if they are not all equal, else `None`. Compare digests.
+
+        It does not count as payload.
+        """
         if self.size == 1:
             return None
+        sent = self.bytes_sent
+        try:
+            return self._differing_texts(text, device)
+        finally:
+            self.bytes_sent = sent
+
+    def _differing_texts(self, text: str, device: torch.device) -> list[str] | None:
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=device)
         digests = digest.new_empty(self.size * digest.numel())
         self.gather_(digests, digest)
@@ -142,11 +152,25 @@ class Exchange:
         self.gather_(texts, padded)
         return [bytes(row[:n].tolist()).decode() for row, n in zip(texts.view(self.size, -1), lengths.tolist())]
 
+    def meet(self, event: str, steps: int | None, device: torch.device) -> None:
+        """Raise a [`PeerError`] where the ranks come to different events, such as an outer step and the end."""
+        if self.texts_that_differ(event, device) is None:
+            return
+        own = event if steps is None else f"{event} after {steps} optimizer steps"
+        texts = self.texts_that_differ(own, device)
+        others = {rank: text for rank, text in zip(self.global_ranks, texts) if not text.startswith(event)}
+        raise PeerError(
+            f"All ranks must come to the same exchange, but rank {dist.get_rank()} comes to {own}, and "
+            f"{', '.join(f'rank {rank} to {text}' for rank, text in others.items())}. Let every rank take the same "
+            "number of steps.",
+            list(others),
+        )
+
     def _run(self, name: str, launches: Sequence[Callable]) -> None:
         """Launch the collectives one after the other, then wait for all of them until the deadline."""
         began = time.monotonic()
         try:
-            self._note_arrival()
+            self._note_arrival(name)
             for work in [launch() for launch in launches]:
                 self._wait(work, began)
         except RuntimeError as error:
@@ -162,8 +186,8 @@ class Exchange:
         left = max(began + self.timeout_seconds - time.monotonic(), 1e-3)
         work.wait(datetime.timedelta(seconds=left))
 
-    def _note_arrival(self) -> None:
-        """Count an exchange in the store. Ranks exchange in lockstep, so the missing rank has the lower count."""
+    def _note_arrival(self, name: str) -> None:
+        """Count an exchange in the store: the missing rank has a lower count, or is at an exchange of another name."""
         if self.timeout_seconds is None:
             return
         store = dist.distributed_c10d._get_default_store()
@@ -171,7 +195,8 @@ class Exchange:
             group = f"hf_msn/exchange/{(self.group or dist.group.WORLD).group_name}"
             self._store_key = f"{group}/{store.add(f'{group}/opened/{self.rank}', 1)}"
         self._count += 1
-        store.set(f"{self._store_key}/{self.rank}", str(self._count))  # returns at once, as `add` does not
+        self._name = name
+        store.set(f"{self._store_key}/{self.rank}", f"{self._count} {name}")  # returns at once, as `add` does not
 
     def _peer_error(self, name: str, error: RuntimeError) -> PeerError:
         missing = self._missing_ranks() if self.timeout_seconds is not None else None
@@ -191,18 +216,24 @@ class Exchange:
 
     def _missing_ranks(self) -> list[int] | None:
         """Return the global ranks that have not come to this exchange; `None` if the store does not answer."""
-        counts = self._counts_of_all()
-        return None if counts is None else [rank for rank, count in counts.items() if count < self._count]
+        arrivals = self._arrivals()
+        if arrivals is None:
+            return None
+        here = self._count, self._name
+        return [
+            rank for rank, there in arrivals.items() if there[0] < here[0] or (there[0] == here[0] and there != here)
+        ]
 
-    def _counts_of_all(self) -> dict[int, int] | None:
-        """Return the number of exchanges of each global rank; `None` if the store does not answer."""
+    def _arrivals(self) -> dict[int, tuple[int, str]] | None:
+        """Return number and name of the last exchange of each global rank; `None` if the store does not answer."""
         found = {}
 
         def ask():
             store = dist.distributed_c10d._get_default_store()
             for place, global_rank in enumerate(self.global_ranks):
                 key = f"{self._store_key}/{place}"
-                found[global_rank] = int(store.get(key)) if store.check([key]) else 0
+                count, _, name = store.get(key).decode().partition(" ") if store.check([key]) else ("0", "", "")
+                found[global_rank] = int(count), name
 
         # In a thread: a stopped host of the store would block this rank past the deadline.
         thread = threading.Thread(target=_ignore_errors, args=(ask,), daemon=True)

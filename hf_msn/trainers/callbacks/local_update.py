@@ -11,6 +11,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ...distributed.async_gossip import AsyncGossip
+from ...distributed.comm.exchange import PeerError
 from ...distributed.gossip import Gossip
 from ...distributed.local_sgd import LocalSGD
 from ...distributed.local_update import LocalUpdate
@@ -64,6 +65,9 @@ class PerRankCallback(TrainerCallback):
 
     def bring_to_consensus(self) -> None:
         """Make the models of all ranks equal, if the method does so. Every rank must call it."""
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks are there, with the deadline of the method: the Trainer has a longer one."""
 
     def evaluation_scope(self) -> AbstractContextManager:
         """Return a context for an evaluation that shares its work over the ranks."""
@@ -185,7 +189,10 @@ class PerRankCallback(TrainerCallback):
 
 
 class _ConsensusCallback(TrainerCallback):
-    """Brings the ranks to consensus before an evaluation or a checkpoint that any callback asked for."""
+    """Brings the ranks to consensus before an evaluation or a checkpoint that any callback asked for.
+
+    Before a log, in which the Trainer gathers the loss, it only waits for all ranks.
+    """
 
     def __init__(self, callback: PerRankCallback):
         self._callback = callback
@@ -193,6 +200,8 @@ class _ConsensusCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_evaluate or control.should_save:
             self._callback.bring_to_consensus()
+        elif control.should_log:
+            self._callback.wait_for_all()
 
     on_epoch_end = on_step_end
 
@@ -271,6 +280,20 @@ class LocalUpdateCallback(PerRankCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         super().on_optimizer_step(args, state, control, **kwargs)
         self._at_consensus = False
+        self._require_all_ranks()
+
+    def wait_for_all(self) -> None:
+        if self.sync is not None:
+            self.sync.wait_for_all("a log")
+
+    def _require_all_ranks(self) -> None:
+        if absent := self.sync.absent_ranks:
+            raise PeerError(
+                f"A Trainer needs all ranks, when it logs for example, but {absent} died, left or were silent for "
+                f"`timeout_seconds`. See their logs, and resume from the last checkpoint. In a loop of your own "
+                f"{type(self.sync).__name__} goes on without them.",
+                absent,
+            )
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._warn_if_apart("evaluated")
@@ -296,6 +319,7 @@ class LocalUpdateCallback(PerRankCallback):
             self._distance = self.sync.consensus_distance()
         self.sync.sync()
         self._at_consensus = True
+        self._require_all_ranks()
 
     def values_to_log(self, is_training_log: bool) -> dict[str, float]:
         logs = {}

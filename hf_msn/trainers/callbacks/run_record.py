@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
-from ...hub.run_record import describe_training, read_run, write_run
+from ...hub.run_record import (
+    describe_training,
+    find_differences,
+    public_run,
+    read_run,
+    write_run,
+)
+from ..checkpoints import CheckpointError
 from .local_update import find_per_rank_callback
+
+logger = logging.get_logger(__name__)
 
 
 class RunRecordCallback(TrainerCallback):
@@ -20,14 +30,15 @@ class RunRecordCallback(TrainerCallback):
     Attributes:
         recipe (`Mapping[str, Any]`, *optional*): The fields of the recipe as they were given.
         sync (`Mapping[str, Any]`, *optional*): `method` and settings of training with little communication.
-        checkpoint (`str`, *optional*): The checkpoint from which the next training is resumed. Its time counts.
+        resumes (`list`): Each earlier resume with other settings: its step, and the settings before and after.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.recipe: Mapping[str, Any] | None = None
         self.sync: Mapping[str, Any] | None = None
-        self.checkpoint: str | None = None
+        self.resumes: list[dict[str, Any]] = []
+        self._saved: Mapping[str, Any] = {"wall_time_seconds": 0.0}
         self._seconds_before: float | None = 0.0
         self._started: float | None = None
         self._is_first_update = True
@@ -39,14 +50,56 @@ class RunRecordCallback(TrainerCallback):
             return self._seconds_before
         return self._seconds_before + time.monotonic() - self._started
 
+    def begin(self, checkpoint: str | None) -> None:
+        """Prepare for a training, and compare its settings with the record of the checkpoint that it goes on from.
+
+        Raises:
+            CheckpointError: If the checkpoint is of another data set, unless `resume_on_other_data` is set.
+        """
+        self._saved, self.resumes = {"wall_time_seconds": 0.0}, []
+        if checkpoint is None:
+            return
+        try:
+            self._saved = read_run(checkpoint) or {}
+        except ValueError:  # a damaged record must not prevent a resume
+            self._saved = {}
+        self.resumes = [*self._saved.get("resumes", ())]
+        here = public_run(describe_training(self.trainer))
+        differing = self._compare_data(checkpoint, here)
+        if "settings" in self._saved:
+            differing |= find_differences(self._saved["settings"], here["settings"])
+        if not differing:
+            return
+        self.resumes.append({"step": self._saved.get("steps"), "settings": differing})
+        if self.trainer.is_world_process_zero():
+            shown = [f"{name} {pair['before']} there, {pair['after']} here" for name, pair in differing.items()]
+            logger.warning(
+                f"'{checkpoint}' was trained with other settings: {', '.join(shown)}. The run goes on with those here."
+            )
+
+    def _compare_data(self, checkpoint: str, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        saved = self._saved
+        there, here = saved.get("data", {}), record.get("data", {})
+        if "data_sample_sha256" in saved and "data_sample_sha256" in record:
+            # the name may be another: a data set may have been moved or renamed
+            is_same = saved["data_sample_sha256"] == record["data_sample_sha256"]
+        else:
+            is_same = all(there.get(name) == here.get(name) for name in ("name", "split"))
+        if not there or (is_same and there.get("num_images") == here.get("num_images")):
+            return {}
+        if not self.trainer.args.resume_on_other_data:
+            raise CheckpointError(
+                f"'{checkpoint}' was trained on another data set: {_describe(there)} there, {_describe(here)} here. "
+                "Give the same data, set `resume_on_other_data` to go on with this one, or start a new run in another "
+                "`output_dir`."
+            )
+        return {
+            "dataset": {"before": there.get("name"), "after": here.get("name")},
+            "num_images": {"before": there.get("num_images"), "after": here.get("num_images")},
+        }
+
     def on_train_begin(self, args, state, control, **kwargs):
-        saved: Mapping[str, Any] = {"wall_time_seconds": 0.0}
-        if self.checkpoint is not None:
-            try:
-                saved = read_run(self.checkpoint) or {}
-            except ValueError:  # a damaged record must not prevent a resume
-                saved = {}
-        self._seconds_before, self._started = saved.get("wall_time_seconds"), time.monotonic()
+        self._seconds_before, self._started = self._saved.get("wall_time_seconds"), time.monotonic()
         self._is_first_update = True
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -67,4 +120,11 @@ class RunRecordCallback(TrainerCallback):
             record["sync"] = self.sync
             if "replicas" in self.sync:  # each replica makes updates of its own
                 record["batch"]["images_per_update"] //= self.sync["replicas"]
+        record["resumes"] = self.resumes or None
         write_run(folder, {**record, "wall_time_seconds": self.seconds})
+
+
+def _describe(data: Mapping[str, Any]) -> str:
+    name, split, count = (data.get(key) for key in ("name", "split", "num_images"))
+    words = [f"'{name}'" if name else "", f"{split}" if split else "", f"({count} images)" if count else ""]
+    return " ".join(filter(None, words)) or "another one"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ...files import whole_file
+from ..checkpoints import own_settings_kept
 
 logger = logging.get_logger(__name__)
 
@@ -82,9 +83,10 @@ def restore_rank_state(trainer: Trainer, sync: Any, state: dict[str, Any]) -> No
     """Load the state of this rank into its sync object, optimizer, schedule, gradient scaler and model."""
     if state["model"] is not None:
         trainer.model.load_state_dict(state["model"])
-    if state["optimizer"] is not None:
-        trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    with own_settings_kept(trainer):
+        if state["optimizer"] is not None:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if state["scaler"] is not None and getattr(trainer.accelerator, "scaler", None) is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     sync.load_state_dict(state["sync"])

@@ -1,0 +1,53 @@
+"""A count of the calls of `step` against the steps of the optimizer."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class StepCalls:
+    """Find loops in which `step` of a sync object does not follow each step of its optimizer once.
+
+    A call without an optimizer step before it is right where a gradient scaler has skipped that step: the gradients
+    are not finite. A single call too few, and loops that change the parameters without an optimizer, are not judged.
+    """
+
+    def __init__(self, name: str, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]):
+        self._name, self._parameters = name, list(parameters)
+        self._taken = self._calls = self._missed = self._idle = 0
+        self._is_pending = False
+        self.remove = optimizer.register_step_pre_hook(lambda *_: self._note_step()).remove
+
+    def _note_step(self) -> None:
+        self._taken += 1
+        self._missed += self._is_pending
+        self._is_pending = True
+
+    def note_call(self) -> None:
+        """Note a call of `step`."""
+        self._calls += 1
+        if not self._is_pending and self._taken > 0:
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            self._idle += all(bool(gradient.isfinite().all()) for gradient in gradients)
+        self._is_pending = False
+
+    def check(self, is_last: bool = False) -> None:
+        """Raise a `RuntimeError` where calls are missing or doubled; `is_last` when leaving."""
+        problem = None
+        if self._missed > 1 or (is_last and self._taken and not self._calls):
+            problem = f"the optimizer took {self._taken} steps and `step` was called {self._calls} times"
+        elif self._idle >= max(self._taken, 2):
+            problem = f"`step` was called {self._calls} times for {self._taken} steps of the optimizer"
+        if problem is not None:
+            raise RuntimeError(
+                f"`{self._name}.step()` counts optimizer steps and must be called once after each, but {problem}. The "
+                "ranks have drifted apart: mend the loop, and go on from the last checkpoint."
+            )
+        if is_last and self._calls and not self._taken:
+            logger.warning(
+                f"{self._name} was called {self._calls} times, and its optimizer took no step. Was it made with the "
+                "optimizer that trains the model?"
+            )

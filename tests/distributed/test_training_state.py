@@ -1,0 +1,89 @@
+"""Moments of optimizers: of any shape they are averaged, and reset to those of a new optimizer."""
+
+import copy
+
+import pytest
+import torch
+from launch import run_ranks
+from local_runs import backward, make_model
+from torch import nn
+from transformers.optimization import Adafactor
+
+from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn.distributed.training_state import moments, reset_moments
+
+OPTIMIZERS = {
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.1),
+    "adafactor of transformers": lambda parameters: Adafactor(parameters, beta1=0.9),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, initial_accumulator_value=0.5),
+    "asgd": lambda parameters: torch.optim.ASGD(parameters, lr=0.1),
+    "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.02),
+    "nadam": torch.optim.NAdam,
+    "adamax": torch.optim.Adamax,
+}
+FACTORED = {
+    "adafactor": ({"row_var", "col_var"}, {"variance"}),
+    "adafactor of transformers": ({"exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"}, {"exp_avg", "exp_avg_sq"}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_after_a_reset_the_optimizer_steps_as_a_new_one(name):
+    model = make_model()
+    model.register_parameter("scalar", nn.Parameter(torch.tensor(2.0)))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    for step in range(3):
+        backward(model, optimizer, 0, step)
+        model.scalar.grad = model.scalar.detach().clone()
+        optimizer.step()
+    reset_moments(optimizer)
+    other = copy.deepcopy(model)
+    new = OPTIMIZERS[name](other.parameters())
+    for step in range(3, 6):
+        for one, its in ((model, optimizer), (other, new)):
+            backward(one, its, 0, step)
+            one.scalar.grad = one.scalar.detach().clone()
+            its.step()
+        for p, q in zip(model.parameters(), other.parameters()):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_complex_moments_count_and_integer_ones_are_refused():
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [name for _, name in moments(optimizer)] == ["momentum_buffer"]
+    optimizer.state[p]["state1"] = torch.zeros(2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="`state1`"):
+        reset_moments(optimizer)
+
+
+def _average(rank):
+    results = {}
+    for name in FACTORED:
+        model = make_model()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        sync = LocalSGD(model, optimizer, sync_every=2, base_buffers="average").start()
+        for step in range(2):
+            backward(model, optimizer, rank, step)
+            optimizer.step()
+            before = {key: value.clone() for key, value in moments(optimizer).items()}
+            sync.step()
+        steps = [state["step"] for state in optimizer.state.values()]
+        results[name] = before, moments(optimizer), {float(step) for step in steps}
+    return results
+
+
+@pytest.mark.distributed
+def test_factored_moments_are_averaged():
+    results = run_ranks(_average, 2)
+    for name, (of_matrices, of_vectors) in FACTORED.items():
+        (first, now, steps), (second, also_now, _) = (result[name] for result in results)
+        assert {key for place, key in now if place == 0} == of_matrices
+        assert {key for place, key in now if place == 1} == of_vectors
+        assert steps == {2.0}
+        for key, value in now.items():
+            assert not torch.equal(first[key], second[key])
+            torch.testing.assert_close(value, (first[key] + second[key]) / 2)
+            assert torch.equal(value, also_now[key])
