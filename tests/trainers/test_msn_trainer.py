@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import RandomViews, assert_same_weights, logged, make_trainer
+from short_runs import RandomViews, StopAt, assert_same_weights, logged, make_trainer
 from tiny import tiny_model
 from transformers import TrainingArguments
 
@@ -41,6 +41,7 @@ def golden_trainer(tmp_path):
         final_weight_decay=GOLDEN["final_wd"],
         schedule_stretch=GOLDEN["stretch"],
         save_strategy="no",
+        callbacks=[StopAt(len(GOLDEN["lr_at_step"]))],
     )
 
 
@@ -58,22 +59,18 @@ def test_schedules_of_a_run_are_the_golden_ones(tmp_path):
 
     trainer.training_step = watched
     trainer.train()
-    assert len(seen) == GOLDEN["steps_per_epoch"] * GOLDEN["epochs"]
+    assert trainer.state.max_steps == GOLDEN["steps_per_epoch"] * GOLDEN["epochs"]
     for name, column in (("lr_at_step", 0), ("wd_at_step", 1), ("momentum_at_step", 2)):
-        values = [entry[column] for entry in seen[: len(GOLDEN[name])]]
-        assert values == pytest.approx(GOLDEN[name], rel=1e-12)
+        assert [entry[column] for entry in seen] == pytest.approx(GOLDEN[name], rel=1e-12)
 
 
 def test_learning_rates_scale_with_the_batch(tmp_path):
-    trainer = make_trainer(tmp_path, learning_rate_batch_size=16, gradient_accumulation_steps=2, save_strategy="no")
-    trainer.train()
-    plain = make_trainer(tmp_path, gradient_accumulation_steps=2, save_strategy="no")
-    plain.train()
-    rates = [
-        [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
-        for run in (trainer, plain)
-    ]
-    assert rates[0] == pytest.approx([rate * 8 / 16 for rate in rates[1]], rel=1e-12)
+    settings = {"gradient_accumulation_steps": 2, "save_strategy": "no", "max_steps": 4}
+    scaled, plain = make_trainer(tmp_path, learning_rate_batch_size=16, **settings), make_trainer(tmp_path, **settings)
+    for trainer in (scaled, plain):
+        trainer.train()
+    expected = [rate * 8 / 16 for rate in logged(plain, "learning_rate").values()]
+    assert list(logged(scaled, "learning_rate").values()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_prototypes_and_one_dimensional_parameters_do_not_decay(tmp_path):
