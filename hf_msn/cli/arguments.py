@@ -14,15 +14,12 @@ from ..data.labels import draw_labelled_rows, labelled_rows
 from ..data.sources import load_images
 from ..evaluation.backbones import FeatureSpace
 from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
+from ..models.configuration_pretraining import VIT_FIELDS
 from ..trainers.argument_names import in_terms_of
 from .parser import Parser
 from .recipe_files import read_config
 
 PROBES = {"logistic": LogisticProbe, "soft_nearest_neighbor": SoftNearestNeighborProbe, "knn": KNNProbe}
-_VIT_FIELDS = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "patch_size"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "qkv_bias"),
-)
 LABEL_SOURCES = (
     "labelled_list_file",
     "labelled_rows_file",
@@ -79,7 +76,7 @@ class ModelArguments:
 
 def check_encoder_fields(values: dict[str, Any], timm_model: str | None) -> None:
     """Check that no field of the ViT is given for a network of timm, which would ignore it."""
-    ignored = [name for name in _VIT_FIELDS if name in values]
+    ignored = [name for name in VIT_FIELDS if name in values]
     if timm_model is not None and ignored:
         raise ValueError(
             f"`{ignored[0]}` describes the ViT that trains without `timm_model`, but `timm_model` is '{timm_model}'. "

@@ -14,6 +14,7 @@ from ..evaluation.features import extract_features
 from ..evaluation.low_shot import LowShotEvaluator
 from ..evaluation.probes import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe
 from ..files import whole_file
+from ..trainers.argument_names import in_terms_of
 from .parser import Option, Parser, arguments_for, options_of
 
 # Fields that are not called as the parameter; None: no field.
@@ -89,13 +90,15 @@ def make_evaluator(values: dict[str, Any], device: torch.device) -> LowShotEvalu
     data = arguments_for(load_images, values, _DATA)
     size = values.get("image_size")
     probe, names = PROBES[values.get("probe", "logistic")]
-    settings = {"device": device} if probe is LinearProbe else {}
+    settings = arguments_for(probe, {name: values[name] for name in names.values() if name in values}, names)
+    with in_terms_of(names):
+        probe = probe(**settings, **({"device": device} if probe is LinearProbe else {}))
     return LowShotEvaluator(
         load_images(split=values.get("train_split", "train"), **data),
         load_images(split=values.get("test_split", "test"), **data),
         **{"images_per_class": (), **arguments_for(LowShotEvaluator, values, _EVALUATOR)},
         image_processor=None if size is None else evaluation_image_processor(size),
-        probe=probe(**arguments_for(probe, {n: values[n] for n in names.values() if n in values}, names), **settings),
+        probe=probe,
         device=device,
         dtype=torch.bfloat16 if values.get("bf16") else None,
     )

@@ -179,6 +179,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     views = build(MultiViewTransform, values, **method.views)
     config_fields = {"image_size": views.image_size, **own_values(method.config, values)}
     check_encoder_fields(values, config_fields.get("timm_model"))
+    if config_fields.get("num_channels", 3) != 3:
+        raise ValueError(f"`num_channels` must be 3, as images are RGB, but is {config_fields['num_channels']}.")
     model = build(ModelArguments, values)
     if model.from_backbone is None:
         method.config(**config_fields)  # names a wrong field before any data is read

@@ -9,6 +9,12 @@ from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
 
+# Fields of the ViT that a network of timm does not have.
+VIT_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "patch_size"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "qkv_bias"),
+)
+
 
 @strict
 class PretrainingConfig(ViTMSNConfig):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, TimmWrapperModel, ViTMSNModel
 
 from ..checks import did_you_mean
-from .configuration_pretraining import PretrainingConfig, SemiSupervisedConfig
+from .configuration_pretraining import VIT_FIELDS, PretrainingConfig, SemiSupervisedConfig
 from .encoder import PatchDroppingViTMSNModel
 
 
@@ -81,6 +81,14 @@ def copy_encoder(
     source: nn.Module, encoder: nn.Module, config: PreTrainedConfig, fields: dict, name_or_path: str | Path
 ) -> None:
     """Copy the weights of `source` into an encoder made from `config`, interpolating the position embeddings."""
+    if getattr(config, "timm_model", None) is not None:
+        standard = type(config)()
+        for name in VIT_FIELDS:
+            if getattr(config, name) != fields.get(name, getattr(standard, name)):
+                raise ValueError(
+                    f"`{name}` describes a ViT, but the encoder of '{name_or_path}' is '{config.timm_model}' of timm, "
+                    "which ignores it. Leave it out."
+                )
     weights = source.state_dict()
     position_key = "embeddings.position_embeddings"
     if position_key in weights and config.patch_size == fields.get("patch_size"):

@@ -70,6 +70,7 @@ def test_the_command_line_overrides_the_file(tmp_path, out):
         (["--num_hidden_layers", "0"], "`num_hidden_layers` .*0"),
         (["--num_attention_heads", "-2"], "`num_attention_heads` .*-2"),
         (["--intermediate_size", "0"], "`intermediate_size` .*0"),
+        (["--num_channels", "1"], "`num_channels` .*1"),
         (["--hidden_act", "foo"], "`hidden_act` .*'foo'"),
         (["--hidden_act", "gelo"], "`hidden_act` .*'gelu'"),
     ],

@@ -74,6 +74,8 @@ def test_a_plain_transformers_folder_and_another_probe(run, tmp_path):
     saved = json.loads(output.read_text())
     assert saved["probe"]["k"] == 3
     assert [task["name"] for task in saved["tasks"]] == ["1_per_class", "2_per_class", "5_per_class"]
+    with pytest.raises(ValueError, match=r"`neighbors` .*0"):
+        run("--model", tmp_path, "--image_size", 8, "--probe", "knn", "--neighbors", 0)
 
 
 def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypatch):

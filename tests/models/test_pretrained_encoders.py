@@ -186,6 +186,8 @@ def test_encoders_of_another_architecture_are_refused(folders, tmp_path):
     ):
         with pytest.raises(ValueError, match="does not fit"):
             PAWSForPreTraining.from_backbone(folders[source][0], **fields)
+    with pytest.raises(ValueError, match=r"`hidden_size` .* ignores it"):
+        PAWSForPreTraining.from_backbone(folders["timm"][0], hidden_size=64)
     settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=10, **settings)).save_pretrained(tmp_path)
     for name, message in ((tmp_path, "'bert'"), (tmp_path / "typo", "typo"), ("timm:resnet19", "'resnet19'")):
