@@ -100,6 +100,7 @@ ATTRIBUTES = {
     "_non_persistent_buffers_set": "torch.nn.Module",
     "_orig_mod": "a compiled module",
     "_resolve_features": "datasets.IterableDataset",
+    "_train_batch_size": "transformers.Trainer",
     "_world": "torch.distributed.distributed_c10d",
 }
 NAMED_TUPLE = {"_replace", "_asdict", "_fields"}  # public, in spite of the underscore
@@ -187,6 +188,9 @@ def test_private_attributes_exist():
     assert ViTMSNConfig(attn_implementation="eager")._attn_implementation == "eager"
     assert datasets.IterableDataset._resolve_features and argparse.HelpFormatter._format_args
     assert Accelerator(cpu=True)._dataloaders == []
+    assert "self._train_batch_size = batch_size" in inspect.getsource(Trainer)  # auto_find_batch_size
+    scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(module.parameters(), lr=0.5), lambda step: 1.0)
+    assert scheduler._last_lr == scheduler.get_last_lr() == [0.5]
     assert torch.compile(torch.nn.Linear(1, 1))._orig_mod is not None
     assert callable(dist.distributed_c10d._get_default_store) and dist.distributed_c10d._world.pg_map is not None
     one = [torch.ones(2), torch.ones(3)]

@@ -51,7 +51,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
     """Describe the run of a Trainer: data, hardware, steps, batch, changed arguments."""
     args, state, model = trainer.args, trainer.state, trainer.accelerator.unwrap_model(trainer.model)
     support = getattr(trainer, "support_dataset", None)
-    per_device, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    images, accumulated = trainer._train_batch_size, args.gradient_accumulation_steps  # of this process
     described: dict[str, Any] = {
         "method": getattr(getattr(model, "config", None), "model_type", None),
         "data": describe_data(trainer.train_dataset),
@@ -63,10 +63,10 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
         "planned_steps": state.max_steps or None,
         "epochs": None if state.epoch is None else round(state.epoch, 3),
         "batch": {
-            "per_device": per_device,
+            "per_device": images // max(args.n_gpu, 1),
             "gradient_accumulation_steps": accumulated,
             "ranks": args.world_size,
-            "images_per_update": per_device * accumulated * args.world_size,
+            "images_per_update": images * accumulated * args.world_size,
         },
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "seed": args.seed,

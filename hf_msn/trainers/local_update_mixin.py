@@ -84,7 +84,8 @@ class LocalUpdateTrainerMixin:
     def images_per_update(self) -> int:
         """Return the images that one optimizer step sees, over all ranks that share the data and micro-batches."""
         args = self.args
-        images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # `auto_find_batch_size` may have lowered the batch of the arguments.
+        images = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         return self._around("images_per_update", lambda: images)
 
     def support_ranks(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Base of the pretraining trainers: data, schedules, optimizer, log, checkpoints."""
 
+import copy
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
@@ -129,13 +131,40 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
             raise ValueError("`train_dataset` is missing. Pass one, such as `MultiViewDataset(images, transform)`.")
         if not has_length(self.train_dataset):
             return
-        batch = max(self.args.per_device_train_batch_size * self.args.world_size, 2)
+        batch = max(self._train_batch_size * self.args.world_size, 2)
         if len(self.train_dataset) < batch:
             raise ValueError(
                 f"The training set has {len(self.train_dataset)} images, but one batch takes {batch}: "
-                f"`per_device_train_batch_size` {self.args.per_device_train_batch_size} on {self.args.world_size} "
+                f"`per_device_train_batch_size` {self._train_batch_size} on {self.args.world_size} "
                 "ranks. Lower it, or give more images."
             )
+        self._check_last_batch()
+
+    def _check_last_batch(self) -> None:
+        """Raise a `ValueError` if batch normalisation fails because the last batch of an epoch has one image."""
+        args, num_images, batch = self.args, len(self.train_dataset), self._train_batch_size
+        num_updates = math.ceil(math.ceil(num_images / batch) / args.gradient_accumulation_steps)
+        is_reached = args.max_steps <= 0 or args.max_steps >= num_updates
+        # Several ranks fill their last batches from the first images.
+        if args.dataloader_drop_last or self.support_ranks()[1] > 1 or num_images % batch != 1 or not is_reached:
+            return
+        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            return
+        model = copy.deepcopy(self.model).train()  # whose statistics may move
+        devices = [args.device] if args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                model(**self.inputs_of_one_image())
+        except ValueError as error:
+            raise ValueError(
+                f"`dataloader_drop_last` is False, and the last batch of an epoch has 1 of the {num_images} images, "
+                f"but batch normalisation needs 2: {error} Set it to True, or choose another "
+                f"`per_device_train_batch_size` than {batch}."
+            ) from error
+
+    def inputs_of_one_image(self) -> dict[str, torch.Tensor]:
+        """Return a batch with the views of the first image, on the device. Methods add to it."""
+        return self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
 
     def view_sizes(self) -> dict[str, int]:
         """Return the sizes in pixels of the views of the training set, by the fields of their transform."""
@@ -164,10 +193,15 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
             and transform.finishes_as(getattr(self.train_dataset, "transform", None))
         )
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
+    def _get_dataloader(self, dataset, *args, is_training: bool = False, **kwargs):
         if type(dataset) in (MultiViewDataset, StreamingMultiViewDataset) and self.finishes_views_of(dataset):
             dataset = as_crops(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation reads every row
+        try:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)

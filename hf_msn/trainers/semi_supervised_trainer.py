@@ -146,6 +146,10 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         self._micro_batch += 1
         return support
 
+    def inputs_of_one_image(self) -> dict[str, torch.Tensor]:
+        support = self._support_for_evaluation() if self.needs_support() else {}
+        return {**super().inputs_of_one_image(), **support}
+
     def _support_to_load(self) -> SupportDataset:
         dataset = self.support_dataset
         return as_crops(dataset) if type(dataset) is SupportDataset and self.finishes_views_of(dataset) else dataset
