@@ -65,7 +65,7 @@ timm.models.resnet: BasicBlock Bottleneck ResNet
 transformers.activations: ACT2FN
 transformers.hf_argparser: HfArg string_to_bool
 transformers.masking_utils: create_bidirectional_mask
-transformers.modeling_outputs: BaseModelOutput
+transformers.modeling_outputs: BaseModelOutput ImageClassifierOutput
 transformers.modeling_utils: ALL_ATTENTION_FUNCTIONS
 transformers.models.auto.modeling_auto: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 transformers.models.vit_msn.modeling_vit_msn: ViTMSNAttention ViTMSNEmbeddings ViTMSNLayer ViTMSNMLP

@@ -69,7 +69,7 @@ class PretrainingArguments(TrainingArguments):
     logging_steps: float = HfArg(default=50, help="Updates between two logs.")
     per_device_train_batch_size: int = HfArg(default=64, help="Images per rank in one micro-batch.")
     dataloader_drop_last: bool = HfArg(
-        default=True, help="Leave out the last, smaller batch of an epoch: all ranks need equal batches."
+        default=True, help="Leave out the last, smaller batch of a training epoch: all ranks need equal batches."
     )
     dataloader_num_workers: int | None = HfArg(
         default=None,
