@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from PIL import Image
 from transformers.utils import logging
 
 from .decoding import BrokenImageError, decode_image
@@ -62,6 +64,13 @@ def _from_items(dataset: Any, names: list[str] | None) -> datasets.Dataset:
             image, label = item
         else:
             image, label = item, None
+        is_row = isinstance(image, Mapping) and {"bytes", "path"} & set(image)
+        if not is_row and not isinstance(image, Image.Image | np.ndarray | str | os.PathLike):
+            kind = f"dict of {list(image)}" if isinstance(image, Mapping) else type(image).__name__
+            raise ValueError(
+                "`dataset` must hold images (PIL, array, path), pairs (image, label) or dicts with 'image', but is a "
+                f"{type(dataset).__name__} whose row {row} has a {kind}. Leave transforms to the views."
+            )
         images.append(_encoded(image, row))
         labels.append(label)
     features = datasets.Features(image=datasets.Image(decode=False))
@@ -78,12 +87,10 @@ def _from_items(dataset: Any, names: list[str] | None) -> datasets.Dataset:
 
 
 def _encoded(image: Any, row: int) -> dict[str, Any]:
-    if isinstance(image, Mapping) and {"bytes", "path"} & set(image):
+    if isinstance(image, Mapping):
         return {"bytes": image.get("bytes"), "path": image.get("path")}
     if isinstance(image, str | os.PathLike):
         return {"bytes": None, "path": os.fspath(image)}
-    if isinstance(image, Mapping):
-        raise ValueError(f"Items of `dataset` must have an 'image', but row {row} is a dict of {list(image)}.")
     buffer = io.BytesIO()
     try:
         decode_image(image, row=row).save(buffer, "PNG")

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor
 from transformers.hf_argparser import HfArg
-from transformers.image_utils import SizeDict
 
 from ..checks import check_choice, check_integer, check_number
 from . import view_parameters
@@ -349,7 +348,7 @@ def gives_crops(transform: Any) -> bool:
 class EvaluationImageProcessor(BitImageProcessor):
     """A `BitImageProcessor` whose crop begins where torchvision's `CenterCrop` begins: half pixels round to even."""
 
-    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs) -> torch.Tensor:
+    def center_crop(self, image: torch.Tensor, size: Any, **kwargs) -> torch.Tensor:
         height, width = image.shape[-2:]
         if size.height > height or size.width > width:
             return super().center_crop(image, size, **kwargs)  # with a border

@@ -87,8 +87,8 @@ def test_broken_files_of_a_list_are_skipped_when_they_are_read(root, picture):
         (lambda images: iter([1]), "iterator"),
         (lambda images: torch.utils.data.DataLoader(images), "DataLoader"),
         (lambda images: [], "no rows"),
-        (lambda images: [(torch.zeros(3, 8, 8), 0)], "row 0 .* not Tensor"),
-        (lambda images: [{"pixels": 1}], "row 0 .* dict"),
+        (lambda images: [(torch.zeros(3, 8, 8), 0)], "list whose row 0 has a Tensor"),
+        (lambda images: [{"pixels": 1}], "list whose row 0 has a dict"),
     ],
 )
 def test_what_cannot_be_read_is_named(image_rows, make, named):
