@@ -34,6 +34,7 @@ from transformers import HfArgumentParser
 
 from hf_msn import Codistillation, FallingWeightDecay, load_images, pixel_features
 from hf_msn.checks import check_integer, check_number
+from hf_msn.cli.main import run_script
 from hf_msn.files import write_json, write_text
 
 METHODS = ("ddp", "alone", "predictions", "checkpoints")
@@ -351,4 +352,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

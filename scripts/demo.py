@@ -32,6 +32,7 @@ from hf_msn import (
     parse_recipe,
     pixel_features,
 )
+from hf_msn.cli.main import run_script
 
 IMAGES_PER_CLASS = (1, 2, 5, 10)
 # of PAWS and of the supervised encoder, which are trained anew for each split
@@ -251,6 +252,6 @@ def made_anew(folder: Path) -> Iterator[Path]:
 
 if __name__ == "__main__":
     try:
-        main()
+        run_script(main)
     except KeyboardInterrupt:
         sys.exit("Stopped. Nothing of this run was kept; the results of an earlier one are as they were.")

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -27,14 +28,24 @@ _DISTRIBUTED = ("pretrain", "finetune", "evaluate")
 
 
 def run(command: str | None = None) -> None:
-    """Run the command line of this process: that of `hf-msn`, or of a script that is one command of it.
-
-    A wrong input ends the process with the message alone, unless `--debug` is given.
-    """
+    """Run the command line of this process: that of `hf-msn`, or of a script that is one command of it."""
     arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
-    if without_debug(arguments) == arguments:
-        sys.excepthook = show_message
+    show_messages_alone(arguments)
     main(arguments)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script that reads `sys.argv` itself. A wrong input is shown as by [`run`]."""
+    sys.argv[1:] = show_messages_alone(sys.argv[1:])
+    main()
+
+
+def show_messages_alone(arguments: list[str]) -> list[str]:
+    """Let a wrong input end this process with its message alone, unless there is `--debug`; return the others."""
+    others = without_debug(arguments)
+    if others == arguments:
+        sys.excepthook = show_message
+    return others
 
 
 def without_debug(arguments: list[str]) -> list[str]:

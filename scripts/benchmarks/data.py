@@ -30,6 +30,7 @@ from hf_msn import (
     decode_image,
     multi_view_dataset,
 )
+from hf_msn.cli.main import run_script
 
 FEATURES = datasets.Features(image=datasets.Image(decode=False))
 SIZES = ((500, 375), (375, 500), (500, 333), (400, 300), (640, 480), (500, 500))
@@ -267,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from transformers import HfArgumentParser, ViTMSNConfig, ViTMSNModel
 
 from hf_msn import LogisticProbe, evaluation_image_processor, extract_features
+from hf_msn.cli.main import run_script
 
 MODELS = {"vit_tiny": (192, 12, 3), "s16": (384, 12, 6), "b16": (768, 12, 12), "l16": (1024, 24, 16)}
 ITERATIONS = [2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 256, 384]
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

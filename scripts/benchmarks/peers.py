@@ -28,6 +28,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_msn import MSNConfig, MSNForPreTraining, MultiViewTransform, decode_image
+from hf_msn.cli.main import run_script
 
 MOMENTUM = 0.996
 
@@ -312,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

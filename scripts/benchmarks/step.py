@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from hf_msn import MSNConfig, MSNForPreTraining, MSNTrainer, MSNTrainingArguments
+from hf_msn.cli.main import run_script
 
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mask_ratio")
 MODELS = {
@@ -265,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

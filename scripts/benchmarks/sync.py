@@ -27,6 +27,8 @@ from slow_network import SlowNetwork
 from sync_workload import METHODS
 from transformers import HfArgumentParser
 
+from hf_msn.cli.main import run_script
+
 
 @dataclass
 class BenchmarkArguments:
@@ -174,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
