@@ -114,9 +114,9 @@ class FinetuningTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
         best = Path(resume_from_checkpoint, BEST_EPOCH_FILE)
         self.best.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
+        self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
 
     def check_finite(self) -> None:
         """Raise if a loss was NaN or infinite on any rank. Every rank must call it."""
@@ -169,7 +169,7 @@ class BestEpochCallback(TrainerCallback):
         for name in {**there, **here}:
             if there.get(name) != here.get(name):
                 raise ValueError(
-                    f"`{name}` must be that of the checkpoint to resume from, {there.get(name) or 'the default'}, "
-                    f"but is {here.get(name) or 'the default'}. Start again by `overwrite_output_dir`."
+                    f"`{name}` must be that of the checkpoint to resume from, {there.get(name, 'the default')}, but "
+                    f"is {here.get(name, 'the default')}. Start again by `overwrite_output_dir`."
                 )
         vars(self).update(state)

@@ -4,6 +4,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,8 @@ class _Tuning:
         trainer = self.make_trainer(self.build_model(), rows, args)
         settings = {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
         start = str(self.start) if isinstance(self.start, (str, Path)) else None
-        best = BestEpochCallback(trainer, measure, {**settings, "start": start, "rows": rows.tolist()})
+        settings |= {**asdict(self.views), **self.config_fields, "start": start, "rows": rows.tolist()}
+        best = BestEpochCallback(trainer, measure, settings)
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,5 +1,7 @@
 """A stopped fine-tuning goes on bit for bit, also where it was stopped while it trained again on all labels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
@@ -56,7 +58,10 @@ def test_a_run_is_resumed_with_the_same_settings_and_labels_only(tmp_path):
         tune("linear", tmp_path, [Stop(2)])
     with pytest.raises(ValueError, match=r"`learning_rate` .*0.05.*0.01"):
         tune("linear", tmp_path, resume_from_checkpoint="true", learning_rate=0.01)
+    method, arguments, start = METHODS["linear"]
+    settings = {"num_train_epochs": 3, "refit": True, "save_strategy": "epoch", "resume_from_checkpoint": "true"}
+    args = arguments(tmp_path, **settings)
     with pytest.raises(ValueError, match="`rows`"):
-        method, arguments, start = METHODS["linear"]
-        settings = {"num_train_epochs": 3, "refit": True, "save_strategy": "epoch", "resume_from_checkpoint": "true"}
-        method(start, *digits(4), VIEWS, arguments(tmp_path, **settings))
+        method(start, *digits(4), VIEWS, args)
+    with pytest.raises(ValueError, match=r"`rotation` .* 7"):
+        method(start, *digits(3), replace(VIEWS, rotation=7.0), args)
