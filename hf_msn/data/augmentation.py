@@ -11,21 +11,25 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional
 from transformers.utils import logging
 
 from .view_parameters import (
     BLUR_REACH,
     BRIGHTNESS,
     CONTRAST,
+    EQUALIZE,
     FACTORS,
     FLIP,
     GRAY_WEIGHTS,
     GRAYSCALE,
     HUE,
     JITTER,
+    NUM_PARAMETERS,
     ORDER,
     SATURATION,
     SIGMA,
+    SOLARIZE,
 )
 
 logger = logging.get_logger(__name__)
@@ -36,8 +40,8 @@ def finish_views(
 ) -> torch.Tensor:
     """Turn uint8 crops (..., H, W, 3) into float32 views (..., 3, H, W) on the device of the crops.
 
-    `parameters` (..., 12), float32, has one row per view, with the columns of `view_parameters`. Mean and standard
-    deviation are those of values in 0..1. `colored=False` promises that no view has jitter, grayscale or blur.
+    `parameters` (..., 12 or 14), float32, has one row per view, with the columns of `view_parameters`. Mean and
+    standard deviation are those of values in 0..1. `colored=False` promises that no view has more than a flip.
     """
     leading, device = crops.shape[:-3], crops.device
     crops, parameters = crops.reshape(-1, *crops.shape[-3:]), parameters.reshape(-1, parameters.shape[-1])
@@ -49,12 +53,28 @@ def finish_views(
         scales = _scales(tuple(mean), tuple(std), 1, device)
         with torch.autocast(device.type, enabled=False):  # bf16 is too coarse for the blur
             if device.type == "cpu" and has_numba():
-                from . import numba_augmentation
-
-                views = numba_augmentation.finish_views(crops, parameters, *scales)
+                views = _finish_views_on_cpu(crops, parameters, *scales)
             else:
                 views = finish_views_with_torch(crops, parameters, *scales)
     return views.view(*leading, *views.shape[1:])
+
+
+def _finish_views_on_cpu(crops: torch.Tensor, parameters: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+    from . import numba_augmentation
+
+    # the compiled loop neither solarizes nor equalizes
+    others = _has_tones(parameters)
+    plain = parameters[:, :NUM_PARAMETERS]
+    views = numba_augmentation.finish_views(crops, plain, *scales)
+    if others.any():
+        views[others] = finish_views_with_torch(crops[others], parameters[others], *scales)
+    return views
+
+
+def _has_tones(parameters: torch.Tensor) -> torch.Tensor:
+    if parameters.shape[1] == NUM_PARAMETERS:
+        return torch.zeros(len(parameters), dtype=torch.bool)
+    return (parameters[:, SOLARIZE] <= 1) | (parameters[:, EQUALIZE] > 0)
 
 
 def finish_views_with_torch(
@@ -62,8 +82,8 @@ def finish_views_with_torch(
 ) -> torch.Tensor:
     """Finish crops (N, H, W, 3) with torch's operators. Each operator sees only the views that it changes.
 
-    `multiplier` and `offset` (3,) normalise values in 0..1 as `value * multiplier - offset`. The parameters (N, 12)
-    are copied to the host once, to group the views.
+    The parameters are (N, 12), or (N, 14) with solarize and equalize; they are copied to the host once, to group the
+    views. `multiplier` and `offset` (3,) normalise values in 0..1 as `value * multiplier - offset`.
     """
     views = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
     rows = parameters.cpu()
@@ -81,6 +101,9 @@ def finish_views_with_torch(
         for number, operator in operators.items():
             change((rows[:, JITTER] > 0) & (rows[:, ORDER + place] == number), operator, FACTORS + number)
     change(rows[:, GRAYSCALE] > 0, lambda views: gray_values(views).expand_as(views))
+    if rows.shape[1] > NUM_PARAMETERS:
+        change(rows[:, SOLARIZE] <= 1, solarize, SOLARIZE)
+        change(rows[:, EQUALIZE] > 0, equalize)
     radius = math.ceil(BLUR_REACH * rows[:, SIGMA].max().item())  # from the host: the device is not waited for
     change(rows[:, SIGMA] > 0, lambda views, sigma: gaussian_blur(views, sigma, radius), SIGMA)
     return views.mul_(multiplier.view(1, 3, 1, 1)).sub_(offset.view(1, 3, 1, 1))
@@ -120,6 +143,16 @@ def adjust_hue(views: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         k = (hue + place).remainder_(6)
         shifted[:, channel] = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
     return shifted
+
+
+def solarize(views: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Invert the values that are at least the threshold of their view (N,)."""
+    return torch.where(views >= thresholds.view(-1, 1, 1, 1), 1 - views, views)
+
+
+def equalize(views: torch.Tensor) -> torch.Tensor:
+    """Equalize the histogram of each channel, of values rounded to 8 bits: torchvision's `equalize`."""
+    return functional.equalize_image((views * 255).round_().to(torch.uint8)).to(torch.float32).mul_(1 / 255)
 
 
 def gaussian_blur(views: torch.Tensor, sigma: torch.Tensor, radius: int) -> torch.Tensor:

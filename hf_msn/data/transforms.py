@@ -42,17 +42,17 @@ class MultiViewTransform:
 
     Each view is drawn independently: a crop of random area and aspect ratio resized to a square (with optional
     rotation and shift), a flip, colour jitter (brightness, contrast, saturation, hue in random order), grayscale,
-    blur, normalisation. The defaults are the paper's. Crops are cut and resized in uint8, at whole pixels as in
-    torchvision; crops of images with a shorter side below 64 pixels, and rotated ones, are not rounded to whole
-    pixels. Everything after that is computed in float32: torchvision's operators for float tensors, and a Gaussian
-    whose kernel ends at 4 standard deviations, with reflected borders.
+    solarize, equalize, blur, normalisation. The defaults are the paper's. Crops are cut and resized in uint8, at whole
+    pixels as in torchvision; crops of images with a shorter side below 64 pixels, and rotated ones, are not rounded to
+    whole pixels. Everything after that is computed in float32: torchvision's operators for float tensors, and a
+    Gaussian whose kernel ends at 4 standard deviations, with reflected borders.
 
     The two halves are available separately: [`~MultiViewTransform.crops`] returns uint8 crops and one row of
     parameters per view, a quarter of the bytes; [`~MultiViewTransform.finish`] makes the views of a whole batch on its
     device. The pretraining trainers do that; calling the transform does both.
 
     All randomness comes from torch's global generator, and each view consumes the same amount of it whatever the
-    settings, so that one setting does not change the draws of the others.
+    settings, so that one setting does not change the draws of the others (`solarize` and `equalize` draw after them).
 
     Raises:
         ValueError: If a value is outside its range.
@@ -78,6 +78,10 @@ class MultiViewTransform:
     )
     color_jitter_probability: float = HfArg(default=0.8, help="Probability of colour jitter.")
     grayscale: float = HfArg(default=0.2, help="Probability of conversion to grayscale.")
+    solarize: float = HfArg(
+        default=0.0, help="Probability that all values above a random threshold are inverted, as in PAWS on CIFAR-10."
+    )
+    equalize: float = HfArg(default=0.0, help="Probability that the histogram of each channel is equalized.")
     blur_probability: float = HfArg(default=0.5, help="Probability of Gaussian blur.")
     blur_radius: tuple[float, float] = HfArg(
         default=(0.1, 2.0),
@@ -113,7 +117,8 @@ class MultiViewTransform:
             self._check_pair(name, "bounds the share of the image's area", maximum=1)
         self._check_pair("aspect_ratio", "bounds width / height")
         self._check_pair("blur_radius", "bounds a radius in pixels")
-        for name in ("horizontal_flip", "color_jitter_probability", "grayscale", "blur_probability"):
+        probabilities = ("color_jitter_probability", "grayscale", "solarize", "equalize", "blur_probability")
+        for name in ("horizontal_flip", *probabilities):
             check_number(name, getattr(self, name), minimum=0, maximum=1, meaning="is a probability")
         check_number("color_jitter", self.color_jitter, minimum=0, maximum=1.25, remedy="The paper uses 0.5.")
         check_number("rotation", self.rotation, minimum=0, maximum=180, meaning="is an angle in degrees")
@@ -221,9 +226,13 @@ class MultiViewTransform:
 
     @property
     def is_colored(self) -> bool:
-        """Whether any view can get jitter, grayscale or blur."""
+        """Whether any view can get jitter, grayscale, solarize, equalize or blur."""
         jitters = self.color_jitter > 0 and self.color_jitter_probability > 0
-        return jitters or self.grayscale > 0 or self.blur_probability > 0
+        return jitters or self._changes_tones or self.grayscale > 0 or self.blur_probability > 0
+
+    @property
+    def _changes_tones(self) -> bool:
+        return self.solarize > 0 or self.equalize > 0
 
     def finishes_as(self, other: Any) -> bool:
         """Return whether [`~MultiViewTransform.finish`] of both transforms does the same to the same crops."""
@@ -247,6 +256,9 @@ class DrawnViews:
         self._parameters_name = parameters_name
         self._is_focal = [is_focal for _, number, is_focal in groups for _ in range(number)]
         self._random = torch.rand(len(self._is_focal), _NUM_RANDOM, dtype=torch.float64).tolist()
+        # after all others, which are the same without them
+        tones = (len(self._is_focal), 3) if transform._changes_tones else (len(self._is_focal), 0)
+        self._random_tones = torch.rand(tones, dtype=torch.float64).tolist()
         self._boxes: dict[tuple[int, int], list[Box]] = {}
         self._rotates = transform.rotation > 0 or transform.translation > 0
 
@@ -280,7 +292,7 @@ class DrawnViews:
         """Cut the views out of an RGB image. `full_size` is its width and height before it was reduced in decoding.
 
         Returns the crops by name, (number, H, W, 3), uint8 (the target is one, (H, W, 3)), and the parameters of all
-        views, (views, 12), float32.
+        views, (views, 12), float32; with solarize or equalize (views, 14).
         """
         transform = self._transform
         full_size = full_size or image.size
@@ -303,7 +315,8 @@ class DrawnViews:
             begin += number
         if "pixel_values" in cut:
             cut["pixel_values"] = cut["pixel_values"][0]
-        cut[self._parameters_name] = torch.tensor([self._parameters(row) for row in self._random])
+        rows = [self._parameters(row) + self._tones(tones) for row, tones in zip(self._random, self._random_tones)]
+        cut[self._parameters_name] = torch.tensor(rows)
         return cut
 
     def _cuts_whole_pixels(self, size: tuple[int, int]) -> bool:
@@ -335,6 +348,14 @@ class DrawnViews:
         if random[_BLUR] < transform.blur_probability:
             row[view_parameters.SIGMA] = between(transform.blur_radius, random[_RADIUS])
         return row
+
+    def _tones(self, random: list[float]) -> list[float]:
+        if not random:
+            return []
+        solarized, threshold, equalized = random
+        # the authors draw the threshold from 0 to 256, for values from 0 to 255
+        threshold = threshold * 256 / 255 if solarized < self._transform.solarize else 2.0
+        return [threshold, float(equalized < self._transform.equalize)]
 
 
 def gives_crops(transform: Any) -> bool:

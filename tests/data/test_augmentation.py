@@ -67,6 +67,28 @@ def _by_torchvision(crop: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return F.normalize(view, list(MEAN), list(STD))
 
 
+def test_solarize_and_equalize_equal_torchvision(kernel):
+    crops, rows = _crops(12, 33), _rows(12)
+    rows[:, JITTER] = 0  # so that values stay those of 8 bits
+    thresholds = torch.tensor([0.0, 0.3, 0.5, 1.0, 2.0, 2.0] * 2)
+    tones = torch.stack([thresholds, torch.tensor([0.0, 1.0] * 6)], dim=1)
+    finished = finish_views(crops, torch.cat([rows, tones], dim=1), MEAN, STD)
+    for number in range(12):
+        view = crops[number].permute(2, 0, 1)
+        row = rows[number].clone()
+        row[FLIP] = 0
+        if rows[number, FLIP]:
+            view = F.horizontal_flip(view)
+        if row[GRAYSCALE]:
+            continue  # a gray value is not of 8 bits
+        if thresholds[number] <= 1:
+            view = F.solarize(view, 255 * thresholds[number].item())
+        if tones[number, 1]:
+            view = F.equalize(view)
+        expected = _by_torchvision(view.permute(1, 2, 0), row)
+        torch.testing.assert_close(finished[number], expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("side", [96, 33, 5])
 def test_operators_in_any_order_equal_torchvision(kernel, side):
     crops, rows = _crops(40, side), _rows(40)

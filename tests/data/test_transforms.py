@@ -121,6 +121,27 @@ def test_view_parameters_have_their_distributions():
     assert len(counts) == 24 and stats.chisquare(counts).pvalue > 0.01
 
 
+def test_solarize_and_equalize_change_their_share_of_the_views_and_no_other_draw():
+    settings = {"image_size": 4, "focal_views": 0, "anchor_views": 3999}
+    torch.manual_seed(0)
+    plain = MultiViewTransform(**settings).crops(_ramp(80, 80))
+    torch.manual_seed(0)
+    crops = MultiViewTransform(**settings, solarize=0.2, equalize=0.3).crops(_ramp(80, 80))
+    rows = crops.pop("view_parameters")
+    assert torch.equal(rows[:, :12], plain.pop("view_parameters")) and plain.keys() == crops.keys()
+    assert all(torch.equal(plain[name], crops[name]) for name in plain)
+    thresholds, equalized = rows[:, 12].double().numpy(), rows[:, 13].double().numpy()
+    solarized = thresholds < 1.5
+    for drawn, probability in ((solarized, 0.2), (equalized, 0.3)):
+        assert drawn.mean() == pytest.approx(probability, abs=4 * math.sqrt(0.25 / 4000))
+    assert stats.kstest(thresholds[solarized], stats.uniform(0, 256 / 255).cdf).pvalue > 0.01
+    assert abs(np.corrcoef(solarized, equalized)[0, 1]) < 0.1
+    inverted = MultiViewTransform(image_size=4, **PLAIN, **WHOLE, solarize=1.0)
+    assert inverted.is_colored and not MultiViewTransform(**PLAIN).is_colored
+    views = inverted(Image.new("RGB", (8, 8), "white"))["anchor_pixel_values"]
+    assert views.max() == 0  # above any threshold
+
+
 def test_transforms_with_the_same_normalisation_and_colour_finish_alike():
     transform = MultiViewTransform(image_size=32)
     assert transform.finishes_as(MultiViewTransform(image_size=64, focal_views=2, horizontal_flip=0.0))
