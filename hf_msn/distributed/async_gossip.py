@@ -55,10 +55,9 @@ class AsyncGossip(BackgroundGossip):
     own steps. Runs do not repeat bit for bit, but a checkpoint of each rank after `sync()` holds everything;
     `state_dict` is refused at other times.
 
-    **Faults.** A peer whose connection closes is named in a warning; the others go on over `topology.without` it and
-    take back mass and answers that it has not received. A peer that is silent for `timeout_seconds` is passed over
-    until it is heard again. `sync()` takes the mean of the living ranks, of parameters, frozen parameters and buffers.
-    It raises a [`PeerError`] that names a silent rank; call it again to wait on.
+    **Faults.** The others go on without a rank that dies, and pass over one that stops: see docs/gossip.md, which has
+    the memory needed too. `sync()` is the mean of the living ranks. It raises a [`PeerError`] that names a silent
+    rank; call it again to wait on.
 
     On one rank it does nothing and warns. SlowMo cannot use it as `base`: its outer steps wait for all ranks.
 

@@ -46,10 +46,9 @@ class Gossip(LocalUpdate):
     each parameter group; with eta = 0 mhat stays. It is added to the gradients after clipping and after the averaging
     over `inner_group`.
 
-    **Memory.** One bucket of 32 MiB, or of the largest parameter, for x, one for the message and one per peer heard;
-    one model each for x apart from z, for x before the step (D-PSGD, `quasi_global_momentum`) and for mhat. Parameters
-    below float32 are mixed in float32 and rounded afterwards. Peers are summed in a fixed order, so runs repeat to the
-    bit. On one rank gossip does nothing and warns, unless there is `quasi_global_momentum`.
+    Parameters below float32 are mixed in float32 and rounded afterwards. Peers are summed in a fixed order, so runs
+    repeat to the bit. On one rank gossip does nothing and warns, unless there is `quasi_global_momentum`. For memory
+    and faults see docs/gossip.md.
 
     Example:
 

@@ -47,14 +47,9 @@ class OverlapGossip(BackgroundGossip):
     repeats to the bit while no peer is lost, and `state_dict` waits for the messages in flight and holds them. Without
     it `state_dict` is refused, except after a `sync()` and before the next step.
 
-    **Faults.** A peer whose connection closes is named in a warning, and its unreceived mass is taken back. A peer
-    that is waited for and silent for `timeout_seconds` is passed over until it is heard again. `sync()` and `stop()`
-    without all ranks take the weighted mean of the parameters, and the plain mean of frozen parameters and buffers, of
-    those that are there; a rank that was passed over takes the result when it comes to that `sync()`. Without all
-    ranks `consensus_distance` and the outer steps of [`SlowMo`] raise a [`PeerError`].
-
-    **Wire precision.** The sender keeps the rounding error of its messages, so no mass is lost and the error returns
-    with later messages (error feedback). `sync()` is not rounded.
+    **Faults.** The others go on without a rank that dies, stops or takes fewer steps: see docs/gossip.md, which has
+    the memory needed too. `sync()` is then the mean of the ranks that are there. Without all ranks
+    `consensus_distance` and the outer steps of [`SlowMo`] raise a [`PeerError`].
 
     Example:
 
@@ -74,7 +69,8 @@ class OverlapGossip(BackgroundGossip):
         deterministic (`bool`, *optional*, defaults to `False`): Merge each message at the step of the bound instead of
             on arrival, so that a run repeats to the bit.
         wire_dtype (`str`, *optional*): `"float32"` or `"bfloat16"`, where that is narrower than the parameters; by
-            default the dtype of the parameters, or float32 for narrower ones.
+            default the dtype of the parameters, or float32 for narrower ones. The sender keeps the rounding error,
+            which returns with later messages (error feedback). `sync()` is not rounded.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`]; any backend. Messages go over gloo.
         timeout_seconds (`float`, *optional*, defaults to 60): How long a peer that is waited for may be silent: more
             than a step takes on the slowest rank. Also the deadline of one exchange in `sync()`.

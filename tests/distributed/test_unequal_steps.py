@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from launch import run_ranks
 from local_runs import backward, make_model, parameters, sgd
 from lost_ranks import run_ranks_that_are_left
 
@@ -104,3 +105,17 @@ def test_a_rank_waits_in_its_last_sync_for_longer_than_a_peer_may_be_silent(tmp_
         assert 2.0 < seconds < 6.0
         assert ranks is None
         assert torch.equal(values, results[0][2])
+
+
+def _train_again(rank):
+    first = _train(rank, "gossip", (10, 14), 5.0)
+    return first[1], _train(rank, "gossip", (6, 6), 5.0)
+
+
+@pytest.mark.distributed
+def test_gossip_starts_again_after_it_has_named_the_rank_that_was_elsewhere():
+    results = run_ranks(_train_again, 2)
+    assert [ranks for ranks, _ in results] == [(1,), (0,)]
+    for _, (_, ranks, values, _) in results:
+        assert ranks is None
+        assert torch.equal(values, results[0][1][2])

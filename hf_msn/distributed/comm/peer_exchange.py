@@ -13,6 +13,7 @@ from ..subgroups import subgroup
 from .exchange import Exchange, PeerError, num_bytes
 
 _FIRST_TAG = 4100  # far from 0, which other users of the group are likely to take
+_NUM_TAGS = 8  # per object
 _MIXES, _LEAVES, _FAILED = range(3)  # notes
 
 # Messages of exchanges that failed. Others may wait for them, and torch sends a message only while it is referred to.
@@ -36,6 +37,7 @@ class PeerExchange(Exchange):
     """
 
     _downward: dist.ProcessGroup | None = None
+    _first_tag = _FIRST_TAG
     _broken_off_by: int | None = None  # place of the peer whose connection broke
 
     def connect(self) -> None:
@@ -44,6 +46,9 @@ class PeerExchange(Exchange):
             seconds = self.timeout_seconds
             timeout = None if seconds is None else datetime.timedelta(seconds=seconds)
             self._downward = subgroup(self.global_ranks, backend="gloo", timeout=timeout, name="downward")
+            # Lockstep gives all ranks the same number. What was left of an exchange that failed has other tags.
+            store, group = dist.distributed_c10d._get_default_store(), (self.group or dist.group.WORLD).group_name
+            self._first_tag = _FIRST_TAG + _NUM_TAGS * store.add(f"hf_msn/peers/{group}/opened/{self.rank}", 1)
 
     @torch.no_grad()
     def send_and_receive(self, sends: Messages, receives: Messages) -> None:
@@ -105,7 +110,7 @@ class PeerExchange(Exchange):
     def _operation(self, kind: Callable, tensor: torch.Tensor, place: int, number: int) -> dist.P2POp:
         goes_down = (place < self.rank) == (kind is dist.isend)
         group = self._downward if goes_down and tensor.is_cpu and self._downward else self.group
-        return dist.P2POp(kind, tensor, self.global_ranks[place], group, _FIRST_TAG + number)
+        return dist.P2POp(kind, tensor, self.global_ranks[place], group, self._first_tag + number)
 
     def _launch_notes(
         self, note: int, to: Iterable[int], sources: Iterable[int], missing_rank: int = -1
