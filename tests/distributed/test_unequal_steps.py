@@ -68,8 +68,13 @@ def _train(rank, name, steps, timeout_seconds, pause=0.0):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("steps, timeout_seconds", [((10, 14), 5.0), ((14, 10, 14), None)])
-@pytest.mark.parametrize("name", LOCKSTEP)
+@pytest.mark.parametrize(
+    "name, steps, timeout_seconds",
+    [
+        *((name, (14, 10, 14), None) for name in LOCKSTEP),
+        *((name, (10, 14), 5.0) for name in ("local sgd", "slowmo over gossip", "gossip")),
+    ],
+)
 def test_a_method_in_lockstep_names_the_rank_that_is_elsewhere_at_once(tmp_path, name, timeout_seconds, steps):
     results = run_ranks_that_are_left(_train, len(steps), tmp_path, name, steps, timeout_seconds, timeout=30.0)
     early = steps.index(10)

@@ -10,22 +10,12 @@ from lost_ranks import all_pids, run_ranks_that_are_left
 from sync_runs import make_trainer
 from transformers import TrainerCallback
 
-from hf_msn import (
-    AsyncGossipCallback,
-    GossipCallback,
-    LocalSGDCallback,
-    OverlapGossip,
-    OverlapGossipCallback,
-    SlowMoCallback,
-)
+from hf_msn import AsyncGossipCallback, OverlapGossip, OverlapGossipCallback, SlowMoCallback
 from hf_msn.distributed.comm.exchange import PeerError
 
 SECONDS = 2.0
 CALLBACKS = {
-    "local sgd": LocalSGDCallback,
-    "slowmo": SlowMoCallback,
     "slowmo over overlap gossip": partial(SlowMoCallback, base=partial(OverlapGossip, timeout_seconds=SECONDS)),
-    "gossip": GossipCallback,
     "overlap gossip": OverlapGossipCallback,
     "async gossip": AsyncGossipCallback,
 }
