@@ -48,6 +48,6 @@ class StepCalls:
             )
         if is_last and self._calls and not self._taken:
             logger.warning(
-                f"`{self._name}.step()` was called {self._calls} times, but its optimizer took no step. Make it with the "
-                "optimizer that trains the model."
+                f"`{self._name}.step()` was called {self._calls} times, but its optimizer took no step. Make it with "
+                "the optimizer that trains the model."
             )
