@@ -1,21 +1,14 @@
 """The loss of MSN against golden numbers of the reference and a float64 loop written from its equations."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from loss_inputs import cosine, golden, golden_array, normal
 
 from hf_msn.losses.msn import msn_loss
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["msn_loss"]
 NUM_IMAGES, NUM_VIEWS, NUM_PROTOTYPES, DIM = 3, 2, 5, 4
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inputs(dtype=torch.float64, requires_grad: bool = True) -> list[torch.Tensor]:
@@ -26,11 +19,7 @@ def inputs(dtype=torch.float64, requires_grad: bool = True) -> list[torch.Tensor
 
 
 def loop_assignments(embedding, prototypes, temperature):
-    exponentials = []
-    for prototype in prototypes:
-        product = sum(z * q for z, q in zip(embedding, prototype))
-        lengths = sum(z * z for z in embedding).sqrt() * sum(q * q for q in prototype).sqrt()
-        exponentials.append((product / lengths / temperature).exp())
+    exponentials = [(cosine(embedding, prototype) / temperature).exp() for prototype in prototypes]
     return [exponential / sum(exponentials) for exponential in exponentials]
 
 
@@ -68,15 +57,10 @@ def loop_msn_loss(
     return cross_entropy + me_max_weight * me_max + entropy_weight * entropy, cross_entropy, me_max, entropy
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: "sinkhorn" if case["sinkhorn"] else "plain")
+@pytest.mark.parametrize("case", golden("msn_loss"), ids=lambda case: "sinkhorn" if case["sinkhorn"] else "plain")
 def test_values_and_gradients_equal_the_golden_numbers(case):
     anchors, targets, prototypes = (
-        torch.tensor(
-            np.random.Generator(np.random.Philox(case["input_seeds"][name]))
-            .standard_normal(case["input_shapes"][name])
-            .astype(np.float32),
-            requires_grad=True,
-        )
+        golden_array(case["input_seeds"][name], *case["input_shapes"][name])
         for name in ("anchors", "targets", "prototypes")
     )
     output = msn_loss(

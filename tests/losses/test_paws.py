@@ -1,21 +1,14 @@
 """The loss of PAWS against golden numbers of the reference and a float64 loop written from its equations."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from loss_inputs import class_rows, cosine, golden, golden_array, normal
 
 from hf_msn.losses.paws import paws_loss
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["paws_loss"]
 NUM_IMAGES, NUM_CROPS, NUM_SUPPORTS, NUM_CLASSES, DIM = 3, 2, 6, 3, 4
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inputs(dtype=torch.float64, num_crops: int = NUM_CROPS) -> list[torch.Tensor]:
@@ -25,16 +18,11 @@ def inputs(dtype=torch.float64, num_crops: int = NUM_CROPS) -> list[torch.Tensor
 
 
 def labels(smoothing: float = 0.0) -> torch.Tensor:
-    one_hot = torch.eye(NUM_CLASSES, dtype=torch.float64)[torch.arange(NUM_SUPPORTS) % NUM_CLASSES]
-    return one_hot * (1 - smoothing) + smoothing / NUM_CLASSES
+    return class_rows(NUM_SUPPORTS, NUM_CLASSES, smoothing)
 
 
 def loop_prediction(query, supports, support_labels, temperature) -> list:
-    weights = []
-    for support in supports:
-        product = sum(a * b for a, b in zip(query, support))
-        lengths = sum(a * a for a in query).sqrt() * sum(b * b for b in support).sqrt()
-        weights.append((product / lengths / temperature).exp())
+    weights = [(cosine(query, support) / temperature).exp() for support in supports]
     total = sum(weights)
     return [sum(w / total * y[c] for w, y in zip(weights, support_labels)) for c in range(support_labels.shape[1])]
 
@@ -68,12 +56,7 @@ def loop_paws_loss(
     return cross_entropy + me_max_weight * me_max, cross_entropy, me_max
 
 
-def golden_array(seed: int, *shape: int) -> torch.Tensor:
-    values = np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
-    return torch.tensor(values, requires_grad=True)
-
-
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['multicrop']} crops")
+@pytest.mark.parametrize("case", golden("paws_loss"), ids=lambda case: f"{case['multicrop']} crops")
 def test_values_and_gradients_equal_the_golden_numbers(case):
     seeds, dim = case["input_seeds"], case["dim"]
     num_supports = case["classes"] * case["images_per_class"]

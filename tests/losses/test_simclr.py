@@ -1,27 +1,10 @@
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from loss_inputs import cosine, golden, golden_array, normal
 
 from hf_msn.losses.simclr import nt_xent_loss
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
 NUM_CLASSES, DIM = 3, 4
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def golden_array(seed: int, *shape: int) -> torch.Tensor:
-    values = np.random.Generator(np.random.Philox(seed)).standard_normal(shape).astype(np.float32)
-    return torch.tensor(values, requires_grad=True)
-
-
-def cosine(a, b):
-    return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
 
 
 def loop_nt_xent(projections, temperature, full_gradient):
@@ -34,7 +17,7 @@ def loop_nt_xent(projections, temperature, full_gradient):
     return total / len(projections)
 
 
-@pytest.mark.parametrize("case", GOLDEN["nt_xent_loss"], ids=lambda case: f"seed {case['seed']}")
+@pytest.mark.parametrize("case", golden("nt_xent_loss"), ids=lambda case: f"seed {case['seed']}")
 def test_nt_xent_equals_the_golden_numbers(case):
     projections = golden_array(case["input_seed"], 2 * case["batch"], case["dim"])
     loss = nt_xent_loss(projections, temperature=case["temperature"], full_gradient=False)

@@ -1,15 +1,8 @@
 import pytest
 import torch
+from loss_inputs import softmax_rows
 
 from hf_msn.losses.sinkhorn import log_sinkhorn, sinkhorn
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def softmax_rows(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    return torch.softmax(scale * normal(*shape, seed=seed), dim=-1)
 
 
 def loop_sinkhorn(probabilities, iterations):

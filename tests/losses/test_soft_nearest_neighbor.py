@@ -2,17 +2,10 @@ import math
 
 import pytest
 import torch
+from loss_inputs import normal, softmax_rows
 
 from hf_msn.losses.sinkhorn import sinkhorn
 from hf_msn.losses.soft_nearest_neighbor import sharpen, soft_nearest_neighbor
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def softmax_rows(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    return torch.softmax(scale * normal(*shape, seed=seed), dim=-1)
 
 
 def loop_soft_nearest_neighbor(queries, supports, labels, temperature):
