@@ -19,7 +19,7 @@ from ..distributed.collectives import all_reduce_sum
 from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossError
-from ..trainers.checkpoints import staging_folder
+from ..trainers.checkpoints import staging_folder, write_checksums
 from .arguments import FinetuningArguments
 
 BEST_EPOCH_FILE = "best_epoch.pt"
@@ -107,6 +107,7 @@ class FinetuningTrainer(Trainer):
                 torch.save(self.best.state_dict(), self._staging / name / BEST_EPOCH_FILE)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_checksums(self._staging / name)
                 shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
                 os.replace(self._staging / name, folder / name)
                 rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)

@@ -198,7 +198,8 @@ class _Tuning:
         trainer = self.make_trainer(self.build_model(), rows, args)
         settings = {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
         start = str(self.start) if isinstance(self.start, (str, Path)) else None
-        settings |= {**asdict(self.views), **self.config_fields, "start": start, "rows": rows.tolist()}
+        data = {"rows": rows.tolist(), "images": trainer.train_dataset.sample_sha256}
+        settings |= {**asdict(self.views), **self.config_fields, "start": start, **data}
         best = BestEpochCallback(trainer, measure, settings)
         for callback in (best, *callbacks):
             trainer.add_callback(callback)

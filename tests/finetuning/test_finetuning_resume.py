@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config
+from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config, with_labels
 from transformers import TrainerCallback
 
 from hf_msn import finetune_classifier, finetune_suncet
@@ -65,3 +66,15 @@ def test_a_run_is_resumed_with_the_same_settings_and_labels_only(tmp_path):
         method(start, *digits(4), VIEWS, args)
     with pytest.raises(ValueError, match=r"`rotation` .* 7"):
         method(start, *digits(3), replace(VIEWS, rotation=7.0), args)
+    with pytest.raises(ValueError, match="`images`"):
+        images, rows = digits(3)
+        others = with_labels(images.select(range(len(images) - 1, -1, -1)), np.array(images["label"]))
+        method(start, others, rows, VIEWS, args)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    for file in (checkpoint / "best_epoch.pt", checkpoint / "model.safetensors"):
+        whole = file.read_bytes()
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=f"'{file.name}' is damaged"):
+            tune("linear", tmp_path, resume_from_checkpoint=str(checkpoint))
+        file.write_bytes(whole)

@@ -121,6 +121,22 @@ def test_a_checkpoint_that_a_rank_cannot_resume_is_refused_by_all_ranks(tmp_path
         assert "sync_every 4 there, 5 here" in errors["other_setting"]
 
 
+def _resume_with_other_settings(rank, folder):
+    slowmo_on_msn(folder, max_steps=3).train()
+    torch.distributed.barrier()
+    trainer = slowmo_on_msn(folder, learning_rate=2e-3, adam_beta1=0.8)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+    groups = trainer.optimizer.param_groups
+    return trainer.lr_scheduler.base_lrs, [(group["lr"], group["betas"]) for group in groups]
+
+
+@pytest.mark.distributed
+def test_other_settings_hold_on_every_rank(tmp_path):
+    (initial, groups), others = run_ranks(_resume_with_other_settings, 2, str(tmp_path))
+    assert others == (initial, groups) and set(initial) == {2e-3}
+    assert {betas for _, betas in groups} == {(0.8, 0.999)}
+
+
 def _train(rank, make, folder, max_steps):
     RUNS[make](folder, max_steps=max_steps).train()
 
