@@ -32,7 +32,7 @@ def labels(num_ranks: int) -> torch.Tensor:
 
 
 def losses(tensors: dict[str, torch.Tensor], support_labels: torch.Tensor) -> dict:
-    """Values and gradients of the three losses on these images and supports."""
+    """Values and gradients of the losses on these images and supports."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     paws = paws_loss(
         leaves["anchors"].flatten(0, 1),
@@ -42,7 +42,9 @@ def losses(tensors: dict[str, torch.Tensor], support_labels: torch.Tensor) -> di
         support_labels,
         num_small_crops=CROPS,
     )
-    results = {"paws": paws.loss, "nt_xent": nt_xent_loss(leaves["anchors"][:2].flatten(0, 1))}
+    results = {"paws": paws.loss}
+    for name, full_gradient in (("nt_xent", True), ("nt_xent of the authors", False)):
+        results[name] = nt_xent_loss(leaves["anchors"][:2].flatten(0, 1), full_gradient=full_gradient)
     results["suncet"] = suncet_loss(leaves["anchor_supports"], support_labels)
     found = {"values": torch.stack(list(results.values())).detach(), "me_max": paws.me_max.detach()}
     for name, loss in results.items():
@@ -67,7 +69,7 @@ def test_ranks_equal_one_rank_with_everything(num_ranks):
     torch.testing.assert_close(sum(result["values"] for result in ranks) / num_ranks, one["values"], **close)
     for result in ranks:
         torch.testing.assert_close(result["me_max"], one["me_max"], **close)
-    for name in ("paws", "nt_xent", "suncet"):
+    for name in ("paws", "nt_xent", "nt_xent of the authors", "suncet"):
         for place, dimension in ((0, 1), (1, 0)):  # of the anchors, of the supports
             if one[name][place] is None:
                 continue
