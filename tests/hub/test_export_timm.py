@@ -91,7 +91,6 @@ def test_the_transform_of_timm_resizes_and_crops_as_the_image_processor(size, tm
     [
         ("xcit_nano_12_p8_224", {"depth": 1}, 64),
         ("twins_svt_small", {"depths": [1, 1, 1, 1]}, 64),
-        ("mvitv2_tiny", {}, 96),
         ("crossvit_tiny_240", {}, 64),
         ("shvit_s1", {}, 64),
     ],
