@@ -2,6 +2,7 @@
 
 import glob
 import io
+import itertools
 import os
 import re
 import tarfile
@@ -19,6 +20,8 @@ from .folders import FolderSplit, is_image_file, read_folder
 _SHARD_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _NUM_TEST_DIGITS = 360
 _STREAMED_SHARDS = 8
+_CHECKED_FILES = 200  # of each tar
+_SAMPLES_FOR_COLUMNS = 5  # from which `datasets` takes the columns
 
 
 def load_images(
@@ -182,6 +185,7 @@ def _shard_builder(source: str, suffixes: set[str]) -> str:
 
 def _check_shards(files: list[str]) -> None:
     """Check that shards are whole, as far as their ends tell; `datasets` names no file, and drops the end of a tar."""
+    formats: set[str] = set()
     for path in files:
         try:
             if path.lower().endswith(".parquet"):
@@ -192,10 +196,48 @@ def _check_shards(files: list[str]) -> None:
                     archive.fileobj.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
                     if any(archive.fileobj.read()):
                         raise tarfile.ReadError("the zeros at the end of a tar are missing: it has been cut")
+            with tarfile.open(path) as archive:
+                samples = _first_samples(archive)
         except (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(
                 f"`source` must hold whole shards, but '{path}' is broken: {error}. Copy it again, or remove it."
             ) from error
+        _check_samples(path, samples, formats)
+
+
+def _first_samples(archive: tarfile.TarFile) -> dict[str, set[str]]:
+    """Return the extensions of the first samples by name. As in webdataset, a name ends at its first dot."""
+    samples: dict[str, set[str]] = {}
+    for member in itertools.islice((member for member in archive if member.isfile()), _CHECKED_FILES):
+        folder, _, name = member.name.rpartition("/")
+        stem, dot, extension = name.partition(".")
+        if stem and dot:
+            samples.setdefault(f"{folder}/{stem}" if folder else stem, set()).add(extension)
+    if len(samples) > 1:
+        samples.popitem()  # it may go on
+    return samples
+
+
+def _check_samples(path: str, samples: dict[str, set[str]], formats: set[str]) -> None:
+    """Check the first samples of a shard. `formats` collects the extensions of images in all shards."""
+    if not samples:
+        raise ValueError(f"`source` must hold images, but the shard '{path}' has no files. Remove it.")
+    first = next(iter(samples))
+    if not formats:
+        formats |= _images_among(samples[first])
+    for place, (name, extensions) in enumerate(samples.items()):
+        # datasets takes the columns from the first samples, and the images from no other column
+        differs = place < _SAMPLES_FOR_COLUMNS and extensions != samples[first]
+        if differs or (formats and not formats & _images_among(extensions)):
+            raise ValueError(
+                f"Samples of webdataset shards must have the same extensions, but in '{path}' '{first}' has "
+                f"{sorted(samples[first])} and '{name}' has {sorted(extensions)} (images so far: {sorted(formats)}). "
+                "The name of a sample ends at its first dot: rename those with more dots, and use one image format."
+            )
+
+
+def _images_among(extensions: set[str]) -> set[str]:
+    return {extension for extension in extensions if is_image_file(f"image.{extension}")}
 
 
 def _load_image_folder(

@@ -245,6 +245,37 @@ def test_webdataset_extensions_are_columns(tmp_path, encoded, picture, streaming
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        ([], "no files"),
+        (["0.jpg", "0.cls", "1.png", "1.cls", "2.jpg"], r"'0' has \['cls', 'jpg'\] and '1' has \['cls', 'png'\]"),
+        ([*(f"{number}.jpg" for number in range(9)), "9.png", "10.png"], r"'9' has \['png'\]"),
+        (["a/cat.1.jpg", "a/dog.2.jpg", "a/fox.3.jpg"], "first dot"),
+    ],
+)
+def test_shards_whose_samples_differ_are_refused_by_name(tmp_path, encoded, streaming, names, named):
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:
+        for name in names:
+            data = b"1" if name.endswith("cls") else encoded(0)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    for source in (tmp_path / "shard-0.tar", tmp_path):
+        with pytest.raises(ValueError, match=rf"shard-0\.tar.*{named}"):
+            load_images(source, streaming=streaming)
+
+
+def test_columns_are_described_where_no_image_is_found(tmp_path):
+    numbers = datasets.Dataset.from_dict({"image": [[1, 2]], "other": ["a"]})
+    numbers.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"'image' holds .*int64"):
+        load_images(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"'image' of .* holds .*int64"):
+        load_images(tmp_path / "a.parquet", image_column="image")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_webdataset_label_is_found_in_json(tmp_path, encoded, streaming):
     examples = [
         {"jpg": encoded(number, "JPEG"), "json": json.dumps({"label": number + 7, "caption": "a"}).encode()}
