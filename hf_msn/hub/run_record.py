@@ -27,7 +27,7 @@ _FIELDS = (
 # In these fields, such as a recipe, numbers have any name, and text only one of these names.
 _SETTINGS = ("arguments", "recipe", "settings", "resumes")
 _TEXT_SETTINGS = {
-    *("method", "head", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
+    *("method", "head", "start_layer", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
     *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
     *("labelled_dataset", "labelled_split", "labelled_list_file", "labelled_rows_file", "on_broken_image"),
     *("interpolation", "attn_implementation", "support_shard", "support_on_small_class"),
