@@ -68,6 +68,9 @@ class RunRecordCallback(TrainerCallback):
         differing = self._compare_data(checkpoint, here)
         if "settings" in self._saved:
             differing |= find_differences(self._saved["settings"], here["settings"])
+        method = self._saved.get("sync", {}).get("method")
+        if method not in (None, "DistributedDataParallel") and find_per_rank_callback(self.trainer) is None:
+            differing["sync"] = {"before": method, "after": None}  # its callback compares the settings of another one
         if not differing:
             return
         self.resumes.append({"step": self._saved.get("steps"), "settings": differing})

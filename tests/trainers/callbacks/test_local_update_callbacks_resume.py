@@ -148,6 +148,9 @@ def test_another_number_of_ranks_starts_from_consensus_with_a_warning(tmp_path, 
     trainer.train(resume_from_checkpoint=True)
     assert "saved by 2 ranks, and now there are 1" in caplog.text
     assert trainer.state.global_step == 8
+    alone = short_runs.make_trainer(tmp_path / "run", dataset=short_runs.RandomViews(40), max_steps=9)
+    alone.train(resume_from_checkpoint=True)
+    assert "other settings: max_steps 8 there, 9 here, sync SlowMo there, None here." in caplog.text
 
 
 def test_local_steps_can_start_from_a_checkpoint_without_them(tmp_path, caplog):
