@@ -93,10 +93,10 @@ class Network(nn.Module):
         )
 
     def forward(self, anchors, focals=None, kept=None):
-        features = [self.encoder(anchors, kept)]  # a forward for each resolution
+        projections = [self.head(self.encoder(anchors, kept))]  # a forward pass per resolution
         if focals is not None:
-            features.append(self.encoder(focals))
-        return self.head(torch.cat(features)), self.prototypes
+            projections.append(self.head(self.encoder(focals)))
+        return torch.cat(projections), self.prototypes
 
 
 def plain_msn_loss(anchors, targets, prototypes, config):
