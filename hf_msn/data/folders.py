@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -37,12 +37,7 @@ def image_files(files: Sequence[str], classes: Sequence[str] | None, class_names
     Raises:
         ValueError: If the name of a file is not UTF-8.
     """
-    for path in files:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            name = os.fsencode(path)
-            raise ValueError(f"Names of image files must be UTF-8, but {name} is not. Rename the file.") from None
+    check_file_names(files)
     columns = {"image": [{"bytes": None, "path": path} for path in files]}
     features = datasets.Features(image=datasets.Image(decode=False))
     if classes is not None:
@@ -101,6 +96,17 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
     for name in list(layout):
         layout.setdefault(_SPLIT_NAMES.get(name.lower(), name), layout[name])
     return layout, shards
+
+
+def check_file_names(names: Iterable[str]) -> None:
+    """Check that names can be stored as text: those of files that are not UTF-8 cannot."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"Names of image files must be UTF-8, but {os.fsencode(name)} is not. Rename the file."
+            ) from None
 
 
 @dataclass

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from .columns import image_and_label
-from .folders import FolderSplit, is_image_file, read_folder
+from .folders import FolderSplit, check_file_names, is_image_file, read_folder
 
 _SHARD_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _NUM_TEST_DIGITS = 360
@@ -222,6 +222,7 @@ def _check_samples(path: str, samples: dict[str, set[str]], formats: set[str]) -
     """Check the first samples of a shard. `formats` collects the extensions of images in all shards."""
     if not samples:
         raise ValueError(f"`source` must hold images, but the shard '{path}' has no files. Remove it.")
+    check_file_names(f"{path}/{name}" for name in samples)
     first = next(iter(samples))
     if not formats:
         formats |= _images_among(samples[first])
