@@ -113,15 +113,18 @@ class RowImages(EncodedImages):
         return int(self.is_broken.sum())
 
     @functools.cached_property
-    def sample_sha256(self) -> str:
-        """SHA-256 of the files of 16 images, from the first to the last: the same wherever the data set lies."""
-        digest = hashlib.sha256()
-        last = len(self._dataset) - 1
+    def sample_sha256(self) -> str | None:
+        """SHA-256 of the files of 16 images, from the first to the last: the same wherever the data set lies.
+
+        `None` if none of them can be read as a file.
+        """
+        digest, last, is_read = hashlib.sha256(), len(self._dataset) - 1, False
         for row in sorted({last * part // 15 for part in range(16)}):
             value = self._dataset[row]["image"] or {}
             with contextlib.suppress(OSError, TypeError):  # a row without a readable file
                 digest.update(value.get("bytes") or Path(value.get("path")).read_bytes())
-        return digest.hexdigest()
+                is_read = True
+        return digest.hexdigest() if is_read else None
 
     def _first_readable(
         self, position: int, value: dict, others: Iterable[np.ndarray], reduction
