@@ -334,6 +334,26 @@ class Codistillation:
         """Seconds that this rank has spent in exchanges, or waiting for checkpoints."""
         return sum(part.seconds_waiting for part in (*self._exchanges, self._checkpoints) if part is not None)
 
+    @torch.no_grad()
+    def parameter_distance(self) -> float:
+        """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters. All ranks must call it."""
+        self._require_started()
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for bucket in _in_buckets(self._trained):
+            own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
+            self._outer.mean_(mean)
+            total += sum((x - y).abs().double().square().sum() for x, y in zip(own, mean))
+        self._outer.mean_([total])
+        return total.sqrt().item()
+
+    def values_of_replicas(self, value: float) -> list[float]:
+        """Return the number of every replica, such as its accuracy, in order. All ranks must call it."""
+        self._require_started()
+        own = torch.tensor([value], dtype=torch.float64, device=self._device)
+        values = own.new_empty(self._outer.size)
+        self._outer.gather_(values, own)
+        return values.tolist()
+
     def take_replica(self, place: int) -> None:
         """Replace parameters and buffers by those of the replica at `place`. All ranks must call it."""
         self._require_started()
@@ -476,9 +496,8 @@ class Codistillation:
 
     @torch.no_grad()
     def _broadcast(self, exchange: Exchange, place: int) -> None:
-        tensors = self._trained + frozen_and_buffers(self.model)
-        for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
-            flat = FlatTensors([tensors[i] for i in bucket])
+        for bucket in _in_buckets(self._trained + frozen_and_buffers(self.model)):
+            flat = FlatTensors(bucket)
             exchange.broadcast_(flat.copy_in(), place)
             flat.copy_back()
 
@@ -547,3 +566,7 @@ def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
 
 def _precision(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _in_buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    return [[tensors[i] for i in bucket] for bucket in split_into_buckets(tensors, _BUCKET_BYTES)]

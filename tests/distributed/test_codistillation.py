@@ -267,7 +267,8 @@ def _train_replicas_of_two(rank):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
             with Codistillation(wrapped, optimizer, exchange=exchange, exchange_every=2, **groups) as codistillation:
                 seen = take_steps(model, optimizer, codistillation, range(6), data_seed, wrapped=wrapped)
-            found[exchange, wrapping] = seen, data_seed
+                distance = codistillation.parameter_distance()
+            found[exchange, wrapping] = seen, distance, values(model), data_seed
     return found
 
 
@@ -284,10 +285,13 @@ def test_gradients_are_averaged_inside_a_replica_only():
                 parts = []
                 for rank in (first, first + 1):
                     peers = [results[(rank + 2) % 4][0][in_use][0]] if in_use or is_exact else []
-                    parts.append(gradient_by_loops(seen[rank][0], peers, data(results[rank][1], step), 1.0))
+                    parts.append(gradient_by_loops(seen[rank][0], peers, data(results[rank][3], step), 1.0))
                 expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
                 torch.testing.assert_close(seen[first][1], expected, rtol=1e-9, atol=1e-12)
             assert not torch.equal(seen[0][1]["linear.weight"], seen[2][1]["linear.weight"])
+        ends = [result[2] for result in results]
+        square = sum((ends[0][name] - ends[2][name]).square().sum().item() / 4 for name in ends[0])
+        assert results[0][1] == pytest.approx(math.sqrt(square), rel=1e-9)
 
 
 def _compare_costs_and_ends(rank):
@@ -320,8 +324,9 @@ def _compare_costs_and_ends(rank):
             seen = take_steps(model, optimizer, codistillation, range(7), rank if name.endswith("points") else 7)
             sent[name] = codistillation.bytes_sent - before
             assert seen[-1][2] > 0.0
+            accuracies = codistillation.values_of_replicas(0.5 + 0.1 * (rank == 1))
             last = values(model)
-            codistillation.take_replica(1)
+            codistillation.take_replica(accuracies.index(max(accuracies)))
     with warnings.catch_warnings(record=True) as caught, make(0)[2] as codistillation:
         warnings.simplefilter("always")
         with torch.no_grad():  # an evaluation exchanges nothing, whatever the batches
@@ -330,14 +335,14 @@ def _compare_costs_and_ends(rank):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make(0)[2].start().stop()
-    return sent, last, values(model), [str(warning.message) for warning in caught]
+    return sent, accuracies, last, values(model), [str(warning.message) for warning in caught]
 
 
 @pytest.mark.distributed
 def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
     peers, parameters, digest = 2, C * D + C, 16
     results = run_ranks(_compare_costs_and_ends, 3)
-    for sent, _, end, messages in results:
+    for sent, accuracies, _, end, messages in results:
         assert sent == {
             "predictions": 7 * peers * (B * C * 8 + digest),
             "bfloat16": 7 * peers * (B * C * 2 + digest),
@@ -345,9 +350,9 @@ def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
             "checkpoints": 2 * peers * parameters * 8,
             "bfloat16 checkpoints": 2 * peers * parameters * 2,
         }
-        assert same(end, results[1][1])
+        assert accuracies == [0.5, 0.6, 0.5] and same(end, results[1][2])
         assert any("same parameters" in message for message in messages)
-    assert not same(results[0][1], results[1][1])
+    assert not same(results[0][2], results[1][2])
 
 
 # Resuming

@@ -78,6 +78,8 @@ class CodistillationCallback(PerRankCallback):
         falling_weight_decay (`bool`, *optional*, defaults to `False`): Use [`FallingWeightDecay`].
         publish (`str`, *optional*, defaults to `"first"`): The replica that the run ends with: `"first"`, or `"best"`
             by `metric_for_best_model` (by default the loss) of an evaluation after the last update.
+        log_parameter_distance (`bool`, *optional*, defaults to `False`): Log `codistillation_parameter_distance`,
+            which exchanges all parameters.
         mask (`Callable`, *optional*): batch -> positions that count, see [`Codistillation.loss`].
         settings: Of [`Codistillation`], such as `exchange_every`, `alpha`, `temperature`, `top_k`, `predictions`.
 
@@ -100,6 +102,7 @@ class CodistillationCallback(PerRankCallback):
         reinitialize: Callable[[nn.Module], None] | None = None,
         falling_weight_decay: bool = False,
         publish: str = "first",
+        log_parameter_distance: bool = False,
         mask: Callable[[Any], torch.Tensor] | None = None,
         **settings: Any,
     ):
@@ -115,7 +118,7 @@ class CodistillationCallback(PerRankCallback):
         self.initialization = check_choice("initialization", initialization, ("own", "same"))
         self.publish = check_choice("publish", publish, ("first", "best"))
         self.reinitialize, self.falling_weight_decay = reinitialize, falling_weight_decay
-        self.mask = mask
+        self.log_parameter_distance, self.mask = log_parameter_distance, mask
         self.settings = {"exchange": exchange, **settings}
         self._check(trainer)
         for name, default in (("predictions", predictions_for), ("forward", forward_for)):
@@ -417,4 +420,6 @@ class CodistillationCallback(PerRankCallback):
             self._distance, self._num_distances = 0.0, 0
         if self.sync.staleness is not None:
             logs["codistillation_staleness"] = self.sync.staleness
+        if self.log_parameter_distance:
+            logs["codistillation_parameter_distance"] = self.sync.parameter_distance()
         return logs
