@@ -140,10 +140,10 @@ def _pass_over(rank, folder, method):
     else:
         if rank == 0:
             os.kill(pids[2], signal.SIGSTOP)
-        before = sync.steps
+        before = sync.seconds_waiting
         while not sync._peers.silent:
             step_of(optimizer, sync, 0.01)
-        seen = [sorted(sync._peers.silent), sync.steps - before]
+        seen = [sorted(sync._peers.silent), sync.seconds_waiting - before]
         with pytest.raises(PeerError) as failure:
             sync.sync()
         seen.append(failure.value.ranks)
@@ -173,7 +173,7 @@ def test_a_stopped_rank_is_passed_over_and_taken_back_with_all_it_has(tmp_path, 
         torch.testing.assert_close(at_end, mean, rtol=0, atol=1e-10)
         if rank != 2:
             assert seen[0] == [2]
-            assert seen[1] > 20
+            assert seen[1] == 0.0  # steps beside it do not wait
             assert seen[2] == (2,)
             assert sum("Rank 2" in text for text in texts) >= 2  # passed over, and taken back
 

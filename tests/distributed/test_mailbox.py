@@ -162,6 +162,7 @@ def _post_sums(rank, num):
             mailbox.post(1, 1)
             mailbox.post_sum(1, 0, full(5.0, torch.float32), weight=1.0)
         dist.barrier()
+        assert rank == 0 or until(lambda mailbox=mailbox: len(mailbox._inboxes[0]) >= 3)  # before one is collected
         uncollected = drain(mailbox, [1 - rank])
         results.append((posted, kept, messages, most_waiting, mailbox.weight_posted[1], uncollected))
         mailbox.close()

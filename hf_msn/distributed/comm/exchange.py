@@ -132,15 +132,10 @@ class Exchange:
         if self.size == 1:
             return None
         sent = self.bytes_sent
-        try:
-            return self._differing_texts(text, device)
-        finally:
-            self.bytes_sent = sent
-
-    def _differing_texts(self, text: str, device: torch.device) -> list[str] | None:
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=device)
         digests = digest.new_empty(self.size * digest.numel())
         self.gather_(digests, digest)
+        self.bytes_sent = sent
         rows = digests.view(self.size, -1)
         if bool((rows == rows[:1]).all()):
             return None
@@ -150,6 +145,7 @@ class Exchange:
         padded = torch.tensor(encoded + [0] * (int(lengths.max()) - len(encoded)), dtype=torch.uint8, device=device)
         texts = padded.new_empty(self.size * padded.numel())
         self.gather_(texts, padded)
+        self.bytes_sent = sent
         return [bytes(row[:n].tolist()).decode() for row, n in zip(texts.view(self.size, -1), lengths.tolist())]
 
     def meet(self, event: str, steps: int | None, device: torch.device) -> None:
