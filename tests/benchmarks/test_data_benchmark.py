@@ -34,6 +34,7 @@ def test_plain_views_have_our_shapes_and_values():
         assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), abs=0.15)
 
 
+@pytest.mark.slow
 def test_tables_and_json_have_the_same_numbers(run, tmp_path):
     output = tmp_path / "new" / "data.json"
     printed = run(data, *TINY, "--output", output)
@@ -56,6 +57,7 @@ def test_tables_and_json_have_the_same_numbers(run, tmp_path):
     assert "| 10,000,000 " in printed
 
 
+@pytest.mark.slow
 def test_pipelines_that_do_other_work_are_not_compared():
     args = data.DataArguments(images=2, batch_size=2, image_size=16, focal_size=8, focal_views=2)
     pipelines = data.Pipelines(args, data.photographs(2))

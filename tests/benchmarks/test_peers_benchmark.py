@@ -25,6 +25,7 @@ def twin(monkeypatch):
     monkeypatch.setattr(peers, "SIDES", {"lightly": side, "stable_pretraining": absent})
 
 
+@pytest.mark.slow
 def test_tables_and_json_hold_ours_the_peer_and_the_absent(run, twin, tmp_path):
     output = tmp_path / "peers.json"
     printed = run(peers, *TINY, "--focal_views", 2, 0, "--precision", "fp32", "--output", output)
@@ -43,6 +44,7 @@ def test_ratios_are_of_the_same_round():
     assert found["hf_msn"]["images_per_second"]["median"] == 4.0
 
 
+@pytest.mark.slow
 def test_our_step_is_forward_backward_clipping_adamw_and_average():
     args = peers.PeerArguments(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32, focal_size=16,

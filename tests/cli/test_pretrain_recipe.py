@@ -107,6 +107,7 @@ def test_help_all_shows_every_training_field(capsys):
         assert "--mask_ratio NUMBER" in printed and ("--hub_token" in printed) == is_shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_recipe_makes_a_run(name, out):
     values = read_recipe(name)

@@ -44,6 +44,7 @@ def test_fine_boxes_have_the_given_areas_and_ratios(scale):
         assert np.std(np.log(ratios)) == pytest.approx(2 * math.log(4 / 3) / math.sqrt(12), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.3)])
 @pytest.mark.parametrize("size", [(500, 375), (120, 300)])
 def test_whole_pixel_boxes_have_the_distribution_of_torchvision(scale, size):

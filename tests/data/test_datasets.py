@@ -121,6 +121,7 @@ def test_broken_images_are_decoded_once_and_many_of_them_are_said_at_once(image_
     assert dataset.num_broken == 12
 
 
+@pytest.mark.slow
 def test_long_run_of_broken_rows_does_not_stop_training(image_rows):
     images = image_rows(3, broken=(0,))
     long = datasets.concatenate_datasets([images.select([1]), *[images.select([0])] * 2100, images.select([2])])
@@ -235,6 +236,7 @@ def test_stream_without_a_readable_image_raises(image_rows):
         list(StreamingMultiViewDataset(none, TRANSFORM))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_finished_in_a_batch_equal_the_views(image_rows, streamed, workers):

@@ -63,6 +63,7 @@ def _gossip_with(rank, options):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", OPTIONS)
 def test_the_mean_is_conserved_and_reached(num_ranks):
     mean = sum(flat(targets(rank)) for rank in range(num_ranks)) / num_ranks

@@ -221,6 +221,7 @@ def _train_all(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("num_replicas", [2, 3])
 def test_gradients_are_those_of_the_equation(num_replicas):
     by_predictions, by_checkpoints = zip(*run_ranks(_train_all, num_replicas))
@@ -273,6 +274,7 @@ def _train_replicas_of_two(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_gradients_are_averaged_inside_a_replica_only():
     ranks = run_ranks(_train_replicas_of_two, 4)
     for case in ranks[0]:
@@ -339,6 +341,7 @@ def _compare_costs_and_ends(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
     peers, parameters, digest = 2, C * D + C, 16
     results = run_ranks(_compare_costs_and_ends, 3)
@@ -396,6 +399,7 @@ def _resume(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_resume_is_exact_to_the_bit_with_copies_in_use_and_in_transfer(num_ranks):
     for outcomes in run_ranks(_resume, num_ranks):
@@ -447,6 +451,7 @@ CHECKPOINTS = {"exchange": "checkpoints", "exchange_every": 3, "transfer_steps":
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, CHECKPOINTS], ids=["predictions", "checkpoints"])
 @pytest.mark.parametrize("how", ["exits", "hangs"])
 def test_a_lost_replica_is_named_in_time(tmp_path, options, how):

@@ -149,6 +149,7 @@ def _hierarchical(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_ranks_of_an_inner_group_stay_equal_to_the_bit_and_gossip_between_groups():
     results = run_ranks(_hierarchical, 4)
     rates = torch.tensor([0.1] * 6 + [0.2] * 2, dtype=torch.float64)

@@ -87,6 +87,7 @@ def _train_beside_a_lost_peer(rank, how, timeout_seconds):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_lost_peer_is_named_within_the_deadline_also_by_ranks_that_do_not_hear_from_it(tmp_path, how):
     for rank, (ranks, seconds) in run_ranks_that_are_left(

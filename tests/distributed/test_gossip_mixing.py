@@ -58,6 +58,7 @@ def _mix_alone(rank, n):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5])
 def test_mass_is_conserved_and_the_quotient_is_the_mean_under_every_topology(n):
     results, values = zip(*run_ranks(_mix_alone, n, n))
@@ -136,6 +137,7 @@ def _extra_rounds(rank, n):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_extra_rounds_bring_the_ranks_under_the_target_by_an_estimate_that_all_share():
     outcomes = run_ranks(_extra_rounds, 4, 4)
     z, needed = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1

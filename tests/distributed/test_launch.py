@@ -40,6 +40,7 @@ def test_the_failing_rank_is_named_with_its_traceback():
         run_ranks(_fail_on_rank_1, 2)
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_are_killed_at_the_deadline_and_shown():
     with pytest.raises(AssertionError, match=r"(?s)did not end within 2.0 s.*in _hang_on_rank_0"):
         run_ranks(_hang_on_rank_0, 2, timeout=2.0)

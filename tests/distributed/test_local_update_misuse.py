@@ -203,6 +203,7 @@ def _refusals_on_ranks(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_ranks_that_differ_and_sharded_parameters_are_refused():
     first, second = run_ranks(_refusals_on_ranks, 2)
     for shapes, settings, *hooks in (first[:5], second[:5]):

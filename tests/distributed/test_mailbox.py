@@ -118,6 +118,7 @@ def stress(mailbox, others):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_messages_arrive_whole_and_in_order_from_each_peer_and_no_thread_is_left():
     results = run_ranks(_exchange_plain_messages, 3)
     for rank, (messages, ends, sent_bytes, weights, mixed, counts) in enumerate(results):
@@ -221,6 +222,7 @@ def _leave_early(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_peer_that_closes_has_left_and_one_that_does_not_connect_is_named():
     [(first, value, _, threads), (second, other_value, failure, other_threads)] = run_ranks(_leave_early, 2)
     assert first[0] < 3.0
@@ -309,6 +311,7 @@ def _stop_and_go_on(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_stopped_peer_is_silent_and_goes_on_and_closing_beside_one_ends_at_the_deadline(tmp_path):
     results = run_ranks_that_are_left(_stop_and_go_on, 3, tmp_path, lost=[2])
     (waiting, gone, total), _, _ = results[0]

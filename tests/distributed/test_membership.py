@@ -196,6 +196,7 @@ def test_a_rank_that_dies_before_or_inside_an_agreement_is_left_out(waits):
     assert [rank.results for rank in ranks[1:]] == [[110.0, 110.0]] * 2
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_passed_over_and_takes_the_results_when_it_comes():
     network = {}
     ranks = [Rank(r, network, num=2, delay=1.5 if r == 1 else 0.0) for r in range(3)]
@@ -203,6 +204,7 @@ def test_a_silent_rank_is_passed_over_and_takes_the_results_when_it_comes():
     assert [rank.results for rank in ranks] == [[101.0, 101.0]] * 3
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_silent_ones_raises_an_error_and_goes_on_when_they_come():
     network = {}
     ranks = [Rank(r, network, waits=True, delay=1.2 if r == 1 else 0.0) for r in range(3)]

@@ -110,6 +110,7 @@ def _mix_only(rank, name, wire_dtype, deterministic=False):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_delays_and_a_narrow_wire_lose_no_mass():
     exponential, star, whole, half, repeatable = zip(*run_ranks(_mix, 3))
     for results, limit in ((exponential, 1e-10), (star, 1e-2)):
@@ -151,6 +152,7 @@ def _wait_for_a_slow_rank(rank, bounds):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_rank_waits_for_a_slow_one_when_it_is_the_bound_ahead_and_not_before():
     bounds = (0, 2)
     results = run_ranks(_wait_for_a_slow_rank, 2, bounds)

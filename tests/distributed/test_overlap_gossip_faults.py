@@ -243,6 +243,7 @@ def _meet_without_the_stopped(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_who_was_stopped_at_a_sync_takes_its_result_when_it_comes_there():
     results = run_ranks(_meet_without_the_stopped, 3)
     lines = [lines for *_, lines in results]

@@ -44,6 +44,7 @@ def _resume_all(rank):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_deterministic_run_resumes_bit_for_bit_with_mass_in_flight():
     num_ranks = 4
     results = run_ranks(_resume_all, num_ranks)

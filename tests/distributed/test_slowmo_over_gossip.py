@@ -48,6 +48,7 @@ def _train_all_cases(rank, n):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_every_variant_follows_its_equations_on_every_rank_at_every_step():
     n = 4
     results = run_ranks(_train_all_cases, n, n)
@@ -90,6 +91,7 @@ def _resume_all(rank, n):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_period():
     n = 3
     results = run_ranks(_resume_all, n, n)

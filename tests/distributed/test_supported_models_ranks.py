@@ -50,6 +50,7 @@ def _passes_of_this_rank(rank, num_ranks):
     return results
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_rank_with_everything():
     ranks = run_ranks(_passes_of_this_rank, 2, 2)
     for name, (make, fields) in MODELS.items():

@@ -182,6 +182,7 @@ def test_random_pairs_and_the_resting_rank_are_uniform():
     assert all(len(even.out_peers(rank, step)) == 1 for rank in range(6) for step in range(50))
 
 
+@pytest.mark.slow
 @every_maker
 def test_columns_of_the_mixing_matrix_sum_to_1_and_its_entries_are_shares_of_the_peers(make):
     for n, step in itertools.product(SIZES, STEPS):
@@ -208,6 +209,7 @@ def test_in_peers_are_the_inverse_of_out_peers(make):
             assert all(type(peer) is int and 0 <= peer < n for peer in out[rank])
 
 
+@pytest.mark.slow
 @every_maker
 def test_mixing_matrix_preserves_the_mean(make):
     for n in SIZES:

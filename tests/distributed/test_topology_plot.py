@@ -12,6 +12,7 @@ from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, R
 from hf_msn.distributed.topology_plot import consensus_distances
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture_of_one_or_several_topologies(tmp_path):
     single, several = tmp_path / "new" / "one.png", tmp_path / "several.png"
     plot(ExponentialTopology(6, 2), single)

@@ -61,6 +61,7 @@ def test_rows_are_means_over_replicas_and_seeds_next_to_ddp(script):
     assert [cell.strip() for cell in row.strip("|").split("|")] == cells
 
 
+@pytest.mark.slow
 def test_a_search_measures_on_held_out_training_digits(script):
     whole, held_out, other = script.Digits(), script.Digits(100), script.Digits(101)
     test, train = (_rows(images) for images in (whole.measured_images, whole.images))

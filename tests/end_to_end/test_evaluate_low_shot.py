@@ -36,6 +36,7 @@ def msn_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_table_and_writes_json(run, msn_folder, tmp_path):
     tasks = ["--images_per_class", 1, 5, "--fractions", 0.02]
     printed = run("--model", msn_folder, *tasks, "--output", tmp_path / "r.json")
@@ -106,6 +107,7 @@ def test_an_existing_output_is_kept_until_another_is_complete(run, tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.json", "old")]
 
 
+@pytest.mark.slow
 def test_a_timm_architecture_with_a_local_weights_file(run, tmp_path):
     model = timm.create_model("test_vit")
     torch.save(model.state_dict(), tmp_path / "weights.pth")

@@ -9,6 +9,7 @@ from hf_msn import BrokenImageError, MSNForPreTraining
 VIEWS = "--image_size 32 --focal_size 16 --focal_views 2 --num_prototypes 8".split()
 
 
+@pytest.mark.slow
 def test_a_folder_of_colour_images_with_a_broken_one(tmp_path, capsys):
     write_color_images(tmp_path / "images")
     broken = tmp_path / "images" / "train" / "red" / "red_train_3.png"

@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
 ROWS = [1, 2, 9, 10, 17, 18]  # two of each class, as the folder sorts them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "labels"), [("paws", 5), ("suncet", 2)])
 def test_colour_images_with_few_labels_to_a_measured_model(folder, tmp_path, method, labels):
     arguments = ["--dataset", folder, "--max_steps", 3, "--low_shot_every_epochs", 1, "--low_shot_test_split", "test"]
@@ -100,6 +101,7 @@ def other_label(row, label):
     return label if row in ROWS else [(label + 1) % 7, None, -1][row % 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, method", [("parquet", "paws"), ("saved", "suncet")])
 def test_labels_of_other_rows_do_not_change_a_bit(folder, tmp_path, kind, method):
     np.savetxt(tmp_path / "rows.txt", ROWS, fmt="%d")
@@ -118,6 +120,7 @@ def test_labels_of_other_rows_do_not_change_a_bit(folder, tmp_path, kind, method
         assert read_log(tmp_path / "wrong")["loss"] != read_log(tmp_path / "true")["loss"]
 
 
+@pytest.mark.slow
 def test_a_data_set_without_labels_learns_from_a_second_one(folder, tmp_path):
     few = write_dataset(tmp_path / "few", folder, "saved", true_label)
     arguments = ["--method", "paws", *VIEWS, *VIT, "--labelled_dataset", few, "--labelled_split", "test"]

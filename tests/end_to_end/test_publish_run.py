@@ -126,6 +126,7 @@ def test_publishing_without_results_must_be_asked_for(run, hub, home):
     assert not hub.repos["alice/tiny"].private
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_classifier_is_pushed_with_what_its_test_measured(run, hub, home, monkeypatch):
     tiny = "--hidden_size 32 --num_hidden_layers 2 --intermediate_size 64 --patch_size 4 --num_train_epochs 1"
     recipe = ["--config", ROOT / "scripts" / "recipes" / "finetune_digits.yaml", *tiny.split()]

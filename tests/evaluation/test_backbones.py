@@ -174,6 +174,7 @@ def test_images_of_another_size_get_interpolated_positions(tiny_vit, pixels):
     torch.testing.assert_close(features_of(tiny_vit, larger), blocks[-1][:, 0])
 
 
+@pytest.mark.slow
 def test_wrappers_are_removed(tiny_vit, around_timm):
     assert find_backbone(wrapped(torch.compile(tiny_vit))) is tiny_vit
     assert evaluated_module(wrapped(around_timm), "projection")[0] is around_timm

@@ -35,6 +35,7 @@ def write_list(path, images_per_class, offset=0):
     return path
 
 
+@pytest.mark.slow
 def test_raw_pixels_of_the_digits_reach_88_percent_with_5_labels_per_class(digits, pixels):
     evaluator = LowShotEvaluator(*digits, images_per_class=(1, 5, 10), num_splits=5)
     metrics = evaluator.evaluate_features(*pixels)

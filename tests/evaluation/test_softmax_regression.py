@@ -54,6 +54,7 @@ def precisions(monkeypatch):
     return collected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l2", [0.0025, 0.075, 3.0])
 @pytest.mark.parametrize(
     ("rows", "dimension", "classes"),

@@ -33,6 +33,7 @@ def tuned(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit_msn", "timm_wrapper"])
 def test_plain_transformers_computes_the_same_logits(tuned, tmp_path, kind):
     tuned[kind].save(tmp_path)

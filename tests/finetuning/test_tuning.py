@@ -122,6 +122,7 @@ def test_a_seed_repeats_bit_by_bit_and_another_gives_another_model(method, tmp_p
     assert first.held_out_rows.tolist() != other.held_out_rows.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [suncet_config(), suncet_config(timm_model="test_resnet")], ids=["vit", "convnet"])
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_a_frozen_encoder_stays_bitwise_and_the_head_learns(method, config, tmp_path):
@@ -206,6 +207,7 @@ def with_broken(dataset, rows):
     return dataset.from_list(examples, features=dataset.features)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_broken_images_are_in_no_count_and_no_accuracy(method, tmp_path):
     dataset, rows = digits()
@@ -269,6 +271,7 @@ def test_learning_rate_momentum_and_decay_are_those_asked_for(tmp_path):
     assert [seen[0][1][name] for name in ("momentum", "nesterov", "weight_decay")] == [0.9, True, 0.3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LINEAR, SUNCET])
 def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale(method, tmp_path):
     torch.manual_seed(0)

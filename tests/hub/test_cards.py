@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[2]
 PROCESSOR_32 = MultiViewTransform(image_size=32).evaluation_image_processor()
 
 
+@pytest.mark.slow
 def test_the_table_has_the_numbers_of_the_file_to_the_printed_digit(made):
     card = create_model_card(made["checkpoint"], made["results"])
     record = json.loads(made["results"].read_text())
@@ -106,6 +107,7 @@ def test_a_card_without_results_must_be_asked_for(made, tmp_path):
     assert not (tmp_path / ".eval_results" / "hf_msn.yaml").exists()  # of the card before
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_card_has_the_numbers_of_its_own_file(tuned):
     card = create_model_card(tuned)
     record = json.loads((tuned / "finetune.json").read_text())
@@ -174,6 +176,7 @@ def code_blocks(card: ModelCard) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("checkpoint", 2), ("export", 2), ("classifier", 1)])
 def test_the_lines_that_load_it_work(kind, count, made, tuned, tmp_path):
     folder = tuned if kind == "classifier" else made[kind]
@@ -190,6 +193,7 @@ def test_the_lines_that_load_it_work(kind, count, made, tuned, tmp_path):
         assert names.get("features", torch.zeros(1, 32)).shape == (1, 32)
 
 
+@pytest.mark.slow
 def test_a_classifier_on_a_projection_head_is_used_with_hf_msn(made, tmp_path):
     dataset = load_images("digits", split="train[:60]")
     args = classifier_arguments(tmp_path, num_train_epochs=1, start_layer="fc1")
@@ -209,6 +213,7 @@ def test_a_classifier_on_a_projection_head_is_used_with_hf_msn(made, tmp_path):
     assert "registers" in card.text
 
 
+@pytest.mark.slow
 def test_a_folder_of_timm_is_used_through_timm(tmp_path):
     network = timm.create_model("test_resnet", num_classes=0).eval()
     timm.models.save_for_hf(network, tmp_path / "net", safe_serialization=True)
@@ -222,6 +227,7 @@ def test_a_folder_of_timm_is_used_through_timm(tmp_path):
     assert card.data.library_name == "timm" and "`test_resnet` of timm" in card.text
 
 
+@pytest.mark.slow
 def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp_path):
     torch.manual_seed(0)
     model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", image_size=32, projection_dim=16)).eval()
@@ -371,6 +377,7 @@ def test_a_folder_without_a_model_or_with_damaged_weights_is_refused(made, tmp_p
 # Files
 
 
+@pytest.mark.slow
 def test_figures_are_copied_beside_the_card_and_shown(made, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "my figure (1).png")
     out = tmp_path / "out"

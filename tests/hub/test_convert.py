@@ -162,6 +162,7 @@ WRN = {"layers": [4, 4, 4], "channels": [32, 64, 128], "stem_channels": 16}
 WRN_WEIGHTS = wide_resnet_weights(blocks=4, channels=(32, 64, 128), stem=16, pred=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "name", "options", "architecture"),
     [
@@ -253,6 +254,7 @@ def form(kind: str) -> dict:
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["wrapped", "compiled", "parameters", "layer of prototypes", "inside", "flat", "bare", "no counters"]
 )

@@ -146,6 +146,7 @@ def test_pretraining_starts_from_the_export(model, tmp_path):
         assert weights_sha256(encoder) == weights_sha256(model.target_encoder)
 
 
+@pytest.mark.slow
 def test_the_export_evaluates_to_the_same_numbers_as_the_model(model, tmp_path):
     digits = load_images("digits", split="train[:100]"), load_images("digits", split="test[:50]")
     evaluator = LowShotEvaluator(*digits, images_per_class=(2,), num_splits=2)

@@ -75,6 +75,7 @@ def logits_of(folder, dataset) -> np.ndarray:
     return classifier(pixels_of(dataset)).logits.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [LogisticProbe(), LinearProbe(epochs=300, affine=False)], ids=["logistic", "linear"])
 def test_a_vit_gives_every_test_image_the_class_and_the_probabilities_of_the_probe(probe, digits, tmp_path):
     model = msn()
@@ -90,6 +91,7 @@ def test_a_vit_gives_every_test_image_the_class_and_the_probabilities_of_the_pro
     assert loaded.config.label2id == {name: number for number, name in enumerate(NAMES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [RESNET, PREACTIVATED], ids=["linear head", "convolution as head"])
 def test_a_network_of_timm_ranks_the_classes_of_every_test_image_as_the_probe(encoder, digits, tmp_path):
     model = paws(encoder)
@@ -107,6 +109,7 @@ def test_a_network_of_timm_ranks_the_classes_of_every_test_image_as_the_probe(en
     assert 0.7 < logits.std(axis=1).mean() / spread < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [msn, lambda: paws(RESNET)], ids=["vit", "timm"])
 def test_the_encoder_of_the_classifier_is_that_of_the_model(make, digits, tmp_path):
     model = make()
@@ -158,6 +161,7 @@ def test_images_to_which_the_head_gives_another_class_are_counted(digits, tmp_pa
     assert "3 of 300 images" in caplog.text
 
 
+@pytest.mark.slow
 def test_arguments_that_do_not_fit_are_errors_before_anything_is_written(digits, tmp_path):
     model, other = msn(), tiny_model(seed=1)
     features, probe = fitted(model, digits)

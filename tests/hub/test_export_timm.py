@@ -46,6 +46,7 @@ def paws_over(encoder, **fields) -> PAWSForPreTraining:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "dtype"),
     [*((encoder, torch.float32) for encoder in ENCODERS.values()), (RESNET18, torch.bfloat16)],

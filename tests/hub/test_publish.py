@@ -53,6 +53,7 @@ def test_a_pretraining_checkpoint_is_published_with_its_heads_on_demand(hub, run
     assert AutoImageProcessor.from_pretrained(NAME).crop_size["height"] == 16
 
 
+@pytest.mark.slow
 def test_a_classifier_is_published_as_it_is(hub, tmp_path):
     config = ViTMSNConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = ViTMSNForImageClassification(config).eval()
@@ -79,6 +80,7 @@ def test_a_network_of_timm_is_published_in_the_form_of_timm(hub, tmp_path):
     torch.testing.assert_close(loaded(images), model.encoder(images))
 
 
+@pytest.mark.slow
 def test_shards_replace_a_single_file(hub, run, save_run, tmp_path):
     publish(run, what="pretraining")
     sharded = save_run(tmp_path / "sharded", shards=True)
@@ -90,6 +92,7 @@ def test_shards_replace_a_single_file(hub, run, save_run, tmp_path):
     assert MSNForPreTraining.from_pretrained(NAME).config.num_prototypes == 8
 
 
+@pytest.mark.slow
 def test_a_new_revision_is_made_and_main_stays_as_it_was(hub, run):
     publish(run)
     main = hub.files(NAME)
@@ -206,6 +209,7 @@ def test_a_wrong_token_and_a_namespace_of_others_are_errors(hub, run):
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_a_repo_with_another_model_is_replaced_only_by_update(hub, run, save_run, tmp_path):
     hub.add_repo(NAME, {"README.md": b"mine", "pytorch_model.bin": b"weights", ".eval_results/old.yaml": b"- 1"})
     refused(run, NAME, "pytorch_model.bin", "`update`")
@@ -222,6 +226,7 @@ def test_a_repo_with_another_model_is_replaced_only_by_update(hub, run, save_run
     refused(other, NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_private", [True, False])
 def test_the_visibility_of_a_repo_is_never_changed(hub, run, is_private):
     hub.add_repo(NAME, {"README.md": b"made on the website"}, private=is_private)
@@ -230,6 +235,7 @@ def test_the_visibility_of_a_repo_is_never_changed(hub, run, is_private):
     assert hub.repos[NAME].private is is_private and hub.files(NAME)["README.md"] != b"made on the website"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "part", "status"),
     [
@@ -248,6 +254,7 @@ def test_a_refusal_leaves_nothing_visible_and_the_same_call_completes_it(hub, ru
     assert "model.safetensors" in hub.files(NAME)
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_is_completed_without_sending_a_file_twice(hub, save_run, tmp_path):
     run = save_run(tmp_path / "run", shards=True)
     shards = len(list(run.glob("model-*.safetensors")))

@@ -60,6 +60,7 @@ def test_a_run_from_python_records_data_batch_steps_and_changed_arguments(tmp_pa
     assert record_in(tmp_path / "checkpoint-2")["steps"] == 2
 
 
+@pytest.mark.slow
 def test_wall_time_continues_from_that_of_the_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
@@ -76,6 +77,7 @@ def test_wall_time_continues_from_that_of_the_checkpoint(tmp_path):
     assert before >= 1000 and before < record_in(tmp_path)["wall_time_seconds"] < before + 600
 
 
+@pytest.mark.slow
 def test_wall_time_is_left_out_where_an_earlier_part_is_not_known(tmp_path):
     make_trainer(tmp_path, max_steps=2).train()
     (tmp_path / "checkpoint-2" / "checksums.sha256").unlink()

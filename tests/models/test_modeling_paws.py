@@ -88,6 +88,7 @@ def test_loss_and_gradients_are_those_of_the_equations_image_by_image(fields, sm
     torch.testing.assert_close(loss, output.loss.detach(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize(
     "head",

@@ -133,6 +133,7 @@ def reference_losses(model, batches: list[dict], accumulation: int, use_sinkhorn
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "dtype", "tolerance", "use_sinkhorn", "accumulation"),
     [
@@ -219,6 +220,7 @@ def golden_views(step: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_twelve_steps_have_the_losses_of_the_authors_code(tmp_path):
     steps, batch = GOLDEN["options"]["steps"], GOLDEN["options"]["batch"]
     views = [golden_views(step) for step in range(steps)]

@@ -61,6 +61,7 @@ def test_loaders_give_crops_and_the_trainer_finishes_them(tmp_path, streamed):
     assert set(item) == set(finished) and item["pixel_values"].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streamed", "accumulated"), [(False, 2), (True, 1)])
 def test_finishing_on_the_device_changes_no_weight(tmp_path, streamed, accumulated):
     # digits' recipe: the same numbers bit by bit, whether the loader or the trainer finishes the views

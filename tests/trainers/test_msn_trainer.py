@@ -240,6 +240,7 @@ def test_a_batch_of_one_needs_no_batch_norm(tmp_path):
     assert trainer.state.global_step == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("focal_size", 6), ("image_size", 18), ("image_size", 8)])
 def test_views_must_be_of_the_models_size_and_whole_patches(tmp_path, name, size):
     transform = MultiViewTransform(**{"image_size": 16, "focal_size": 8, "focal_views": 1, name: size})

@@ -157,6 +157,7 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
         assert found[2] == pytest.approx(evaluated.model.eval()(**batch, **fixed).loss.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, changes, message",
     [

@@ -61,6 +61,7 @@ def test_resume_is_bit_exact(tmp_path, views, stop, settings):
         end_workers(resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [5, 8])  # the end of an epoch, of 5 updates, and within one
 def test_a_finished_run_is_not_trained_any_further(tmp_path, steps):
     finished, again = (make_trainer(tmp_path, max_steps=steps, save_steps=steps) for _ in range(2))
@@ -184,6 +185,7 @@ OTHER_SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_other_settings_are_named_hold_and_are_recorded(tmp_path, copy, caplog):
     after = {name: values[1] for name, values in OTHER_SETTINGS.items()}
     trainer = make_trainer(copy, **after, report_to="none")
@@ -207,6 +209,7 @@ def test_other_settings_are_named_hold_and_are_recorded(tmp_path, copy, caplog):
     assert [entry["step"] for entry in read_json(copy / "checkpoint-13" / "run.json")["resumes"]] == [3, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [RandomViews, drawn_views])
 def test_another_data_set_is_refused_unless_it_is_allowed(tmp_path, views):
     make_trainer(tmp_path, views(), max_steps=2, save_steps=2).train()

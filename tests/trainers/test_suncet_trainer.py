@@ -18,6 +18,7 @@ def spy_on_labelled_images(monkeypatch) -> list[tuple]:
     return keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("supervised_epochs, supervised", [(0, 0), (0.6, 3), (1, 5), (None, 6)])
 def test_after_the_supervised_epochs_labelled_images_take_part_in_the_statistics_alone(
     tmp_path, monkeypatch, supervised_epochs, supervised

@@ -260,6 +260,7 @@ def _log(rank, folder, num_numbers):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_communication_is_logged_with_the_loss(tmp_path):
     num_numbers = sum(p.numel() for p in KINDS["image"][0]().parameters())
     for logs in run_ranks(_log, 2, str(tmp_path), num_numbers):
@@ -300,6 +301,7 @@ def _evaluate_directly(rank, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_with_the_mixin_a_direct_evaluation_is_at_consensus(tmp_path):
     (with_mixin, plain), (with_mixin_there, plain_there) = run_ranks(_evaluate_directly, 2, str(tmp_path))
     assert all(map(same, with_mixin, with_mixin_there))

@@ -131,6 +131,7 @@ def _resume_with_other_settings(rank, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_other_settings_hold_on_every_rank(tmp_path):
     (initial, groups), others = run_ranks(_resume_with_other_settings, 2, str(tmp_path))
     assert others == (initial, groups) and set(initial) == {2e-3}
@@ -142,6 +143,7 @@ def _train(rank, make, folder, max_steps):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_another_number_of_ranks_starts_from_consensus_with_a_warning(tmp_path, caplog):
     run_ranks(_train, 2, "slowmo", str(tmp_path / "run"), 6)
     trainer = slowmo_on_msn(tmp_path / "run")
@@ -170,6 +172,7 @@ def test_local_steps_can_start_from_a_checkpoint_without_them(tmp_path, caplog):
     assert seen == [(4, 0), (5, 0), (6, 1), (7, 2), (8, 3)]  # `sync_start_step` counts the updates of the whole run
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_finds_the_checkpoint_in_another_folder_if_it_is_named(tmp_path):
     local_sgd_on_images(tmp_path / "first", max_steps=3).train()
     local_sgd_on_images(tmp_path / "other", max_steps=3, seed=1).train()

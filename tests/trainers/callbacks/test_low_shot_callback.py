@@ -7,6 +7,7 @@ from hf_msn import LowShotCallback, LowShotEvaluator, evaluation_image_processor
 from hf_msn.evaluation.probes import SoftNearestNeighborProbe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every_epochs", "arguments", "steps"),
     [
@@ -31,6 +32,7 @@ def test_evaluation_every_few_epochs_and_at_the_end_is_logged(tmp_path, every_ep
     assert logged(trainer, "eval_low_shot_5") == {step: 10.0 * (n + 1) for n, step in enumerate(steps)}
 
 
+@pytest.mark.slow
 def test_projections_are_classified_and_training_goes_on_unchanged(tmp_path):
     plain, trainer = (
         make_trainer(tmp_path / name, max_steps=7, save_strategy="no") for name in ("plain", "evaluated")

@@ -37,6 +37,7 @@ def pushing(folder, strategy="every_save", **arguments):
     return make_trainer(folder, push_to_hub=True, **arguments)
 
 
+@pytest.mark.slow
 def test_each_save_pushes_only_the_listed_files_and_changes_no_weight(hub, folder, tmp_path):
     plain = make_trainer(tmp_path / "plain")
     plain.train()
@@ -52,6 +53,7 @@ def test_each_save_pushes_only_the_listed_files_and_changes_no_weight(hub, folde
     assert not (folder / ".pushing" / "checkpoint-8").exists()
 
 
+@pytest.mark.slow
 def test_strategy_end_pushes_the_saved_model_alone(hub, folder):
     trainer = pushing(folder, "end", hub_model_id=None, hub_revision="run-1")
     trainer.train()
@@ -62,6 +64,7 @@ def test_strategy_end_pushes_the_saved_model_alone(hub, folder):
     assert b"digits" in hub.files(NAME, "run-1")["README.md"]
 
 
+@pytest.mark.slow
 def test_a_pushed_checkpoint_resumes_bit_for_bit(hub, folder, tmp_path):
     whole = make_trainer(tmp_path / "whole")
     whole.train()
@@ -78,6 +81,7 @@ def test_a_pushed_checkpoint_resumes_bit_for_bit(hub, folder, tmp_path):
     assert_same_weights(resumed.model, whole.model)
 
 
+@pytest.mark.slow
 def test_strategy_all_checkpoints_pushes_also_those_that_are_rotated_away(hub, folder):
     trainer = pushing(folder, "all_checkpoints", save_total_limit=1)
     trainer.add_callback(SlowMoCallback(trainer, sync_every=2))
@@ -89,6 +93,7 @@ def test_strategy_all_checkpoints_pushes_also_those_that_are_rotated_away(hub, f
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
+@pytest.mark.slow
 def test_neither_token_nor_path_reaches_the_hub_or_a_file(hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     trainer = pushing(folder, "checkpoint", hub_token=TOKEN)
@@ -107,6 +112,7 @@ def test_neither_token_nor_path_reaches_the_hub_or_a_file(hub, folder, monkeypat
     assert torch.load(folder / "training_args.bin", weights_only=False).hub_token is None
 
 
+@pytest.mark.slow
 def test_a_failed_push_does_not_stop_the_training_and_a_later_one_replaces_it(hub, folder, caplog):
     hub.fail("POST", "commit", 403, times=2)
     trainer = pushing(folder)
@@ -118,6 +124,7 @@ def test_a_failed_push_does_not_stop_the_training_and_a_later_one_replaces_it(hu
     trainer.save_model()  # raises nothing: no file is missing
 
 
+@pytest.mark.slow
 def test_a_push_that_is_missing_at_the_end_is_an_error_after_the_model_is_saved(hub, folder):
     hub.fail("POST", "commit", 403, times=1)
     trainer = pushing(folder, "all_checkpoints")
@@ -144,6 +151,7 @@ class Release(TrainerCallback):
             self.event.set()
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_a_slow_push_and_the_last_checkpoint_arrives(hub, folder, monkeypatch):
     released = threading.Event()
     trainer = pushing(folder, "checkpoint", hub_always_push=False, save_total_limit=1)
@@ -171,6 +179,7 @@ def test_a_repo_that_cannot_be_pushed_to_is_an_error_before_training(hub, folder
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_a_repo_of_another_configuration_is_refused_and_one_of_this_is_continued(hub, folder, tmp_path):
     pushing(folder, callbacks=[StopAt(4)]).train()
     pushing(folder).train(resume_from_checkpoint=True)
