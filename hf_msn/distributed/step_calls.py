@@ -31,7 +31,8 @@ class StepCalls:
         self._calls += 1
         if not self._is_pending and self._taken > 0:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
-            self._idle += all(bool(gradient.isfinite().all()) for gradient in gradients)
+            # without gradients, which `zero_grad` has removed, a skipped step looks like a doubled call
+            self._idle += bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
         self._is_pending = False
 
     def check(self, is_last: bool = False) -> None:

@@ -45,8 +45,9 @@ def test_missing_and_doubled_calls_are_found_at_the_next_sync_or_when_leaving(me
     method(model, sync.optimizer).start().stop()
 
 
+@pytest.mark.parametrize("zero_grad_before_call", [False, True])
 @pytest.mark.parametrize("method", [*LOCAL, Codistillation])
-def test_one_call_per_step_and_steps_that_a_gradient_scaler_skips_are_right(method):
+def test_one_call_per_step_and_steps_that_a_gradient_scaler_skips_are_right(method, zero_grad_before_call):
     model = make_model()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -60,6 +61,8 @@ def test_one_call_per_step_and_steps_that_a_gradient_scaler_skips_are_right(meth
             scaler.step(optimizer)
             scaler.update()
             assert torch.equal(before, parameters(model)) == (step in too_large)  # the scaler skips the step
+            if zero_grad_before_call:
+                optimizer.zero_grad()
             sync.step()
             if step == 6 and method is not Codistillation:
                 sync.sync()
