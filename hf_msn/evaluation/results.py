@@ -101,7 +101,7 @@ class LowShotResults:
             low, high = max(0.0, summary["top1"] - half), min(100.0, summary["top1"] + half)
             rows.append(
                 (
-                    task.name.replace("_", " "),
+                    task.name.replace("_", " ") + _images_that_were_read(task.splits),
                     f"{summary['top1']:.1f}" + (f" ± {summary['top1_std']:.1f}" if several else ""),
                     f"{low:.1f} to {high:.1f}" if several else "-",
                     f"{summary['top5']:.1f}" if "top5" in summary else "-",
@@ -111,6 +111,13 @@ class LowShotResults:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _images_that_were_read(splits: list[SplitResult]) -> str:
+    if not any(split.num_skipped for split in splits):
+        return ""
+    fewest, most = min(split.fewest_per_class for split in splits), max(split.most_per_class for split in splits)
+    return f" ({fewest} to {most} read per class)"
 
 
 def mean_std_ci95(values: list[float]) -> tuple[float, float, float]:

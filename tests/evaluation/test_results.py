@@ -92,3 +92,12 @@ def test_results_that_are_not_finite_leave_the_old_file(results, tmp_path):
         results.save(path)
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_table_tells_how_many_images_were_read_where_some_were_skipped():
+    skipped = [
+        SplitResult(0, None, 13, fewest, most, num_skipped=7, fit={}, top1=50.0, top5=None)
+        for fewest, most in [(4, 5), (5, 7)]
+    ]
+    results = LowShotResults(name="low_shot", primary_metric="", tasks=[TaskResult("8_per_class", 3, skipped)])
+    assert "8 per class (4 to 7 read per class)" in results.table()
