@@ -26,6 +26,20 @@ def find_recipe(name: str | Path) -> Path:
 class _Loader(yaml.SafeLoader):
     """Reads the values inside an object, such as `timm_options`, by the rules of YAML 1.2."""
 
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Refuse keys that YAML would take in silence: a repeated one, and one that is no text."""
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            start, end = key.start_mark, key.end_mark
+            place = f"'{start.buffer[start.pointer : end.pointer].strip()}' in line {start.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key must be the name of a field, but is {place}. Write one line per field.")
+            if key.value in names:
+                raise yaml.YAMLError(f"a key must be given once, but {place} repeats one. Keep one of the lines.")
+            names.add(key.value)
+        return node
+
 
 # instead of those of YAML 1.1, where no, on and y are booleans, 012 is octal, 1:30 is 90, and 1e-3 is text
 _Loader.yaml_implicit_resolvers = {}
@@ -55,7 +69,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         loader.flatten_mapping(root)
         return {key.value: _value(loader, node) for key, node in root.value}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe '{path}' is not YAML: {error}") from error
+        raise ValueError(f"The recipe '{path}' cannot be read: {error}") from error
 
 
 def _value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:

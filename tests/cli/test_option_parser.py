@@ -200,3 +200,18 @@ def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"r\.yaml"):
         read_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", r"r\.yaml.*'a' in line 3"),
+        ("o:\n  x: 1\n  x: 2\n", r"'x' in line 3"),
+        ("b: 2\n[seed, a]: 1\n", r"'\[seed, a\]' in line 2"),
+        ("? - seed\n: 1\n", r"'- seed' in line 1"),
+    ],
+)
+def test_a_key_is_a_name_that_is_given_once(text, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(tmp_path / "r.yaml")
