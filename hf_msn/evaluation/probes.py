@@ -36,7 +36,8 @@ class Probe(Protocol):
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N,) labels: the class of the largest score, of equal ones the lowest."""
-        return self.classes_[self.predict_scores(features).argmax(axis=1)]
+        scores = self.predict_scores(features)
+        return self.classes_[scores.argmax(axis=1)]
 
 
 class LogisticProbe(Probe):
@@ -97,6 +98,7 @@ class LogisticProbe(Probe):
             ValueError: If features are not finite, labels have another shape, or there are fewer than 2 classes.
         """
         features, self.classes_, targets = _check_inputs(features, labels)
+        self._width = features.shape[1]
         images_per_class = len(targets) / len(self.classes_)
         l2 = self.l2 if self.l2 is not None else (0.0025 if images_per_class <= 10 else 0.075)
         solution = fit_softmax_regression(
@@ -116,7 +118,7 @@ class LogisticProbe(Probe):
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) log-odds `W x`, columns in the order of `classes_`."""
-        inputs = torch.from_numpy(centre_and_normalize(_check_features(features))).to(self.device)
+        inputs = torch.from_numpy(centre_and_normalize(_check_queries(self, features))).to(self.device)
         return (inputs @ torch.from_numpy(self.coef_).to(self.device).T).cpu().numpy()
 
 
@@ -143,6 +145,7 @@ class KNNProbe(Probe):
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "KNNProbe":
         """Fit the probe anew. Arguments and errors are those of [`LogisticProbe.fit`]."""
         features, self.classes_, self._columns = _check_inputs(features, labels)
+        self._width = features.shape[1]
         neighbours = min(self.k, len(features))
         self._index = NearestNeighbors(n_neighbors=neighbours, metric="cosine", algorithm="brute")
         self._index.fit(features.astype(np.float64))
@@ -151,7 +154,8 @@ class KNNProbe(Probe):
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C): the share of each class in the weighted vote; rows sum to 1."""
-        distances, nearest = self._index.kneighbors(_check_features(features).astype(np.float64))
+        features = _check_queries(self, features)
+        distances, nearest = self._index.kneighbors(features.astype(np.float64))
         # relative to the nearest neighbour: the ratio is the same and cannot overflow
         weights = np.exp((distances[:, :1] - distances) / self.temperature)
         scores = np.zeros((len(distances), len(self.classes_)))
@@ -183,6 +187,7 @@ class SoftNearestNeighborProbe(Probe):
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "SoftNearestNeighborProbe":
         """Store the supports. Arguments and errors are those of [`LogisticProbe.fit`]."""
         features, self.classes_, columns = _check_inputs(features, labels)
+        self._width = features.shape[1]
         # the supports of a class are contiguous, so that one reduction gives the sums of all classes
         order = np.argsort(columns, kind="stable")
         self._supports = torch.from_numpy(features[order].astype(np.float64))
@@ -193,7 +198,7 @@ class SoftNearestNeighborProbe(Probe):
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) log-probabilities, columns in the order of `classes_`."""
-        queries = torch.from_numpy(_check_features(features).astype(np.float64))
+        queries = torch.from_numpy(_check_queries(self, features).astype(np.float64))
         chunks = queries.split(max(1, _SIMILARITIES // len(self._supports)))
         return np.concatenate([self._log_probabilities(chunk) for chunk in chunks])
 
@@ -260,6 +265,7 @@ class LinearProbe(Probe):
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "LinearProbe":
         """Fit the probe anew. Arguments and errors are those of [`LogisticProbe.fit`], and an infinite loss."""
         features, self.classes_, columns = _check_inputs(features, labels)
+        self._width = features.shape[1]
         inputs, targets = self._normalize(features), torch.from_numpy(columns).to(self.device)
         dimension, num_classes = inputs.shape[1], len(self.classes_)
         self.weight_ = torch.zeros(num_classes, dimension, device=self.device, requires_grad=True)
@@ -295,7 +301,7 @@ class LinearProbe(Probe):
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C) logits, columns in the order of `classes_`."""
-        return self._logits(self._normalize(_check_features(features))).cpu().numpy()
+        return self._logits(self._normalize(_check_queries(self, features))).cpu().numpy()
 
     def _normalize(self, features: np.ndarray) -> torch.Tensor:
         inputs = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)).to(self.device)
@@ -332,6 +338,20 @@ def _check_features(features: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"`features` must be finite, but {int(broken.sum())} of {len(features)} rows hold NaN or infinity, the "
             f"first is row {int(broken.argmax())}. Look for NaN in the weights, or extract with dtype=torch.float32."
+        )
+    return features
+
+
+def _check_queries(probe: Probe, features: np.ndarray) -> np.ndarray:
+    """Return the features, where the probe has been fitted on others of their width."""
+    width = getattr(probe, "_width", None)
+    if width is None:
+        raise ValueError(f"A {type(probe).__name__} must be fitted before it predicts. Call `fit` first.")
+    features = _check_features(features)
+    if features.shape[1] != width:
+        raise ValueError(
+            f"`features` must have {width} dimensions, as those of `fit`, but has {features.shape[1]}. Extract both "
+            "with the same model and layers."
         )
     return features
 

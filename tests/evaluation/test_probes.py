@@ -206,3 +206,15 @@ def test_inputs_that_cannot_be_fitted_are_refused(make, features, labels, messag
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", PROBES)
+def test_a_probe_predicts_after_its_fit_and_for_features_of_its_width_only(make, clusters):
+    probe = make()
+    for predict in (probe.predict, probe.predict_scores):
+        with pytest.raises(ValueError, match=f"{make.__name__} must be fitted"):
+            predict(clusters[0])
+    probe.fit(*clusters)
+    for predict in (probe.predict, probe.predict_scores):
+        with pytest.raises(ValueError, match=r"must have 6 dimensions.*but has 5"):
+            predict(clusters[0][:, :5])
