@@ -67,6 +67,7 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn evaluate`."""
     values = make_parser().read_complete(arguments)
+    _check_probe_options(values)
     # processes on CPUs find each other only with cpu=True
     state = PartialState(cpu=not torch.accelerator.is_available())
     output = values.get("output") if state.is_main_process else None
@@ -80,6 +81,17 @@ def main(arguments: list[str] | None = None) -> None:
     state.print(evaluator.results.table())
     if state.num_processes > 1:
         torch.distributed.destroy_process_group()
+
+
+def _check_probe_options(values: dict[str, Any]) -> None:
+    chosen = values.get("probe", "logistic")
+    for title, (_, names) in PROBES.items():
+        for field in names.values():
+            if title != chosen and field in values:
+                raise ValueError(
+                    f"`{field}` is an option of the probe '{title}', but `probe` is '{chosen}'. Leave it out, or give "
+                    f"`--probe {title}`."
+                )
 
 
 def make_evaluator(values: dict[str, Any], device: torch.device) -> LowShotEvaluator:

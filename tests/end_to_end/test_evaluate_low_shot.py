@@ -115,3 +115,15 @@ def test_a_timm_architecture_with_a_local_weights_file(run, tmp_path):
     arguments = ["--model", "timm:test_vit", "--checkpoint", tmp_path / "weights.pth", "--images_per_class", 1]
     run(*arguments, "--test_split", "test[:20]", "--output", output)
     assert json.loads(output.read_text())["data"]["test"]["num_images"] == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--probe", "knn", "--l2", 0.1], "`l2` .*'logistic'.* is 'knn'"),
+        (["--neighbors", 3], "`neighbors` .*'knn'.* is 'logistic'"),
+    ],
+)
+def test_an_option_of_another_probe_is_refused(run, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run("--model", "/no/such/model", *arguments)
