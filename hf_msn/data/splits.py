@@ -151,12 +151,15 @@ def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -
         if folders:
             in_folder.setdefault(f"{folders[-1]}_{stem}", []).append(row)
 
+    def is_free(folders: tuple[str, ...], stem: str, row: int) -> bool:
+        # a file in another folder is another one, unless folders mean nothing and its name begins with the class
+        classes = (f"{folders[-1]}_", f"{files[row][0][-1]}_") if folders else ()
+        return not folders or (folders[-1] not in all_folders and stem.startswith(classes))
+
     def find(folders: tuple[str, ...], stem: str) -> list[int]:
         for rows in (table.get(stem, []) for table in (exact, shortened, in_folder)):
             common = {row: _common_end(folders, files[row][0]) for row in rows}
-            # a file in another folder is another one, unless folders mean nothing and its name holds the class
-            is_free = not folders or (folders[-1] not in all_folders and "_" in stem)
-            found = [row for row in rows if common[row] or is_free or not files[row][0]]
+            found = [row for row in rows if common[row] or not files[row][0] or is_free(folders, stem, row)]
             if found:
                 return [row for row in found if common[row] == max(common.values())]
         return []

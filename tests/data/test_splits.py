@@ -141,6 +141,12 @@ def test_names_of_several_files_and_of_other_folders_are_refused(write, line):
         match_list_file(write([line]), FILES)
 
 
+def test_file_of_another_class_is_not_the_listed_one(write):
+    with pytest.raises(ValueError, match="bird/my_000"):
+        match_list_file(write(["bird/my_000.png"]), ["cat/my_000.png", "dog/my_001.png"])
+    assert match_list_file(write(["all/cat_000.png"]), ["cat/cat_000.png"]).tolist() == [0]
+
+
 def test_names_without_a_row_are_refused(write):
     path = write([f"a_{number}.JPEG" for number in range(9)])
     with pytest.raises(ValueError, match=r"7 of 9 are not: a_2, a_3, a_4, a_5, a_6, \.\.\."):
