@@ -10,6 +10,8 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
+from .splits import first_few
+
 logger = logging.get_logger(__name__)
 
 _SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
@@ -76,7 +78,10 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
     by_split: dict[str, list[_Folder]] = {}
     for folder in sorted(folders, key=lambda folder: folder.path):
         if has_splits and not folder.parts:
-            continue
+            raise ValueError(
+                f"A metadata file must lie in the folder of its split, but '{folder.metadata[0]}' of '{root}' lies "
+                f"beside the splits {first_few(named)}. Put one into each split, with the file names relative to it."
+            )
         by_split.setdefault(folder.parts[0] if has_splits else "train", []).append(folder)
     by_split = {name: parts for name, parts in by_split.items() if any(part.images for part in parts)}
 
@@ -148,9 +153,9 @@ def _class_levels(by_split: dict[str, list[_Folder]], begin: int) -> dict[str, i
     """Return for each labelled split the place in a folder's `parts` that names the class.
 
     A split is labelled if all of its images are at one depth. The class is the first level at which its folders
-    differ, as in torchvision's `ImageFolder`: `<class>/images` is a class, not `images`. If no level differs, there is
-    one class, at the level of another split of this depth, else at the first. It has none if the classes of all other
-    splits lie at other depths.
+    differ in any split of this depth, as in torchvision's `ImageFolder`: `<class>/images` is a class, not `images`. If
+    no level differs, there is one class, at the first level, or none if the classes of all other splits lie at other
+    depths.
     """
     differing: dict[str, list[int]] = {}
     depths: dict[str, int] = {}
@@ -161,16 +166,17 @@ def _class_levels(by_split: dict[str, list[_Folder]], begin: int) -> dict[str, i
         if is_labelled and depth > begin:
             depths[name] = depth
             differing[name] = [level for level in range(begin, depth) if len({path[level] for path in paths}) > 1]
-    first_levels = {depths[name]: levels[0] for name, levels in differing.items() if levels}
+    first_levels: dict[int, int] = {}  # by depth: the same for all splits of one depth
+    for name, levels in differing.items():
+        if levels:
+            first_levels[depths[name]] = min(levels[0], first_levels.get(depths[name], levels[0]))
     chosen: dict[str, int] = {}
     for name, levels in differing.items():
+        if depths[name] in first_levels or not first_levels:
+            chosen[name] = first_levels.get(depths[name], begin)
         if len(levels) > 1:
             logger.warning(
                 "Folders of '%s' differ at levels %s below the split. The classes are those of level %d.",
-                *(name, " and ".join(str(level - begin + 1) for level in levels), levels[0] - begin + 1),
+                *(name, " and ".join(str(level - begin + 1) for level in levels), chosen[name] - begin + 1),
             )
-        if levels:
-            chosen[name] = levels[0]
-        elif depths[name] in first_levels or not first_levels:
-            chosen[name] = first_levels.get(depths[name], begin)
     return chosen

@@ -197,7 +197,7 @@ def _check_shards(files: list[str]) -> None:
                     if any(archive.fileobj.read()):
                         raise tarfile.ReadError("the zeros at the end of a tar are missing: it has been cut")
             with tarfile.open(path) as archive:
-                samples = _first_samples(archive)
+                samples = _first_samples(path, archive)
         except (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(
                 f"`source` must hold whole shards, but '{path}' is broken: {error}. Copy it again, or remove it."
@@ -205,14 +205,22 @@ def _check_shards(files: list[str]) -> None:
         _check_samples(path, samples, formats)
 
 
-def _first_samples(archive: tarfile.TarFile) -> dict[str, set[str]]:
+def _first_samples(path: str, archive: tarfile.TarFile) -> dict[str, set[str]]:
     """Return the extensions of the first samples by name. As in webdataset, a name ends at its first dot."""
     samples: dict[str, set[str]] = {}
+    last = None
     for member in itertools.islice((member for member in archive if member.isfile()), _CHECKED_FILES):
         folder, _, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
         if stem and dot:
-            samples.setdefault(f"{folder}/{stem}" if folder else stem, set()).add(extension)
+            sample = f"{folder}/{stem}" if folder else stem
+            if sample in samples and sample != last:
+                raise ValueError(
+                    f"Members of a sample must be adjacent in a webdataset shard, but in '{path}' '{member.name}' "
+                    f"comes after '{last}'. Sort the members of the tar by name."
+                )
+            samples.setdefault(sample, set()).add(extension)
+            last = sample
     if len(samples) > 1:
         samples.popitem()  # it may go on
     return samples

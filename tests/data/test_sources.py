@@ -135,6 +135,20 @@ def test_class_folders_at_one_depth_are_labels(folder, files, split, names):
         assert level is None or dataset["label"][:] == [0, 0, 1]
 
 
+def test_classes_of_all_splits_lie_at_the_same_level(folder):
+    names = [f"train/{name}/{part}/0.png" for name in ("cat", "dog") for part in ("images", "crops")]
+    root = folder(dict.fromkeys([*names, "test/cat/images/0.png", "test/cat/crops/0.png"], 1))
+    test = load_images(root, split="test")
+    assert test.features["label"].names == ["cat", "dog"] and test["label"][:] == [0, 0]
+
+
+def test_metadata_file_beside_the_splits_is_refused(folder):
+    root = folder({"train/1.png": 1, "test/2.png": 2})
+    Path(root, "metadata.csv").write_text("file_name,label\ntrain/1.png,dog\ntest/2.png,cat\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv.*test, train"):
+        load_images(root)
+
+
 def test_folders_named_like_splits_are_splits(folder, picture):
     root = folder({"train/a/1.png": 1, "train/b/2.png": 2, "train/c/3.png": 3, "val/b/4.png": 4, "val/c/5.png": 5})
     train, val = load_images(root), load_images(root, split="val")
@@ -253,6 +267,7 @@ def test_webdataset_extensions_are_columns(tmp_path, encoded, picture, streaming
         ([*(f"{number}.jpg" for number in range(9)), "9.png", "10.png"], r"'9' has \['png'\]"),
         (["a/cat.1.jpg", "a/dog.2.jpg", "a/fox.3.jpg"], "first dot"),
         (["caf\udce9.jpg"], r"caf\\xe9"),
+        (["0.jpg", "1.jpg", "0.cls", "1.cls"], "'0.cls' comes after '1'"),
     ],
 )
 def test_shards_whose_samples_differ_are_refused_by_name(tmp_path, encoded, streaming, names, named):
