@@ -72,6 +72,10 @@ def undecoded(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
         )
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise ValueError("`dataset` must have images, but has no rows. Check its source, split and filters.")
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is not None:
+        if dataset.format["type"] == "custom":
+            logger.warning("The transform of the dataset (`with_transform`) is not applied to its images.")
+        dataset = dataset.with_format(None)
     if getattr((dataset.features or {}).get("image"), "decode", False):
         return dataset.cast_column("image", datasets.Image(decode=False))
     return dataset

@@ -45,8 +45,9 @@ def image_dataset(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
         )
     if len(dataset) == 0:
         raise ValueError("`dataset` must have images, but has no rows. Check its source, split and filters.")
-    names = getattr(dataset, "classes", None)
-    if hasattr(dataset, "samples") and names and getattr(dataset, "target_transform", None) is None:
+    # names of the numbers before a transform of the labels
+    names = getattr(dataset, "classes", None) if getattr(dataset, "target_transform", None) is None else None
+    if hasattr(dataset, "samples") and names:
         if getattr(dataset, "transform", None) is not None:
             logger.warning("The transform of the %s is not applied to its images.", type(dataset).__name__)
         files, numbers = zip(*dataset.samples)

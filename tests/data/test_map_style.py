@@ -72,6 +72,18 @@ def test_transform_of_an_image_folder_is_not_applied_and_named(root, picture, ca
     assert read["label"][:] == [0, 0, 1, 1] and "ImageFolder" in caplog.text
 
 
+def test_transformed_labels_lose_their_names(root):
+    read = image_dataset(ImageFolder(str(root), target_transform=lambda label: 1 - label))
+    assert read["label"][:] == [1, 1, 0, 0] and read.features["label"] == datasets.Value("int64")
+
+
+@pytest.mark.parametrize("kind", ["transform", "pandas"])
+def test_format_of_a_dataset_does_not_matter(image_rows, kind):
+    rows = image_rows(2)
+    formatted = rows.with_format("pandas") if kind == "pandas" else rows.with_transform(lambda batch: {"x": [1]})
+    np.testing.assert_array_equal(pixel_features(formatted).features, pixel_features(rows).features)
+
+
 def test_broken_files_of_a_list_are_skipped_when_they_are_read(root, picture):
     (root / "cat" / "1.png").write_bytes(b"no image")
     dataset = MultiViewDataset([str(root / "cat" / "1.png"), str(root / "cat" / "2.png")], TRANSFORM)
