@@ -75,14 +75,23 @@ def _from_items(dataset: Any, names: list[str] | None) -> datasets.Dataset:
         images.append(_encoded(image, row))
         labels.append(label)
     features = datasets.Features(image=datasets.Image(decode=False))
-    if all(isinstance(label, str) for label in labels):
-        names = sorted(set(labels))
+    given = [label for label in labels if label is not None]
+    if not given:
+        return datasets.Dataset.from_dict({"image": images}, features)
+    if all(isinstance(label, str) for label in given):
+        names = sorted(set(given))
     else:
         try:
-            labels = [operator.index(label) for label in labels]
-        except TypeError:  # not one class number for every image
+            labels = [None if label is None else operator.index(label) for label in labels]
+        except TypeError:
+            kinds = ", ".join(sorted({type(label).__name__ for label in given}))
+            logger.warning(
+                "Labels must be all class numbers or all class names, but those of the %s are %s. Its images have no "
+                "labels here. Convert them to int or str.",
+                *(type(dataset).__name__, kinds),
+            )
             return datasets.Dataset.from_dict({"image": images}, features)
-    has_names = names and all(isinstance(label, str) or 0 <= label < len(names) for label in labels)
+    has_names = names and all(label is None or isinstance(label, str) or 0 <= label < len(names) for label in labels)
     features["label"] = datasets.ClassLabel(names=list(names)) if has_names else datasets.Value("int64")
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
 

@@ -84,6 +84,20 @@ def test_format_of_a_dataset_does_not_matter(image_rows, kind):
     np.testing.assert_array_equal(pixel_features(formatted).features, pixel_features(rows).features)
 
 
+@pytest.mark.parametrize("label", [0, "cat"])
+def test_rows_without_label_keep_the_labels_of_others(picture, label):
+    read = image_dataset([(picture(0), label), (picture(1), None)])
+    assert read["label"][:] == [0, None]
+    assert len(MultiViewDataset(read, TRANSFORM)[1]["pixel_values"]) == 3
+    with pytest.raises(ValueError, match="row 1 has label None"):
+        draw_labelled_rows(read, images_per_class=1, seed=0)
+
+
+def test_labels_of_other_types_are_left_out_and_named(picture, caplog):
+    assert image_dataset([(picture(0), 0), (picture(1), 0.5)]).column_names == ["image"]
+    assert "float, int" in caplog.text
+
+
 def test_broken_files_of_a_list_are_skipped_when_they_are_read(root, picture):
     (root / "cat" / "1.png").write_bytes(b"no image")
     dataset = MultiViewDataset([str(root / "cat" / "1.png"), str(root / "cat" / "2.png")], TRANSFORM)
