@@ -17,6 +17,7 @@ from transformers import (
     ViTMSNForImageClassification,
 )
 
+from ..checks import did_you_mean
 from ..hub.export import load_under_head
 from ..models.configuration_pretraining import PretrainingConfig
 from ..models.configuration_suncet import SuNCEtConfig
@@ -97,13 +98,27 @@ def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadFor
     head = getattr(source, "target_projection_head", getattr(source, "projection_head", None))
     if head is None:
         raise _no_head(name)
+    for field in config_fields:
+        if not hasattr(HeadClassifierConfig, field):
+            hint = did_you_mean(field, vars(HeadClassifierConfig()))
+            raise ValueError(
+                f"`{field}` must be a field of the encoder or its head, but there is none. {hint}".rstrip()
+            )
     fields = select_fields(HeadClassifierConfig, fields, name)
     if isinstance(source, MSNForPreTraining):
         fields["projection_activation"] = "gelu"
     model = HeadForImageClassification(HeadClassifierConfig(**{**fields, **config_fields, **labels}))
     copy_encoder(encoder, model.encoder, model.config, fields, name)
+    trained = {key: value for key, value in head.state_dict().items() if key.startswith(("fc1.", "bn1."))}
     own = model.projection_head.state_dict()
-    model.projection_head.load_state_dict({key: value for key, value in head.state_dict().items() if key in own})
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in trained.items()}:
+        for field in ("projection_batch_norm", "projection_hidden_dim"):
+            if getattr(model.config, field) != getattr(source.config, field):
+                raise ValueError(
+                    f"`{field}` must be {getattr(source.config, field)}, as in the projection head of '{name}' that "
+                    f"`start_layer` 'fc1' keeps, but is {getattr(model.config, field)}. Leave it out."
+                )
+    model.projection_head.load_state_dict(trained)
     return model
 
 

@@ -169,3 +169,12 @@ def test_a_classifier_on_the_head_computes_its_first_layer_from_folder_and_model
 def test_a_start_without_a_projection_head_is_refused(start):
     with pytest.raises(ValueError, match=r"`start_layer` 'fc1'.*'backbone'"):
         load_for_classification(start(), CLASSES, NAMES, 0, start_layer="fc1")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("projection_batch_norm", False), ("projection_hidden_dim", 64), ("projection_hiden_dim", 32)],
+)
+def test_a_field_that_does_not_fit_the_first_layer_of_the_head_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must be"):
+        load_for_classification(paws_model(), CLASSES, NAMES, 0, start_layer="fc1", **{field: value})
