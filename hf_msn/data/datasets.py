@@ -53,9 +53,16 @@ def multi_view_dataset(
 class EncodedImages:
     """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views."""
 
+    transform_method = "__call__"  # makes the views of one image
+
     def __init__(self, dataset, transform, seed: int, on_broken_image: str):
         check_choice("on_broken_image", on_broken_image, ("skip", "raise"))
         check_integer("seed", seed, 0)
+        if not callable(getattr(transform, self.transform_method, None)):
+            raise ValueError(
+                f"`transform` must have the method `{self.transform_method}`, as a MultiViewTransform has, but is "
+                f"{transform!r:.80}. Pass one, such as `MultiViewTransform()`."
+            )
         dataset = undecoded(dataset)
         self.class_names = class_names(dataset)  # from the features: no label is read
         self._dataset = dataset.with_format(None).select_columns("image")

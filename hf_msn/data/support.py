@@ -50,6 +50,8 @@ class SupportDataset(RowImages, torch.utils.data.Dataset):
             readable image.
     """
 
+    transform_method = "global_views"
+
     def __init__(
         self,
         dataset: datasets.Dataset,

@@ -65,6 +65,11 @@ def plain_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
 
 def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer of another model, and FSDP, tensor parallelism (DTensor parameters) and DeepSpeed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, but is a {type(model).__name__}. Pass the model itself; several "
+            "modules fit into one torch.nn.ModuleList."
+        )
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     data = [parameter.data for parameter in (*model.parameters(), *optimized)]
     for part in (*model.modules(), *data):

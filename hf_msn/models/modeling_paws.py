@@ -113,6 +113,11 @@ class PAWSForPreTraining(SemiSupervisedModel):
 
     def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return projections after the prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        if self.prediction_head is None:
+            raise ValueError(
+                "`predict` needs the prediction head, but `prediction_head` of the configuration is off. Use "
+                "`project`, or set `prediction_head` to True for a new model."
+            )
         return self.prediction_head(self.project(pixel_values))
 
 

@@ -31,6 +31,7 @@ class MSNTrainer(PretrainingTrainer):
     """
 
     arguments_class = MSNTrainingArguments
+    model_class = MSNForPreTraining
 
     def __init__(self, model: MSNForPreTraining, args: MSNTrainingArguments, data_collator=None, **kwargs):
         super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..models.modeling_paws import PAWSForPreTrainingOutput
+from ..models.modeling_paws import PAWSForPreTraining, PAWSForPreTrainingOutput
 from .paws_arguments import PAWSTrainingArguments
 from .semi_supervised_trainer import SemiSupervisedTrainer
 
@@ -31,6 +31,7 @@ class PAWSTrainer(SemiSupervisedTrainer):
 
     args: PAWSTrainingArguments
     arguments_class = PAWSTrainingArguments
+    model_class = PAWSForPreTraining
 
     def values_to_log(self, outputs: PAWSForPreTrainingOutput) -> dict[str, torch.Tensor]:
         target = outputs.target_probabilities

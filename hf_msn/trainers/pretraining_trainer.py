@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import CommitInfo
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -64,6 +65,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
 
     args: PretrainingArguments
     arguments_class: type[PretrainingArguments] = PretrainingArguments
+    model_class: type[nn.Module] = nn.Module
     _staging: Path | None = None
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
@@ -71,6 +73,12 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
             raise ValueError(
                 f"`args` of {type(self).__name__} must be {self.arguments_class.__name__}, which have its schedules, "
                 f"but are {type(args).__name__}."
+            )
+        unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
+        if not isinstance(unwrapped, self.model_class):
+            raise ValueError(
+                f"`model` of {type(self).__name__} must be a {self.model_class.__name__}, but is a "
+                f"{type(unwrapped).__name__}. Pass such a model, or use the trainer of its method."
             )
         if args.sync_batch_norm and args.world_size > 1:
             model = synchronize_batch_norm(model, args.device)
@@ -207,17 +215,19 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         inputs = super()._prepare_inputs(inputs)
         if "view_parameters" in inputs or "support_view_parameters" in inputs:
             inputs = self.train_dataset.transform.finish(inputs)
-        if self.model.training and "pixel_values" in inputs:
-            self._check_image_size(inputs["pixel_values"])
+        for name in ("pixel_values", "anchor_pixel_values", "support_pixel_values"):
+            if inputs.get(name) is not None:
+                self._check_image_size(name, inputs[name])
         return inputs
 
-    def _check_image_size(self, pixel_values: torch.Tensor) -> None:
+    def _check_image_size(self, name: str, pixel_values: torch.Tensor) -> None:
         config = self.model.config
         wanted, sides = config.image_size, pixel_values.shape[-2:]
         if getattr(config, "timm_model", None) is None and set(sides) != {wanted}:
             found = " x ".join(map(str, sides))
             raise ValueError(
-                f"`image_size` of the views must be the model's {wanted}, but is {found} pixels. Change one of them."
+                f"`image_size` of the views must be the model's {wanted}, but is {found} pixels in `{name}`. Change "
+                "one of them."
             )
 
     def get_batch_samples(self, *args, **kwargs):

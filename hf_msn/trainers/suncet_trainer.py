@@ -3,7 +3,7 @@
 import torch
 from transformers.trainer_utils import has_length
 
-from ..models.modeling_suncet import SuNCEtForPreTrainingOutput
+from ..models.modeling_suncet import SuNCEtForPreTraining, SuNCEtForPreTrainingOutput
 from .semi_supervised_trainer import SemiSupervisedTrainer
 from .suncet_arguments import SuNCEtTrainingArguments
 
@@ -17,6 +17,7 @@ class SuNCEtTrainer(SemiSupervisedTrainer):
 
     args: SuNCEtTrainingArguments
     arguments_class = SuNCEtTrainingArguments
+    model_class = SuNCEtForPreTraining
 
     def needs_support(self) -> bool:
         return self.args.supervised_epochs != 0

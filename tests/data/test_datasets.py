@@ -251,3 +251,10 @@ def test_crops_finished_in_a_batch_equal_the_views(image_rows, streamed, workers
     assert set(finished) == set(views)
     for name in views:
         torch.testing.assert_close(finished[name], views[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("transform", [None, {"image_size": 8}])
+def test_a_transform_that_cannot_be_called_is_refused(image_rows, transform):
+    for stream in (image_rows(3), image_rows(3).to_iterable_dataset()):
+        with pytest.raises(ValueError, match="`transform` must have the method `__call__`"):
+            multi_view_dataset(stream, transform)

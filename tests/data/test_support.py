@@ -226,3 +226,8 @@ def test_crops_finished_in_a_batch_equal_the_views(labelled):
         finished = TRANSFORM.finish(one)
         assert set(finished) == set(other) and torch.equal(finished["support_labels"], other["support_labels"])
         torch.testing.assert_close(finished["support_pixel_values"], other["support_pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_a_missing_transform_is_refused(labelled):
+    with pytest.raises(ValueError, match=r"`transform` must have the method `global_views`.* None"):
+        SupportDataset(labelled(), ROWS, None)

@@ -262,3 +262,9 @@ def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, how
         if how == "hangs":
             assert lost == (1,)
             assert seconds >= timeout_seconds - 0.1
+
+
+def test_a_list_of_models_is_refused():
+    model = make_model()
+    with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, but is a list"):
+        SlowMo([model], sgd(model))

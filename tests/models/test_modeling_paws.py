@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import tiny_model
 from tiny_semi_supervised import (
     ENCODERS,
     RESNETV2,
@@ -213,3 +214,9 @@ def test_the_loss_is_right_under_bfloat16_autocast():
         loss = copy.deepcopy(model)(**batch).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, model(**batch).loss, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("model", [tiny_model, tiny_paws])
+def test_predict_without_a_prediction_head_is_an_error(model):
+    with pytest.raises(ValueError, match="`prediction_head` of the configuration is off"):
+        model(prediction_head=False).predict(torch.zeros(2, 3, 16, 16))

@@ -6,8 +6,8 @@ import math
 import datasets
 import pytest
 import torch
-from semi_supervised_runs import load_images, make_run, support, transform, watch
-from short_runs import assert_same_weights, logged
+from semi_supervised_runs import LABELLED_ROWS, digits, load_images, make_run, support, transform, watch
+from short_runs import assert_same_weights, logged, make_trainer
 
 from hf_msn import ClassStratifiedSampler, MultiViewDataset, SupportDataset
 from hf_msn.data.support import SupportCollator
@@ -174,6 +174,11 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
         ({}, {"support_dataset": None}, "`support_dataset`"),
         ({}, {"support_dataset": load_images("digits")}, "`support_dataset`"),
         ({}, {"transform": {"image_size": 16}}, "`image_size` .* 16 x 16 pixels"),
+        (
+            {},
+            {"support_dataset": SupportDataset(digits(), LABELLED_ROWS, transform(image_size=16))},
+            "`image_size` .* 16 x 16 pixels in `support_pixel_values`",
+        ),
         ({}, {"transform": {"anchor_views": 2}}, "`anchor_views` .* 2"),
         ({}, {"transform": {"focal_size": 6}}, "`focal_size` .* 6 pixels"),
         ({"per_device_train_batch_size": 32}, {}, "has 20 images, but one batch takes 32"),
@@ -214,3 +219,20 @@ def test_a_size_that_a_timm_network_does_not_take_is_refused(tmp_path):
     assert trainer.model.encoder.training and trainer.state.global_step == 0
     fields["timm_options"] = {**options, "dynamic_img_size": True}
     make_run(tmp_path, model_fields=fields).check_before_training()
+
+
+@pytest.mark.parametrize("name", ["anchor_pixel_values", "support_pixel_values"])
+def test_an_evaluation_needs_views_of_the_models_size(tmp_path, name):
+    trainer = make_run(tmp_path)
+    trainer.model.eval()
+    with pytest.raises(ValueError, match=f"must be the model's 8, but is 16 x 16 pixels in `{name}`"):
+        trainer._prepare_inputs({"pixel_values": torch.zeros(2, 3, 8, 8), name: torch.zeros(2, 1, 3, 16, 16)})
+
+
+@pytest.mark.parametrize("method", ["msn", "paws", "suncet"])
+def test_the_model_of_another_method_is_refused(tmp_path, method):
+    trainer = make_trainer(tmp_path) if method == "msn" else make_run(tmp_path, method)
+    other = make_run(tmp_path, "suncet" if method == "paws" else "paws").model
+    support_dataset = {} if method == "msn" else {"support_dataset": trainer.support_dataset}
+    with pytest.raises(ValueError, match=f"`model` of .* a {type(trainer.model).__name__}, but is a .*ForPreT"):
+        type(trainer)(other, trainer.args, train_dataset=trainer.train_dataset, **support_dataset)

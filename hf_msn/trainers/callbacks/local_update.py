@@ -35,6 +35,7 @@ class PerRankCallback(TrainerCallback):
     saves_model_of_each_rank = False
 
     def __init__(self, trainer: Trainer):
+        check_trainer(self, trainer)
         self.trainer = trainer
         self.sync: Any = None
         self.checkpoint: str | None = None  # set by LocalUpdateTrainerMixin
@@ -415,6 +416,16 @@ def evaluation_scope(trainer: Trainer | None) -> AbstractContextManager:
     """Return a context for an evaluation that shares its work over the ranks; replicas evaluate alone."""
     callback = find_per_rank_callback(trainer)
     return nullcontext() if callback is None else callback.evaluation_scope()
+
+
+def check_trainer(callback: TrainerCallback, trainer: Any) -> None:
+    """Raise a `TypeError` if the first argument of a callback is something else, such as a model."""
+    if not isinstance(trainer, Trainer):
+        name = type(callback).__name__
+        raise TypeError(
+            f"`trainer` of {name} must be a transformers.Trainer, but is a {type(trainer).__name__}. Make the trainer "
+            f"first, then `trainer.add_callback({name}(trainer, ...))`."
+        )
 
 
 def refuse_unsupported(trainer: Trainer) -> None:

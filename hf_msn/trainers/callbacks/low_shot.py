@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from transformers import Trainer, TrainerCallback
 
 from ...checks import check_integer
-from .local_update import bring_to_consensus, evaluation_scope
+from .local_update import bring_to_consensus, check_trainer, evaluation_scope
 
 
 class LowShotCallback(TrainerCallback):
@@ -25,10 +25,17 @@ class LowShotCallback(TrainerCallback):
 
     Raises:
         ValueError: If `every_epochs` is not an integer >= 1.
+        TypeError: If `trainer` is no Trainer, or `evaluator` cannot be called.
     """
 
     def __init__(self, trainer: Trainer, evaluator: Callable[..., dict[str, float]], every_epochs: int = 1):
         check_integer("every_epochs", every_epochs, meaning="counts epochs between two evaluations")
+        check_trainer(self, trainer)
+        if not callable(evaluator):
+            raise TypeError(
+                f"`evaluator` of LowShotCallback must be callable, as a LowShotEvaluator is, but is {evaluator!r:.80}"
+                ". Pass one that takes a model and returns a dict of metrics."
+            )
         self.trainer, self.evaluator, self.every_epochs = trainer, evaluator, every_epochs
         self.last_step: int | None = None
 

@@ -6,7 +6,7 @@ from launch import run_ranks
 from sync_runs import make_local_trainer, make_trainer
 from transformers import TrainerCallback
 
-from hf_msn import CodistillationCallback, LocalSGDCallback, SlowMoCallback
+from hf_msn import CodistillationCallback, LocalSGDCallback, LowShotCallback, SlowMoCallback
 from hf_msn.distributed.local_sgd import LocalSGD
 
 
@@ -105,3 +105,13 @@ def test_a_training_can_follow_one_that_failed(tmp_path, make):
     trainer.remove_callback(Fail)
     trainer.train()
     assert callback.sync is None and trainer.state.global_step == 8
+
+
+def test_something_else_in_place_of_the_trainer_is_named(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for other in (None, trainer.model):
+        for callback in (SlowMoCallback, lambda it: LowShotCallback(it, lambda model: {})):
+            with pytest.raises(TypeError, match=f"`trainer` of .* but is a {type(other).__name__}"):
+                callback(other)
+    with pytest.raises(TypeError, match=r"`evaluator` of LowShotCallback .* None"):
+        LowShotCallback(trainer, None)
