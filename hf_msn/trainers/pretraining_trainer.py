@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import CommitInfo
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,6 +24,7 @@ from ..data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crop
 from ..data.transforms import gives_crops
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
+from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
@@ -74,8 +74,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
                 f"`args` of {type(self).__name__} must be {self.arguments_class.__name__}, which have its schedules, "
                 f"but are {type(args).__name__}."
             )
-        unwrapped = extract_model_from_parallel(model, keep_torch_compile=False)
-        if not isinstance(unwrapped, self.model_class):
+        _, unwrapped = find_wrapper(model)
+        if not isinstance(unwrapped, self.model_class) and kwargs.get("model_init") is None:
             raise ValueError(
                 f"`model` of {type(self).__name__} must be a {self.model_class.__name__}, but is a "
                 f"{type(unwrapped).__name__}. Pass such a model, or use the trainer of its method."
