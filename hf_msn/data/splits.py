@@ -125,19 +125,18 @@ def read_list_file(path: str | os.PathLike) -> list[str]:
 def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -> np.ndarray:
     """Return the rows of a dataset that a list file names, in its order, and log how many images per class it holds.
 
-    Extensions do not matter. A name in the list is the end of a file's path (`cat/000.jpg`), its name alone where that
-    is unique in the dataset, the name before the `_<class>` that the Hub's ImageNet rows end in
-    (`n01440764_10026_n01440764.JPEG`), or `<class>_<name>` of a file in a class folder. Folders in the list may be
-    others than the dataset's if the name begins with its class, as those of the published lists do. Uneven counts, and
-    counts that differ from the number in the file's name, are logged as a warning (one published list named for 3
-    images per class holds 5).
+    Extensions do not matter, unless files differ in nothing else. A name in the list is the end of a file's path
+    (`cat/000.jpg`), its name alone where that is unique in the dataset, the name before the `_<class>` that the Hub's
+    ImageNet rows end in (`n01440764_10026_n01440764.JPEG`), or `<class>_<name>` of a file in a class folder. Folders
+    in the list may be others than the dataset's if the name begins with its class, as those of the published lists do.
+    Uneven counts, and counts that differ from the number in the file's name, are logged as a warning (one published
+    list named for 3 images per class holds 5).
 
     Raises:
         FileNotFoundError: If the list does not exist.
         ValueError: If names have no row or several (counted, the first five shown).
     """
-    counts = Counter(map(_split, read_list_file(path)))
-    names = {"/".join((*folders, stem)): (folders, stem) for folders, stem in counts}
+    lines = [PurePosixPath(line.replace("\\", "/")) for line in read_list_file(path)]
     files = {row: _split(name) for row, name in enumerate(file_names) if name is not None}
     all_folders = {folders[-1] for folders, _ in files.values() if folders}
     exact: dict[str, list[int]] = {}
@@ -156,30 +155,39 @@ def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -
         classes = (f"{folders[-1]}_", f"{files[row][0][-1]}_") if folders else ()
         return not folders or (folders[-1] not in all_folders and stem.startswith(classes))
 
-    def find(folders: tuple[str, ...], stem: str) -> list[int]:
+    def find(line: PurePosixPath) -> list[int]:
+        folders, stem = _split(str(line))
         for rows in (table.get(stem, []) for table in (exact, shortened, in_folder)):
             common = {row: _common_end(folders, files[row][0]) for row in rows}
             found = [row for row in rows if common[row] or not files[row][0] or is_free(folders, stem, row)]
             if found:
-                return [row for row in found if common[row] == max(common.values())]
+                found = [row for row in found if common[row] == max(common.values())]
+                # where files differ in their extension alone, that of the list decides
+                return [row for row in found if PurePosixPath(file_names[row]).name == line.name] or found
         return []
 
-    matches = {name: find(*split) for name, split in names.items()}
-    if missing := [name for name, rows in matches.items() if not rows]:
+    matches = {line: find(line) for line in dict.fromkeys(lines)}
+    if missing := [line.parent / line.stem for line, rows in matches.items() if not rows]:
         raise ValueError(
-            f"Names of the list file '{path}' must be file names of the dataset, but {len(missing)} of {len(names)} "
+            f"Names of the list file '{path}' must be file names of the dataset, but {len(missing)} of {len(matches)} "
             f"are not: {first_few(missing)}. Check that list and dataset belong together."
         )
-    several = [f"{name} (rows {', '.join(map(str, rows[:3]))})" for name, rows in matches.items() if len(rows) > 1]
+    several = [
+        f"{line.parent / line.stem} (rows {', '.join(map(str, rows[:3]))})"
+        for line, rows in matches.items()
+        if len(rows) > 1
+    ]
     if several:
         raise ValueError(
             f"File names must be unique in the dataset, but {len(several)} names of the list file '{path}' have "
             f"several rows: {first_few(several)}. Give their folders too: <class>/<name>."
         )
-    rows = dict.fromkeys(rows[0] for rows in matches.values())
-    classes = [_class_of(split, files[rows[0]]) for split, rows in zip(names.values(), matches.values())]
-    _log_counts(path, classes, [name for name, split in names.items() if counts[split] > 1])
-    return np.array(list(rows), dtype=np.int64)
+    listed: dict[int, list[PurePosixPath]] = {}
+    for line in lines:
+        listed.setdefault(matches[line][0], []).append(line)
+    classes = [_class_of(_split(str(same[0])), files[row]) for row, same in listed.items()]
+    _log_counts(path, classes, [str(same[0].parent / same[0].stem) for same in listed.values() if len(same) > 1])
+    return np.array(list(listed), dtype=np.int64)
 
 
 def _log_counts(path: str | os.PathLike, classes: list[str], repeated: list[str]) -> None:

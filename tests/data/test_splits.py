@@ -147,6 +147,13 @@ def test_file_of_another_class_is_not_the_listed_one(write):
     assert match_list_file(write(["all/cat_000.png"]), ["cat/cat_000.png"]).tolist() == [0]
 
 
+@pytest.mark.parametrize(
+    ("lines", "rows"), [(["cat/000.png"], [1]), (["000.jpg"], [0]), (["cat\\000.png", "cat/000.jpg"], [1, 0])]
+)
+def test_extension_decides_where_files_differ_in_nothing_else(write, lines, rows):
+    assert match_list_file(write(lines), ["cat/000.jpg", "cat/000.png"]).tolist() == rows
+
+
 def test_names_without_a_row_are_refused(write):
     path = write([f"a_{number}.JPEG" for number in range(9)])
     with pytest.raises(ValueError, match=r"7 of 9 are not: a_2, a_3, a_4, a_5, a_6, \.\.\."):
