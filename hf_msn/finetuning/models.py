@@ -98,12 +98,11 @@ def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadFor
     head = getattr(source, "target_projection_head", getattr(source, "projection_head", None))
     if head is None:
         raise _no_head(name)
+    standard = HeadClassifierConfig()
     for field in config_fields:
-        if not hasattr(HeadClassifierConfig, field):
-            hint = did_you_mean(field, vars(HeadClassifierConfig()))
-            raise ValueError(
-                f"`{field}` must be a field of the encoder or its head, but there is none. {hint}".rstrip()
-            )
+        if not hasattr(standard, field):
+            hint = did_you_mean(field, vars(standard)) or "Leave it out."
+            raise ValueError(f"`{field}` must be a field of the encoder or of its head, but neither has it. {hint}")
     fields = select_fields(HeadClassifierConfig, fields, name)
     if isinstance(source, MSNForPreTraining):
         fields["projection_activation"] = "gelu"

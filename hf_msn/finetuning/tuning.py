@@ -18,6 +18,7 @@ from ..data.map_style import image_dataset
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from ..distributed.collectives import all_reduce_sum
+from ..evaluation.weights_hash import weights_sha256
 from ..hub.run_record import changed_arguments
 from ..trainers.checkpoints import find_last_checkpoint, resolve_checkpoint
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
@@ -37,6 +38,8 @@ _MAY_DIFFER = (
     "save_total_limit",
     "dataloader_num_workers",
 )
+# Settings of `TrainingArguments` that settle the batches and the learning rates, and must be the same.
+_INHERITED = ("num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size")
 
 
 def finetune_classifier(
@@ -195,11 +198,14 @@ class _Tuning:
         checkpoint: str | Path | None = None,
     ) -> tuple[PreTrainedModel, BestEpochCallback, int]:
         """Return the trained model, the callback with its accuracies, and how many of the images could be read."""
-        trainer = self.make_trainer(self.build_model(), rows, args)
-        settings = {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
-        start = str(self.start) if isinstance(self.start, (str, Path)) else None
+        model = self.build_model()
+        # what a start folder holds, not its name: it may be moved, or spelled in another way
+        start = f"a model with the weights {weights_sha256(model)[:16]}"
+        trainer = self.make_trainer(model, rows, args)
+        settings = {name: getattr(args, name) for name in _INHERITED}
+        settings |= {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
         data = {"rows": rows.tolist(), "images": trainer.train_dataset.sample_sha256}
-        settings |= {**asdict(self.views), **self.config_fields, "start": start, **data}
+        settings |= {**asdict(self.views), **self.config_fields, **data, "start": start}
         best = BestEpochCallback(trainer, measure, settings)
         for callback in (best, *callbacks):
             trainer.add_callback(callback)

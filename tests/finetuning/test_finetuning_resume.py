@@ -8,7 +8,7 @@ import torch
 from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config, with_labels
 from transformers import TrainerCallback
 
-from hf_msn import finetune_classifier, finetune_suncet
+from hf_msn import SuNCEtForPreTraining, finetune_classifier, finetune_suncet
 from hf_msn.trainers.checkpoints import CheckpointError
 
 RESNET = suncet_config(timm_model="test_resnet")
@@ -78,3 +78,30 @@ def test_a_run_is_resumed_with_the_same_settings_and_labels_only(tmp_path):
         with pytest.raises(CheckpointError, match=f"'{file.name}' is damaged"):
             tune("linear", tmp_path, resume_from_checkpoint=str(checkpoint))
         file.write_bytes(whole)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_number_of_epochs_and_the_same_weights_to_start_from(tmp_path, monkeypatch):
+    method, arguments, config = METHODS["suncet"]
+    torch.manual_seed(0)
+    model = SuNCEtForPreTraining(config)
+    model.save_pretrained(tmp_path / "start")
+    out = tmp_path / "out"
+
+    def tune_from(start, callbacks=(), **fields):
+        settings = {"num_train_epochs": 2, "validation_fraction": 0, "save_strategy": "epoch", **fields}
+        return method(start, *digits(1), VIEWS, arguments(out, **settings), callbacks=callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_from(tmp_path / "start", [Stop(2)])
+    resume = {"resume_from_checkpoint": "true"}
+    for name in ("num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size"):
+        with pytest.raises(ValueError, match=f"`{name}` .* but is 3"):
+            tune_from(tmp_path / "start", **resume, **{name: 3})
+    (tmp_path / "start").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        model.encoder.layernorm.bias[0] += 1
+    with pytest.raises(ValueError, match=r"`start` .* a model with the weights"):
+        tune_from(model, **resume)
+    assert tune_from("moved", **resume).best_epoch == 2
