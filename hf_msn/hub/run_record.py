@@ -28,6 +28,7 @@ _FIELDS = (
 _SETTINGS = ("arguments", "recipe", "settings", "resumes")
 _TEXT_SETTINGS = {
     *("method", "head", "start_layer", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
+    *("data_sample_sha256", "split"),
     *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
     *("labelled_dataset", "labelled_split", "labelled_list_file", "labelled_rows_file", "on_broken_image"),
     *("interpolation", "attn_implementation", "support_shard", "support_on_small_class"),
@@ -112,6 +113,8 @@ def describe_settings(trainer: Trainer) -> dict[str, Any]:
     args, transform = trainer.args, getattr(trainer.train_dataset, "transform", None)
     names = [*(field.name for field in _training_fields(args)), *_BATCH_FIELDS]
     settings = {name: getattr(args, name) for name in names}
+    # `auto_find_batch_size` may have lowered that of the arguments.
+    settings["per_device_train_batch_size"] = trainer._train_batch_size // max(args.n_gpu, 1)
     if dataclasses.is_dataclass(transform):
         settings["views"] = {field.name: getattr(transform, field.name) for field in dataclasses.fields(transform)}
     return settings

@@ -21,7 +21,7 @@ def without_memory_for_more_than(images: int, trainer):
     return trainer
 
 
-def test_a_batch_that_was_found_is_that_of_schedules_and_record(tmp_path):
+def test_a_batch_that_was_found_is_that_of_schedules_and_record(tmp_path, caplog):
     settings = {
         "max_steps": -1,
         "num_train_epochs": 2,
@@ -42,6 +42,12 @@ def test_a_batch_that_was_found_is_that_of_schedules_and_record(tmp_path):
     assert max(rates.values()) == pytest.approx(found.args.learning_rate * size / 8)
     record = read_json(find_last_checkpoint(tmp_path / "found") / "run.json")
     assert record["batch"]["per_device"] == record["batch"]["images_per_update"] == size
+    assert record["settings"]["per_device_train_batch_size"] == size
+    resumed = make_trainer(tmp_path / "found", per_device_train_batch_size=8, auto_find_batch_size=True, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    resumed = make_trainer(tmp_path / "found", per_device_train_batch_size=size, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert "other settings" not in caplog.text
 
 
 @pytest.mark.parametrize("num_images", [13, 7])  # a smaller last batch, and no whole batch

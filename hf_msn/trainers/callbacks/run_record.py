@@ -68,6 +68,8 @@ class RunRecordCallback(TrainerCallback):
         differing = self._compare_data(checkpoint, here)
         if "settings" in self._saved:
             differing |= find_differences(self._saved["settings"], here["settings"])
+            if self.trainer.args.auto_find_batch_size:  # a resume takes that of the checkpoint
+                differing.pop("per_device_train_batch_size", None)
         method = self._saved.get("sync", {}).get("method")
         if method not in (None, "DistributedDataParallel") and find_per_rank_callback(self.trainer) is None:
             differing["sync"] = {"before": method, "after": None}  # its callback compares the settings of another one
@@ -96,10 +98,13 @@ class RunRecordCallback(TrainerCallback):
                 "Give the same data, set `resume_on_other_data` to go on with this one, or start a new run in another "
                 "`output_dir`."
             )
-        return {
-            "dataset": {"before": there.get("name"), "after": here.get("name")},
-            "num_images": {"before": there.get("num_images"), "after": here.get("num_images")},
+        pairs = {
+            "dataset": (there.get("name"), here.get("name")),
+            "split": (there.get("split"), here.get("split")),
+            "num_images": (there.get("num_images"), here.get("num_images")),
+            "data_sample_sha256": (saved.get("data_sample_sha256"), record.get("data_sample_sha256")),
         }
+        return {name: {"before": old, "after": new} for name, (old, new) in pairs.items() if old != new}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._seconds_before, self._started = self._saved.get("wall_time_seconds"), time.monotonic()
