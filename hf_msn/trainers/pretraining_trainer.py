@@ -67,6 +67,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
     arguments_class: type[PretrainingArguments] = PretrainingArguments
     model_class: type[nn.Module] = nn.Module
     _staging: Path | None = None
+    _checked_batch: int | None = None
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
         if not isinstance(args, self.arguments_class):
@@ -151,6 +152,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
     def _check_last_batch(self) -> None:
         """Raise a `ValueError` if batch normalisation fails because the last batch of an epoch has one image."""
         args, num_images, batch = self.args, len(self.train_dataset), self._train_batch_size
+        self._checked_batch = batch
         num_updates = math.ceil(math.ceil(num_images / batch) / args.gradient_accumulation_steps)
         is_reached = args.max_steps <= 0 or args.max_steps >= num_updates
         # Several ranks fill their last batches from the first images.
@@ -343,6 +345,11 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         self.throughput.images += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.non_finite.observe(loss)
+        if self._checked_batch not in (
+            None,
+            self._train_batch_size,
+        ):  # found by `auto_find_batch_size`: memory suffices
+            self._check_last_batch()
         return loss
 
     # Log

@@ -99,3 +99,15 @@ def test_a_last_batch_of_one_image_with_a_support_trains_or_is_refused_before(tm
         assert "`dataloader_drop_last`" in str(error) and trainer.state.global_step == 0
     else:
         assert trainer.state.global_step == 8
+
+
+def test_a_last_batch_of_one_image_is_refused_where_the_batch_was_found(tmp_path):
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "dataloader_drop_last": False}
+    # 8, 7, 6, 5 and 4 are tried; 6 and 4 leave one of 13 images.
+    trainer = make_trainer(tmp_path, RandomViews(13), save_strategy="no", **settings)
+    with pytest.raises(ValueError, match=r"`dataloader_drop_last`.* 1 of the 13 images"):
+        without_memory_for_more_than(4, trainer).train()
+    assert trainer.state.global_step == 0 and trainer._train_batch_size == 4
+    trainer = make_trainer(tmp_path, RandomViews(13), save_strategy="no", **settings)
+    without_memory_for_more_than(5, trainer).train()
+    assert trainer.state.global_step == 8 and trainer._train_batch_size == 5
