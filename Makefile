@@ -34,7 +34,7 @@ runs/demo/model/config.json:
 test: $(VENV)/.installed  ## Run all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer within 2 minutes
+test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer in about 2 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 # uv resolves every direct dependency to the lowest version that pyproject.toml allows.
