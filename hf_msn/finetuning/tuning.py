@@ -199,7 +199,7 @@ class _Tuning:
     ) -> tuple[PreTrainedModel, BestEpochCallback, int]:
         """Return the trained model, the callback with its accuracies, and how many of the images could be read."""
         model = self.build_model()
-        # what a start folder holds, not its name: it may be moved, or spelled in another way
+        # Compare the weights of the start, not its path: the folder may be moved or spelled in another way.
         start = f"a model with the weights {weights_sha256(model)[:16]}"
         trainer = self.make_trainer(model, rows, args)
         settings = {name: getattr(args, name) for name in _INHERITED}

@@ -1,4 +1,4 @@
-"""What is exported, published and fine-tuned loads where hf_msn is not installed. One process loads all of it."""
+"""Exports, published models and fine-tuned classifiers load where hf_msn is not installed, all in one process."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def loaded(models, processors, image, digits, made, tuned, tmp_path_factory):
-    """What a process without hf_msn computes with each folder, and the folder in which they are."""
+    """Return the outputs of a process without hf_msn for each folder, and the folder that holds them."""
     folder = tmp_path_factory.mktemp("plain")
     image.save(folder / "image.png")
     for row, digit in enumerate(digits):
