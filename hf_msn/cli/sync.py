@@ -35,7 +35,7 @@ TOPOLOGIES = {
     "random_one_peer": topology.RandomOnePeerTopology,
 }
 # The methods that SlowMo runs over.
-BASES = ("gossip", "overlap_gossip")
+BASES = ("gossip", "overlap_gossip", "local_sgd")
 # Fields that are not called as the parameter; None: no field.
 _NAMES = {
     **{name: f"sync_{name}" for name in ("timeout_seconds", "wire_dtype", "base_buffers")},
@@ -70,6 +70,8 @@ class SyncMethod:
             found["peers_per_step"] = Option("sync_peers_per_step", int, None, text)
         if "base" in parameters:
             found["base"] = Option("sync_base", Literal[BASES], None, helps.get("base", ""))
+            text = "`sync_every` of sync_base: steps between two averages (local_sgd, 12) or mixings (gossip, 1)."
+            found["base_every"] = Option("sync_base_every", int, None, text)
         return found
 
 
@@ -104,15 +106,26 @@ class SyncArguments:
     def __init__(self, sync: str | None = None, **fields: Any):
         fields = {name: value for name, value in fields.items() if value is not None}
         self.method = None if sync is None else SYNC_METHODS[sync]
-        self.base = SYNC_METHODS[fields["sync_base"]] if "sync_base" in fields else None
         own = {} if self.method is None else self.method.fields()
+        self.base = SYNC_METHODS[fields["sync_base"]] if "base" in own and "sync_base" in fields else None
         # SlowMo's own period, precision and moments are those of its outer steps
-        under = {} if self.base is None else {p: o for p, o in self.base.fields().items() if p not in own}
-        under |= {} if self.base is None else {"timeout_seconds": own.get("timeout_seconds")}
+        under, base_every = {}, own.pop("base_every", None)
+        if self.base is not None:
+            of_base = self.base.fields()
+            under = {p: o for p, o in of_base.items() if p not in own} | {"timeout_seconds": own["timeout_seconds"]}
+            if "sync_every" in of_base:
+                under["sync_every"] = base_every
         self._names = {parameter: option.name for parameter, option in {**under, **own}.items()}
+        self._base_names = {parameter: option.name for parameter, option in {**own, **under}.items()}
+        known = {*self._names.values(), *self._base_names.values()}
+        if base_every is not None and "sync_base_every" in fields and "sync_base_every" not in known:
+            raise ValueError(
+                "`sync_base_every` belongs to `sync_base` local_sgd, gossip, but `sync_base` is "
+                f"{fields.get('sync_base')}. Leave it out, or choose one of these."
+            )
         for name in fields:
-            if name not in self._names.values():
-                raise _unknown(name, sync, self._names.values())
+            if name not in known:
+                raise _unknown(name, sync, known)
         if "sync_peers_per_step" in fields and fields.get("sync_topology") != "exponential":
             raise ValueError(
                 "`sync_peers_per_step` belongs to `sync_topology` exponential, but `sync_topology` is "
@@ -139,11 +152,12 @@ class SyncArguments:
         later = ("topology", "peers_per_step", "base")
         parameter = nn.Linear(1, 1)
         optimizer = torch.optim.SGD(parameter.parameters(), lr=1.0)
-        for method, settings in ((self.method, self.settings), (self.base, self.base_settings)):
+        levels = [(self.method, self.settings, self._names), (self.base, self.base_settings, self._base_names)]
+        for method, settings, names in levels:
             if method is not None:
                 known = parameters_of(method.core)
                 settings = {name: v for name, v in settings.items() if name in known and name not in later}
-                with in_terms_of(self._names):
+                with in_terms_of(names):
                     method.core(parameter, optimizer, **settings)
 
 

@@ -11,15 +11,25 @@ logger = logging.getLogger(__name__)
 class StepCalls:
     """Find loops in which `step` of a sync object does not follow each step of its optimizer once.
 
-    A call without an optimizer step before it is right where a gradient scaler has skipped that step: the gradients
-    are not finite. A single call too few, and loops that change the parameters without an optimizer, are not judged.
+    A call without an optimizer step before it is right where a gradient scaler has skipped that step: there was a
+    backward pass, and gradients that `zero_grad` has not removed are not finite. A single call too few, and loops that
+    change the parameters without an optimizer, are not judged.
     """
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]):
         self._name, self._parameters = name, list(parameters)
         self._taken = self._calls = self._missed = self._idle = 0
-        self._is_pending = False
-        self.remove = optimizer.register_step_pre_hook(lambda *_: self._note_step()).remove
+        self._is_pending = self._has_backward = False
+        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._note_step())]
+        self._hooks += [p.register_post_accumulate_grad_hook(self._note_backward) for p in self._parameters]
+
+    def remove(self) -> None:
+        """Stop counting."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note_backward(self, _: torch.Tensor) -> None:
+        self._has_backward = True
 
     def _note_step(self) -> None:
         self._taken += 1
@@ -30,10 +40,12 @@ class StepCalls:
         """Note a call of `step`."""
         self._calls += 1
         if not self._is_pending and self._taken > 0:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            # without gradients, which `zero_grad` has removed, a skipped step looks like a doubled call
-            self._idle += bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients)
-        self._is_pending = False
+            gradients = [p.grad for p in self._parameters if p.grad is not None and bool(p.grad.any())]
+            if gradients:
+                self._idle += all(bool(gradient.isfinite().all()) for gradient in gradients)
+            else:
+                self._idle += not self._has_backward
+        self._is_pending = self._has_backward = False
 
     def check(self, is_last: bool = False) -> None:
         """Raise a `RuntimeError` where calls are missing or doubled; `is_last` when leaving."""

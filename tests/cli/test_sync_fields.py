@@ -23,7 +23,7 @@ def callback_of(output_dir, *arguments):
 def test_the_documented_fields_are_there_with_a_help():
     documented = """
         sync sync_every sync_start_step sync_base_buffers sync_timeout_seconds sync_wire_dtype sync_topology
-        sync_peers_per_step sync_base slow_momentum slow_lr slow_average slow_shard_state push_sum
+        sync_peers_per_step sync_base sync_base_every slow_momentum slow_lr slow_average slow_shard_state push_sum
         quasi_global_momentum consensus_target max_extra_rounds consensus_until_step staleness_bound deterministic
         async_method async_rate_correction async_seed codistillation_exchange codistillation_exchange_every
         codistillation_transfer_steps codistillation_alpha codistillation_ramp_steps codistillation_burn_in_steps
@@ -58,6 +58,17 @@ def test_slowmo_over_gossip_passes_each_field_to_its_level(tmp_path):
     assert type(sync.base.topology) is TOPOLOGIES["ring"] and sync.base.sync_every == 1
 
 
+@pytest.mark.parametrize(("base", "default"), [("local_sgd", 12), ("gossip", 1)])
+def test_slowmo_over_a_base_with_a_period_of_its_own(base, default, tmp_path):
+    given = f"--sync slowmo --sync_base {base} --sync_every 48 --sync_timeout_seconds 30 --sync_start_step 5".split()
+    for more, base_every in (([], default), (["--sync_base_every", "4"], 4)):
+        trainer, (callback,) = callback_of(tmp_path, *given, *more)
+        sync = callback.make_sync(trainer.model, trainer.create_optimizer())
+        assert type(sync.base) is SYNC_METHODS[base].core
+        assert (sync.sync_every, sync.base.sync_every) == (48, base_every)
+        assert (sync.sync_start_step, sync.base.sync_start_step) == (5, 0)
+
+
 def test_without_sync_there_is_no_callback(tmp_path):
     assert callback_of(tmp_path)[1] == []
 
@@ -69,6 +80,14 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "local_sgd", "slow_lr": 1.0}, "`slow_lr` belongs to `sync` slowmo, but `sync` is local_sgd"),
         ({"sync": "slowmo", "push_sum": True}, "`push_sum` belongs to `sync` gossip"),
         ({"sync": "gossip", "sync_base": "gossip"}, "`sync_base` belongs to `sync` slowmo"),
+        ({"sync_base": "gossip"}, "`sync_base` belongs to `sync` slowmo, but `sync` is not given"),
+        ({"sync": "slowmo", "sync_base_every": 4}, "`sync_base_every` belongs to `sync_base` local_sgd"),
+        (
+            {"sync": "slowmo", "sync_base": "overlap_gossip", "sync_base_every": 4},
+            "`sync_base_every` .*overlap_gossip",
+        ),
+        ({"sync": "slowmo", "sync_base": "local_sgd", "sync_base_every": 0}, "`sync_base_every` .*0"),
+        ({"sync": "slowmo", "sync_base": "local_sgd", "push_sum": True}, "`push_sum` belongs to"),
         ({"sync": "codistillation", "sync_every": 4}, "`sync_every` belongs to `sync` local_sgd.*codistillation"),
         ({"sync": "overlap_gossip", "sync_every": 4}, "`sync_every` belongs .* but `sync` is overlap_gossip"),
         ({"sync": "gossip", "sync_peers_per_step": 2}, "`sync_peers_per_step`"),

@@ -24,10 +24,12 @@ LOCAL = [LocalSGD, SlowMo, over_gossip, Gossip, OverlapGossip, AsyncGossip]
 ENDS = [*((method, end) for method in LOCAL for end in ("stop", "sync")), (Codistillation, "stop")]
 
 
-def train(sync, calls, num_steps=5):
+def train(sync, calls, zero_grad=None, num_steps=5):
     for step in range(num_steps):
         backward(sync.model, sync.optimizer, 0, step)
         sync.optimizer.step()
+        if zero_grad is not None:
+            sync.optimizer.zero_grad(**zero_grad)
         for _ in range(calls(step)):
             sync.step()
 
@@ -45,9 +47,21 @@ def test_missing_and_doubled_calls_are_found_at_the_next_sync_or_when_leaving(me
     method(model, sync.optimizer).start().stop()
 
 
-@pytest.mark.parametrize("zero_grad_before_call", [False, True])
+@pytest.mark.parametrize("zero_grad", [{"set_to_none": True}, {"set_to_none": False}])
 @pytest.mark.parametrize("method", [*LOCAL, Codistillation])
-def test_one_call_per_step_and_steps_that_a_gradient_scaler_skips_are_right(method, zero_grad_before_call):
+def test_doubled_calls_are_found_without_gradients_too(method, zero_grad):
+    model = make_model()
+    sync = method(model, sgd(model)).start()
+    with pytest.raises(RuntimeError, match=r"step\(\)") as caught:
+        train(sync, lambda step: 2, zero_grad)
+        sync.stop()
+    with contextlib.suppress(RuntimeError):  # it was left
+        sync.stop(caught.value)
+
+
+@pytest.mark.parametrize("zero_grad", [None, {"set_to_none": True}, {"set_to_none": False}])
+@pytest.mark.parametrize("method", [*LOCAL, Codistillation])
+def test_one_call_per_step_and_steps_that_a_gradient_scaler_skips_are_right(method, zero_grad):
     model = make_model()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -61,8 +75,8 @@ def test_one_call_per_step_and_steps_that_a_gradient_scaler_skips_are_right(meth
             scaler.step(optimizer)
             scaler.update()
             assert torch.equal(before, parameters(model)) == (step in too_large)  # the scaler skips the step
-            if zero_grad_before_call:
-                optimizer.zero_grad()
+            if zero_grad is not None:
+                optimizer.zero_grad(**zero_grad)
             sync.step()
             if step == 6 and method is not Codistillation:
                 sync.sync()
