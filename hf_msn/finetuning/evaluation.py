@@ -74,11 +74,11 @@ def suncet_accuracy(
 ) -> tuple[dict[str, float], int]:
     """Return the accuracy of [`SoftNearestNeighborProbe`] in percent, by space, and the number of readable images.
 
-    The spaces are projections and features of the backbone, the supports `support_rows` of `labelled`; the images to
-    classify are `rows` of `dataset`, by default all.
+    The spaces are that of the training, projections or predictions, and the features of the backbone.
+    The supports are `support_rows` of `labelled`; the images to classify are `rows` of `dataset`, by default all.
     """
     accuracies = {}
-    for space in ("projection", "backbone"):
+    for space in ("projection" if model.prediction_head is None else "prediction", "backbone"):
         supports = extract(model, labelled, rows=support_rows, features=space)
         images = extract(model, dataset, rows=rows, features=space)
         probe = SoftNearestNeighborProbe(temperature=model.config.temperature)

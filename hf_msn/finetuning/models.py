@@ -32,7 +32,9 @@ _LOSS_FIELDS = {"temperature": 0.1, "label_smoothing": 0.0}  # belong to pretrai
 
 
 def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTraining:
-    """Load the encoder of `start` under a projection head, which is kept if PAWS or SuNCEt trained one.
+    """Load the encoder of `start` under a projection head and, if `start` has one, a prediction head.
+
+    Heads that PAWS or SuNCEt trained are kept where `config_fields` do not change their shape.
 
     `start` and `config_fields` are those of [`finetune_classifier`]; fresh weights depend on `seed` alone.
 
@@ -45,13 +47,15 @@ def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTra
             fields = select_fields(SuNCEtConfig, _own_fields(start), start.model_type)
             return SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
         source, encoder, fields, name = _source(start)
+        heads = source if isinstance(source, SemiSupervisedModel) else None
         fields = {**select_fields(SuNCEtConfig, fields, name), **_LOSS_FIELDS}
+        fields["prediction_head"] = getattr(heads, "prediction_head", None) is not None
         model = SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
     copy_encoder(encoder, model.encoder, model.config, fields, name)
-    if isinstance(source, SemiSupervisedModel):
-        trained, fresh = source.projection_head.state_dict(), model.projection_head.state_dict()
-        if {key: value.shape for key, value in trained.items()} == {key: value.shape for key, value in fresh.items()}:
-            model.projection_head.load_state_dict(trained)
+    for head in ("projection_head", "prediction_head"):
+        trained, fresh = getattr(heads, head, None), getattr(model, head)
+        if trained is not None and fresh is not None and _shapes(trained) == _shapes(fresh):
+            fresh.load_state_dict(trained.state_dict())
     return model
 
 
@@ -109,8 +113,7 @@ def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadFor
     model = HeadForImageClassification(HeadClassifierConfig(**{**fields, **config_fields, **labels}))
     copy_encoder(encoder, model.encoder, model.config, fields, name)
     trained = {key: value for key, value in head.state_dict().items() if key.startswith(("fc1.", "bn1."))}
-    own = model.projection_head.state_dict()
-    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in trained.items()}:
+    if _shapes(model.projection_head) != {key: value.shape for key, value in trained.items()}:
         for field in ("projection_batch_norm", "projection_hidden_dim"):
             if getattr(model.config, field) != getattr(source.config, field):
                 raise ValueError(
@@ -160,6 +163,10 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
     """Return the last layer of a model of [`load_for_classification`]."""
     timm_model = getattr(model, "timm_model", None)
     return model.classifier if timm_model is None else timm_model.get_classifier()
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in module.state_dict().items()}
 
 
 def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperForImageClassification:

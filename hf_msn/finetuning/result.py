@@ -36,7 +36,8 @@ class FinetuningResult:
         head (`str`): "linear" or "suncet".
         best_epoch (`int`): The epochs of its training.
         accuracy_by_epoch (`dict[int, dict[str, float]]`): On the held-out images in percent, by the number of
-            finished epochs. A classifier has "top1"; SuNCEt has "projection", which decides, and "backbone".
+            finished epochs. A classifier has "top1"; SuNCEt has "projection" (or "prediction"), which decides, and
+            "backbone".
         trained_rows, held_out_rows (`numpy.ndarray`): The training rows, and the rows that chose the epoch. They
             overlap only with `refit`.
         num_trained_images, num_held_out_images (`int`): How many of these could be read.

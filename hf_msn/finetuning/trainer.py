@@ -84,13 +84,13 @@ class FinetuningTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._head is not None:  # running means of batch normalisation stay too, and nothing is dropped
+            self.model.eval()
+            self._head.train()
         if self.args.freeze_batch_norm:
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-        if self._head is not None:  # running means of batch normalisation stay too, and nothing is dropped
-            self.model.eval()
-            self._head.train()
         outputs = model(**inputs)
         self.all_finite &= torch.isfinite(outputs.loss.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
 from ..data.labels import class_names, class_numbers, labelled_rows
@@ -20,6 +21,7 @@ from ..data.transforms import MultiViewTransform
 from ..distributed.collectives import all_reduce_sum
 from ..evaluation.weights_hash import weights_sha256
 from ..hub.run_record import changed_arguments
+from ..models.modeling_pretraining import SemiSupervisedModel
 from ..trainers.checkpoints import find_last_checkpoint, resolve_checkpoint
 from .arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
 from .batches import classifier_loader, suncet_loader
@@ -97,11 +99,12 @@ def finetune_suncet(
     callbacks: Sequence[TrainerCallback] = (),
     **config_fields: Any,
 ) -> FinetuningResult:
-    """Train encoder and projection head by the SuNCEt loss (arXiv 2006.10803) on labelled images.
+    """Train encoder and heads by the SuNCEt loss (arXiv 2006.10803) on labelled images.
 
     Arguments, rules and errors are those of [`finetune_classifier`]. [`SoftNearestNeighborProbe`] classifies images in
-    the space of the projections, by the training images; its accuracy chooses the epoch. A projection head of PAWS or
-    SuNCEt is kept; `temperature` is 0.1 and `label_smoothing` 0 unless `config_fields` have others.
+    the space of the loss, by the training images; its accuracy chooses the epoch. Heads of PAWS or SuNCEt are kept.
+    The loss is of the predictions where `start` has a prediction head and `config_fields` do not set `prediction_head`
+    to False, else of the projections. `temperature` is 0.1 and `label_smoothing` 0 unless `config_fields` have others.
 
     Returns:
         [`FinetuningResult`]: Its `model` is a [`SuNCEtForPreTraining`].
@@ -243,6 +246,11 @@ class _Classifier(_Tuning):
             self.standardization.fold(model)
 
 
+def suncet_heads(model: SemiSupervisedModel) -> nn.ModuleList:
+    """Return the heads that train with `freeze_encoder`."""
+    return nn.ModuleList([head for head in (model.projection_head, model.prediction_head) if head is not None])
+
+
 class _SuNCEt(_Tuning):
     head = "suncet"
 
@@ -251,7 +259,7 @@ class _SuNCEt(_Tuning):
 
     def make_trainer(self, model: PreTrainedModel, rows: np.ndarray, args: FinetuningArguments) -> FinetuningTrainer:
         loader = suncet_loader(self._support(rows, args.support_views_per_image), args)
-        return FinetuningTrainer(model, args, loader, head=lambda suncet: suncet.projection_head)
+        return FinetuningTrainer(model, args, loader, head=suncet_heads)
 
     def measure(self, model, support_rows, dataset, rows) -> tuple[dict[str, float], int]:
         return suncet_accuracy(model, self.dataset, support_rows, dataset, rows, self.extract)

@@ -21,3 +21,15 @@ class SuNCEtConfig(SemiSupervisedConfig):
         help="Gradient of SimCLR's loss also through the views that one is compared with, as in its equation. The "
         "authors' code of SuNCEt has none there.",
     )
+    prediction_head: bool = HfArg(
+        default=False,
+        help="A prediction head, as of PAWS, after which images are compared. Fine-tuning keeps that of a checkpoint "
+        "of PAWS.",
+    )
+    prediction_hidden_dim: int | None = HfArg(
+        default=None, help="Its hidden width; by default a quarter of projection_dim."
+    )
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self._check_prediction_head()

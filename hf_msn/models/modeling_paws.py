@@ -8,7 +8,6 @@ from transformers.utils import ModelOutput
 
 from ..losses.paws import paws_loss
 from .configuration_paws import PAWSConfig
-from .heads import PredictionHead
 from .modeling_pretraining import SemiSupervisedModel, check_support, check_two_views
 
 
@@ -49,14 +48,6 @@ class PAWSForPreTraining(SemiSupervisedModel):
 
     def __init__(self, config: PAWSConfig):
         super().__init__(config)
-        self.prediction_head = None
-        if config.prediction_head:
-            self.prediction_head = PredictionHead(
-                config.projection_dim,
-                config.prediction_width,
-                config.projection_batch_norm,
-                config.projection_activation,
-            )
         self.post_init()
 
     def forward(
@@ -85,10 +76,7 @@ class PAWSForPreTraining(SemiSupervisedModel):
         if num_small_crops:
             views.append(focal_pixel_values.transpose(0, 1).flatten(0, 1))
 
-        heads = (
-            [self.projection_head] if self.prediction_head is None else [self.projection_head, self.prediction_head]
-        )
-        outputs = self._apply_heads([support_pixel_values, *views], *heads)
+        outputs = self._apply_heads([support_pixel_values, *views])
         target_supports, first, second, *_ = outputs[0]
         anchor_supports, *anchors = outputs[-1]
 
@@ -110,15 +98,6 @@ class PAWSForPreTraining(SemiSupervisedModel):
             target_probabilities=output.target_probabilities,
             anchor_probabilities=output.anchor_probabilities,
         )
-
-    def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return projections after the prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
-        if self.prediction_head is None:
-            raise ValueError(
-                "`predict` needs the prediction head, but `prediction_head` of the configuration is off. Use "
-                "`project`, or set `prediction_head` to True for a new model."
-            )
-        return self.prediction_head(self.project(pixel_values))
 
 
 AutoConfig.register(PAWSConfig.model_type, PAWSConfig)

@@ -13,7 +13,7 @@ from ..distributed.batch_norm import track_statistics_once
 from ..distributed.collectives import all_gather_cat
 from .configuration_pretraining import PretrainingConfig, SemiSupervisedConfig
 from .encoder import PatchDroppingViTMSNModel
-from .heads import ProjectionHead
+from .heads import PredictionHead, ProjectionHead
 from .pretrained_encoders import build_encoder, copy_encoder, load_encoder, select_fields
 
 # arguments of `from_pretrained` that locate a checkpoint
@@ -110,11 +110,12 @@ class PretrainingModel(PreTrainedModel):
 
 
 class SemiSupervisedModel(PretrainingModel):
-    """Base of [`PAWSForPreTraining`] and [`SuNCEtForPreTraining`]: any encoder, a projection head, a support set.
+    """Base of [`PAWSForPreTraining`] and [`SuNCEtForPreTraining`]: any encoder, its heads, a support set.
 
     Attributes:
         encoder ([`PatchDroppingViTMSNModel`] or a network of timm): f.
         projection_head ([`ProjectionHead`]): h.
+        prediction_head ([`PredictionHead`] or `None`): After it, if `prediction_head` of the configuration is on.
     """
 
     config: SemiSupervisedConfig
@@ -130,6 +131,14 @@ class SemiSupervisedModel(PretrainingModel):
             config.projection_batch_norm,
             config.projection_activation,
         )
+        self.prediction_head = None
+        if getattr(config, "prediction_head", False):
+            self.prediction_head = PredictionHead(
+                config.projection_dim,
+                config.prediction_width,
+                config.projection_batch_norm,
+                config.projection_activation,
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -146,6 +155,15 @@ class SemiSupervisedModel(PretrainingModel):
     def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return projections, in which images are compared: `(B, C, H, W)` -> `(B, projection_dim)`."""
         return self.projection_head(self._features(pixel_values))
+
+    def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return projections after the prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        if self.prediction_head is None:
+            raise ValueError(
+                "`predict` needs the prediction head, but `prediction_head` of the configuration is off. Use "
+                "`project`, or set `prediction_head` to True for a new model."
+            )
+        return self.prediction_head(self.project(pixel_values))
 
     def compile_encoders(self, **kwargs) -> None:
         """Compile the encoder in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
@@ -169,18 +187,19 @@ class SemiSupervisedModel(PretrainingModel):
             return self.encoder(pixel_values, cls_only=True).last_hidden_state[:, 0]
         return self.encoder(pixel_values)
 
-    def _apply_heads(self, groups: list[torch.Tensor], *heads: nn.Module) -> list[list[torch.Tensor]]:
+    def _apply_heads(self, groups: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Apply the encoder and then the heads, one after the other, to groups of images.
 
         Images of one size share a pass of the encoder and, with `batch_norm_per_resolution`, of the heads.
 
         Returns:
-            `list[list[torch.Tensor]]`: For each head its outputs for each group.
+            `list[list[torch.Tensor]]`: For each head its outputs for each group: projections first, predictions last.
         """
         sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
         order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
         rows = [self._features(torch.cat([group for group in groups if group.shape[-2:] == size])) for size in sizes]
         outputs = []
+        heads = [self.projection_head] + ([] if self.prediction_head is None else [self.prediction_head])
         for head in heads:
             rows = self._apply_head(head, rows)
             parts = torch.cat(rows).split([len(groups[place]) for place in order])

@@ -1,6 +1,7 @@
 """SimCLR + SuNCEt (arXiv 2006.10803) as a transformers model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForPreTraining
@@ -35,6 +36,7 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
     Attributes:
         encoder ([`PatchDroppingViTMSNModel`] or a network of timm): f.
         projection_head ([`ProjectionHead`]): h.
+        prediction_head ([`PredictionHead`] or `None`): Images are compared after it; for checkpoints of PAWS.
     """
 
     config_class = SuNCEtConfig
@@ -43,6 +45,11 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
     def __init__(self, config: SuNCEtConfig):
         super().__init__(config)
         self.post_init()
+
+    @classmethod
+    def from_backbone(cls, name_or_path: str | Path, **config_fields):
+        """As [`PretrainingModel.from_backbone`]. There is no prediction head unless `config_fields` asks for it."""
+        return super().from_backbone(name_or_path, **{"prediction_head": False, **config_fields})
 
     def forward(
         self,
@@ -76,7 +83,7 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
         if pixel_values is not None:
             check_two_views(pixel_values, anchor_pixel_values)
             groups += [pixel_values, anchor_pixel_values[:, 0]]
-        (projections,) = self._apply_heads(groups, self.projection_head)
+        projections = self._apply_heads(groups)[-1]
 
         suncet = nt_xent = None
         if support_labels is not None:

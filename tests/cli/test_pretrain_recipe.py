@@ -136,7 +136,7 @@ PAWS = ["--method", "paws", "--labelled_images_per_class", "5"]
     [
         ([*PAWS, "--mask_ratio", "0.3"], "`mask_ratio`.* belongs to method msn"),
         (["--labelled_images_per_class", "5"], "belongs to method paws and suncet, .*Masked Siamese Networks"),
-        (["--method", "suncet", "--prediction_head"], "belongs to method .*paws, .*SimCLR"),
+        (["--method", "suncet", "--me_max_weight", "1"], "belongs to method .*paws, .*SimCLR"),
         (["--method", "paw"], "`method` .*'paw'"),
         ([*PAWS, "--timm_model", "resnet18", "--hidden_size", "768"], "`hidden_size` .*`timm_model` is 'resnet18'"),
     ],

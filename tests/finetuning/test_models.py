@@ -105,9 +105,23 @@ def test_the_projection_head_of_paws_is_carried_over_and_its_smoothing_is_not(tm
         assert all(head[name].equal(value) for name, value in source.projection_head.state_dict().items())
         assert (model.config.label_smoothing, model.config.temperature) == (0.0, 0.1)
         assert load_for_suncet(start, 0, label_smoothing=0.05).config.label_smoothing == 0.05
+        assert model.prediction_head is None
     fresh = load_for_suncet(source, 0, projection_dim=8)
     assert fresh.projection_head.fc3.out_features == 8
     assert all(fresh.encoder.state_dict()[name].equal(value) for name, value in source.encoder.state_dict().items())
+
+
+def test_the_prediction_head_of_paws_is_carried_over_unless_it_is_switched_off():
+    source = paws_model(prediction_head=True, prediction_hidden_dim=6)
+    with torch.no_grad():
+        source.prediction_head.bn2.running_mean.uniform_(-1, 1)
+    model = load_for_suncet(source, 0).eval()
+    pixels = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.predict(pixels), source.predict(pixels))
+    assert load_for_suncet(source, 0, prediction_head=False).prediction_head is None
+    assert load_for_suncet(paws_model(), 0, prediction_head=True).prediction_head is not None
+    assert load_for_suncet(tiny_model(prediction_head=True), 0).prediction_head is None  # MSN's heads are not kept
+    assert SuNCEtConfig.from_dict(model.config.to_dict()).prediction_head
 
 
 def test_fresh_weights_depend_on_the_seed_alone():

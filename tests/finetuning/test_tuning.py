@@ -24,11 +24,14 @@ from hf_msn import (
     BrokenImageError,
     ClassifierFinetuningArguments,
     PAWSForPreTraining,
+    SupportDataset,
     finetune_classifier,
     finetune_suncet,
     load_images,
 )
+from hf_msn.finetuning.batches import suncet_loader
 from hf_msn.finetuning.models import linear_head, load_for_classification, load_for_suncet
+from hf_msn.finetuning.tuning import suncet_heads
 from hf_msn.trainers.callbacks.non_finite import NonFiniteLossError
 
 LINEAR, SUNCET = (finetune_classifier, classifier_arguments), (finetune_suncet, suncet_arguments)
@@ -51,6 +54,16 @@ class Recorder(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         self.models.append(copy.deepcopy(model).eval())
+
+
+class LossRecorder(TrainerCallback):
+    """Keeps the losses of the log."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.losses += [logs["loss"]] if "loss" in logs else []
 
 
 @torch.no_grad()
@@ -287,6 +300,39 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale(method, tmp
             assert torch.equal(one.running_mean, other.running_mean) is frozen
             assert torch.equal(one.running_var, other.running_var) is frozen
             assert not torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.slow
+def test_suncet_is_tuned_after_the_prediction_head_of_a_checkpoint(tmp_path):
+    """The first loss is the soft nearest neighbours loss of the predictions, with the statistics of pretraining."""
+    torch.manual_seed(0)
+    start = PAWSForPreTraining(paws_config(prediction_head=True))
+    with torch.no_grad():
+        for head in (start.projection_head, start.prediction_head):
+            for module in head.modules():
+                if isinstance(module, torch.nn.BatchNorm1d):
+                    module.running_mean.uniform_(-0.5, 0.5)
+                    module.running_var.uniform_(0.5, 2)
+    dataset, rows = digits()
+    support = SupportDataset(dataset, rows, VIEWS, views_per_image=2, seed=3)
+    args = suncet_arguments(tmp_path)
+    batch = next(iter(suncet_loader(support, args)))
+    with torch.no_grad():
+        predictions = F.normalize(start.eval().predict(batch["support_pixel_values"]).double(), dim=1)
+    labels, losses = batch["support_labels"], []
+    for own in range(len(labels)):
+        weights = (predictions @ predictions[own] / 0.1).exp()
+        weights[own] = 0
+        losses.append(-torch.log(weights[labels == labels[own]].sum() / weights.sum()))
+    settings = {"validation_fraction": 0, "num_train_epochs": 1, "logging_steps": 1}
+    settings |= {"freeze_batch_norm": True, "freeze_encoder": True}
+    recorder = LossRecorder()
+    result = tune(SUNCET, tmp_path, start=start, callbacks=[recorder], **settings)
+    assert recorder.losses[0] == pytest.approx(float(sum(losses)) / len(losses), abs=1e-3)
+    for tuned, before in zip(suncet_heads(result.model), suncet_heads(start), strict=True):
+        assert torch.equal(tuned.bn1.running_mean, before.bn1.running_mean)
+        assert not torch.equal(tuned.fc2.weight, before.fc2.weight)
+    assert list(result.test(load_images("digits", split="test[:40]"))) == ["prediction", "backbone"]
 
 
 def test_a_batch_of_each_rank_or_of_all_together(tmp_path, monkeypatch):

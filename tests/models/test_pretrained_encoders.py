@@ -165,6 +165,7 @@ def test_a_model_starts_from_the_evaluated_encoder_of_any_checkpoint(folders, so
     assert model.config.small_image_stem == (source == "timm")
     assert (model.config.projection_dim, model.config.temperature) == (12, 0.3)
     assert model.projection_head.fc1.weight.shape == (24, model.projection_head.fc1.in_features)
+    assert (model.prediction_head is None) == (source != "paws" or target is SuNCEtForPreTraining)
 
 
 def test_msn_starts_from_an_encoder_of_paws(folders):
