@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checks import check_choice, check_integer, check_number
-from .comm.exchange import Exchange
+from .comm.exchange import Exchange, PeerError
 from .comm.flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper, require_free
 from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
-from .same_batch import check_same_batch
+from .same_batch import batch_digest, compare_digests, event_digest
 from .step_calls import StepCalls
 from .training_state import (
     compare_ranks,
@@ -304,7 +304,7 @@ class Codistillation:
         if self._checkpoints is not None:
             return [[self._predictions(output)] for output in self._checkpoints.outputs(batch, self._forward)]
         packed = self.distance.pack(own, _DTYPES[self.wire_dtype])
-        check_same_batch(self._outer, batch, packed[0].device)
+        compare_digests(self._outer, batch_digest(batch, packed[0].device))
         gathered = []
         for tensor in packed:
             flat = tensor.new_empty(self._outer.size * tensor.numel())
@@ -337,7 +337,7 @@ class Codistillation:
     @torch.no_grad()
     def parameter_distance(self) -> float:
         """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters. All ranks must call it."""
-        self._require_started()
+        self.wait_for_all("the parameter distance")
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for bucket in _in_buckets(self._trained):
             own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
@@ -348,7 +348,7 @@ class Codistillation:
 
     def values_of_replicas(self, value: float) -> list[float]:
         """Return the number of every replica, such as its accuracy, in order. All ranks must call it."""
-        self._require_started()
+        self.wait_for_all("the values of the replicas")
         own = torch.tensor([value], dtype=torch.float64, device=self._device)
         values = own.new_empty(self._outer.size)
         self._outer.gather_(values, own)
@@ -356,8 +356,18 @@ class Codistillation:
 
     def take_replica(self, place: int) -> None:
         """Replace parameters and buffers by those of the replica at `place`. All ranks must call it."""
-        self._require_started()
+        self.wait_for_all(f"replica {place}")
         self._broadcast(self._outer, place)
+
+    def wait_for_all(self, event: str) -> None:
+        """Wait until all replicas come to the same event, such as a collective of others that has no deadline.
+
+        Raises:
+            PeerError: If a replica has not come after `timeout_seconds`, or comes to another event.
+        """
+        self._require_started()
+        for exchange in self._exchanges:
+            compare_digests(exchange, event_digest(event, self._device))
 
     # Entering and leaving
 
@@ -401,6 +411,16 @@ class Codistillation:
     def stop(self, error: BaseException | None = None) -> None:
         """Leave. `error` is the exception that ended the training, if any: then no replica is waited for."""
         self._require_started()
+        try:
+            if error is None and self.exchange == "predictions" and self.alpha != 0.0:
+                self.wait_for_all("the end")  # others may wait for the predictions of this rank
+        except PeerError as failure:
+            error = failure
+            raise
+        finally:
+            self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
         self._gradients.restore()
         self._gradients = None
         self._step_hook.remove()

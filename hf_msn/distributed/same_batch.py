@@ -1,4 +1,4 @@
-"""Check that ranks hold the same batch by exchanging a digest of it."""
+"""Check that ranks are at the same place, with the same batch, by exchanging a digest of it."""
 
 import zlib
 from collections.abc import Iterator, Mapping
@@ -6,26 +6,43 @@ from typing import Any
 
 import torch
 
-from .comm.exchange import Exchange
+from .comm.exchange import Exchange, PeerError
 
 _CHUNK = 2**22  # numbers per partial sum, so that a large batch is not copied as a whole
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd and far from a power of two: nearby positions get unrelated weights
+_EVENT = -1  # the first number of a batch is >= 0
 
 
-def check_same_batch(exchange: Exchange, batch: Any, device: torch.device) -> None:
-    """Compare the digests of all ranks of `exchange`, which must all call it, and name two ranks that differ."""
-    own = batch_digest(batch, device)
-    digests = own.new_empty(exchange.size * own.numel())
-    exchange.gather_(digests, own)
-    first, *others = digests.view(exchange.size, -1).tolist()
-    for place, digest in enumerate(others, start=1):
-        if digest != first:
-            ranks = exchange.global_ranks
+def compare_digests(exchange: Exchange, own: torch.Tensor) -> None:
+    """Check that all ranks of `exchange` come to the same event, or with the same batch. All must call it.
+
+    Raises:
+        PeerError: If some ranks come to an event and others to another one or with a batch.
+        ValueError: If the batches differ.
+    """
+    gathered = own.new_empty(exchange.size * own.numel())
+    exchange.gather_(gathered, own)
+    digests, ranks = gathered.view(exchange.size, -1).tolist(), exchange.global_ranks
+    here = digests[exchange.rank]
+    others = [rank for rank, digest in zip(ranks, digests) if digest != here]
+    if others and any(first == _EVENT for first, _ in digests):
+        raise PeerError(
+            f"All replicas must come to the same exchange, but rank {ranks[exchange.rank]} comes to another one than "
+            f"rank {', '.join(map(str, others))}. Let every rank take the same number of steps.",
+            others,
+        )
+    for rank, digest in zip(ranks, digests):
+        if digest != digests[0]:
             raise ValueError(
                 f"Replicas that exchange predictions must see the same batch, but those of rank {ranks[0]} and rank "
-                f"{ranks[place]} differ. Use the same seed and augmentations in all replicas and shard the data by "
+                f"{rank} differ. Use the same seed and augmentations in all replicas and shard the data by "
                 "the place inside the replica, or use `exchange='checkpoints'`, where each replica has its own data."
             )
+
+
+def event_digest(event: str, device: torch.device) -> torch.Tensor:
+    """Return two int64 numbers, `(2,)`, that no batch has."""
+    return torch.tensor([_EVENT, zlib.crc32(event.encode())], dtype=torch.int64, device=device)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Codistillation against its equation in loops over replicas, rows and classes in float64."""
 
 import copy
+import datetime
 import math
 import os
 import time
@@ -434,7 +435,11 @@ def test_other_batches_and_settings_are_refused_with_the_two_ranks():
 
 
 def _lose(rank, options, how):
-    model, optimizer, codistillation = make(rank, timeout_seconds=1.5, **options)
+    if how == "hangs, the group's own deadline":
+        deadline = {"group": dist.new_group(timeout=datetime.timedelta(seconds=1.5))}
+    else:
+        deadline = {"timeout_seconds": 1.5}
+    model, optimizer, codistillation = make(rank, **deadline, **options)
     seen, data_seed = 0, rank if "exchange_every" in options else 7
     with pytest.raises(PeerError) as error, codistillation:
         for step in range(16):
@@ -452,13 +457,45 @@ CHECKPOINTS = {"exchange": "checkpoints", "exchange_every": 3, "transfer_steps":
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, CHECKPOINTS], ids=["predictions", "checkpoints"])
-@pytest.mark.parametrize("how", ["exits", "hangs"])
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({}, "exits"),
+        ({}, "hangs"),
+        ({}, "hangs, the group's own deadline"),
+        (CHECKPOINTS, "exits"),
+        (CHECKPOINTS, "hangs"),
+    ],
+)
 def test_a_lost_replica_is_named_in_time(tmp_path, options, how):
     results = run_ranks_that_are_left(_lose, 3, tmp_path, options, how, lost=[1])
     for ranks, message, seen, seconds in results.values():
         assert ranks == (1,) and "rank 1" in message
         assert 5 <= seen < 9 and seconds < 6.0
+
+
+def _take_unequal_steps(rank, options):
+    model, optimizer, codistillation = make(rank, **options)
+    began, data_seed = time.monotonic(), rank if "exchange_every" in options else 7
+    try:
+        with codistillation:
+            take_steps(model, optimizer, codistillation, range(10 if rank == 1 else 14), data_seed)
+    except PeerError as error:
+        return error.ranks, time.monotonic() - began
+    return None, time.monotonic() - began
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0}, {"burn_in_steps": 12}, CHECKPOINTS])
+def test_a_replica_with_fewer_steps_is_named_at_once_where_others_need_it(tmp_path, options):
+    results = run_ranks_that_are_left(_take_unequal_steps, 3, tmp_path, options, timeout=30.0)
+    for rank, (ranks, seconds) in results.items():
+        assert seconds < 4.0
+        if options == {"alpha": 0.0} or (rank == 1 and options is CHECKPOINTS):
+            assert ranks is None
+        else:
+            assert (1 in ranks) == (rank != 1)
 
 
 def make_alone(**options):

@@ -37,9 +37,9 @@ class Exchange:
     Args:
         group (`ProcessGroup`, *optional*): `None` for the default group, or for this process alone where
             `torch.distributed` is not initialised; every method then leaves its input as it is.
-        timeout_seconds (`float`, *optional*): Deadline of one exchange. With it each rank counts its exchanges in the
-            store of the default group, one small message per exchange, so that an error can name the missing rank.
-            `None` waits as long as the group itself does.
+        timeout_seconds (`float`, *optional*): Deadline of one exchange. `None` waits as long as the group itself does.
+            Each rank counts its exchanges in the store of the default group, one small message per exchange, so that
+            an error can name the missing rank.
 
     Attributes:
         bytes_sent (`int`): Payload that this rank has sent. With n ranks and B bytes: mean 2B(n-1)/n, mean of which a
@@ -184,8 +184,6 @@ class Exchange:
 
     def _note_arrival(self, name: str) -> None:
         """Count an exchange in the store: the missing rank has a lower count, or is at an exchange of another name."""
-        if self.timeout_seconds is None:
-            return
         store = dist.distributed_c10d._get_default_store()
         if self._store_key is None:  # lockstep gives all ranks the same number
             group = f"hf_msn/exchange/{(self.group or dist.group.WORLD).group_name}"
@@ -195,14 +193,19 @@ class Exchange:
         store.set(f"{self._store_key}/{self.rank}", f"{self._count} {name}")  # returns at once, as `add` does not
 
     def _peer_error(self, name: str, error: RuntimeError) -> PeerError:
-        missing = self._missing_ranks() if self.timeout_seconds is not None else None
+        missing = self._missing_ranks()
+        if missing == []:
+            # A rank that stopped during the exchange had arrived, too, but does not come here.
+            self._note_arrival("error")
+            deadline = time.monotonic() + _STORE_SECONDS / 2
+            while (missing := self._missing_ranks()) and time.monotonic() < deadline:
+                time.sleep(0.05)
         message = f"The {name} over the ranks {self.global_ranks} failed on rank {dist.get_rank()}: "
-        if self.timeout_seconds is None:
-            message += "one of them has died or left. Give `timeout_seconds` to learn which."
-        elif missing:
+        if missing:
+            setting = "" if self.timeout_seconds is None else f" (`timeout_seconds={self.timeout_seconds}`)"
             message += (
-                f"rank {', '.join(map(str, missing))} had not arrived (`timeout_seconds={self.timeout_seconds}`), so "
-                "it has died, hangs or is slow. See its log; if it is only slow, allow more seconds."
+                f"rank {', '.join(map(str, missing))} had not arrived, or stopped in it{setting}, so it has died, hangs "
+                "or is slow. See its log; if it is only slow, allow more seconds."
             )
         elif missing is None:
             message += "the store that knows who is missing does not answer, so look at its host, rank 0, first."

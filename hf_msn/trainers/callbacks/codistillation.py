@@ -250,6 +250,12 @@ class CodistillationCallback(PerRankCallback):
         }
         return {"method": "Codistillation", **readable(values)}
 
+    def wait_for_all(self) -> None:
+        if self.sync is not None:
+            self.sync.wait_for_all("a log, an evaluation or a checkpoint")
+
+    bring_to_consensus = wait_for_all
+
     def finish(self, error: BaseException | None = None) -> None:
         if self.sync is None:
             return

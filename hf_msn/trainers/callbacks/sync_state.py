@@ -1,5 +1,6 @@
 """`sync_state_<rank>.pt`: the state that each rank adds to a checkpoint, because the Trainer saves rank 0 only."""
 
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,9 @@ def _read(checkpoint: str | Path, rank: int) -> tuple[dict[str, Any] | None, dic
     if not file.is_file():
         return None, report
     try:
+        with zipfile.ZipFile(file) as archive:  # torch does not compare the checksums that it writes
+            if changed := archive.testzip():
+                raise ValueError(f"the checksum of '{changed}' in it is wrong")
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to fail on half a file
         return None, {**report, "damage": f"is damaged ({str(error).splitlines()[0]})"}

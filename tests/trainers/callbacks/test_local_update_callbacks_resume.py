@@ -101,9 +101,16 @@ def _broken(rank, folder):
         file = copy / "sync_state_1.pt"
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
+    def flip_a_bit(copy):
+        file = copy / "sync_state_1.pt"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
     try_it("same", lambda copy: None)
     try_it("missing", lambda copy: (copy / "sync_state_1.pt").unlink())
     try_it("half", halve)
+    try_it("flipped", flip_a_bit)
     try_it("other_method", lambda copy: None, SlowMoCallback)
     try_it("other_setting", lambda copy: None, sync_every=5)
     try_it("none", lambda copy: [file.unlink() for file in copy.glob("sync_state_*.pt")])
@@ -115,8 +122,8 @@ def _broken(rank, folder):
 def test_a_checkpoint_that_a_rank_cannot_resume_is_refused_by_all_ranks(tmp_path):
     for errors in run_ranks(_broken, 2, str(tmp_path)):
         assert errors["same"] is None and errors["none"] is None
-        assert "'sync_state_1.pt'" in errors["missing"] and "is missing" in errors["missing"]
-        assert "'sync_state_1.pt'" in errors["half"] and "is damaged" in errors["half"]
+        for name, fault in (("missing", "is missing"), ("half", "is damaged"), ("flipped", "is damaged")):
+            assert "'sync_state_1.pt'" in errors[name] and fault in errors[name]
         assert "method LocalSGD there, SlowMo here" in errors["other_method"]
         assert "sync_every 4 there, 5 here" in errors["other_setting"]
 

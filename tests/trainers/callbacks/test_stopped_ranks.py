@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 from lost_ranks import all_pids, run_ranks_that_are_left
-from sync_runs import make_trainer
+from sync_runs import make_local_trainer as make_trainer
 from transformers import TrainerCallback
 
-from hf_msn import AsyncGossipCallback, OverlapGossip, OverlapGossipCallback, SlowMoCallback
+from hf_msn import AsyncGossipCallback, CodistillationCallback, OverlapGossip, OverlapGossipCallback, SlowMoCallback
 from hf_msn.distributed.comm.exchange import PeerError
 
 SECONDS = 2.0
@@ -18,6 +18,8 @@ CALLBACKS = {
     "slowmo over overlap gossip": partial(SlowMoCallback, base=partial(OverlapGossip, timeout_seconds=SECONDS)),
     "overlap gossip": OverlapGossipCallback,
     "async gossip": AsyncGossipCallback,
+    "codistillation": CodistillationCallback,
+    "codistillation by checkpoints": partial(CodistillationCallback, exchange="checkpoints", exchange_every=10**5),
 }
 
 
@@ -50,4 +52,4 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, name):
     results = run_ranks_that_are_left(_train, 3, tmp_path, tmp_path / "out", name, lost=[2], timeout=60.0)
     for ranks, seconds in results.values():
         assert 2 in ranks
-        assert seconds < 2 * SECONDS + 6.0  # starting the training, and asking the store for 2 s
+        assert seconds < 2 * SECONDS + 6.0  # starting the training, and asking the store for 3 s
