@@ -204,8 +204,8 @@ class Exchange:
         if missing:
             setting = "" if self.timeout_seconds is None else f" (`timeout_seconds={self.timeout_seconds}`)"
             message += (
-                f"rank {', '.join(map(str, missing))} had not arrived, or stopped in it{setting}, so it has died, hangs "
-                "or is slow. See its log; if it is only slow, allow more seconds."
+                f"rank {', '.join(map(str, missing))} had not arrived, or stopped in it{setting}, so it has died, "
+                "hangs or is slow. See its log; if it is only slow, allow more seconds."
             )
         elif missing is None:
             message += "the store that knows who is missing does not answer, so look at its host, rank 0, first."
