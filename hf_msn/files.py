@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+CHECKSUMS_FILE = "checksums.sha256"  # of a checkpoint, in the format of `sha256sum -c`
 
 
 @contextmanager
@@ -78,6 +80,18 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"'{path}' must be a JSON file, but cannot be read: {error}.") from error
+
+
+def format_checksums(checksums: Mapping[str, str]) -> str:
+    """Return the content of [`CHECKSUMS_FILE`] for the SHA-256 of files by name."""
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in checksums.items())
+
+
+def read_checksums(folder: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of the files of a folder by name, from its [`CHECKSUMS_FILE`]. A broken line has no name."""
+    file = Path(folder, CHECKSUMS_FILE)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
 
 
 def check_new_folder(path: str | Path, name: str = "path") -> Path:

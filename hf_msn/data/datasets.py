@@ -73,6 +73,25 @@ class EncodedImages:
         self.gives_crops = False
         self._says_many_broken = torch.zeros((), dtype=torch.bool).share_memory_()  # once for all workers
 
+    @functools.cached_property
+    def sample_sha256(self) -> str | None:
+        """SHA-256 of the files of 16 images: the same wherever the data set lies.
+
+        They are the first ones of a stream, and lie from the first to the last of other data. `None` if none of them
+        can be read as a file.
+        """
+        digest, is_read = hashlib.sha256(), False
+        for row in self._sample():
+            value = row["image"] or {}
+            with contextlib.suppress(OSError, TypeError):  # a row without a readable file
+                digest.update(value.get("bytes") or Path(value.get("path")).read_bytes())
+                is_read = True
+        return digest.hexdigest() if is_read else None
+
+    def _sample(self) -> Iterator[dict]:
+        """Return the rows of 16 images."""
+        raise NotImplementedError
+
     def _views(self, decode: Callable, seed: int) -> dict[str, torch.Tensor]:
         """Return the views of one image. The draws decide how large `decode(reduction)` decodes it."""
         if not gives_crops(self.transform):
@@ -119,19 +138,9 @@ class RowImages(EncodedImages):
         """Number of images found broken so far, by all workers of this process."""
         return int(self.is_broken.sum())
 
-    @functools.cached_property
-    def sample_sha256(self) -> str | None:
-        """SHA-256 of the files of 16 images, from the first to the last: the same wherever the data set lies.
-
-        `None` if none of them can be read as a file.
-        """
-        digest, last, is_read = hashlib.sha256(), len(self._dataset) - 1, False
-        for row in sorted({last * part // 15 for part in range(16)}):
-            value = self._dataset[row]["image"] or {}
-            with contextlib.suppress(OSError, TypeError):  # a row without a readable file
-                digest.update(value.get("bytes") or Path(value.get("path")).read_bytes())
-                is_read = True
-        return digest.hexdigest() if is_read else None
+    def _sample(self) -> Iterator[dict]:
+        last = len(self._dataset) - 1
+        return (self._dataset[row] for row in sorted({last * part // 15 for part in range(16)}))
 
     def _first_readable(
         self, position: int, value: dict, others: Iterable[np.ndarray], reduction
@@ -281,6 +290,14 @@ class StreamingMultiViewDataset(_Epochs, EncodedImages, torch.utils.data.Iterabl
     def num_broken(self) -> int:
         """Number of images found broken in the current pass, by all workers of this process."""
         return int(self._broken.sum())
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of the stream."""
+        return self._dataset.num_shards
+
+    def _sample(self) -> Iterator[dict]:
+        return itertools.islice(self._dataset, 16)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for epoch in itertools.count(self.epoch):

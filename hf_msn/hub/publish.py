@@ -1,6 +1,7 @@
 """Publish a checkpoint on the Hub: exactly the listed files, with a card, in one commit."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import tempfile
@@ -16,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.utils import logging
 
 from ..checks import check_choice
-from ..files import public_name, read_json, write_json
+from ..evaluation.weights_hash import file_sha256
+from ..files import CHECKSUMS_FILE, format_checksums, public_name, read_checksums, read_json, write_json
 from ..models.configuration_msn import MSNConfig
 from ..models.configuration_paws import PAWSConfig
 from ..models.configuration_suncet import SuNCEtConfig
@@ -210,8 +212,8 @@ def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **c
 
 
 def list_resume_files(checkpoint: Path, path_in_repo: str) -> list[ListedFile]:
-    """Return the files from which a run is resumed, for a folder of the repo."""
-    files = []
+    """Return the files from which a run is resumed, with their checksums, for a folder of the repo."""
+    files, known, checksums = [], read_checksums(checkpoint), {}
     for file in sorted(checkpoint.iterdir()):
         content: Path | bytes = file
         if file.name in _RECORDS:
@@ -223,7 +225,12 @@ def list_resume_files(checkpoint: Path, path_in_repo: str) -> list[ListedFile]:
         elif not (_MODEL_FILE.fullmatch(file.name) or _RESUME_FILE.fullmatch(file.name)):
             continue
         files.append(_listed(f"{path_in_repo}/{file.name}", content, f"{file.name} of {checkpoint.name}"))
-    return files
+        if isinstance(content, bytes):
+            checksums[file.name] = hashlib.sha256(content).hexdigest()
+        else:
+            checksums[file.name] = known.get(file.name) or file_sha256(file)
+    content = format_checksums(checksums).encode()
+    return [*files, _listed(f"{path_in_repo}/{CHECKSUMS_FILE}", content, "computed")]
 
 
 class HubRepository:

@@ -28,7 +28,7 @@ _FIELDS = (
 _SETTINGS = ("arguments", "recipe", "settings", "resumes")
 _TEXT_SETTINGS = {
     *("method", "head", "start_layer", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
-    *("data_sample_sha256", "split"),
+    *("data_sample_sha256", "split", "transform"),
     *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
     *("labelled_dataset", "labelled_split", "labelled_list_file", "labelled_rows_file", "on_broken_image"),
     *("interpolation", "attn_implementation", "support_shard", "support_on_small_class"),
@@ -43,6 +43,8 @@ _TRAINING_FIELDS = {
     *("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "seed"),
     *("gradient_checkpointing", "torch_compile", "average_tokens_across_devices", "label_smoothing_factor"),
 }
+# Settings with fields of their own: what precedes their names among the differences of two records.
+_VIEWS = {"views": "", "support_views": "support_"}
 _NOT_SETTINGS = ("hub_", "push_to_hub", "overwrite_", "resume_")
 # The fields of a record that settle, beside the arguments above, what a training does.
 _BATCH_FIELDS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -81,7 +83,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
-    """Return the name, the split and the number of images of a data set; `None` for each that is not known."""
+    """Return name, split and number of images or shards of a data set; `None` for each that is not known."""
     split = getattr(dataset, "split", None)
     try:
         count = len(dataset)
@@ -91,6 +93,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
         "name": getattr(getattr(dataset, "info", None), "dataset_name", None),
         "split": None if split is None else str(split),
         "num_images": count,
+        "num_shards": getattr(dataset, "num_shards", None),
     }
 
 
@@ -110,22 +113,40 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def describe_settings(trainer: Trainer) -> dict[str, Any]:
     """Return the arguments that concern the training, defaults among them, and the fields of the views."""
-    args, transform = trainer.args, getattr(trainer.train_dataset, "transform", None)
+    args = trainer.args
     names = [*(field.name for field in _training_fields(args)), *_BATCH_FIELDS]
     settings = {name: getattr(args, name) for name in names}
     # `auto_find_batch_size` may have lowered that of the arguments.
     settings["per_device_train_batch_size"] = trainer._train_batch_size // max(args.n_gpu, 1)
-    if dataclasses.is_dataclass(transform):
-        settings["views"] = {field.name: getattr(transform, field.name) for field in dataclasses.fields(transform)}
+    settings["views"] = _describe_views(trainer.train_dataset)
+    settings["support_views"] = _describe_views(getattr(trainer, "support_dataset", None))
     return settings
 
 
+def _describe_views(dataset: Any) -> dict[str, Any]:
+    """Return the class of the transform of a data set, its fields, and what else decides about the views."""
+    transform = getattr(dataset, "transform", None)
+    if transform is None:
+        return {}
+    fields = dataclasses.fields(transform) if dataclasses.is_dataclass(transform) else ()
+    return {
+        "transform": type(transform).__name__,
+        **{field.name: getattr(transform, field.name) for field in fields},
+        "view_seed": getattr(dataset, "seed", None),
+        "shuffle_buffer": getattr(dataset, "shuffle_buffer", None),
+    }
+
+
 def find_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings that differ between two records, each as `before` and `after`; those of views too."""
-    there, here = ({**settings, **settings.get("views", {})} for settings in (there, here))
-    names = sorted((there.keys() | here.keys()) - {"views"})
-    pairs = {name: {"before": there.get(name), "after": here.get(name)} for name in names}
-    return {name: pair for name, pair in pairs.items() if pair["before"] != pair["after"]}
+    """Return the settings that differ between two records, each as `before` and `after`.
+
+    Of views, only what both have is compared: records of earlier versions have less.
+    """
+    pairs = {name: (there.get(name), here.get(name)) for name in sorted((there.keys() | here.keys()) - _VIEWS.keys())}
+    for part, prefix in _VIEWS.items():
+        before, after = there.get(part, {}), here.get(part, {})
+        pairs |= {f"{prefix}{name}": (before[name], after[name]) for name in before if name in after}
+    return {name: {"before": old, "after": new} for name, (old, new) in pairs.items() if old != new}
 
 
 def _training_fields(args: TrainingArguments) -> list[dataclasses.Field]:

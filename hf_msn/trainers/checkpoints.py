@@ -13,13 +13,12 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.utils import logging
 
 from ..evaluation.weights_hash import file_sha256
-from ..files import read_json, write_text
+from ..files import CHECKSUMS_FILE, format_checksums, read_checksums, read_json, write_text
 
 logger = logging.get_logger(__name__)
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 STAGING_FOLDER = ".incomplete"
-CHECKSUMS_FILE = "checksums.sha256"  # in the format of `sha256sum -c`
 
 
 class CheckpointError(OSError):
@@ -124,7 +123,7 @@ def check_output_dir(output_dir: str | Path) -> None:
 def write_checksums(checkpoint: str | Path) -> None:
     """Write the SHA-256 of every file of a checkpoint into it."""
     files = sorted(file for file in Path(checkpoint).iterdir() if file.is_file())
-    write_text(Path(checkpoint, CHECKSUMS_FILE), "".join(f"{file_sha256(file)}  {file.name}\n" for file in files))
+    write_text(Path(checkpoint, CHECKSUMS_FILE), format_checksums({file.name: file_sha256(file) for file in files}))
 
 
 def find_changed_file(checkpoint: str | Path) -> str | None:
@@ -132,13 +131,9 @@ def find_changed_file(checkpoint: str | Path) -> str | None:
 
     Files that were added or removed since are not judged, nor checkpoints of earlier versions, without checksums.
     """
-    checksums = Path(checkpoint, CHECKSUMS_FILE)
-    if not checksums.is_file():
-        return None
-    for line in checksums.read_text(encoding="utf-8", errors="replace").splitlines():
-        sha256, _, name = line.partition("  ")
+    for name, sha256 in read_checksums(checkpoint).items():
         file = Path(checkpoint, name)
-        if not name:
+        if not name:  # of a broken line
             return CHECKSUMS_FILE
         if file.is_file() and file_sha256(file) != sha256:
             return name

@@ -364,11 +364,20 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
 
     def extra_logs(self) -> dict[str, float]:
         """Return further values for each log of the loss. All ranks call it. Methods add to it."""
-        logs = {"weight_decay": self.weight_decay_now()}
-        if hasattr(self.train_dataset, "num_broken"):
-            broken = torch.tensor(float(self.train_dataset.num_broken), device=self.args.device)
-            logs["broken_images"] = int(all_reduce_sum(broken).item())
-        return logs
+        return {"weight_decay": self.weight_decay_now(), **self.num_broken()}
+
+    def num_broken(self) -> dict[str, int]:
+        """Return the number of images found broken so far on all ranks. All call it. Methods add other data sets."""
+        return self.count_broken("broken_images", self.train_dataset)
+
+    def count_broken(self, name: str, dataset) -> dict[str, int]:
+        """Return the number of images of a data set found broken on all ranks under `name`, if it counts them."""
+        if hasattr(dataset, "is_broken"):  # several ranks may have found the same row
+            found = all_reduce_sum(dataset.is_broken.to(self.args.device, torch.int32)) > 0
+            return {name: int(found.sum())}
+        if hasattr(dataset, "num_broken"):
+            return {name: int(all_reduce_sum(torch.tensor(dataset.num_broken, device=self.args.device)))}
+        return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._num_recorded:
@@ -460,7 +469,8 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer.save_model` does, but each file appears whole or not at all."""
-        if _internal_call:  # a checkpoint, which is renamed as a whole
+        if _internal_call:  # into a folder that is renamed as a whole
+            self.run_record.num_broken = self.num_broken()
             return super().save_model(output_dir, _internal_call=True)
         folder = Path(output_dir or self.args.output_dir)
         self._save_whole_model(folder)
@@ -469,7 +479,7 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
 
     def _save_whole_model(self, folder: Path) -> None:
         with staging_folder(self, folder) as staging:
-            super().save_model(str(staging), _internal_call=True)
+            self.save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 for file in staging.iterdir():
                     os.replace(file, folder / file.name)

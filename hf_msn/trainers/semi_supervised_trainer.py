@@ -89,8 +89,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         """Return the scalars of a forward pass whose means are logged: the parts of the loss. Methods add to them."""
         return {name: value for name, value in outputs.items() if name != "loss" and value.ndim == 0}
 
-    def extra_logs(self) -> dict[str, float]:
-        return {**super().extra_logs(), "broken_labelled_images": self.support_dataset.num_broken}
+    def num_broken(self) -> dict[str, int]:
+        return {**super().num_broken(), **self.count_broken("broken_labelled_images", self.support_dataset)}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -201,7 +201,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
 
     def _compare_labelled_images(self, saved: dict, checkpoint: str) -> None:
         now = self.labelled_images()
-        if any(saved[name] != now[name] for name in ("rows", "labels", "class_names")):
+        saved.setdefault("sample_sha256", now["sample_sha256"])  # earlier versions have none
+        if any(saved[name] != now[name] for name in ("rows", "labels", "class_names", "sample_sha256")):
             shared = len(set(saved["rows"]) & set(now["rows"]))
             raise CheckpointError(
                 f"'{checkpoint}' was trained with other labelled images: {len(saved['rows'])} there, "
@@ -225,6 +226,7 @@ class SemiSupervisedTrainer(PretrainingTrainer):
             "rows": support.rows.tolist(),
             "labels": support.labels.tolist(),
             "class_names": support.class_names,
+            "sample_sha256": support.sample_sha256,
             "support": {
                 "global_classes": args.global_support_classes,
                 "global_images_per_class": args.global_support_images_per_class,

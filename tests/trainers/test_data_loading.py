@@ -2,9 +2,12 @@
 
 import os
 
+import datasets
 import pytest
 import torch
-from semi_supervised_runs import make_run
+from launch import run_ranks
+from semi_supervised_runs import LABELLED_ROWS, digits, make_run
+from semi_supervised_runs import transform as small_views
 from short_runs import assert_same_weights, logged, make_trainer
 
 from hf_msn import (
@@ -13,9 +16,11 @@ from hf_msn import (
     MultiViewDataset,
     MultiViewTransform,
     PAWSTrainingArguments,
+    SupportDataset,
     load_images,
     multi_view_dataset,
 )
+from hf_msn.files import read_json
 from hf_msn.trainers import pretraining_arguments
 
 COLORED = {"image_size": 16, "focal_size": 8, "focal_views": 2}
@@ -118,6 +123,33 @@ def test_support_images_are_finished_by_the_trainer_too(tmp_path, method):
     expected = [dataset[(0, place, row)]["support_pixel_values"] for place, row in zip(places, rows)]
     assert torch.equal(finished["support_pixel_values"], torch.cat(expected))
     assert set(finished) == {"support_pixel_values", "support_labels"}
+
+
+def _train_with_broken_images(rank, folder):
+    rows = digits().select(range(22)).to_list()
+    for broken in (2, 9, 11):  # 9 and 11 are labelled, of the classes 9 and 1
+        rows[broken]["image"]["bytes"] = b"cut"
+    images = datasets.Dataset.from_list(rows, digits().features)
+    train, labelled = MultiViewDataset(images, small_views()), SupportDataset(images, LABELLED_ROWS, small_views())
+    changes = {"train_dataset": train, "support_dataset": labelled}
+    settings = {"per_device_train_batch_size": 2, "global_support_classes": 2, "max_steps": 30}
+    trainer = make_run(folder, "paws", changes=changes, **settings)
+    trainer.train()
+    trainer.save_model()
+    return train.num_broken, labelled.num_broken, trainer.state.log_history[-2]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_broken_image_counts_once_over_ranks_and_is_recorded(tmp_path, ranks):
+    results = run_ranks(_train_with_broken_images, ranks, str(tmp_path), timeout=120)
+    assert ranks == 1 or sum(result[0] for result in results) > 3  # both found the same
+    for _, _, logs in results:
+        assert (logs["broken_images"], logs["broken_labelled_images"]) == (3, 2)
+    record = read_json(tmp_path / "run.json")
+    assert (record["data"]["num_images"], record["data"]["num_broken"]) == (22, 3)
+    assert (record["labelled"]["num_images"], record["labelled"]["num_broken"]) == (8, 2)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 16), (2, 15), (8, 3), (64, 0)])

@@ -11,7 +11,7 @@ from semi_supervised_runs import digits
 from short_runs import RandomViews, assert_same_weights, end_workers, logged, make_trainer
 
 from hf_msn import MultiViewDataset, MultiViewTransform, multi_view_dataset
-from hf_msn.files import read_json
+from hf_msn.files import read_json, write_json
 from hf_msn.trainers.checkpoints import CheckpointError, find_fault, find_last_checkpoint
 
 
@@ -228,12 +228,41 @@ def test_another_data_set_is_refused_unless_it_is_allowed(tmp_path, views):
     assert {name: resumed[name] for name in resumed if name != "max_steps"} == expected
 
 
-def test_other_views_are_named_and_a_renamed_data_set_is_the_same(tmp_path, caplog):
-    make_trainer(tmp_path, drawn_views(), max_steps=2, save_steps=2).train()
-    views = drawn_views()
-    views.transform.grayscale, views.info.dataset_name = 0.5, "moved"
+@pytest.mark.parametrize("streamed", [False, True])
+def test_other_views_are_named_and_a_renamed_data_set_is_the_same(tmp_path, caplog, streamed):
+    make_trainer(tmp_path, drawn_views(streamed), max_steps=2, save_steps=2).train()
+    views = drawn_views(streamed)
+    views.transform.grayscale, views.info.dataset_name, views.seed = 0.5, "moved", 4
+    if streamed:
+        views.shuffle_buffer = 7
     make_trainer(tmp_path, views, max_steps=2).train(resume_from_checkpoint=True)
-    assert "other settings: grayscale 0.0 there, 0.5 here." in caplog.text
+    buffer = "shuffle_buffer 1000 there, 7 here" if streamed else ""
+    named = ["grayscale 0.0 there, 0.5 here", "view_seed 3 there, 4 here", buffer]
+    assert f"other settings: {', '.join(filter(None, named))}." in caplog.text
+
+
+def test_another_stream_is_refused_unless_it_is_allowed(tmp_path):
+    def stream(rows, shards=1):
+        images = digits().select(rows).to_iterable_dataset(num_shards=shards)
+        return multi_view_dataset(images, drawn_views().transform, seed=3)
+
+    make_trainer(tmp_path, stream(range(13)), max_steps=2, save_steps=2).train()
+    record = read_json(tmp_path / "checkpoint-2" / "run.json")
+    assert record["data"]["num_shards"] == 1
+    for other in (stream(range(1, 14)), stream(range(13), shards=2)):
+        with pytest.raises(CheckpointError, match="resume_on_other_data"):
+            make_trainer(tmp_path, other).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, other, max_steps=3, save_steps=3, resume_on_other_data=True).train(
+        resume_from_checkpoint=True
+    )
+    (resumed,) = read_json(tmp_path / "checkpoint-3" / "run.json")["resumes"]
+    assert resumed["settings"]["num_shards"] == {"before": 1, "after": 2}
+
+    for name in ("checksums.sha256", "run.json"):  # as in a checkpoint of an earlier version
+        (tmp_path / "checkpoint-3" / name).unlink()
+    record["data"].pop("num_shards"), record.pop("data_sample_sha256")
+    write_json(tmp_path / "checkpoint-3" / "run.json", record)
+    make_trainer(tmp_path, other, max_steps=4).train(resume_from_checkpoint=True)
 
 
 def test_an_output_dir_of_an_earlier_run_asks_for_a_decision(tmp_path, copy):

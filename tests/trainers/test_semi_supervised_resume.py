@@ -1,13 +1,16 @@
 """A run with supports goes on bit for bit after a stop, with the same supports, on one rank and on two."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from launch import run_ranks
-from semi_supervised_runs import LABELLED_ROWS, make_run, watch
+from semi_supervised_runs import LABELLED_ROWS, digits, make_run, transform, watch
 from short_runs import StopAt, assert_same_weights, end_workers, logged
 
+from hf_msn import SupportDataset
+from hf_msn.files import read_json, write_json
 from hf_msn.trainers.checkpoints import CheckpointError
 
 EVERY_SECOND_STEP = {"save_strategy": "steps", "save_steps": 2}
@@ -65,6 +68,26 @@ def test_other_labelled_images_are_refused(stopped, tmp_path):
     for rows, shared in (([*LABELLED_ROWS[:-1], 25], 7), (LABELLED_ROWS[:-1], 7), ([0, 2, 10, 18], 0)):
         with pytest.raises(CheckpointError, match=f"8 there, {len(rows)} here, {shared} rows"):
             make_run(tmp_path, rows=rows).train(resume_from_checkpoint=str(stopped))
+    others = digits().select([*range(5), 15, *range(6, 22)])  # another five in the same row
+    changes = {"support_dataset": SupportDataset(others, LABELLED_ROWS, transform())}
+    with pytest.raises(CheckpointError, match="8 there, 8 here, 8 rows"):
+        make_run(tmp_path, changes=changes).train(resume_from_checkpoint=str(stopped))
+
+
+def test_other_views_of_the_support_are_named(stopped, tmp_path, caplog):
+    labelled = SupportDataset(digits(), LABELLED_ROWS, transform(grayscale=0.5), seed=1)
+    run = make_run(tmp_path, max_steps=3, changes={"support_dataset": labelled})
+    run.train(resume_from_checkpoint=str(stopped))
+    assert "support_grayscale 0.0 there, 0.5 here, support_view_seed 0 there, 1 here." in caplog.text
+
+    earlier = shutil.copytree(stopped, tmp_path / stopped.name)
+    record = read_json(earlier / "run.json")
+    del record["settings"]["support_views"]
+    write_json(earlier / "run.json", record)
+    (earlier / "checksums.sha256").unlink()
+    caplog.clear()
+    make_run(tmp_path, max_steps=8, changes={"support_dataset": labelled}).train(resume_from_checkpoint=str(earlier))
+    assert "other settings" not in caplog.text
 
 
 def test_another_support_is_named_and_taken(stopped, tmp_path, caplog):

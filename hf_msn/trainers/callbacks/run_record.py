@@ -30,6 +30,7 @@ class RunRecordCallback(TrainerCallback):
     Attributes:
         recipe (`Mapping[str, Any]`, *optional*): The fields of the recipe as they were given.
         sync (`Mapping[str, Any]`, *optional*): `method` and settings of training with little communication.
+        num_broken (`Mapping[str, int]`): The images found broken on all ranks, by the names of the log.
         resumes (`list`): Each earlier resume with other settings: its step, and the settings before and after.
     """
 
@@ -37,6 +38,7 @@ class RunRecordCallback(TrainerCallback):
         self.trainer = trainer
         self.recipe: Mapping[str, Any] | None = None
         self.sync: Mapping[str, Any] | None = None
+        self.num_broken: Mapping[str, int] = {}
         self.resumes: list[dict[str, Any]] = []
         self._saved: Mapping[str, Any] = {"wall_time_seconds": 0.0}
         self._seconds_before: float | None = 0.0
@@ -57,6 +59,7 @@ class RunRecordCallback(TrainerCallback):
             CheckpointError: If the checkpoint is of another data set, unless `resume_on_other_data` is set.
         """
         self._saved, self.resumes = {"wall_time_seconds": 0.0}, []
+        here = public_run(describe_training(self.trainer))
         if checkpoint is None:
             return
         try:
@@ -64,7 +67,6 @@ class RunRecordCallback(TrainerCallback):
         except ValueError:  # a damaged record must not prevent a resume
             self._saved = {}
         self.resumes = [*self._saved.get("resumes", ())]
-        here = public_run(describe_training(self.trainer))
         differing = self._compare_data(checkpoint, here)
         if "settings" in self._saved:
             differing |= find_differences(self._saved["settings"], here["settings"])
@@ -90,7 +92,9 @@ class RunRecordCallback(TrainerCallback):
             is_same = saved["data_sample_sha256"] == record["data_sample_sha256"]
         else:
             is_same = all(there.get(name) == here.get(name) for name in ("name", "split"))
-        if not there or (is_same and there.get("num_images") == here.get("num_images")):
+        is_same &= there.get("num_images") == here.get("num_images")
+        is_same &= there.get("num_shards") in (None, here.get("num_shards"))  # earlier versions have none
+        if not there or is_same:
             return {}
         if not self.trainer.args.resume_on_other_data:
             raise CheckpointError(
@@ -102,6 +106,7 @@ class RunRecordCallback(TrainerCallback):
             "dataset": (there.get("name"), here.get("name")),
             "split": (there.get("split"), here.get("split")),
             "num_images": (there.get("num_images"), here.get("num_images")),
+            "num_shards": (there.get("num_shards"), here.get("num_shards")),
             "data_sample_sha256": (saved.get("data_sample_sha256"), record.get("data_sample_sha256")),
         }
         return {name: {"before": old, "after": new} for name, (old, new) in pairs.items() if old != new}
@@ -128,11 +133,14 @@ class RunRecordCallback(TrainerCallback):
             record["sync"] = self.sync
             if "replicas" in self.sync:  # each replica makes updates of its own
                 record["batch"]["images_per_update"] //= self.sync["replicas"]
+        for part, name in (("data", "broken_images"), ("labelled", "broken_labelled_images")):
+            if self.num_broken.get(name):
+                record[part]["num_broken"] = self.num_broken[name]
         record["resumes"] = self.resumes or None
         write_run(folder, {**record, "wall_time_seconds": self.seconds})
 
 
 def _describe(data: Mapping[str, Any]) -> str:
-    name, split, count = (data.get(key) for key in ("name", "split", "num_images"))
-    words = [f"'{name}'" if name else "", f"{split}" if split else "", f"({count} images)" if count else ""]
-    return " ".join(filter(None, words)) or "another one"
+    name, split, images, shards = (data.get(key) for key in ("name", "split", "num_images", "num_shards"))
+    size = f"({images} images)" if images else f"({shards} shards)" if shards else ""
+    return " ".join(filter(None, [f"'{name}'" if name else "", split, size])) or "another one"

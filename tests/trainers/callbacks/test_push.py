@@ -12,11 +12,12 @@ from short_runs import StopAt, assert_same_weights, make_trainer
 from transformers import TrainerCallback
 
 from hf_msn import MSNForPreTraining, PublishingError, SlowMoCallback, evaluation_image_processor
+from hf_msn.trainers.checkpoints import find_fault
 
 NAME = "alice/mine"
 MODEL = {"config.json", "model.safetensors", "run.json"}
 ROOT = {"README.md", *MODEL}
-RESUME = {*MODEL, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+RESUME = {*MODEL, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checksums.sha256"}
 
 
 @pytest.fixture
@@ -71,10 +72,15 @@ def test_a_pushed_checkpoint_resumes_bit_for_bit(hub, folder, tmp_path):
     pushing(folder, "checkpoint", callbacks=[StopAt(6)]).train()
     files = hub.files(NAME)
     assert set(files) == ROOT | {f"last-checkpoint/{name}" for name in RESUME}
-    (tmp_path / "other" / "checkpoint-6").mkdir(parents=True)
-    for path, data in files.items():
-        if path.startswith("last-checkpoint/"):
-            (tmp_path / "other" / "checkpoint-6" / path.split("/")[1]).write_bytes(data)
+    downloaded = tmp_path / "other" / "checkpoint-6"
+    downloaded.mkdir(parents=True)
+    for name in RESUME:
+        (downloaded / name).write_bytes(files[f"last-checkpoint/{name}"])
+    for name in RESUME - {"checksums.sha256"}:  # also those that differ from the files here
+        data = (downloaded / name).read_bytes()
+        (downloaded / name).write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        assert f"'{name}'" in find_fault(downloaded)
+        (downloaded / name).write_bytes(data)
     resumed = make_trainer(tmp_path / "other")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
