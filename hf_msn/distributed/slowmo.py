@@ -8,11 +8,11 @@ from torch import nn
 
 from ..checks import check_number
 from .comm.flat import FlatTensors
-from .comm.wire import RoundedMean, checked_wire_dtype
+from .local_sgd import LocalSGD
 from .local_update import LocalUpdate
 
 
-class SlowMo(LocalUpdate):
+class SlowMo(LocalSGD):
     """Take a step of slow momentum along the average of the local steps, every `sync_every` optimizer steps.
 
         v <- beta * (gamma_t / gamma_prev) * v + (x0 - xbar),    xbar = mean_i x_i
@@ -44,9 +44,8 @@ class SlowMo(LocalUpdate):
             an outer step sends nothing, and each rank has its own x0 and v. `sync()` still averages.
         shard_state (`bool`, *optional*, defaults to `False`): Each rank keeps 1/n of x0 and v: a reduce-scatter of x
             and an all-gather of the result replace the all-reduce, for the same number of bytes.
-        wire_dtype (`str`, *optional*): `"bfloat16"` halves the bytes of an outer step: x - x0 is rounded, and the
-            rounding error is added to the next ([`RoundedMean`]). It needs memory for one more copy of the trainable
-            parameters. By default the parameters' own precision.
+        wire_dtype (`str`, *optional*): `"bfloat16"` halves the bytes of an outer step, see [`LocalSGD`]; its anchor is
+            x0. It needs memory for one more copy of the trainable parameters. By default the parameters' own precision.
         base ([`Gossip`], [`OverlapGossip`] or [`LocalSGD`], *optional*): The method between the outer steps, of the
             same model, optimizer and groups: SlowMo over SGP or OSGP, for which the paper uses `sync_every=48`. SlowMo
             starts and stops it. By default the ranks take local steps only, which is the paper's SlowMo over Local SGD
@@ -88,14 +87,12 @@ class SlowMo(LocalUpdate):
                 "`average=False`, `shard_state=True` and `wire_dtype` exclude one another, because each needs another "
                 f"x0, but are {average}, {shard_state} and {wire_dtype!r}. Leave all but one out."
             )
-        super().__init__(model, optimizer, sync_every=sync_every, base_buffers=base_buffers, group=group, **kwargs)
+        kwargs.update(sync_every=sync_every, base_buffers=base_buffers, wire_dtype=wire_dtype, group=group)
+        super().__init__(model, optimizer, **kwargs)
         self.average, self.shard_state = average, shard_state
-        self.wire_dtype, dtype = wire_dtype, checked_wire_dtype(wire_dtype)
-        self._rounded = None if dtype is None else RoundedMean(self._exchange, dtype)
         self.base = base
         if base is not None:
             self._check_base(base)
-        self._anchors: list[torch.Tensor] = []
         self._momenta: list[torch.Tensor] = []
         self._previous_learning_rates: list[float] | None = None
 
@@ -105,11 +102,15 @@ class SlowMo(LocalUpdate):
         return self.slow_momentum == 0.0 and self.slow_lr == 1.0
 
     @property
+    def _has_anchors(self) -> bool:
+        return not self._only_averages or self.wire_dtype is not None
+
+    @property
     def _num_shards(self) -> int:
         return self._exchange.size if self.shard_state else 1
 
     def _settings(self) -> dict[str, Any]:
-        own = ("slow_momentum", "slow_lr", "average", "shard_state", "wire_dtype")
+        own = ("slow_momentum", "slow_lr", "average", "shard_state")
         return {**super()._settings(), **{name: getattr(self, name) for name in own}}
 
     @property
@@ -184,10 +185,9 @@ class SlowMo(LocalUpdate):
         self._previous_learning_rates = None
         if self.base is not None:
             self.base._begin_local_steps()
-        if self._only_averages and self._rounded is None:
+        self._rounding_errors.clear()
+        if not self._has_anchors:
             return
-        if self._rounded is not None:
-            self._rounded.residuals.clear()
         self._anchors = [
             self._shard(FlatTensors(bucket, multiple_of=self._num_shards).copy_in()[0])
             for bucket in self._bucket_tensors()
@@ -209,17 +209,12 @@ class SlowMo(LocalUpdate):
         for index, bucket in enumerate(self._bucket_tensors()):
             flat = FlatTensors(bucket, multiple_of=self._num_shards)
             [x] = flat.copy_in()
-            if self.shard_state:
-                part = self._exchange.mean_shard(x)
-            else:
-                part = x
-                if self.average and self._rounded is not None:
-                    self._rounded.mean_(index, x, self._anchors[index])
-                elif self.average:
-                    self._exchange.mean_([x])
+            part = self._exchange.mean_shard(x) if self.shard_state else x
+            if self.average and not self.shard_state:
+                self._mean_(index, x)
             if not self._only_averages:
                 self._add_slow_momentum(index, part, factors)
-            elif self._rounded is not None:
+            elif self._has_anchors:
                 self._anchors[index].copy_(x)
             if self.shard_state:
                 self._exchange.gather_(x, part)
@@ -260,30 +255,26 @@ class SlowMo(LocalUpdate):
 
     def _method_state(self) -> dict[str, Any]:
         return {
-            "anchors": [anchor.clone() for anchor in self._anchors],
+            **super()._method_state(),
             "momenta": [momentum.clone() for momentum in self._momenta],
             "previous_learning_rates": self._previous_learning_rates,
             "base": None if self.base is None else self.base.state_dict(),
-            "residuals": {} if self._rounded is None else self._rounded.state(),
             "slow": self._kinds_of_tensors,
         }
 
     @property
     def _kinds_of_tensors(self) -> tuple[bool, ...]:
-        return self._only_averages, self.slow_momentum > 0.0, self.shard_state, self._rounded is not None
+        return self._only_averages, self.slow_momentum > 0.0, self.shard_state
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
         here = self._kinds_of_tensors
         if tuple(state["slow"]) != here:
             raise ValueError(
-                "A state of SlowMo must have the same kinds of tensors, here (none, momentum, sharded, rounded) = "
-                f"{here}, but has {tuple(state['slow'])}. Set `slow_momentum`, `slow_lr`, `shard_state` and "
-                "`wire_dtype` as they were."
+                f"A state of SlowMo must have the same kinds of tensors, here (none, momentum, sharded) = {here}, "
+                f"but has {tuple(state['slow'])}. Set `slow_momentum`, `slow_lr` and `shard_state` as they were."
             )
-        self._anchors = [anchor.to(self._device, copy=True) for anchor in state["anchors"]]
+        super()._load_method_state(state)
         self._momenta = [momentum.to(self._device, copy=True) for momentum in state["momenta"]]
         self._previous_learning_rates = state["previous_learning_rates"]
-        if self._rounded is not None:
-            self._rounded.load_state(state["residuals"], self._device)
         if self.base is not None:
             self.base.load_state_dict(state["base"])

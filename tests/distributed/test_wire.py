@@ -4,8 +4,7 @@ from launch import run_ranks
 from torch import nn
 
 from hf_msn import LocalSGD, SlowMo
-from hf_msn.distributed.comm.exchange import Exchange
-from hf_msn.distributed.comm.wire import RoundedMean, checked_wire_dtype
+from hf_msn.distributed.comm.wire import checked_wire_dtype
 
 pytestmark = pytest.mark.distributed
 STEPS, SIZE = 12, 50
@@ -17,13 +16,14 @@ def _changes(rank, step):
 
 
 def _rounded_means(rank):
-    rounded = RoundedMean(Exchange(), torch.bfloat16)
-    x = torch.full((SIZE,), 10.0)
-    for step in range(STEPS):
-        anchor = x.clone()
-        x = x + _changes(rank, step)
-        rounded.mean_(0, x, anchor)
-    return x, rounded.residuals[0]
+    x = nn.Parameter(torch.full((SIZE,), 10.0))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    with LocalSGD(nn.ParameterList([x]), optimizer, sync_every=1, wire_dtype="bfloat16") as sync:
+        for step in range(STEPS):
+            x.grad = -_changes(rank, step)
+            optimizer.step()
+            sync.step()
+        return x.detach().clone(), sync.state_dict()["rounding_errors"][0]
 
 
 def test_rounded_means_follow_the_equation_and_no_rounding_adds_up():
