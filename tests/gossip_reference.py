@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from states import resumed_in_two_ways
 
 from hf_msn.distributed.gossip import Gossip
 from hf_msn.distributed.slowmo import SlowMo
@@ -25,6 +26,7 @@ DEFAULTS = {
 # Settings of a run beside Gossip's arguments: rates of the two groups, SGD's momentum, a sync after a step, SlowMo.
 RUN = {"rates": CHANGING, "momentum": 0.9, "sync_after": None, "slowmo": None}
 GROUP = torch.tensor([0] * 6 + [1] * 2)
+QUASI_GLOBAL = {"momentum": 0.0, "quasi_global_momentum": 0.9}
 
 
 class Lopsided(Topology):
@@ -93,6 +95,20 @@ def train(rank, case, world_size, **more):
                 sync.sync()
             seen.append(flat(model))
     return torch.stack([*seen, flat(model)])
+
+
+def resume(rank, case, n):
+    def make(seed):
+        model = make_model(seed)
+        optimizer = make_optimizer(model, case.get("momentum", 0.9))
+        return model, optimizer, make_sync(model, optimizer, case, n)
+
+    def run(model, optimizer, sync, steps):
+        for step in steps:
+            take_step(model, optimizer, (0.1, 0.2), rank, step)
+            sync.step()
+
+    return resumed_in_two_ways(make, run, NUM_STEPS)
 
 
 def gradient(z, rank, step):

@@ -1,21 +1,9 @@
 """Training runs for the tests of overlapped gossip."""
 
-import torch
+from gossip_reference import data, flat, gradient, make_model
 
 NUM_STEPS = 9
-
-
 RATE, MOMENTUM = 0.05, 0.9
-
-
-def data(rank, step):
-    generator = torch.Generator().manual_seed(100 * rank + step)
-    return torch.randn(5, 3, generator=generator).double(), torch.randn(5, 2, generator=generator).double()
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Linear(3, 2).double()
 
 
 def take_step(model, optimizer, rank, step):
@@ -25,15 +13,11 @@ def take_step(model, optimizer, rank, step):
     optimizer.step()
 
 
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
-
-
 def reference(topology, bound, sync_after=4):
     n = topology.world_size
     x = [flat(make_model()) for _ in range(n)]
-    z = [v.clone() for v in x]
-    w, m = [1.0] * n, [torch.zeros_like(x[0]) for _ in range(n)]
+    z = list(x)
+    w, m = [1.0] * n, [0.0] * n
     under_way, seen, weights = [], [[] for _ in range(n)], [[] for _ in range(n)]
 
     def merge(sent_until):
@@ -51,11 +35,7 @@ def reference(topology, bound, sync_after=4):
 
     for step in range(NUM_STEPS):
         for i in range(n):
-            inputs, targets = data(i, step)
-            weight, bias = z[i][:6].view(2, 3), z[i][6:]
-            residual = inputs @ weight.T + bias - targets
-            gradient = [2 * residual.T @ inputs / residual.numel(), 2 * residual.sum(0) / residual.numel()]
-            m[i] = MOMENTUM * m[i] + torch.cat([g.flatten() for g in gradient])
+            m[i] = MOMENTUM * m[i] + gradient(z[i], i, step)
             x[i] = x[i] - RATE * m[i]
         for i in range(n):
             peers = topology.out_peers(i, step)
@@ -71,3 +51,11 @@ def reference(topology, bound, sync_after=4):
             weights[i].append(w[i])
     consensus()
     return [([*seen[i], z[i]], weights[i]) for i in range(n)]
+
+
+def weight_under_way(sync, ranks=None):
+    """The weight that `sync` has sent to `ranks`, by default the connected ones, less that merged from them."""
+    mailbox = sync._mailbox
+    peers = [rank for rank in ranks or sync._peers.connected if rank != mailbox.rank]
+    sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
+    return sent + sum(message.weight for message in sync._unmerged)

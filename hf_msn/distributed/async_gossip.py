@@ -1,7 +1,8 @@
 """Asynchronous gossip: every rank mixes at its own pace, and no rank waits for another one in a step."""
 
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from .comm.mailbox import Message
 from .comm.membership import Membership
 from .comm.wire import as_bytes, from_bytes
 from .push_sum import PushSum
-from .step_rates import StepRates
 from .topology import ExponentialTopology, Topology, TwoSidesTopology, two_sides
 
 _REQUEST, _ANSWER, _MASS = range(3)  # kinds of messages
 _MIN_WEIGHT_TO_PUSH = 0.5
+_RATE_WINDOW_SECONDS = 30.0
+_MAX_RATE_SAMPLES = 100  # per window
+_MIN_RATE_STEPS = 4  # per estimate
+_MAX_SCALE = 10.0  # a step that is scaled by more would not be stable
 
 
 class AsyncGossip(BackgroundGossip):
@@ -55,20 +59,7 @@ class AsyncGossip(BackgroundGossip):
     own steps. Runs do not repeat bit for bit, but a checkpoint of each rank after `sync()` holds everything;
     `state_dict` is refused at other times.
 
-    **Faults.** The others go on without a rank that dies, and pass over one that stops: see docs/gossip.md, which has
-    the memory needed too. `sync()` is the mean of the living ranks. It raises a [`PeerError`] that names a silent
-    rank; call it again to wait on.
-
-    On one rank it does nothing and warns. SlowMo cannot use it as `base`: its outer steps wait for all ranks.
-
-    Example:
-
-    ```python
-    with AsyncGossip(model, optimizer, method="ad_psgd") as sync:
-        ...
-        optimizer.step()
-        sync.step()
-    ```
+    On one rank it does nothing and warns. For faults and memory see docs/gossip.md.
 
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
@@ -395,3 +386,40 @@ class SubgradientPush(_Mixing):
             self._push_sum.divide(self._push_sum.weight)  # alone, only z counts
             return True
         return bool(messages)
+
+
+class StepRates:
+    """Steps per second over the last 30 seconds. Times are those of the senders' clocks: only differences count."""
+
+    def __init__(self, num_ranks: int, window_seconds: float = _RATE_WINDOW_SECONDS):
+        self._window = window_seconds
+        self._samples: list[deque[tuple[int, float]]] = [deque() for _ in range(num_ranks)]
+        self._latest = [-1] * num_ranks
+        self._rates: list[float | None] = [None] * num_ranks
+
+    def note(self, rank: int, step: int, seconds: float) -> None:
+        """Note that `rank` ended its step `step` at `seconds` on its own clock. Known steps change nothing."""
+        samples = self._samples[rank]
+        if step <= self._latest[rank]:
+            return
+        self._latest[rank] = step
+        if len(samples) > 1 and samples[-1][1] - samples[-2][1] < self._window / _MAX_RATE_SAMPLES:
+            samples.pop()
+        samples.append((step, seconds))
+        while len(samples) > 2 and seconds - samples[1][1] > self._window:
+            samples.popleft()
+        steps, elapsed = step - samples[0][0], seconds - samples[0][1]
+        if steps >= _MIN_RATE_STEPS and elapsed > 0.0:
+            self._rates[rank] = steps / elapsed
+
+    def pause(self) -> None:
+        """Begin new windows, after the ranks have waited for one another. Until then the estimates hold."""
+        for samples in self._samples:
+            samples.clear()
+
+    def scale(self, rank: int, among: Iterable[int]) -> float:
+        """Return s = mean_j(rate_j) / rate of `rank`, j in `among`, within [1/10, 10]; 1 until all are known."""
+        rates, own = [self._rates[j] for j in among], self._rates[rank]
+        if own is None or any(rate is None for rate in rates):
+            return 1.0
+        return min(max(sum(rates) / len(rates) / own, 1.0 / _MAX_SCALE), _MAX_SCALE)

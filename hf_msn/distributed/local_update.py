@@ -1,7 +1,7 @@
 """Base class of local training: steps on each rank alone, and an exchange every few of them."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from .comm.flat import FlatTensors, split_into_buckets
 from .gradient_sync import GradientSync, find_wrapper, require_free
 from .step_calls import StepCalls
 from .training_state import (
-    average_moments,
     compare_ranks,
     frozen_and_buffers,
     plain_optimizer,
     refuse_unsupported,
     reset_moments,
+    shared_moments,
     trainable_parameters,
 )
 
@@ -51,12 +51,9 @@ class LocalUpdate:
     that are not in the state dict stay. Optimizer moments become their means with `base_buffers="average"`. An outer
     step exchanges only trainable parameters, and moments if they are averaged.
 
-    **Gradients.** In `DistributedDataParallel` a communication hook turns their averaging off, so that accelerate's
-    `no_sync` and `accumulate` work; DDP's broadcast of buffers is off too. Pass the wrapped model. DDP keeps the hook
-    after leaving, and averages as before. Build DDP without `find_unused_parameters`, which makes the ranks wait for
-    one another at every step. Without DDP, gradients that must be averaged (before `sync_start_step`, or over
-    `inner_group`) are averaged before `optimizer.step()`, thus after clipping; with a gradient scaler use DDP, because
-    a step that is skipped on one rank would block the others there.
+    **Gradients.** In `DistributedDataParallel` a communication hook turns their averaging off, and DDP's broadcast of
+    buffers is off too. Without DDP, gradients that must be averaged (before `sync_start_step`, or over `inner_group`)
+    are averaged before `optimizer.step()`, thus after clipping. See docs/communication.md.
 
     Args:
         model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled. Parameters of the optimizer that are not
@@ -407,14 +404,18 @@ class LocalUpdate:
 
     def _average_moments(self) -> None:
         for exchange in self._exchanges:
-            average_moments(self.optimizer, exchange, self._device, _BUCKET_BYTES)
+            moments = shared_moments(self.optimizer, exchange, self._device)
+            self._exchange_in_place(Exchange.mean_, moments, [exchange])
 
     def _exchange_in_place(
-        self, operation: Callable[[Exchange, list[torch.Tensor]], None], tensors: list[torch.Tensor]
+        self,
+        operation: Callable[[Exchange, list[torch.Tensor]], None],
+        tensors: list[torch.Tensor],
+        exchanges: Sequence[Exchange] | None = None,
     ) -> None:
         for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
             flat = FlatTensors([tensors[i] for i in bucket])
-            for exchange in self._exchanges:
+            for exchange in exchanges or self._exchanges:
                 operation(exchange, flat.copy_in())
                 flat.copy_back()
 

@@ -51,15 +51,6 @@ class OverlapGossip(BackgroundGossip):
     the memory needed too. `sync()` is then the mean of the ranks that are there. Without all ranks
     `consensus_distance` and the outer steps of [`SlowMo`] raise a [`PeerError`].
 
-    Example:
-
-    ```python
-    with OverlapGossip(model, optimizer, staleness_bound=1) as sync:
-        ...
-        optimizer.step()
-        sync.step()
-    ```
-
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
         optimizer (`torch.optim.Optimizer`): See [`LocalUpdate`].
@@ -132,19 +123,6 @@ class OverlapGossip(BackgroundGossip):
     def rounds(self) -> int:
         """Steps with messages so far, the step of the topology."""
         return 0 if self._push_sum is None else self._peers.step + 1
-
-    @property
-    def weight_under_way(self) -> float:
-        """Weight sent to connected peers, less weight merged from them.
-
-        Its sum over the ranks is the weight in flight. The sum of this and `push_sum_weight` over the ranks is n, and
-        does not change when a rank is lost.
-        """
-        if self._push_sum is None:
-            return 0.0
-        mailbox, peers = self._mailbox, self._peers.connected
-        sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
-        return sent + sum(message.weight for message in self._unmerged)
 
     @property
     def alive(self) -> list[int]:

@@ -65,7 +65,7 @@ class QuasiGlobalMomentum:
         scale = getattr(optimizer, "grad_scale", None)
         factor = self.beta if scale is None else self.beta * scale
         for buffer, bucket, groups in zip(self.buffers, self._parameters, self._groups):
-            for part, parameter, group in zip(_parts(buffer, bucket), bucket, groups):
+            for (part, _), parameter, group in zip(_pairs(buffer, bucket), bucket, groups):
                 if group is None:
                     continue
                 own = part * factor
@@ -82,13 +82,11 @@ class QuasiGlobalMomentum:
     ) -> None:
         """mhat <- mu * mhat + (1 - mu) * (before - after) / eta where eta > 0; flat buffers of the parameters."""
         for buffer, old, new, bucket, groups in zip(self.buffers, before, after, self._parameters, self._groups):
-            moved = old - new
-            for part, change, group in zip(_parts(buffer, bucket), _parts(moved, bucket), groups):
+            changes = _pairs(old - new, bucket)
+            for (part, _), (change, _), group in zip(_pairs(buffer, bucket), changes, groups):
                 if group is not None and learning_rates[group] != 0.0:
                     part.mul_(self.mu).add_(change, alpha=(1.0 - self.mu) / learning_rates[group])
 
 
-def _parts(buffer: torch.Tensor, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the views of a flat buffer that belong to the parameters."""
-    real = [torch.view_as_real(p.detach()) if p.is_complex() else p for p in parameters]
-    return [part.view(p.shape) for part, p in zip(buffer.split([p.numel() for p in real]), real)]
+def _pairs(buffer: torch.Tensor, parameters: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return FlatTensors(parameters, widen=True, buffers=[buffer]).pairs

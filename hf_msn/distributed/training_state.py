@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from .comm.exchange import Exchange
-from .comm.flat import FlatTensors, split_into_buckets
 
 _SHARDED = {
     "FullyShardedDataParallel": "FSDP",
@@ -128,21 +127,15 @@ def reset_moments(optimizer: torch.optim.Optimizer) -> None:
                     state[name] = type(state[name])(first_values[name])
 
 
-def average_moments(
-    optimizer: torch.optim.Optimizer, exchange: Exchange, device: torch.device, bucket_bytes: int
-) -> None:
-    """Replace the moments that all ranks have by their means; a rank may lack those of a step that it skipped."""
+def shared_moments(optimizer: torch.optim.Optimizer, exchange: Exchange, device: torch.device) -> list[torch.Tensor]:
+    """Return the moments that all ranks have; a rank may lack those of a step that it skipped."""
     own = moments(optimizer)
     names = {f"{place}/{name}": value for (place, name), value in own.items()}
     texts = exchange.texts_that_differ("\n".join(names), device)
     if texts is not None:
         shared = set.intersection(*(set(text.split("\n")) for text in texts))
         names = {name: value for name, value in names.items() if name in shared}
-    tensors = list(names.values())
-    for bucket in split_into_buckets(tensors, bucket_bytes):
-        flat = FlatTensors([tensors[i] for i in bucket])
-        exchange.mean_(flat.copy_in())
-        flat.copy_back()
+    return list(names.values())
 
 
 def compare_ranks(exchange: Exchange, description: list[str], device: torch.device) -> None:

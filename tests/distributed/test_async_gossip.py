@@ -11,7 +11,7 @@ from launch import run_ranks
 from torch import nn
 
 from hf_msn import AsyncGossip, RingTopology
-from hf_msn.distributed.step_rates import StepRates
+from hf_msn.distributed.async_gossip import StepRates
 from hf_msn.distributed.topology import BipartiteExponentialTopology
 
 OPTIONS = {

@@ -39,16 +39,12 @@ def _outlive(rank, method, lost, when):
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     sync = Accounts(model, optimizer, method=method, rate_correction=False, timeout_seconds=8.0).start()
-    values = [value for value, p in zip(targets(rank), model.parameters()) if p.requires_grad]
     with torch.no_grad():
         model[0].bias.fill_(rank)
         model[1].running_mean.fill_(rank)
         model[1].num_batches_tracked.fill_(rank)
-    for p, value in zip([p for p in model.parameters() if p.requires_grad], values):
-        p.grad = p.detach() - value
-    optimizer.param_groups[0]["lr"] = 1.0
-    step_of(optimizer, sync)
-    optimizer.param_groups[0]["lr"] = 0.0
+    jump_to(model, optimizer, targets(rank))
+    sync.step()
     for step in range(60):
         if rank == lost and step == 20 and when == "between steps":
             os.kill(os.getpid(), signal.SIGKILL)

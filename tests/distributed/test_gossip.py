@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from gossip_reference import (
     NUM_STEPS,
+    QUASI_GLOBAL,
     WITH_ZEROS,
     Lopsided,
     flat,
@@ -14,11 +15,12 @@ from gossip_reference import (
     make_model,
     make_optimizer,
     reference,
+    resume,
     take_step,
     train,
 )
-from gossip_runs import PLAIN
 from launch import run_ranks
+from states import same
 from topologies import Star
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,10 +44,10 @@ CASES = {
     "bfloat16": {"wire_dtype": "bfloat16"},
     "bfloat16, irregular": {"wire_dtype": "bfloat16", "topology": Star},
     "bfloat16, d-psgd": {"wire_dtype": "bfloat16", "push_sum": False},
-    "qgm": {**PLAIN},
-    "qgm, pair and zeros": {**PLAIN, "quasi_global_momentum": (0.5, 0.8), "rates": WITH_ZEROS},
-    "qgm, irregular": {**PLAIN, "topology": Lopsided},
-    "qgm, d-psgd, every third step": {**PLAIN, "push_sum": False, "sync_every": 3},
+    "qgm": {**QUASI_GLOBAL},
+    "qgm, pair and zeros": {**QUASI_GLOBAL, "quasi_global_momentum": (0.5, 0.8), "rates": WITH_ZEROS},
+    "qgm, irregular": {**QUASI_GLOBAL, "topology": Lopsided},
+    "qgm, d-psgd, every third step": {**QUASI_GLOBAL, "push_sum": False, "sync_every": 3},
     "extra rounds": {"consensus_target": 0.05, "max_extra_rounds": 3, "consensus_until_step": 6},
     "extra rounds, irregular": {"consensus_target": 0.05, "topology": Lopsided},
     "extra rounds, d-psgd": {"consensus_target": 0.1, "push_sum": False},
@@ -190,3 +192,40 @@ def test_quasi_global_momentum_reaches_a_parameter_that_has_no_gradient_this_tim
             expected, mhat = expected - 0.5 * m, 0.75 * mhat + 0.25 * m
             assert model.weight.item() == pytest.approx(expected, rel=1e-12)
             assert sync.state_dict()["quasi_global_momentum"][0].item() == pytest.approx(mhat, rel=1e-12)
+
+
+RESUMED = [
+    {"sync_every": 3},
+    {"topology": Star, "sync_every": 3},
+    {**QUASI_GLOBAL, "topology": Lopsided, "consensus_target": 0.05},
+    {"push_sum": False, "wire_dtype": "bfloat16"},
+]
+
+
+def _resume_all(rank, n):
+    return [resume(rank, case, n) for case in RESUMED]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_resumes_bit_for_bit_in_the_middle_of_a_period():
+    results = run_ranks(_resume_all, 4, 4)
+    for result in results:
+        for case, (ends, saved) in enumerate(result):
+            straight, *resumed = ends
+            assert saved["sync"]["local_steps"] == [1, 1, 0, 0][case]
+            assert all(same(straight, other) for other in resumed), case
+    states = [result[1][1]["sync"] for result in results]
+    assert len({state["push_sum_weight"] for state in states}) > 1
+    assert not torch.equal(*(result[1][1]["model"]["weight"] for result in results[:2]))
+
+
+def test_a_state_of_another_method_or_model_is_refused():
+    model, larger = make_model(), nn.Linear(5, 2)
+    optimizer, other = make_optimizer(model, 0.0), torch.optim.SGD(larger.parameters(), lr=0.1)
+    sync = Gossip(model, optimizer, quasi_global_momentum=0.9).start()
+    state = sync.state_dict()
+    with pytest.raises(ValueError, match="quasi_global_momentum"):
+        Gossip(larger, other).load_state_dict(state)
+    with pytest.raises(ValueError, match="here 12 numbers, but holds 8"):
+        Gossip(larger, other, quasi_global_momentum=0.9).load_state_dict(state)

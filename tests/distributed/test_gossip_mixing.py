@@ -8,19 +8,19 @@ from gossip_reference import (
     Lopsided,
     distance,
 )
-from gossip_runs import Numbers
 from launch import run_ranks
 from topologies import Star
+from torch import nn
 
 from hf_msn.distributed.comm.exchange import Exchange
-from hf_msn.distributed.consensus_control import sampled_distance
-from hf_msn.distributed.gossip import Gossip
+from hf_msn.distributed.gossip import Gossip, sampled_distance
 from hf_msn.distributed.topology import CompleteTopology, ExponentialTopology, RingTopology
 
 
 def start_unequal(rank, n, *, size=5, dtype=torch.float64, seed=0, **options):
     """A started Gossip whose ranks hold different numbers; model, sync, and the numbers of all ranks."""
-    model = Numbers(size, dtype)
+    model = nn.Module()
+    model.x = nn.Parameter(torch.zeros(size, dtype=dtype))
     sync = Gossip(model, torch.optim.SGD(model.parameters(), lr=0.0), **options).start()
     values = torch.randn(n, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     with torch.no_grad():

@@ -154,7 +154,7 @@ def test_use_before_entering_and_unfreezing_inside_are_refused():
         sync.step()
 
 
-def test_deepspeed_and_other_optimizers_are_refused():
+def test_deepspeed_and_other_models_and_optimizers_are_refused():
     class DeepSpeedEngine(nn.Linear):
         pass
 
@@ -163,6 +163,8 @@ def test_deepspeed_and_other_optimizers_are_refused():
         SlowMo(model, sgd(model))
     with pytest.raises(TypeError, match="object"):
         SlowMo(make_model(), object())
+    with pytest.raises(TypeError, match=r"`model`.*list"):
+        SlowMo([make_model()], sgd(model))
 
 
 def _refusals_on_ranks(rank):
@@ -259,9 +261,3 @@ def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, how
         if how == "hangs":
             assert lost == (1,)
             assert seconds >= timeout_seconds - 0.1
-
-
-def test_a_list_of_models_is_refused():
-    model = make_model()
-    with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, but is a list"):
-        SlowMo([model], sgd(model))

@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from gossip_reference import flat, make_model
 from launch import run_ranks
-from overlap_runs import MOMENTUM, NUM_STEPS, RATE, flat, make_model, reference, take_step
+from overlap_runs import MOMENTUM, NUM_STEPS, RATE, reference, take_step, weight_under_way
 from topologies import Star
 
 from hf_msn.distributed.overlap_gossip import OverlapGossip
@@ -97,14 +98,14 @@ def _mix_only(rank, name, wire_dtype, deterministic=False):
         sync.step()
         if step % 10 == 5:
             dist.barrier()  # nobody merges between the two numbers of another
-            masses.append(total(sync.push_sum_weight + sync.weight_under_way))
+            masses.append(total(sync.push_sum_weight + weight_under_way(sync)))
             dist.barrier()
         if step > 50:
             biased.append((model.weight.double() * sync.push_sum_weight - mean).abs().max().item())
     apart = (model.weight - mean).abs().max().item()
     sync.sync()
     after = (model.weight - mean).abs().max().item()
-    under_way, weight = total(sync.weight_under_way), sync.push_sum_weight
+    under_way, weight = total(weight_under_way(sync)), sync.push_sum_weight
     sync.stop()
     return masses, apart, after, under_way, weight, max(biased), sync.bytes_sent
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from launch import run_ranks
 from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
+from overlap_runs import weight_under_way
 from topologies import Star
 
 from hf_msn.distributed.comm.exchange import PeerError
@@ -44,14 +45,6 @@ def total(number, group=None):
     return tensor.item()
 
 
-def sum_among(sync, ranks):
-    """Return the weight in flight to this rank and from it, between `ranks` only."""
-    mailbox = sync._mailbox
-    peers = [rank for rank in ranks if rank != mailbox.rank]
-    sent = sum(mailbox.weight_posted[peer] - mailbox.weight_collected[peer] for peer in peers)
-    return sent + sum(message.weight for message in sync._unmerged)
-
-
 # Death
 
 
@@ -60,7 +53,7 @@ def _outlive(rank, lost, how, options):
     group = dist.new_group(survivors)
     lines, pids = Warnings(), all_pids()
     run = model, _, sync = make_run(rank, timeout_seconds=10.0, **options)
-    first_mass = total(sync.push_sum_weight + sync.weight_under_way)
+    first_mass = total(sync.push_sum_weight + weight_under_way(sync))
     take_steps(*run, 5)
     if rank in lost:
         if how == "exits":
@@ -72,7 +65,7 @@ def _outlive(rank, lost, how, options):
         total(0.0, group)
         sync._peers.update()
         sync._merge()
-        mass_before = total(sync.push_sum_weight + sum_among(sync, survivors), group)
+        mass_before = total(sync.push_sum_weight + weight_under_way(sync, survivors), group)
         if rank == survivors[0]:
             for victim in lost:
                 os.kill(pids[victim], signal.SIGSTOP)
@@ -82,7 +75,7 @@ def _outlive(rank, lost, how, options):
     masses = []
     for _ in range(3):
         total(0.0, group)
-        masses.append(total(sync.push_sum_weight + sync.weight_under_way, group))
+        masses.append(total(sync.push_sum_weight + weight_under_way(sync), group))
         total(0.0, group)
         take_steps(*run, 15)
     before = model.weight.detach().clone()
@@ -90,7 +83,7 @@ def _outlive(rank, lost, how, options):
     with pytest.raises(PeerError, match="consensus distance"):
         sync.consensus_distance()
     sync.sync()
-    mass_after_sync = total(sync.push_sum_weight + sync.weight_under_way, group)
+    mass_after_sync = total(sync.push_sum_weight + weight_under_way(sync), group)
     take_steps(*run, 2)
     sync.stop()
     return {
@@ -192,7 +185,7 @@ def _stop_and_go_on(rank, options):
         take_steps(*run, 40, 0.005)
         take_steps(*run, 40, 0.03)
     alive = sync.alive
-    mass = total(sync.push_sum_weight + sync.weight_under_way)
+    mass = total(sync.push_sum_weight + weight_under_way(sync))
     dist.barrier()
     sync.stop()
     return (
@@ -222,34 +215,3 @@ def test_a_stopped_rank_is_passed_over_and_taken_back_and_no_mass_is_lost(option
         assert len(silent) == len(heard), lines
         if rank == 0 or (rank == 1 and "topology" not in options):  # who waits for it
             assert [line.split()[1] for line in silent] == ["2"], lines
-
-
-def _meet_without_the_stopped(rank):
-    lines, pids = Warnings(), all_pids()
-    run = model, _, sync = make_run(rank, timeout_seconds=1.2)
-    take_steps(*run, 5)
-    leave_alone(rank, stopped=1)
-    if rank == 0:
-        os.kill(pids[1], signal.SIGSTOP)
-    take_steps(*run, 10, 0.005)
-    began = time.monotonic()
-    sync.sync()
-    seconds, synced, weight = time.monotonic() - began, model.weight.detach().clone(), sync.push_sum_weight
-    if rank == 0:
-        os.kill(pids[1], signal.SIGCONT)
-    take_steps(*run, 40, 0.03)
-    sync.stop()
-    return seconds, synced, weight, model.weight.detach(), lines.lines
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_who_was_stopped_at_a_sync_takes_its_result_when_it_comes_there():
-    results = run_ranks(_meet_without_the_stopped, 3)
-    lines = [lines for *_, lines in results]
-    for seconds, synced, weight, end, _ in results:
-        assert seconds < 4.0
-        assert weight == 1.0
-        assert torch.equal(synced, results[0][1]), lines
-        assert torch.equal(end, results[0][3]), lines
-    assert sum("takes the mean of 2 of 3 ranks" in line for line in lines[0]) == 1, lines

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from gossip_reference import flat, make_model
 from launch import run_ranks
-from overlap_runs import MOMENTUM, NUM_STEPS, RATE, flat, make_model, reference, take_step
+from overlap_runs import MOMENTUM, NUM_STEPS, RATE, reference, take_step, weight_under_way
 from states import resumed_in_two_ways, same, saved_and_loaded
 from topologies import Star
 
@@ -94,14 +95,14 @@ def _slow_momentum_over_overlap(rank):
             take_step(model, optimizer, rank, step)
             sync.step()
             seen.append(flat(model))
-    return seen, sync.base.weight_under_way, sync.bytes_sent > sync.base.bytes_sent > 0
+    return seen, weight_under_way(sync.base), sync.bytes_sent > sync.base.bytes_sent > 0
 
 
 @pytest.mark.distributed
 def test_an_outer_step_of_slowmo_starts_from_the_exact_mean_of_overlap_gossip():
     results = run_ranks(_slow_momentum_over_overlap, 3)
     topology = ExponentialTopology(3)
-    end_of_period = [seen[2] for seen, _ in overlap_reference(topology, 3)]
+    end_of_period = [seen[2] for seen, _ in reference(topology, 1, sync_after=2)]
     x0 = flat(make_model())
     expected = x0 - (x0 - end_of_period[0])  # v = 0 before: the mean itself
     for seen, under_way, counts_bytes in results:
@@ -111,7 +112,3 @@ def test_an_outer_step_of_slowmo_starts_from_the_exact_mean_of_overlap_gossip():
         assert not torch.equal(seen[4], results[0][0][4]) or seen is results[0][0]
         assert under_way == pytest.approx(0.0, abs=1e-12)
         assert counts_bytes
-
-
-def overlap_reference(topology, sync_after):
-    return reference(topology, 1, sync_after=sync_after - 1)

@@ -3,17 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from gossip_reference import CHANGING, NUM_STEPS, WITH_ZEROS, data, make_model, take_step
 from launch import run_ranks
 from states import resumed_in_two_ways, same
 
 from hf_msn.distributed import local_update
 from hf_msn.distributed.local_sgd import LocalSGD
 from hf_msn.distributed.slowmo import SlowMo
-
-NUM_STEPS = 8
-# A learning rate of 0 at the last step of a period, inside of one, and over a whole period.
-WITH_ZEROS = [(0.2, 0.1), (0.0, 0.3), (0.1, 0.0), (0.1, 0.2), (0.1, 0.2), (0.0, 0.4), (0.3, 0.3), (0.1, 0.1)]
-CHANGING = [(0.2 / (1 + k), 0.1 + 0.02 * k) for k in range(NUM_STEPS)]
 
 DEFAULTS = {"optimizer": "sgd", "rates": CHANGING, "sync_after": None, "sync_every": 3, "slow_momentum": 0.6}
 CASES = {
@@ -35,32 +31,11 @@ CASES = {
 }
 
 
-def data(rank, step):
-    generator = torch.Generator().manual_seed(100 * rank + step)
-    return torch.randn(5, 3, generator=generator).double(), torch.randn(5, 2, generator=generator).double()
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Linear(3, 2).double()
-
-
 def make_optimizer(model, name):
     groups = [{"params": [model.weight]}, {"params": [model.bias]}]
     if name == "adam":
         return torch.optim.Adam(groups, lr=0.1)
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-
-
-def take_local_step(model, optimizer, rates, rank, step):
-    x, y = data(rank, step)
-    optimizer.zero_grad()
-    ((model(x) - y) ** 2).mean().backward()
-    for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate
-    optimizer.step()
-    for group in optimizer.param_groups:
-        group["lr"] = 123.0  # a scheduler has moved on: the outer step must use the rate of the step
 
 
 def values(model):
@@ -75,7 +50,7 @@ def train(rank, case):
     seen = []
     with SlowMo(model, optimizer, **case) as sync:
         for step in range(NUM_STEPS):
-            take_local_step(model, optimizer, rates[step], rank, step)
+            take_step(model, optimizer, rates[step], rank, step)
             sync.step()
             if step == sync_after:
                 sync.sync()
@@ -125,7 +100,7 @@ def reference(num_ranks, case):
 
     for step in range(NUM_STEPS):
         for r in range(num_ranks):
-            take_local_step(models[r], optimizers[r], case["rates"][step], r, step)
+            take_step(models[r], optimizers[r], case["rates"][step], r, step)
         if (step + 1) % case["sync_every"] == 0:
             outer_step(case["rates"][step])
         if step == case["sync_after"]:
@@ -229,7 +204,7 @@ def _resume(rank, case):
 
     def run(model, optimizer, sync, steps):
         for step in steps:
-            take_local_step(model, optimizer, rates[step], rank, step)
+            take_step(model, optimizer, rates[step], rank, step)
             sync.step()
 
     return resumed_in_two_ways(make, run, NUM_STEPS)

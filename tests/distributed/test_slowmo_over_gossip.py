@@ -11,10 +11,10 @@ from gossip_reference import (
     make_model,
     make_optimizer,
     reference,
+    resume,
     take_step,
     train,
 )
-from gossip_runs import resume
 from launch import run_ranks
 from states import same
 from topologies import Star

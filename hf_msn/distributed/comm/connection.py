@@ -6,7 +6,7 @@ import datetime
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ _FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one th
 _NUM_FIXED = 5  # kind, flags, step, weight and number of bytes precede the numbers of a header
 _HAS_TENSORS, _IS_SUM, _IS_BYTES = 1, 2, 4
 _MAX_SPARE = 8
-_PATIENCE_SECONDS = 1.0
 
 
 @dataclasses.dataclass
@@ -55,42 +54,6 @@ class Buffers:
         # Sums of rounded messages have a wider dtype.
         if len(self._spare) < _MAX_SPARE and [t.dtype for t in tensors] == self._dtypes:
             self._spare.append(tensors)
-
-
-class SendSlot:
-    """Let one large message at a time use the network: two that share a link both arrive as late as the second one.
-
-    A sender that makes no progress, because its peer is stopped, loses the slot after 1 s plus twice the longest time
-    that a message took so far.
-    """
-
-    def __init__(self):
-        self._freed = threading.Condition()
-        self._holder: object | None = None
-        self._longest = 0.0
-
-    @contextlib.contextmanager
-    def hold(self, gives_up: Callable[[], bool]) -> Iterator[None]:
-        """Wait for the slot; enter at once when `gives_up()`."""
-        with self._freed:
-            is_free = lambda: self._holder is None or gives_up()  # noqa: E731
-            self._freed.wait_for(is_free, _PATIENCE_SECONDS + 2.0 * self._longest)
-            holder, began = object(), time.monotonic()
-            if not gives_up():
-                self._holder = holder
-        try:
-            yield
-        finally:
-            with self._freed:
-                if self._holder is holder:
-                    self._holder = None
-                    self._longest = max(self._longest, time.monotonic() - began)
-                self._freed.notify_all()
-
-    def wake(self) -> None:
-        """Let the waiting senders look whether they give up."""
-        with self._freed:
-            self._freed.notify_all()
 
 
 class Connection:
@@ -176,24 +139,19 @@ class Connection:
         while True:
             with self.lock:
                 self.lock.wait_for(lambda: self.outbox or self.is_gone)
-                is_large = bool(self.outbox) and self.outbox[0].tensors is not None
-            with self._mailbox.slot.hold(lambda: self.is_gone) if is_large else contextlib.nullcontext():
-                with self.lock:  # only now: later sums are added to a message that waits for the slot
-                    if self.died:
-                        return
-                    if not self.outbox and not self.left:  # taken back meanwhile
-                        continue
-                    # A peer that has left reads only a goodbye; the rest stays here to be taken back.
-                    message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
-                    self.is_sending = True
-                try:
-                    self._send(message)
-                except BaseException:
-                    with self.lock:
-                        self.outbox.appendleft(message)
-                    raise
-                finally:
-                    self.is_sending = False
+                if self.died:
+                    return
+                # A peer that has left reads only a goodbye; the rest stays here to be taken back.
+                message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
+                self.is_sending = True
+            try:
+                self._send(message)
+            except BaseException:
+                with self.lock:
+                    self.outbox.appendleft(message)
+                raise
+            finally:
+                self.is_sending = False
             if message.kind == GOODBYE:
                 return
             if message.tensors is not None and not message.is_bytes:

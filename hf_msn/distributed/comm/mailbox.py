@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..collectives import rank, world_size
-from .connection import PING, Buffers, Connection, Message, SendSlot
+from .connection import PING, Buffers, Connection, Message
 from .exchange import PeerError
 
 __all__ = ["Mailbox", "Message"]
@@ -22,18 +22,6 @@ _CUT_SECONDS = 2.0  # for the threads of a connection that was cut to end
 
 class Mailbox:
     """Send flat tensors to other ranks and receive theirs in background threads; the training thread never waits.
-
-    Example, after every rank of the group has made one:
-
-    ```python
-    mailbox = Mailbox([flat]).start()
-    mailbox.post_sum(peer, kind=0, tensors=[flat / 2], step=step, weight=0.5)
-    for message in mailbox.collect():
-        flat += message.tensors[0]
-        weight += message.weight
-        mailbox.recycle(message)
-    mailbox.close()
-    ```
 
     Ranks are places in the group. Every pair of ranks has a connection of its own over gloo, independent of all
     process groups and other pairs. It is first in, first out, and its threads wait without deadline, so a stopped
@@ -66,7 +54,6 @@ class Mailbox:
         self.num_numbers, self.connect_seconds = num_numbers, connect_seconds
         self._dtypes, self._devices = [t.dtype for t in like], [t.device for t in like]
         self.wire_dtypes = [_narrower(dtype, wire_dtype) for dtype in self._dtypes]
-        self.slot = SendSlot()
         self.buffers = Buffers([t.numel() for t in like], self.wire_dtypes)
         self._connections: dict[int, Connection] = {}
         self._inboxes: list[deque[Message]] = [deque() for _ in range(self.size)]
@@ -268,7 +255,6 @@ class Mailbox:
                 connection.release()
 
     def notify(self) -> None:
-        self.slot.wake()
         with self._arrived:
             self._arrived.notify_all()
 
