@@ -19,7 +19,7 @@ class StepCalls:
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]):
         self._name, self._parameters = name, list(parameters)
         self._taken = self._calls = self._missed = self._idle = 0
-        self._is_pending = self._has_backward = False
+        self._is_pending = self._has_backward = self._is_early = False
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._note_step())]
         self._hooks += [p.register_post_accumulate_grad_hook(self._note_backward) for p in self._parameters]
 
@@ -39,12 +39,13 @@ class StepCalls:
     def note_call(self) -> None:
         """Note a call of `step`."""
         self._calls += 1
-        if not self._is_pending and self._taken > 0:
+        if not self._is_pending:
             gradients = [p.grad for p in self._parameters if p.grad is not None and bool(p.grad.any())]
-            if gradients:
-                self._idle += all(bool(gradient.isfinite().all()) for gradient in gradients)
+            are_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+            if self._taken:
+                self._idle += are_finite if gradients else not self._has_backward
             else:
-                self._idle += not self._has_backward
+                self._is_early |= bool(gradients) and are_finite
         self._is_pending = self._has_backward = False
 
     def check(self, is_last: bool = False) -> None:
@@ -54,6 +55,8 @@ class StepCalls:
             problem = f"the optimizer took {self._taken} steps and `step` was called {self._calls} times"
         elif self._idle >= max(self._taken, 2):
             problem = f"`step` was called {self._calls} times for {self._taken} steps of the optimizer"
+        elif self._is_early and self._is_pending:
+            problem = "`step` was called before the first step of the optimizer, and not after the last one"
         if problem is not None:
             raise RuntimeError(
                 f"`{self._name}.step()` counts optimizer steps and must be called once after each, but {problem}. The "

@@ -47,6 +47,20 @@ def test_missing_and_doubled_calls_are_found_at_the_next_sync_or_when_leaving(me
     method(model, sync.optimizer).start().stop()
 
 
+@pytest.mark.parametrize("method, end", ENDS)
+def test_calls_before_the_step_of_the_optimizer_are_found(method, end):
+    model = make_model()
+    sync = method(model, sgd(model)).start()
+    for step in range(3):
+        backward(model, sync.optimizer, 0, step)
+        sync.step()
+        sync.optimizer.step()
+    with pytest.raises(RuntimeError, match=r"step\(\)") as caught:
+        getattr(sync, end)()
+    with contextlib.suppress(RuntimeError):  # it was left
+        sync.stop(caught.value)
+
+
 @pytest.mark.parametrize("zero_grad", [{"set_to_none": True}, {"set_to_none": False}])
 @pytest.mark.parametrize("method", [*LOCAL, Codistillation])
 def test_doubled_calls_are_found_without_gradients_too(method, zero_grad):
