@@ -1,5 +1,6 @@
 """Find the columns of the images and the labels."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -9,7 +10,7 @@ from .map_style import image_dataset
 
 logger = logging.get_logger(__name__)
 
-_LABEL_NAMES = ("labels", "fine_label", "cls", "class", "target")
+LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
 
 
 def image_and_label(
@@ -27,9 +28,9 @@ def image_and_label(
     if features is None:
         dataset = dataset._resolve_features()
         features = dataset.features
-    image_column = _image_column(features, image_column, source)
+    image_column = find_image_column(features, image_column, source)
     required = label_column is not None
-    label_column = _label_column(features, image_column, label_column, source)
+    label_column = find_label_column(features, image_column, label_column, source)
     feature = None if label_column is None else _feature(features, label_column)
     if label_column is not None and not _is_label(feature):
         if required:
@@ -39,10 +40,11 @@ def image_and_label(
             )
         label_column = None
     if _is_text(feature) and isinstance(dataset, datasets.IterableDataset):
-        problem = f"'{label_column}' of '{source}' holds class names, which a stream cannot number: not all are known."
-        if required:
-            raise ValueError(f"{problem} Load it without `streaming`, or name a column of integers.")
-        logger.warning("%s Its images have no labels here. For labels, load it without `streaming`.", problem)
+        logger.warning(
+            "'%s' of '%s' holds class names, which a stream cannot number, as not all are known: its images have no "
+            "labels here. For labels, load it without `streaming`, or name a column of integers.",
+            *(label_column, source),
+        )
         label_column = None
 
     if features[image_column] != datasets.Image(decode=False):
@@ -81,7 +83,8 @@ def undecoded(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
     return dataset
 
 
-def _image_column(features: datasets.Features, column: str | None, source: str) -> str:
+def find_image_column(features: Mapping[str, Any], column: str | None, source: str) -> str:
+    """Return the column of images: `column` if it is given, else the only one, or the one named `image`."""
     if column is not None:
         if column not in features:
             raise ValueError(
@@ -103,7 +106,8 @@ def _image_column(features: datasets.Features, column: str | None, source: str) 
     raise ValueError(f"'{source}' has {problem}. Name one with `image_column`: it has {_names(features)}.")
 
 
-def _label_column(features: datasets.Features, image_column: str, column: str | None, source: str) -> str | None:
+def find_label_column(features: Mapping[str, Any], image_column: str, column: str | None, source: str) -> str | None:
+    """Return the column of labels, if there is one: `column` if it is given, else the one with a usual name."""
     if column is not None:
         if column == image_column:
             raise ValueError(
@@ -119,9 +123,9 @@ def _label_column(features: datasets.Features, image_column: str, column: str | 
     if "label" in features:
         return "label"
     found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = found or [name for name in _LABEL_NAMES if name in features]
+    found = found or [name for name in LABEL_NAMES if name in features]
     if not found and isinstance(features.get("json"), dict):
-        found = [f"json.{name}" for name in ("label", *_LABEL_NAMES) if name in features["json"]]
+        found = [f"json.{name}" for name in LABEL_NAMES if name in features["json"]]
     if len(found) > 1:
         raise ValueError(
             f"'{source}' has several columns that may be the label ({', '.join(found)}). Name one with "

@@ -14,7 +14,8 @@ from .splits import first_few
 
 logger = logging.get_logger(__name__)
 
-_SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
+# by the words that mark them in the names of folders and files
+SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 _EXTENSIONS = frozenset(ImageFolder.EXTENSIONS)
 _ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
@@ -63,7 +64,7 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
     `test` and the other names that `datasets` knows), or at least two are: a class may be named `train` as well.
     Otherwise there is one split, `train`. For the classes see [`_class_levels`].
     """
-    folders = list(_walk(root, (), ()))
+    folders = _without_hidden(_walk(root, (), ()))
     shards = [shard for folder in folders for shard in folder.ending_with(shard_extensions)]
     archives = [archive for folder in folders for archive in folder.ending_with(_ARCHIVES)]
     folders = [folder for folder in folders if folder.images or folder.metadata]
@@ -72,7 +73,7 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
     if archives:
         logger.warning("Archives beside the images are not read (%d, such as '%s').", len(archives), archives[0])
     tops = {folder.parts[0] for folder in folders if folder.parts and folder.images}
-    named = [top for top in sorted(tops) if top.lower() in _SPLIT_NAMES]
+    named = [top for top in sorted(tops) if top.lower() in SPLIT_NAMES]
     flat = any(not folder.parts for folder in folders if folder.images)
     has_splits = not flat and bool(named) and (len(named) == len(tops) or len(named) > 1)
     by_split: dict[str, list[_Folder]] = {}
@@ -99,7 +100,7 @@ def read_folder(root: str, shard_extensions: Collection[str]) -> tuple[dict[str,
         for name, parts in by_split.items()
     }
     for name in list(layout):
-        layout.setdefault(_SPLIT_NAMES.get(name.lower(), name), layout[name])
+        layout.setdefault(SPLIT_NAMES.get(name.lower(), name), layout[name])
     return layout, shards
 
 
@@ -138,15 +139,27 @@ def _walk(path: str, parts: tuple[str, ...], above: tuple[str, ...]) -> Iterator
         return
     try:
         with os.scandir(path) as found:
-            entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
+            entries = sorted(found, key=lambda entry: entry.name)
     except PermissionError as error:
         logger.warning("A folder is left out: %s.", error)
         return
     folders = [entry.name for entry in entries if entry.is_dir()]
     yield _Folder(path, parts, [entry.name for entry in entries if not entry.is_dir()])
     for name in folders:
-        if not name.startswith("__"):
-            yield from _walk(os.path.join(path, name), (*parts, name), (*above, real))
+        yield from _walk(os.path.join(path, name), (*parts, name), (*above, real))
+
+
+def _without_hidden(folders: Iterable[_Folder]) -> list[_Folder]:
+    kept, hidden = [], []
+    for folder in folders:
+        is_hidden = any(part[0] == "." for part in folder.parts)
+        names = [] if is_hidden else [name for name in folder.names if name[0] != "."]
+        kept.append(_Folder(folder.path, folder.parts, names))
+        left_out = [name for name in folder.images if name not in names and not name.startswith("._")]  # macOS' own
+        hidden += [os.path.join(folder.path, name) for name in left_out]
+    if hidden:
+        logger.warning("Hidden images are not read (%d, such as '%s').", len(hidden), hidden[0])
+    return kept
 
 
 def _class_levels(by_split: dict[str, list[_Folder]], begin: int) -> dict[str, int]:

@@ -1,27 +1,24 @@
 """Load images from any source: bundled, a folder, saved datasets, shards, the Hub."""
 
+import functools
 import glob
 import io
-import itertools
 import os
 import re
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from .columns import image_and_label
-from .folders import FolderSplit, check_file_names, is_image_file, read_folder
+from .folders import FolderSplit, is_image_file, read_folder
+from .shards import SHARD_EXTENSIONS, check_shards, read_tars, splits_of_shards
 
-_SHARD_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _NUM_TEST_DIGITS = 360
 _STREAMED_SHARDS = 8
-_CHECKED_FILES = 200  # of each tar
-_SAMPLES_FOR_COLUMNS = 5  # from which `datasets` takes the columns
 
 
 def load_images(
@@ -88,7 +85,8 @@ def load_images(
     if source == "digits":
         dataset = _select_split(_digits(), split, source)
     elif os.path.exists(source) or glob.glob(source, recursive=True):
-        dataset, name = _load_local(source, split, config, streaming, data_files), _local_name(source)
+        columns = {"image_column": image_column, "label_column": label_column}
+        dataset, name = _load_local(source, split, config, streaming, data_files, columns), _local_name(source)
     else:
         _check_hub_id(source)
         settings = {"name": config, "revision": revision, "data_files": data_files, "token": token}
@@ -138,7 +136,9 @@ def _png(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _load_local(source: str, split: str, config: str | None, streaming: bool, data_files) -> datasets.Dataset:
+def _load_local(
+    source: str, split: str, config: str | None, streaming: bool, data_files, columns: dict[str, str | None]
+) -> datasets.Dataset | datasets.IterableDataset:
     if os.path.isdir(source):
         if os.path.exists(os.path.join(source, "dataset_dict.json")):
             return _select_split(datasets.load_from_disk(source), split, source)
@@ -148,7 +148,7 @@ def _load_local(source: str, split: str, config: str | None, streaming: bool, da
             return _select_split({name: dataset}, split, source)
         if config is not None or data_files is not None:
             return _load(source, split, streaming, source, name=config, data_files=data_files)
-        layout, shards = read_folder(source, _SHARD_BUILDERS)
+        layout, shards = read_folder(source, SHARD_EXTENSIONS)
         if layout and shards:
             raise ValueError(
                 f"`source` must hold images or shards, but '{source}' holds both (such as '{shards[0]}'). Give the "
@@ -161,111 +161,55 @@ def _load_local(source: str, split: str, config: str | None, streaming: bool, da
                 f"`source` must hold images, but '{source}' has no image file, no .parquet or .tar shard, and is no "
                 "saved dataset. Check the path."
             )
-        builder = _shard_builder(source, {Path(shard).suffix.lower() for shard in shards})
-        _check_shards(shards)
-        return _load(builder, split, streaming, source, data_dir=source)
+        return _load_shards(splits_of_shards(shards, source), split, streaming, source, columns)
     files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-    suffixes = {Path(path).suffix.lower() for path in files}
     if all(is_image_file(path) for path in files):
         layout = {"train": FolderSplit(files, classes=None, class_names=[], metadata_files=[])}
         return _load_image_folder(layout, split, streaming, source)
-    builder = _shard_builder(source, suffixes)
-    _check_shards(files)
-    return _load(builder, split, streaming, source, data_files={"train": files})
+    return _load_shards({"train": files}, split, streaming, source, columns)
 
 
-def _shard_builder(source: str, suffixes: set[str]) -> str:
-    if len(suffixes) > 1 or not suffixes <= set(_SHARD_BUILDERS):
+def _load_shards(
+    by_split: dict[str, list[str]], split: str, streaming: bool, source: str, columns: dict[str, str | None]
+) -> datasets.Dataset | datasets.IterableDataset:
+    files = [path for shards in by_split.values() for path in shards]
+    suffixes = {Path(path).suffix.lower() for path in files}
+    if suffixes not in ({".parquet"}, {".tar"}):
         raise ValueError(
             f"`source` must be images, or shards of one kind, .parquet or .tar, but '{source}' is "
             f"{', '.join(sorted(suffixes)) or 'without extension'}. Give a folder or a glob of one kind."
         )
-    return _SHARD_BUILDERS[next(iter(suffixes))]
-
-
-def _check_shards(files: list[str]) -> None:
-    """Check that shards are whole, as far as their ends tell; `datasets` names no file, and drops the end of a tar."""
-    formats: set[str] = set()
-    for path in files:
-        try:
-            if path.lower().endswith(".parquet"):
-                pyarrow.parquet.read_metadata(path)
-                continue
-            with tarfile.open(path) as archive:
-                if isinstance(archive.fileobj, io.BufferedReader):  # not compressed
-                    archive.fileobj.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-                    if any(archive.fileobj.read()):
-                        raise tarfile.ReadError("the zeros at the end of a tar are missing: it has been cut")
-            with tarfile.open(path) as archive:
-                samples = _first_samples(path, archive)
-        except (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(
-                f"`source` must hold whole shards, but '{path}' is broken: {error}. Copy it again, or remove it."
-            ) from error
-        _check_samples(path, samples, formats)
-
-
-def _first_samples(path: str, archive: tarfile.TarFile) -> dict[str, set[str]]:
-    """Return the extensions of the first samples by name. As in webdataset, a name ends at its first dot."""
-    samples: dict[str, set[str]] = {}
-    last = None
-    for member in itertools.islice((member for member in archive if member.isfile()), _CHECKED_FILES):
-        folder, _, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        if stem and dot:
-            sample = f"{folder}/{stem}" if folder else stem
-            if sample in samples and sample != last:
-                raise ValueError(
-                    f"Members of a sample must be adjacent in a webdataset shard, but in '{path}' '{member.name}' "
-                    f"comes after '{last}'. Sort the members of the tar by name."
-                )
-            samples.setdefault(sample, set()).add(extension)
-            last = sample
-    if len(samples) > 1:
-        samples.popitem()  # it may go on
-    return samples
-
-
-def _check_samples(path: str, samples: dict[str, set[str]], formats: set[str]) -> None:
-    """Check the first samples of a shard. `formats` collects the extensions of images in all shards."""
-    if not samples:
-        raise ValueError(f"`source` must hold images, but the shard '{path}' has no files. Remove it.")
-    check_file_names(f"{path}/{name}" for name in samples)
-    first = next(iter(samples))
-    if not formats:
-        formats |= _images_among(samples[first])
-    for place, (name, extensions) in enumerate(samples.items()):
-        # datasets takes the columns from the first samples, and the images from no other column
-        differs = place < _SAMPLES_FOR_COLUMNS and extensions != samples[first]
-        if differs or (formats and not formats & _images_among(extensions)):
-            raise ValueError(
-                f"Samples of webdataset shards must have the same extensions, but in '{path}' '{first}' has "
-                f"{sorted(samples[first])} and '{name}' has {sorted(extensions)} (images so far: {sorted(formats)}). "
-                "The name of a sample ends at its first dot: rename those with more dots, and use one image format."
-            )
-
-
-def _images_among(extensions: set[str]) -> set[str]:
-    return {extension for extension in extensions if is_image_file(f"image.{extension}")}
+    check_shards(files)
+    if suffixes == {".parquet"}:
+        escaped = {name: [glob.escape(path) for path in shards] for name, shards in by_split.items()}
+        return _load("parquet", split, streaming, source, data_files=escaped)
+    splits = {
+        name: functools.partial(read_tars, shards, source, streaming=streaming, **columns)
+        for name, shards in by_split.items()
+    }
+    return _select_split(_only_named(splits, split, source), split, source)
 
 
 def _load_image_folder(
     layout: dict[str, FolderSplit], split: str, streaming: bool, source: str
 ) -> datasets.Dataset | datasets.IterableDataset:
-    if not any(part.metadata_files for part in layout.values()):
-        return _select_split({name: part.load() for name, part in layout.items()}, split, source)
-    if "+" in split:
-        return datasets.concatenate_datasets(
-            [_load_image_folder(layout, part.strip(), streaming, source) for part in split.split("+")]
-        )
-    name = split.split("[")[0]
-    if name not in layout:
-        raise _unknown_split(split, source, layout)
-    if not layout[name].metadata_files:
-        return _select_split({name: layout[name].load()}, split, source)
-    # without the images beside them: a metadata file names its own
-    patterns = [glob.escape(path) for path in layout[name].metadata_files]
-    return _load("imagefolder", split, streaming, source, data_files={name: patterns})
+    def load(part: FolderSplit) -> datasets.Dataset | datasets.IterableDataset:
+        if not part.metadata_files:
+            return part.load()
+        # without the images beside them: a metadata file names its own
+        patterns = [glob.escape(path) for path in part.metadata_files]
+        return datasets.load_dataset("imagefolder", data_files=patterns, split="train", streaming=streaming)
+
+    splits = {name: functools.partial(load, part) for name, part in layout.items()}
+    return _select_split(_only_named(splits, split, source), split, source)
+
+
+def _only_named(splits: dict[str, Callable], split: str, source: str) -> dict:
+    """Load the splits that `split` names, such as "train[:10%]+test", and no others."""
+    names = [part.strip().split("[")[0] for part in split.split("+")]
+    if not set(names) <= set(splits):
+        raise _unknown_split(split, source, splits)
+    return {name: splits[name]() for name in dict.fromkeys(names)}
 
 
 def _load(builder: str, split: str, streaming: bool, source: str, **settings) -> datasets.Dataset:
@@ -281,13 +225,16 @@ def _load(builder: str, split: str, streaming: bool, source: str, **settings) ->
         raise _unknown_split(split, source, names) from error
 
 
-def _select_split(splits: dict[str, datasets.Dataset], split: str, source: str) -> datasets.Dataset:
+def _select_split(splits: dict, split: str, source: str) -> datasets.Dataset | datasets.IterableDataset:
     try:
-        instruction = datasets.ReadInstruction.from_spec(split)
-        parts = instruction.to_absolute({name: len(dataset) for name, dataset in splits.items()})
-    except ValueError as error:
+        if isinstance(next(iter(splits.values())), datasets.IterableDataset):
+            chosen = [splits[name.strip()] for name in split.split("+")]  # a stream has no parts
+        else:
+            instruction = datasets.ReadInstruction.from_spec(split)
+            parts = instruction.to_absolute({name: len(dataset) for name, dataset in splits.items()})
+            chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    except (KeyError, ValueError) as error:
         raise _unknown_split(split, source, splits) from error
-    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
@@ -313,7 +260,7 @@ def _check_hub_id(source: str) -> None:
         or source.startswith(".")
         or source.count("/") > 1
         or any(character in source for character in "*?[\\")
-        or Path(source).suffix.lower() in _SHARD_BUILDERS
+        or Path(source).suffix.lower() in SHARD_EXTENSIONS
         or is_image_file(source)
     )
     if looks_local:

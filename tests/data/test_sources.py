@@ -163,6 +163,15 @@ def test_folders_named_like_splits_are_splits(folder, picture):
     assert isinstance(streamed, datasets.IterableDataset) and [row["label"] for row in streamed] == [1, 2]
 
 
+def test_names_of_class_folders_may_be_unusual_but_hidden_images_are_left_out_and_named(folder, tmp_path, caplog):
+    classes = [" a", "*", "[a]", "_b", "__c", "a ", "a.b", "{x}"]
+    root = folder(dict.fromkeys([*(f"{name}/1 [x]*.png" for name in classes), "a /._1.png"], 1))
+    assert load_images(root).features["label"].names == sorted(classes) and caplog.text == ""
+    folder(dict.fromkeys([".d/1.png", "_b/.2.png"], 1))
+    assert load_images(root).features["label"].names == sorted(classes)
+    assert "2, such as" in caplog.text and ".d/1.png" in caplog.text
+
+
 def test_links_are_followed_but_not_upwards(folder, tmp_path):
     real = folder({"cat/1.png": 1, "dog/2.png": 2}, name="real")
     linked = tmp_path / "linked"
@@ -263,23 +272,71 @@ def test_webdataset_extensions_are_columns(tmp_path, encoded, picture, streaming
     ("names", "named"),
     [
         ([], "no files"),
-        (["0.jpg", "0.cls", "1.png", "1.cls", "2.jpg"], r"'0' has \['cls', 'jpg'\] and '1' has \['cls', 'png'\]"),
-        ([*(f"{number}.jpg" for number in range(9)), "9.png", "10.png"], r"'9' has \['png'\]"),
-        (["a/cat.1.jpg", "a/dog.2.jpg", "a/fox.3.jpg"], "first dot"),
-        (["caf\udce9.jpg"], r"caf\\xe9"),
-        (["0.jpg", "1.jpg", "0.cls", "1.cls"], "'0.cls' comes after '1'"),
+        (["0.jpg", "0.cls", "1.png", "1.cls", "2.jpg"], r"'2' in .*shard-0.tar' has \['jpg'\]"),
+        (["0.jpg", "1.jpg", "1.cls"], r"no label, but '1' in .*shard-0.tar' has \['cls', 'jpg'\]"),
+        (["0.txt", "1.jpg"], "shard-0.tar' has no column of images.*'txt'"),
+        (["a/cat.1.jpg", "a/dog.2.jpg", "a/fox.3.jpg"], "'a/dog' in .*shard-0.tar.*first dot"),
+        (["a/cat.jpg", "a/cat.jpg"], "'a/cat' in .*shard-0.tar"),
+        (["caf\udce9.jpg"], r"shard-0.tar/caf\\xe9"),
+        ([*(f"{number}.jpg" for number in range(300)), "0.cls", "1.cls"], "'0' in .*shard-0.tar' .*sort the tar"),
+        (["0.jpg", "0.cls", "1.jpg", "1.cls=cat"], "'cls' of sample '1' in .*shard-0.tar'.*'cat'"),
+        (["0.jpg", "0.cls="], "'cls' of sample '0' in .*shard-0.tar'"),
+        (["0.jpg", '0.json={"label": 1}', "1.jpg", "1.json={'label': 1}"], "'json' of sample '1' in .*shard-0.tar'"),
+        (
+            ["0.jpg", '0.json={"label": 1}', "1.jpg", '1.json={"label": "a"}'],
+            "'json.label' of sample '1' in .*",
+        ),
+        (["0.jpg", "0.json=[1]"], "'json' of sample '0' in .*shard-0.tar'"),
     ],
 )
 def test_shards_whose_samples_differ_are_refused_by_name(tmp_path, encoded, streaming, names, named):
     with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:
         for name in names:
-            data = b"1" if name.endswith("cls") else encoded(0)
+            name, has_text, text = name.partition("=")
+            data = text.encode() if has_text else b"1" if name.endswith("cls") else encoded(0)
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     for source in (tmp_path / "shard-0.tar", tmp_path):
-        with pytest.raises(ValueError, match=f"shard-0.tar.*{named}"):
-            load_images(source, streaming=streaming)
+        with pytest.raises(ValueError, match=named):
+            list(load_images(source, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_formats_of_images_may_differ_in_shards(tmp_path, encoded, streaming):
+    examples = [{"JPG": encoded(0, "JPEG"), "cls": b"1"}, {"png": encoded(1), "cls": b"0"}]
+    dataset = load_images(_tar(tmp_path / "a.tar", examples), streaming=streaming)
+    assert [(row["image"]["path"], row["label"]) for row in dataset] == [("00000.jpg", 1), ("00001.png", 0)]
+
+
+def test_columns_of_shards_can_be_named(tmp_path, encoded):
+    examples = [{"jpg": encoded(0), "mask.png": encoded(1), "txt": b"cat", "id": b"7"} for _ in range(2)]
+    path = _tar(tmp_path / "a.tar", examples)
+    with pytest.raises(ValueError, match=r"jpg, mask\.png"):
+        load_images(path)
+    with pytest.raises(ValueError, match=r"'klass'.*'jpg', 'mask\.png', 'txt', 'id'"):
+        load_images(path, image_column="jpg", label_column="klass")
+    named = load_images(path, image_column="mask.png", label_column="txt")
+    assert named.features["label"].names == ["cat"] and named[1]["image"]["path"] == "00001.mask.png"
+    assert load_images(path, image_column="jpg", label_column="id")["label"][:] == [7, 7]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_shards_are_words_of_their_paths_below_the_source(parquet, tmp_path, encoded, kind, streaming):
+    names = ("cats-0", "val-0", "dev/1", "unlabelled-00000-of-00001")
+    for name in names:
+        path = parquet(f"my test [1]/{name}.{kind}", count=1)
+        if kind == "tar":
+            _tar(path, [{"png": encoded(0)}])
+    lengths = {
+        split: len(list(load_images(tmp_path / "my test [1]", split=split, streaming=streaming)))
+        for split in ("train", "validation", "unlabelled", "train+validation")
+    }
+    assert lengths == {"train": 1, "validation": 2, "unlabelled": 1, "train+validation": 3}
+    with pytest.raises(ValueError, match=r"'train', 'validation', 'unlabelled' of .*'test'"):
+        load_images(tmp_path / "my test [1]", split="test", streaming=streaming)
+    assert len(list(load_images(tmp_path / "my test [1]" / f"cats-0.{kind}", streaming=streaming))) == 1
 
 
 def test_columns_are_described_where_no_image_is_found(tmp_path):
