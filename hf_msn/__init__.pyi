@@ -1,7 +1,7 @@
 from .cli.finetune import parse_finetuning_recipe as parse_finetuning_recipe
 from .cli.pretrain import parse_recipe as parse_recipe
 from .cli.pretrain import read_recipe as read_recipe
-from .data.collators import MultiViewCollator as MultiViewCollator
+from .data.datasets import MultiViewCollator as MultiViewCollator
 from .data.datasets import (
     MultiViewDataset as MultiViewDataset,
 )

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +339,31 @@ class StreamingMultiViewDataset(_Epochs, EncodedImages, torch.utils.data.Iterabl
             raise ValueError("The stream must have at least one image, but has none. Check the source and the split.")
         if row >= 0 and num_broken == row + 1:
             raise BrokenImageError(f"none of {num_broken} images is readable", row=row, path=value.get("path"))
+
+
+class MultiViewCollator:
+    """Stack the views of B images into the batch that the model takes."""
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return `pixel_values` (B, C, H, W), `anchor_pixel_values` (B, V, C, H, W) and, with focal views,
+        `focal_pixel_values` (B, F, C, h, w). Crops are (B, ..., H, W, 3), with `view_parameters` (B, 1 + V + F, 12).
+
+        Raises:
+            ValueError: If the items are not dicts of views, or have different names.
+        """
+        if not isinstance(items[0], Mapping) or "pixel_values" not in items[0]:
+            found = sorted(items[0]) if isinstance(items[0], Mapping) else type(items[0]).__name__
+            raise ValueError(
+                f"Each item of the data set must be a dict of views with `pixel_values`, but one is {found}. Wrap the "
+                "images: `MultiViewDataset(images, transform)`."
+            )
+        for item in items:
+            if item.keys() != items[0].keys():
+                raise ValueError(
+                    f"All images of a batch must have the same views, but one has {sorted(item)} and another "
+                    f"{sorted(items[0])}. Use one transform."
+                )
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def as_crops(dataset: Any) -> Any:

@@ -1,5 +1,6 @@
 """Infer from the names in a folder of images which folders are splits and which are classes."""
 
+import glob
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,12 +30,18 @@ class FolderSplit:
     class_names: list[str]  # over all labelled splits, sorted; empty if this split has no labels
     metadata_files: list[str]
 
-    def load(self) -> datasets.Dataset:
+    def load(self, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
         """Return the images as rows, unread."""
-        return image_files(self.files, self.classes, self.class_names)
+        if not self.metadata_files:
+            return image_files(self.files, self.classes, self.class_names)
+        # without the images beside them: a metadata file names its own
+        files = [glob.escape(path) for path in self.metadata_files]
+        return datasets.load_dataset("imagefolder", data_files=files, split="train", streaming=streaming)
 
 
-def image_files(files: Sequence[str], classes: Sequence[str] | None, class_names: Sequence[str]) -> datasets.Dataset:
+def image_files(
+    files: Sequence[str], classes: Sequence[str] | None = None, class_names: Sequence[str] = ()
+) -> datasets.Dataset:
     """Return image files as rows, unread. The fingerprint depends on their time stamps, as in `datasets`.
 
     Raises:

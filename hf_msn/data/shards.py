@@ -1,5 +1,8 @@
 """Shards of images: check that they are whole, and read the samples of webdataset tars."""
 
+import collections
+import contextlib
+import glob
 import io
 import itertools
 import json
@@ -21,7 +24,7 @@ _STREAM_CHECKS = 5  # samples of each shard that are read before a stream begins
 _BROKEN = (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError, zlib.error)
 
 
-def splits_of_shards(files: Sequence[str], root: str) -> dict[str, list[str]]:
+def shards_by_split(files: Sequence[str], root: str) -> dict[str, list[str]]:
     """Return shards by split: that of `test-00000-of-00002.parquet` or `test/0.tar` is `test`, else it is `train`."""
     by_split: dict[str, list[str]] = {name: [] for name in SPLIT_NAMES.values()}
     for path in files:
@@ -52,9 +55,22 @@ def check_shards(files: Sequence[str]) -> None:
             raise ValueError(f"`source` must hold images, but the shard '{path}' has no files. Remove it.")
 
 
+def read_parquet(files: Sequence[str], *, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the rows of parquet files."""
+    escaped = [glob.escape(path) for path in files]
+    try:
+        return datasets.load_dataset("parquet", data_files=escaped, split="train", streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError:
+        for path in files:  # `datasets` does not name the broken one
+            try:
+                collections.deque(pyarrow.parquet.ParquetFile(path).iter_batches(), maxlen=0)
+            except _BROKEN as error:
+                raise _broken(path, error) from error
+        raise
+
+
 def read_tars(
     files: Sequence[str],
-    source: str,
     *,
     streaming: bool,
     image_column: str | None = None,
@@ -71,17 +87,18 @@ def read_tars(
     """
     path, name, sample = next(_samples(files), (None, None, {}))
     if path is None:
-        raise ValueError(f"`source` must hold images, but the shards of '{source}' have no samples.")
+        raise ValueError(f"`source` must hold images, but shards such as '{files[0]}' have no samples.")
     columns: dict[str, Any] = dict.fromkeys(sample, datasets.Value("string"))
     columns |= {extension: datasets.Image() for extension in _images_of(sample)}
-    if "json" in sample:
-        columns["json"] = _json_of(sample, path, name)
+    with _sample_named(path, name, sample):
+        columns |= {"json": json.loads(sample["json"])} if "json" in sample else {}
     image = find_image_column(columns, image_column, path)
     label = find_label_column(columns, image, label_column, path)
     names = image_column or "image", label_column or "label"
     features = datasets.Features({names[0]: datasets.Image(decode=False)})
     if label is not None:
-        is_text = isinstance(_label_of(sample, label, path, name), str)
+        with _sample_named(path, name, sample):
+            is_text = isinstance(_label_of(sample, label), str)
         features[names[1]] = datasets.Value("string" if is_text else "int64")
     settings = {
         "shards": [(shard, os.stat(shard).st_mtime_ns) for shard in files],  # the time is a part of the cache's key
@@ -104,19 +121,19 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     image, label = columns
     for path, name, sample in _samples([path for path, _ in shards]):
-        images = _images_of(sample) if mixes_formats else [image]
-        # formats may differ, but a longer extension such as `mask.png` is another column
-        if len(images) != 1 or images[0] not in sample or (images[0] != image and "." in image + images[0]):
-            raise _differing(path, name, sample, f"image '{image}'")
-        values = [{"bytes": sample[images[0]], "path": f"{name}.{images[0]}"}]
-        if label is not None:
-            values.append(_label_of(sample, label, path, name))
-            dtype = features[list(features)[1]].dtype
-            if isinstance(values[1], str) != (dtype == "string"):
-                raise _unreadable(path, name, label, f"{values[1]!r}, but the first sample has {dtype}")
-        elif not sample.keys().isdisjoint(LABEL_NAMES):
-            raise _differing(path, name, sample, "no label")
-        yield dict(zip(features, values))
+        with _sample_named(path, name, sample):
+            images = _images_of(sample) if mixes_formats else [image]
+            # formats may differ, but a longer extension such as `mask.png` is another column
+            if len(images) != 1 or images[0] not in sample or (images[0] != image and "." in image + images[0]):
+                raise ValueError(f"it must have one image, '{image}'")
+            row = [{"bytes": sample[images[0]], "path": f"{name}.{images[0]}"}]
+            if label is not None:
+                row.append(_label_of(sample, label))
+                if isinstance(row[1], str) != (features[list(features)[1]].dtype == "string"):
+                    raise ValueError(f"'{label}' is {row[1]!r}, of another type than that of the first sample")
+            elif not sample.keys().isdisjoint(LABEL_NAMES):
+                raise ValueError("it has a label, but the first sample has none")
+        yield dict(zip(features, row))
 
 
 def _samples(files: Sequence[str]) -> Iterator[tuple[str, str, dict[str, bytes]]]:
@@ -135,8 +152,9 @@ def _samples(files: Sequence[str]) -> Iterator[tuple[str, str, dict[str, bytes]]
                     if name != last and sample:
                         yield path, last, sample
                         sample = {}
-                    if extension.lower() in sample:
-                        raise _differing(path, name, sample, f"one file '{extension}'")
+                    with _sample_named(path, name, sample):
+                        if extension.lower() in sample:
+                            raise ValueError(f"it has two files '{extension}'")
                     last, sample[extension.lower()] = name, archive.extractfile(member).read()
         except _BROKEN as error:
             raise _broken(path, error) from error
@@ -148,48 +166,33 @@ def _images_of(sample: dict[str, bytes]) -> list[str]:
     return [extension for extension in sample if is_image_file(f"image.{extension}")]
 
 
-def _json_of(sample: dict[str, bytes], path: str, name: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(sample["json"])
-    except ValueError as error:
-        raise _unreadable(path, name, "json", error) from error
-    if not isinstance(fields, dict):
-        raise _unreadable(path, name, "json", f"a {type(fields).__name__} instead of named fields")
-    return fields
-
-
-def _label_of(sample: dict[str, bytes], column: str, path: str, name: str) -> int | str:
-    if column in sample:
-        try:
-            text = sample[column].decode().strip()
-            return text if column in ("txt", "text") else int(text)
-        except ValueError as error:  # UnicodeDecodeError is one
-            raise _unreadable(path, name, column, error) from error
+def _label_of(sample: dict[str, bytes], column: str) -> int | str:
     extension, _, field = column.partition(".")
+    if column in sample:
+        text = sample[column].decode().strip()
+        return text if column in ("txt", "text") else int(text)
     if extension not in sample:
-        raise _differing(path, name, sample, f"label '{column}'")
-    label = _json_of(sample, path, name).get(field)
+        raise ValueError(f"it has no '{extension}'")
+    label = json.loads(sample[extension])[field]
     if not isinstance(label, int | str):
-        raise _unreadable(path, name, column, repr(label))
+        raise ValueError(f"'{column}' is {label!r}")
     return label
+
+
+@contextlib.contextmanager
+def _sample_named(path: str, name: str, sample: dict[str, bytes]) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "Samples of webdataset shards must have an image and, all or none of them, a label (an integer, or a name "
+            f"in '.txt' or '.json'), but '{name}' in '{path}' with {sorted(sample)} is wrong: {error}. The files of a "
+            "sample lie next to each other: sort the tar by name. Its name ends at its first dot: rename samples with "
+            "more dots."
+        ) from error
 
 
 def _broken(path: str, error: Exception) -> ValueError:
     return ValueError(
         f"`source` must hold whole shards, but '{path}' is broken: {error}. Copy it again, or remove it."
-    )
-
-
-def _unreadable(path: str, name: str, column: str, problem: Exception | str) -> ValueError:
-    return ValueError(
-        f"Labels must be class numbers, or class names in '.txt' or '.json', but '{column}' of sample '{name}' in "
-        f"'{path}' cannot be read: {problem}. Mend this sample, or name another column with `label_column`."
-    )
-
-
-def _differing(path: str, name: str, sample: dict[str, bytes], expected: str) -> ValueError:
-    return ValueError(
-        f"Each sample of webdataset shards must have the files of the first, {expected}, but '{name}' in '{path}' has "
-        f"{sorted(sample)}. The files of a sample lie next to each other: sort the tar by name. The name of a sample "
-        "ends at its first dot: rename those with more dots."
     )

@@ -1,11 +1,11 @@
 """Load images from any source: bundled, a folder, saved datasets, shards, the Hub."""
 
-import functools
 import glob
 import io
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from .columns import image_and_label
-from .folders import FolderSplit, is_image_file, read_folder
-from .shards import SHARD_EXTENSIONS, check_shards, read_tars, splits_of_shards
+from .folders import image_files, is_image_file, read_folder
+from .shards import SHARD_EXTENSIONS, check_shards, read_parquet, read_tars, shards_by_split
 
 _NUM_TEST_DIGITS = 360
 _STREAMED_SHARDS = 8
@@ -81,24 +81,24 @@ def load_images(
     source = os.path.expanduser(os.fspath(source))
     if not source:
         raise ValueError("`source` is empty. Give a folder, shards, a Hub id such as 'owner/name', or 'digits'.")
-    name = source
+    columns = {"image_column": image_column, "label_column": label_column}
     if source == "digits":
-        dataset = _select_split(_digits(), split, source)
+        name, dataset = source, _select_split(_digits(), split, source)
+    elif os.path.isdir(source) and (config is not None or data_files is not None):
+        name, dataset = _local_name(source), _load(source, split, streaming, name=config, data_files=data_files)
     elif os.path.exists(source) or glob.glob(source, recursive=True):
-        columns = {"image_column": image_column, "label_column": label_column}
-        dataset, name = _load_local(source, split, config, streaming, data_files, columns), _local_name(source)
+        name, dataset = _local_name(source), _select_split(_local_splits(source, streaming, columns), split, source)
     else:
         _check_hub_id(source)
         settings = {"name": config, "revision": revision, "data_files": data_files, "token": token}
-        dataset = _load(source, split, streaming, source, **settings)
+        name, dataset = source, _load(source, split, streaming, **settings)
     if streaming and isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
-    dataset = image_and_label(dataset, source, image_column=image_column, label_column=label_column)
+    dataset = image_and_label(dataset, source, **columns)
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise _no_images(split, source)
     dataset.info.dataset_name = name
-    if dataset.split is None:  # not read by load_dataset
-        dataset._split = datasets.NamedSplit(split)
+    dataset._split = datasets.NamedSplit(split)
     return dataset
 
 
@@ -108,7 +108,7 @@ def image_file_names(dataset: datasets.Dataset) -> list[str | None]:
     return dataset.select_columns("image").flatten()["image.path"][:]
 
 
-def _digits() -> datasets.DatasetDict:
+def _digits() -> dict[str, Callable]:
     digits = load_digits()
     values = np.round(digits.images * (255 / 16)).astype(np.uint8)
     by_class = np.argsort(digits.target, kind="stable")
@@ -127,7 +127,7 @@ def _digits() -> datasets.DatasetDict:
         }
         for name, rows in (("train", train), ("test", test))
     }
-    return datasets.DatasetDict({name: datasets.Dataset.from_dict(part, features) for name, part in parts.items()})
+    return {name: partial(datasets.Dataset.from_dict, part, features) for name, part in parts.items()}
 
 
 def _png(values: np.ndarray) -> bytes:
@@ -136,42 +136,38 @@ def _png(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _load_local(
-    source: str, split: str, config: str | None, streaming: bool, data_files, columns: dict[str, str | None]
-) -> datasets.Dataset | datasets.IterableDataset:
-    if os.path.isdir(source):
-        if os.path.exists(os.path.join(source, "dataset_dict.json")):
-            return _select_split(datasets.load_from_disk(source), split, source)
-        if os.path.exists(os.path.join(source, "state.json")):
-            dataset = datasets.load_from_disk(source)
-            name = str(dataset.split or "train").split("[")[0]
-            return _select_split({name: dataset}, split, source)
-        if config is not None or data_files is not None:
-            return _load(source, split, streaming, source, name=config, data_files=data_files)
-        layout, shards = read_folder(source, SHARD_EXTENSIONS)
-        if layout and shards:
-            raise ValueError(
-                f"`source` must hold images or shards, but '{source}' holds both (such as '{shards[0]}'). Give the "
-                "folder of the images, or the shards as a glob."
-            )
-        if layout:
-            return _load_image_folder(layout, split, streaming, source)
-        if not shards:
-            raise FileNotFoundError(
-                f"`source` must hold images, but '{source}' has no image file, no .parquet or .tar shard, and is no "
-                "saved dataset. Check the path."
-            )
-        return _load_shards(splits_of_shards(shards, source), split, streaming, source, columns)
-    files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-    if all(is_image_file(path) for path in files):
-        layout = {"train": FolderSplit(files, classes=None, class_names=[], metadata_files=[])}
-        return _load_image_folder(layout, split, streaming, source)
-    return _load_shards({"train": files}, split, streaming, source, columns)
+def _local_splits(source: str, streaming: bool, columns: dict[str, str | None]) -> dict[str, Callable]:
+    """Return what loads each split of a local source, by name."""
+    if not os.path.isdir(source):
+        files = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if all(is_image_file(path) for path in files):
+            return {"train": partial(image_files, files)}
+        return _splits_of_shards({"train": files}, source, streaming, columns)
+    if os.path.exists(os.path.join(source, "dataset_dict.json")):
+        saved = datasets.load_from_disk(source)
+        return {name: partial(saved.get, name) for name in saved}
+    if os.path.exists(os.path.join(source, "state.json")):
+        dataset = datasets.load_from_disk(source)
+        return {str(dataset.split or "train").split("[")[0]: lambda: dataset}
+    layout, shards = read_folder(source, SHARD_EXTENSIONS)
+    if layout and shards:
+        raise ValueError(
+            f"`source` must hold images or shards, but '{source}' holds both (such as '{shards[0]}'). Give the folder "
+            "of the images, or the shards as a glob."
+        )
+    if not layout and not shards:
+        raise FileNotFoundError(
+            f"`source` must hold images, but '{source}' has no image file, no .parquet or .tar shard, and is no saved "
+            "dataset. Check the path."
+        )
+    if shards:
+        return _splits_of_shards(shards_by_split(shards, source), source, streaming, columns)
+    return {name: partial(part.load, streaming) for name, part in layout.items()}
 
 
-def _load_shards(
-    by_split: dict[str, list[str]], split: str, streaming: bool, source: str, columns: dict[str, str | None]
-) -> datasets.Dataset | datasets.IterableDataset:
+def _splits_of_shards(
+    by_split: dict[str, list[str]], source: str, streaming: bool, columns: dict[str, str | None]
+) -> dict[str, Callable]:
     files = [path for shards in by_split.values() for path in shards]
     suffixes = {Path(path).suffix.lower() for path in files}
     if suffixes not in ({".parquet"}, {".tar"}):
@@ -180,41 +176,31 @@ def _load_shards(
             f"{', '.join(sorted(suffixes)) or 'without extension'}. Give a folder or a glob of one kind."
         )
     check_shards(files)
-    if suffixes == {".parquet"}:
-        escaped = {name: [glob.escape(path) for path in shards] for name, shards in by_split.items()}
-        return _load("parquet", split, streaming, source, data_files=escaped)
-    splits = {
-        name: functools.partial(read_tars, shards, source, streaming=streaming, **columns)
-        for name, shards in by_split.items()
-    }
-    return _select_split(_only_named(splits, split, source), split, source)
+    read = partial(read_tars, **columns) if suffixes == {".tar"} else read_parquet
+    return {name: partial(read, shards, streaming=streaming) for name, shards in by_split.items()}
 
 
-def _load_image_folder(
-    layout: dict[str, FolderSplit], split: str, streaming: bool, source: str
-) -> datasets.Dataset | datasets.IterableDataset:
-    def load(part: FolderSplit) -> datasets.Dataset | datasets.IterableDataset:
-        if not part.metadata_files:
-            return part.load()
-        # without the images beside them: a metadata file names its own
-        patterns = [glob.escape(path) for path in part.metadata_files]
-        return datasets.load_dataset("imagefolder", data_files=patterns, split="train", streaming=streaming)
-
-    splits = {name: functools.partial(load, part) for name, part in layout.items()}
-    return _select_split(_only_named(splits, split, source), split, source)
-
-
-def _only_named(splits: dict[str, Callable], split: str, source: str) -> dict:
-    """Load the splits that `split` names, such as "train[:10%]+test", and no others."""
-    names = [part.strip().split("[")[0] for part in split.split("+")]
-    if not set(names) <= set(splits):
+def _select_split(splits: dict[str, Callable], split: str, source: str) -> datasets.Dataset | datasets.IterableDataset:
+    """Load the splits that `split` names, such as "train[:10%]+test", and select from them."""
+    names = dict.fromkeys(part.strip().split("[")[0] for part in split.split("+"))
+    if not names.keys() <= splits.keys():
         raise _unknown_split(split, source, splits)
-    return {name: splits[name]() for name in dict.fromkeys(names)}
-
-
-def _load(builder: str, split: str, streaming: bool, source: str, **settings) -> datasets.Dataset:
+    loaded = {name: splits[name]() for name in names}
     try:
-        return datasets.load_dataset(builder, split=split, streaming=streaming, **settings)
+        if any(isinstance(dataset, datasets.IterableDataset) for dataset in loaded.values()):
+            chosen = [loaded[part.strip()] for part in split.split("+")]  # a stream has no parts
+        else:
+            instruction = datasets.ReadInstruction.from_spec(split)
+            parts = instruction.to_absolute({name: len(dataset) for name, dataset in loaded.items()})
+            chosen = [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    except (KeyError, ValueError) as error:
+        raise _unknown_split(split, source, splits) from error
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
+
+
+def _load(source: str, split: str, streaming: bool, **settings) -> datasets.Dataset | datasets.IterableDataset:
+    try:
+        return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise _no_images(split, source) from error
@@ -223,19 +209,6 @@ def _load(builder: str, split: str, streaming: bool, source: str, **settings) ->
             raise
         names = re.findall(r"'([^']+)'", str(error).rsplit("[", 1)[-1])
         raise _unknown_split(split, source, names) from error
-
-
-def _select_split(splits: dict, split: str, source: str) -> datasets.Dataset | datasets.IterableDataset:
-    try:
-        if isinstance(next(iter(splits.values())), datasets.IterableDataset):
-            chosen = [splits[name.strip()] for name in split.split("+")]  # a stream has no parts
-        else:
-            instruction = datasets.ReadInstruction.from_spec(split)
-            parts = instruction.to_absolute({name: len(dataset) for name, dataset in splits.items()})
-            chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    except (KeyError, ValueError) as error:
-        raise _unknown_split(split, source, splits) from error
-    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
 def _unknown_split(split: str, source: str, names) -> ValueError:

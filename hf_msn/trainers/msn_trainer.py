@@ -5,7 +5,7 @@ import math
 import torch
 from transformers.utils import logging
 
-from ..data.collators import MultiViewCollator
+from ..data.datasets import MultiViewCollator
 from ..distributed.collectives import all_reduce_sum
 from ..models.modeling_msn import MSNForPreTraining
 from ..schedules import linear

@@ -19,8 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, rotate_checkpoints
 from transformers.utils import logging
 
-from ..data.collators import MultiViewCollator
-from ..data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops
+from ..data.datasets import MultiViewCollator, MultiViewDataset, StreamingMultiViewDataset, as_crops
 from ..data.transforms import gives_crops
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.collators import MultiViewCollator
-from ..data.datasets import as_crops
+from ..data.datasets import MultiViewCollator, as_crops
 from ..data.labels import check_class_names
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader

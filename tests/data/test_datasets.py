@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_msn.data.collators import MultiViewCollator
-from hf_msn.data.datasets import MultiViewDataset, StreamingMultiViewDataset, as_crops, multi_view_dataset
+from hf_msn.data.datasets import (
+    MultiViewCollator,
+    MultiViewDataset,
+    StreamingMultiViewDataset,
+    as_crops,
+    multi_view_dataset,
+)
 from hf_msn.data.decoding import BrokenImageError, decode_reduced_image
 from hf_msn.data.transforms import MultiViewTransform
 
@@ -36,11 +41,12 @@ def _sorted(batch: dict) -> torch.Tensor:
     return views[sorted(range(len(views)), key=lambda row: views[row].flatten().tolist())]
 
 
-def test_views_do_not_depend_on_the_workers(image_rows):
-    first = _batches(MultiViewDataset(image_rows(7), TRANSFORM, seed=3))
-    second = _batches(MultiViewDataset(image_rows(7), TRANSFORM, seed=3), workers=2)
+def test_views_and_broken_rows_do_not_depend_on_the_workers(image_rows):
+    datasets_of_views = [MultiViewDataset(image_rows(7, broken=(0, 3)), TRANSFORM, seed=3) for _ in range(2)]
+    first, second = (_batches(views, workers=2 * place) for place, views in enumerate(datasets_of_views))
     _assert_same(first, second)
     assert set(first) == {"pixel_values", "anchor_pixel_values", "focal_pixel_values"}
+    assert [views.num_broken for views in datasets_of_views] == [2, 2]
 
 
 def test_views_do_not_depend_on_what_was_read_before(image_rows):
@@ -89,12 +95,6 @@ def test_broken_row_is_replaced_by_the_next_readable_one_and_logged_once(image_r
     assert seen == [list(picture(number).tobytes()) for number in (0, 3, 3, 3, 0, 3)]
     assert dataset.num_broken == 3
     assert sorted(record.args[0].row for record in caplog.records) == [1, 2, 4]
-
-
-def test_broken_rows_are_counted_over_the_workers(image_rows):
-    dataset = MultiViewDataset(image_rows(8, broken=(0, 3, 7)), TRANSFORM)
-    assert len(_batches(dataset, workers=2)["pixel_values"]) == 8
-    assert dataset.num_broken == 3
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -165,12 +165,14 @@ def test_images_that_datasets_would_decode_are_read_encoded(image_rows):
         (None, {"on_broken_image": "ignore"}, "'ignore'"),
         (None, {"seed": -1}, "-1"),
         (lambda images: images.to_iterable_dataset(), {"shuffle_buffer": -1}, "`shuffle_buffer`"),
+        (None, {"transform": None}, "`__call__`"),
+        (lambda images: images.to_iterable_dataset(), {"transform": {"image_size": 8}}, "`__call__`"),
     ],
 )
 def test_arguments_out_of_range_are_refused(image_rows, change, settings, named):
     images = image_rows(1)
     with pytest.raises(ValueError, match=named):
-        multi_view_dataset(change(images) if change else images, TRANSFORM, **settings)
+        multi_view_dataset(change(images) if change else images, **{"transform": TRANSFORM, **settings})
 
 
 def test_stream_is_sharded_over_workers_with_the_same_views(image_rows):
@@ -253,8 +255,18 @@ def test_crops_finished_in_a_batch_equal_the_views(image_rows, streamed, workers
         torch.testing.assert_close(finished[name], views[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("transform", [None, {"image_size": 8}])
-def test_a_transform_that_cannot_be_called_is_refused(image_rows, transform):
-    for stream in (image_rows(3), image_rows(3).to_iterable_dataset()):
-        with pytest.raises(ValueError, match="`transform` must have the method `__call__`"):
-            multi_view_dataset(stream, transform)
+def test_views_are_stacked_batch_first(picture):
+    transform = MultiViewTransform(image_size=8, focal_size=4, anchor_views=2, focal_views=3)
+    items = [transform(picture(number)) for number in range(5)]
+    batch = MultiViewCollator()(items)
+    assert {name: tuple(views.shape) for name, views in batch.items()} == {
+        "pixel_values": (5, 3, 8, 8),
+        "anchor_pixel_values": (5, 2, 3, 8, 8),
+        "focal_pixel_values": (5, 3, 3, 4, 4),
+    }
+    assert all(torch.equal(batch[name][position], items[position][name]) for name in batch for position in range(5))
+
+
+def test_items_with_different_names_are_refused():
+    with pytest.raises(ValueError, match="other"):
+        MultiViewCollator()([{"pixel_values": torch.zeros(3, 8, 8)}, {"other": torch.zeros(3, 8, 8)}])

@@ -115,11 +115,10 @@ def test_resumed_sampler_continues():
 def test_description_states_the_global_support():
     labels = np.repeat(np.arange(1000), [5 + number % 16 for number in range(1000)])
     sampler = ClassStratifiedSampler(labels, global_classes=960, global_images_per_class=6, rank=0, world_size=4)
-    assert sampler.describe(views_per_image=2) == (
-        "Support of each step: 960 classes x 6 images x 2 views = 11520 images over all 4 ranks, 240 classes x 6 "
-        "images x 2 views = 2880 on each (shard='classes'). Labelled images: 12468 of 1000 classes, 5 to 20 per "
-        "class. Classes with fewer than 6: 63; their images repeat, with different views."
-    )
+    text = sampler.describe(views_per_image=2)
+    for numbers in ("960 classes x 6 images x 2 views = 11520", "4 ranks, 240 classes x 6 images x 2 views = 2880"):
+        assert numbers in text
+    assert "12468 of 1000 classes, 5 to 20 per class" in text and "fewer than 6: 63" in text
 
 
 def test_small_classes_raise_on_request():

@@ -201,11 +201,12 @@ def test_label_beyond_the_class_names_is_refused(labelled):
         (None, {"views_per_image": 0}, "`views_per_image` .* but is 0"),
         (None, {"on_broken_image": "ignore"}, "'ignore'"),
         (None, {"seed": -1}, "`seed` .* but is -1"),
+        (None, {"transform": None}, "`global_views`"),
     ],
 )
 def test_arguments_out_of_range_are_refused(labelled, change, settings, named):
     with pytest.raises(ValueError, match=named):
-        SupportDataset(change(labelled()) if change else labelled(), ROWS, TRANSFORM, **settings)
+        SupportDataset(change(labelled()) if change else labelled(), ROWS, **{"transform": TRANSFORM, **settings})
 
 
 def test_sampler_of_other_labels_is_refused(labelled):
@@ -226,8 +227,3 @@ def test_crops_finished_in_a_batch_equal_the_views(labelled):
         finished = TRANSFORM.finish(one)
         assert set(finished) == set(other) and torch.equal(finished["support_labels"], other["support_labels"])
         torch.testing.assert_close(finished["support_pixel_values"], other["support_pixel_values"], atol=1e-5, rtol=0)
-
-
-def test_a_missing_transform_is_refused(labelled):
-    with pytest.raises(ValueError, match=r"`transform` must have the method `global_views`.* None"):
-        SupportDataset(labelled(), ROWS, None)
