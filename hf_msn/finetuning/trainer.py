@@ -1,8 +1,6 @@
 """The Trainer of both heads, and the callback that keeps the weights of the best epoch."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
 from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossError
-from ..trainers.checkpoints import staging_folder, write_checksums
+from ..trainers.checkpoints import WholeCheckpointMixin
 from .arguments import FinetuningArguments
 
 BEST_EPOCH_FILE = "best_epoch.pt"
 
 
-class FinetuningTrainer(Trainer):
+class FinetuningTrainer(WholeCheckpointMixin, Trainer):
     """Train on the batches of a loader that distributes them over the ranks; the loss is `model(**batch).loss`.
 
     `head` returns the part of the model that trains with `freeze_encoder`.
@@ -52,7 +49,6 @@ class FinetuningTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
         self.model_accepts_loss_kwargs = False
         self.all_finite = torch.tensor(True, device=args.device)
-        self._staging: Path | None = None
         self.add_callback(DatasetEpochCallback(loader.batch_sampler))
         self.remove_callback(PrinterCallback)
 
@@ -95,24 +91,8 @@ class FinetuningTrainer(Trainer):
         self.all_finite &= torch.isfinite(outputs.loss.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Save a checkpoint with the best epoch so far. It appears whole or not at all."""
-        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with staging_folder(self, folder, name) as self._staging:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                torch.save(self.best.state_dict(), self._staging / name / BEST_EPOCH_FILE)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_checksums(self._staging / name)
-                shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
-                os.replace(self._staging / name, folder / name)
-                rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit)
-        self._staging = None
-        self.accelerator.wait_for_everyone()
+    def add_to_checkpoint(self, folder: Path) -> None:
+        torch.save(self.best.state_dict(), folder / BEST_EPOCH_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         best = Path(resume_from_checkpoint, BEST_EPOCH_FILE)

@@ -1,15 +1,20 @@
 """Checkpoints that are whole or absent: how they are written, and which of a run's are fit to resume from."""
 
+import os
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedConfig, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..evaluation.weights_hash import file_sha256
@@ -48,6 +53,46 @@ def staging_folder(trainer: Trainer, folder: Path, name: str = "") -> Iterator[P
     finally:
         if trainer.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+class WholeCheckpointMixin:
+    """Writes each checkpoint of a Trainer beside its place, with the checksums of its files, and then renames it.
+
+    A folder `checkpoint-<step>` is always whole. Put the mixin before the trainer class.
+    """
+
+    _staging: Path | None = None
+
+    def add_to_checkpoint(self, folder: Path) -> None:
+        """Write further files into a checkpoint. One rank calls it."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with staging_folder(self, run_dir, name) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(run_dir / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.add_to_checkpoint(staging / name)
+                write_checksums(staging / name)
+                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
+                os.replace(staging / name, run_dir / name)
+                rotate_checkpoints(
+                    output_dir=str(run_dir),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+            self.accelerator.wait_for_everyone()
 
 
 @contextmanager

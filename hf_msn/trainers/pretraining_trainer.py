@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import shutil
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length, rotate_checkpoints
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data.datasets import MultiViewCollator, MultiViewDataset, StreamingMultiViewDataset, as_crops
@@ -34,13 +33,13 @@ from .callbacks.run_record import RunRecordCallback
 from .callbacks.throughput import ThroughputCallback, ThroughputProgressCallback
 from .checkpoints import (
     CheckpointError,
+    WholeCheckpointMixin,
     check_output_dir,
     find_config_differences,
     own_settings_kept,
     resolve_checkpoint,
     saved_world_size,
     staging_folder,
-    write_checksums,
 )
 from .local_update_mixin import LocalUpdateTrainerMixin
 from .pretraining_arguments import PretrainingArguments
@@ -48,7 +47,7 @@ from .pretraining_arguments import PretrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
+class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer):
     """Base of the pretraining trainers. A method defines `compute_loss`, and calls `record` with the values to log.
 
     Where the data sets have a [`MultiViewTransform`] and the collator is [`MultiViewCollator`], the loaders return
@@ -58,14 +57,12 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
     Logged beside the loss: `images_per_second` over all ranks; `data_wait_seconds`, the mean over ranks of the time
     spent waiting for data since the last log; schedules and broken images.
 
-    A checkpoint is written into another folder and then renamed: a folder `checkpoint-<step>` is always whole. It has
-    the checksums of its files, which a resume verifies.
+    A folder `checkpoint-<step>` is always whole, and has the checksums of its files, which a resume verifies.
     """
 
     args: PretrainingArguments
     arguments_class: type[PretrainingArguments] = PretrainingArguments
     model_class: type[nn.Module] = nn.Module
-    _staging: Path | None = None
     _checked_batch: int | None = None
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
@@ -437,34 +434,10 @@ class PretrainingTrainer(LocalUpdateTrainerMixin, Trainer):
         with own_settings_kept(self):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
     def _save_checkpoint(self, model, trial) -> None:
         self.non_finite.check(weights=True)
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        with self.clock_stopped(), staging_folder(self, run_dir, name) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.state.best_model_checkpoint == str(staging / name):
-                self.state.best_model_checkpoint = str(run_dir / name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_checksums(staging / name)
-                shutil.rmtree(run_dir / name, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
-                os.replace(staging / name, run_dir / name)
-                rotate_checkpoints(
-                    output_dir=str(run_dir),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                )
-            self.accelerator.wait_for_everyone()
+        with self.clock_stopped():
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer.save_model` does, but each file appears whole or not at all."""

@@ -40,10 +40,8 @@ class RunRecordCallback(TrainerCallback):
         self.sync: Mapping[str, Any] | None = None
         self.num_broken: Mapping[str, int] = {}
         self.resumes: list[dict[str, Any]] = []
-        self._saved: Mapping[str, Any] = {"wall_time_seconds": 0.0}
         self._seconds_before: float | None = 0.0
         self._started: float | None = None
-        self._is_first_update = True
 
     @property
     def seconds(self) -> float | None:
@@ -58,43 +56,41 @@ class RunRecordCallback(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint is of another data set, unless `resume_on_other_data` is set.
         """
-        self._saved, self.resumes = {"wall_time_seconds": 0.0}, []
+        self.resumes, self._seconds_before = [], 0.0
         here = public_run(describe_training(self.trainer))
         if checkpoint is None:
             return
         try:
-            self._saved = read_run(checkpoint) or {}
+            saved = read_run(checkpoint) or {}
         except ValueError:  # a damaged record must not prevent a resume
-            self._saved = {}
-        self.resumes = [*self._saved.get("resumes", ())]
-        differing = self._compare_data(checkpoint, here)
-        if "settings" in self._saved:
-            differing |= find_differences(self._saved["settings"], here["settings"])
+            saved = {}
+        self.resumes, self._seconds_before = [*saved.get("resumes", ())], saved.get("wall_time_seconds")
+        differing = self._compare_data(checkpoint, saved, here)
+        if "settings" in saved:
+            differing |= find_differences(saved["settings"], here["settings"])
             if self.trainer.args.auto_find_batch_size:  # a resume takes that of the checkpoint
                 differing.pop("per_device_train_batch_size", None)
-        method = self._saved.get("sync", {}).get("method")
+        method = saved.get("sync", {}).get("method")
         if method not in (None, "DistributedDataParallel") and find_per_rank_callback(self.trainer) is None:
             differing["sync"] = {"before": method, "after": None}  # its callback compares the settings of another one
         if not differing:
             return
-        self.resumes.append({"step": self._saved.get("steps"), "settings": differing})
+        self.resumes.append({"step": saved.get("steps"), "settings": differing})
         if self.trainer.is_world_process_zero():
             shown = [f"{name} {pair['before']} there, {pair['after']} here" for name, pair in differing.items()]
             logger.warning(
                 f"'{checkpoint}' was trained with other settings: {', '.join(shown)}. The run goes on with those here."
             )
 
-    def _compare_data(self, checkpoint: str, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        saved = self._saved
-        there, here = saved.get("data", {}), record.get("data", {})
-        if "data_sample_sha256" in saved and "data_sample_sha256" in record:
-            # the name may be another: a data set may have been moved or renamed
-            is_same = saved["data_sample_sha256"] == record["data_sample_sha256"]
-        else:
-            is_same = all(there.get(name) == here.get(name) for name in ("name", "split"))
-        is_same &= there.get("num_images") == here.get("num_images")
-        is_same &= there.get("num_shards") in (None, here.get("num_shards"))  # earlier versions have none
-        if not there or is_same:
+    def _compare_data(self, checkpoint: str, saved: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+        there, here = _identify_data(saved), _identify_data(record)
+        differing = find_differences(there, here)
+        if "num_shards" not in there:  # in records of earlier versions
+            differing.pop("num_shards", None)
+        has_samples = "data_sample_sha256" in there and "data_sample_sha256" in here
+        # The same images are the same data set, which may have been moved or renamed.
+        decisive = differing.keys() - ({"dataset", "split"} if has_samples else {"data_sample_sha256"})
+        if "data" not in saved or not decisive:
             return {}
         if not self.trainer.args.resume_on_other_data:
             raise CheckpointError(
@@ -102,24 +98,15 @@ class RunRecordCallback(TrainerCallback):
                 "Give the same data, set `resume_on_other_data` to go on with this one, or start a new run in another "
                 "`output_dir`."
             )
-        pairs = {
-            "dataset": (there.get("name"), here.get("name")),
-            "split": (there.get("split"), here.get("split")),
-            "num_images": (there.get("num_images"), here.get("num_images")),
-            "num_shards": (there.get("num_shards"), here.get("num_shards")),
-            "data_sample_sha256": (saved.get("data_sample_sha256"), record.get("data_sample_sha256")),
-        }
-        return {name: {"before": old, "after": new} for name, (old, new) in pairs.items() if old != new}
+        return differing
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._seconds_before, self._started = self._saved.get("wall_time_seconds"), time.monotonic()
-        self._is_first_update = True
+        self._started, self.sync = time.monotonic(), None
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self._is_first_update:  # the sync object is there, and every rank comes here
-            callback = find_per_rank_callback(self.trainer)
-            self.sync = None if callback is None else callback.record()
-            self._is_first_update = False
+        # Only now the sync object is there.
+        if self.sync is None and (callback := find_per_rank_callback(self.trainer)) is not None:
+            self.sync = callback.record()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._seconds_before, self._started = self.seconds, None
@@ -140,7 +127,15 @@ class RunRecordCallback(TrainerCallback):
         write_run(folder, {**record, "wall_time_seconds": self.seconds})
 
 
+def _identify_data(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record knows of the training set."""
+    names = {"dataset": "name", "split": "split", "num_images": "num_images", "num_shards": "num_shards"}
+    found = {name: record.get("data", {}).get(field) for name, field in names.items()}
+    found["data_sample_sha256"] = record.get("data_sample_sha256")
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _describe(data: Mapping[str, Any]) -> str:
-    name, split, images, shards = (data.get(key) for key in ("name", "split", "num_images", "num_shards"))
+    name, split, images, shards = (data.get(key) for key in ("dataset", "split", "num_images", "num_shards"))
     size = f"({images} images)" if images else f"({shards} shards)" if shards else ""
     return " ".join(filter(None, [f"'{name}'" if name else "", split, size])) or "another one"
