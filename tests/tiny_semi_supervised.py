@@ -1,4 +1,4 @@
-"""Tiny models of PAWS and SimCLR + SuNCEt with a batch, and the losses of their papers image by image."""
+"""Tiny models of PAWS and SimCLR + SuNCEt with a batch."""
 
 import torch
 
@@ -72,85 +72,10 @@ def features_of(model, images: torch.Tensor) -> torch.Tensor:
     return model.encoder(images, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
-def smoothed_rows(labels: torch.Tensor, smoothing: float) -> dict[int, torch.Tensor]:
-    """The row of each class that is in the support."""
-    classes = sorted(set(labels.tolist()))
-    rows = {}
-    for column, number in enumerate(classes):
-        rows[number] = torch.full((len(classes),), smoothing / len(classes), dtype=torch.float64)
-        rows[number][column] += 1 - smoothing
-    return rows
-
-
-def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return (first @ second) / (first.norm() * second.norm())
-
-
-def prediction(projection, supports, labels, config) -> torch.Tensor:
-    """d(z, S) of PAWS for one image: (C,)."""
-    rows = smoothed_rows(labels, config.label_smoothing)
-    weights = [torch.exp(cosine(projection, support) / config.temperature) for support in supports]
-    voted = [weight * rows[int(label)] for weight, label in zip(weights, labels)]
-    return sum(voted) / sum(weights)
-
-
-def sharpened(probabilities: torch.Tensor, temperature: float) -> torch.Tensor:
-    powers = probabilities ** (1 / temperature)
-    return powers / powers.sum()
-
-
-def paws_by_hand(anchors, anchor_supports, targets, target_supports, labels, config) -> tuple[torch.Tensor, list]:
-    """Equations 1 to 3 of PAWS.
-
-    Args:
-        anchors (list of (V, D)): All views of each image, the two global ones first.
-        anchor_supports (S, D): The supports as the anchors see them.
-        targets (list of (2, D)): The two global views of each image.
-        target_supports (S, D): The supports as the targets see them.
-
-    Returns:
-        The loss, and for each image the predictions of its first and second view, sharpened.
-    """
-    cross_entropies, all_sharpened, predicted = [], [], []
-    for views, own_targets in zip(anchors, targets):
-        with torch.no_grad():
-            sure = [
-                sharpened(prediction(view, target_supports, labels, config), config.sharpen_temperature)
-                for view in own_targets
-            ]
-        wanted = [sure[1], sure[0]] + [(sure[0] + sure[1]) / 2] * (len(views) - 2)
-        predicted.append(sure)
-        for view, target in zip(views, wanted):
-            target = torch.where(target < 1e-4, 0.0, target)
-            p = prediction(view, anchor_supports, labels, config)
-            cross_entropies.append(-(target * p.log()).sum())
-            all_sharpened.append(sharpened(p, config.sharpen_temperature))
-    mean = sum(all_sharpened) / len(all_sharpened)
-    entropy = -(mean * mean.log()).sum()
-    return sum(cross_entropies) / len(cross_entropies) - config.me_max_weight * entropy, predicted
-
-
-def nt_xent_by_hand(first, second, temperature: float, full_gradient: bool) -> torch.Tensor:
-    """Equation 1 of SimCLR; in SuNCEt's code the views that one is compared with count as constants."""
-    rows = [*first, *second]
-    compared = rows if full_gradient else [row.detach() for row in rows]
-    losses = []
-    for i, row in enumerate(rows):
-        pair = (i + len(first)) % len(rows)
-        others = {j: torch.exp(cosine(row, compared[j]) / temperature) for j in range(len(rows)) if j != i}
-        losses.append(-torch.log(others[pair] / sum(others.values())))
-    return sum(losses) / len(losses)
-
-
-def suncet_by_hand(supports, labels, config) -> torch.Tensor:
-    """Equation 1 of SuNCEt; with smoothing the cross-entropy of the smoothed vote."""
-    rows = smoothed_rows(labels, config.label_smoothing)
-    losses = []
-    for i, row in enumerate(supports):
-        weights = {j: torch.exp(cosine(row, supports[j]) / config.temperature) for j in range(len(supports)) if j != i}
-        p = sum(weight * rows[int(labels[j])] for j, weight in weights.items()) / sum(weights.values())
-        losses.append(-(rows[int(labels[i])] * p.log()).sum())
-    return sum(losses) / len(losses)
+def smoothed_rows(labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """The rows of the supports, with a column for each class that is among them."""
+    one_hot = (labels[:, None] == labels.unique()).double()
+    return one_hot * (1 - smoothing) + smoothing / one_hot.shape[1]
 
 
 def gradients(loss: torch.Tensor, model) -> dict[str, torch.Tensor]:

@@ -54,7 +54,9 @@ def loop_msn_loss(
         entropy = entropy - sum(p * p.log() for p in anchor) / len(anchor_rows)
     mean = [sum(row[k] for row in anchor_rows) / len(anchor_rows) for k in range(len(prototypes))]
     me_max = math.log(len(prototypes)) + sum(p * p.log() for p in mean)
-    return cross_entropy + me_max_weight * me_max + entropy_weight * entropy, cross_entropy, me_max, entropy
+    loss = cross_entropy + me_max_weight * me_max + entropy_weight * entropy
+    rows = [torch.stack([torch.stack(list(row)) for row in part]) for part in (anchor_rows, target_rows)]
+    return loss, cross_entropy, me_max, entropy, *rows
 
 
 @pytest.mark.parametrize("case", golden("msn_loss"), ids=lambda case: "sinkhorn" if case["sinkhorn"] else "plain")
@@ -98,22 +100,12 @@ def test_values_and_gradients_equal_the_loop(settings):
     anchors, targets, prototypes = inputs()
     output = msn_loss(anchors, targets, prototypes, **settings)
     expected = loop_msn_loss(anchors, targets, prototypes, **settings)
-    for value, reference in zip((output.loss, output.cross_entropy, output.me_max, output.entropy), expected):
+    for value, reference in zip(output, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-13)
+    assert not output.target_probabilities.requires_grad
     gradients = torch.autograd.grad(output.loss, (anchors, prototypes))
     for gradient, reference in zip(gradients, torch.autograd.grad(expected[0], (anchors, prototypes))):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-13)
-
-
-def test_probabilities_of_the_output_equal_the_loop():
-    anchors, targets, prototypes = inputs(requires_grad=False)
-    output = msn_loss(anchors, targets, prototypes, use_sinkhorn=True)
-    for rows, expected in (
-        (output.target_probabilities, loop_targets(targets, prototypes, 0.1, 0.25, True)),
-        (output.anchor_probabilities, [loop_assignments(anchor, prototypes, 0.1) for anchor in anchors]),
-    ):
-        expected = torch.tensor([[p.item() for p in row] for row in expected], dtype=torch.float64)
-        torch.testing.assert_close(rows, expected, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("use_sinkhorn", [False, True])
@@ -126,46 +118,6 @@ def test_float32_values_and_gradients_are_within_1e_5_of_the_loop(use_sinkhorn):
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for gradient, reference in zip(gradients, torch.autograd.grad(expected, (exact[0], exact[2]))):
         assert (gradient - reference).norm() <= 1e-5 * reference.norm()
-
-
-@pytest.mark.parametrize("use_sinkhorn", [False, True])
-def test_targets_get_no_gradient_and_pass_none_to_the_prototypes(use_sinkhorn):
-    anchors, targets, prototypes = inputs()
-    output = msn_loss(anchors.detach(), targets, prototypes, use_sinkhorn=use_sinkhorn)
-    assert not output.target_probabilities.requires_grad
-    output.loss.backward()
-    assert targets.grad is None
-    # With the assignments of the targets as constants, only the anchors' side of the loss depends on the prototypes.
-    again = prototypes.detach().requires_grad_()
-    log_p = torch.log_softmax(
-        torch.nn.functional.normalize(anchors.detach()) @ torch.nn.functional.normalize(again).T / 0.1, dim=-1
-    )
-    mean = log_p.exp().mean(dim=0)
-    constant = output.target_probabilities.repeat(NUM_VIEWS, 1)
-    (-(constant * log_p).sum(dim=-1).mean() + (mean * mean.log()).sum()).backward()
-    torch.testing.assert_close(prototypes.grad, again.grad, rtol=1e-10, atol=1e-13)
-
-
-def test_anchors_are_view_major():
-    anchors, targets, prototypes = inputs(requires_grad=False)
-    image_major = anchors.view(NUM_VIEWS, NUM_IMAGES, DIM).transpose(0, 1).reshape(-1, DIM)
-    right = msn_loss(anchors, targets, prototypes)
-    wrong = msn_loss(image_major, targets, prototypes)
-    one_view_at_a_time = [
-        msn_loss(view, targets, prototypes).cross_entropy for view in anchors.view(NUM_VIEWS, NUM_IMAGES, DIM)
-    ]
-    torch.testing.assert_close(right.cross_entropy, torch.stack(one_view_at_a_time).mean(), rtol=1e-12, atol=0)
-    assert abs(wrong.cross_entropy - right.cross_entropy) > 0.1
-    torch.testing.assert_close(wrong.me_max, right.me_max)
-
-
-def test_me_max_is_0_for_even_use_and_log_k_for_one_prototype():
-    prototypes = torch.eye(NUM_PROTOTYPES)
-    even = msn_loss(prototypes, prototypes, prototypes, temperature=0.01)
-    assert even.me_max.item() == pytest.approx(0.0, abs=1e-6)
-    one = msn_loss(prototypes[:1].expand(NUM_PROTOTYPES, -1), prototypes, prototypes, temperature=0.01)
-    assert one.me_max.item() == pytest.approx(math.log(NUM_PROTOTYPES), rel=1e-5)
-    assert one.entropy.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_prototype_used_by_no_anchor_has_no_effect_on_value_or_gradient():

@@ -50,17 +50,6 @@ def test_soft_nearest_neighbor_gives_right_gradients_to_queries_and_supports():
     assert torch.autograd.gradcheck(lambda q, s: soft_nearest_neighbor(q, s, labels, 0.1), inputs)
 
 
-def test_soft_nearest_neighbor_ignores_the_lengths_of_the_embeddings():
-    queries, supports, labels = normal(3, 5, seed=1), normal(7, 5, seed=2), softmax_rows(7, 4, seed=3)
-    lengths = torch.linspace(0.1, 30.0, 7, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(
-        soft_nearest_neighbor(9 * queries, lengths * supports, labels, 0.1),
-        soft_nearest_neighbor(queries, supports, labels, 0.1),
-        rtol=1e-12,
-        atol=1e-14,
-    )
-
-
 def test_integer_labels_of_supports_are_taken_as_one_hot_rows():
     queries, supports = normal(3, 5, seed=1), normal(4, 5, seed=2)
     one_hot = torch.eye(2, dtype=torch.int64)[[0, 1, 1, 0]]

@@ -1,4 +1,4 @@
-"""SuNCEtForPreTraining: both halves together and each alone, against loops over the images."""
+"""SuNCEtForPreTraining: both halves together and each alone, against passes of encoder and head by hand."""
 
 import copy
 
@@ -9,11 +9,13 @@ from tiny_semi_supervised import (
     assert_same_gradients,
     features_of,
     gradients,
-    nt_xent_by_hand,
     semi_supervised_batch,
-    suncet_by_hand,
+    smoothed_rows,
     tiny_suncet,
 )
+
+from hf_msn.losses.simclr import nt_xent_loss
+from hf_msn.losses.suncet import suncet_loss
 
 VIEWS = ("pixel_values", "anchor_pixel_values")
 SUPPORT = ("support_pixel_values", "support_labels")
@@ -29,12 +31,14 @@ def by_hand(model, batch) -> dict[str, torch.Tensor]:
     groups = [batch["pixel_values"], batch["anchor_pixel_values"][:, 0]] if VIEWS[0] in batch else []
     groups += [batch["support_pixel_values"]] if SUPPORT[0] in batch else []
     projected = model.projection_head(features_of(model, torch.cat(groups)))
-    parts = dict(zip(range(3), projected.split([len(group) for group in groups])))
-    found = {}
+    num_views = 2 * len(batch.get(VIEWS[0], ()))
+    found, config = {}, model.config
     if VIEWS[0] in batch:
-        found["nt_xent"] = nt_xent_by_hand(parts[0], parts[1], model.config.temperature, model.config.full_gradient)
+        settings = {"temperature": config.temperature, "full_gradient": config.full_gradient}
+        found["nt_xent"] = nt_xent_loss(projected[:num_views], **settings)
     if SUPPORT[0] in batch:
-        found["suncet"] = suncet_by_hand(parts[len(groups) - 1], batch["support_labels"], model.config)
+        labels = smoothed_rows(batch["support_labels"], config.label_smoothing)
+        found["suncet"] = suncet_loss(projected[num_views:], labels, temperature=config.temperature)
     return found
 
 
