@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ COMMANDS = {
 }
 # The commands that run on several processes.
 _DISTRIBUTED = ("pretrain", "finetune", "evaluate")
+# A fault of all ranks is shown by rank 0 alone: the launcher ends the others meanwhile.
+_PRECEDENCE_SECONDS = 5
 
 
 def run(command: str | None = None) -> None:
@@ -58,6 +61,8 @@ def show_message(kind: type[BaseException], error: BaseException, traceback: Tra
     """Write an uncaught error to the standard error stream: of a wrong input the message, of others the traceback."""
     if kind.__name__ == "ChildFailedError" and error.get_first_failure()[1].exitcode > 0:
         return  # the process that failed has written what is wrong; one that was killed has not
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(_PRECEDENCE_SECONDS)
     is_input = isinstance(error, (ValueError, OSError, ImportError)) or kind.__module__.startswith("hf_msn.")
     if is_input and str(error):
         print(error, file=sys.stderr)
@@ -120,6 +125,8 @@ def launch_processes(num_processes: int, arguments: list[str]) -> None:
     # without --multi_gpu accelerate starts a single process on a CPU; port 0 is a free one
     options = ["--multi_gpu", "--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--module"]
+    # its line says only that a process has failed, which has said why
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     launch_command(launch_command_parser().parse_args([*options, "hf_msn.cli.main", *arguments]))
 
 

@@ -122,6 +122,22 @@ def test_several_processes_start_through_accelerate(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_a_wrong_input_shows_the_message_alone_on_several_processes(tmp_path):
+    command = "pretrain --num_processes 2 --config digits --use_cpu --learning_rate -1 --output_dir"
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_msn.cli.main", *command.split(), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=180,
+    )
+    shown = {line.removeprefix("[rank0]: ").removeprefix("[rank1]: ") for line in done.stderr.splitlines()}
+    assert done.returncode == 1 and len(shown) == 1, done.stderr
+    assert "`learning_rate`" in shown.pop() and done.stdout == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_run_shows_its_supports_and_its_sync_method_on_rank_0(rank, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
