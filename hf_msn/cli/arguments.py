@@ -49,17 +49,28 @@ class DataArguments:
         default="skip", help="skip: log it, count it, take the next image. raise: stop."
     )
 
-    def load(self, split: str | None = None, dataset: str | None = None):
-        """Load the images of a split, by default of `train_split`; or of another data set with the same columns."""
-        return load_images(
-            dataset or self.dataset,
-            split=split or self.train_split,
-            config=self.dataset_config if dataset is None else None,
-            revision=self.dataset_revision if dataset is None else None,
-            streaming=self.streaming and split is None,
-            image_column=self.image_column,
-            label_column=self.label_column,
-        )
+    def load(
+        self,
+        split: str | None = None,
+        dataset: str | None = None,
+        split_field: str = "train_split",
+        dataset_field: str = "dataset",
+    ):
+        """Load the images of a split, by default of `train_split`; or of another data set with the same columns.
+
+        Errors name the fields from which `split` and `dataset` come.
+        """
+        names = {"source": dataset_field, "split": split_field, "config": "dataset_config"}
+        with in_terms_of({**names, "revision": "dataset_revision"}):
+            return load_images(
+                dataset or self.dataset,
+                split=split or self.train_split,
+                config=self.dataset_config if dataset is None else None,
+                revision=self.dataset_revision if dataset is None else None,
+                streaming=self.streaming and split is None,
+                image_column=self.image_column,
+                label_column=self.label_column,
+            )
 
 
 @dataclass
@@ -120,11 +131,8 @@ class LabelArguments:
     def load(self, data: DataArguments, dataset) -> tuple[datasets.Dataset, np.ndarray]:
         """Return the data set that holds the labelled images, and their rows in it. `data` describes `dataset`."""
         if self.labelled_dataset is not None:
-            labelled = load_images(
-                self.labelled_dataset,
-                split=self.labelled_split or "train",
-                image_column=data.image_column,
-                label_column=data.label_column,
+            labelled = data.load(
+                self.labelled_split or "train", self.labelled_dataset, "labelled_split", "labelled_dataset"
             )
             return labelled, np.arange(len(labelled))
         if data.streaming:

@@ -1,7 +1,7 @@
 """`hf-msn card`: the model card of a checkpoint, on this machine only."""
 
 from ..hub.cards import create_model_card, save_model_card
-from .parser import Parser, arguments_for, options_of
+from .parser import Parser, arguments_for, call, options_of
 
 _NAMES = {"model_name": "name"}
 
@@ -19,5 +19,5 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn card`."""
     values = make_parser().read_complete(arguments)
-    card = arguments_for(create_model_card, values, _NAMES) | arguments_for(save_model_card, values, _NAMES)
-    print(*save_model_card(**card), sep="\n")
+    card = arguments_for(create_model_card, values, _NAMES)
+    print(*call(save_model_card, values, _NAMES, **card), sep="\n")

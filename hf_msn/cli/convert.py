@@ -1,7 +1,7 @@
 """`hf-msn convert`: the papers' checkpoints of MSN and PAWS to models that `from_pretrained` loads, and back."""
 
 from ..hub.convert import convert_checkpoint, convert_to_original
-from .parser import Option, Parser, arguments_for, options_of
+from .parser import Option, Parser, call, options_of, parameters_of
 
 _NAMES = {"input_path": "input", "output_dir": "output", "export_backbone_dir": "export_backbone"}
 _NAMES_BACK = {"model": "input", "output_path": "output"}
@@ -32,11 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     values.setdefault("output", None)
     is_back = values.pop("to_original", False)
     convert, names = (convert_to_original, _NAMES_BACK) if is_back else (convert_checkpoint, _NAMES)
-    given = arguments_for(convert, values, names)
+    fields = [names.get(parameter, parameter) for parameter in parameters_of(convert)]
     for name, value in values.items():
-        if value is not None and name not in [names.get(parameter, parameter) for parameter in given]:
+        if value is not None and name not in fields:
             rule = "must not be given" if is_back else "must be given only"
             raise ValueError(f"`{name}` {rule} with `to_original`, but is {value!r}. Leave it out.")
     if is_back and values["output"] is None:
         raise ValueError("`output` is missing: the file to write. Give --output.")
-    print(f"Wrote {convert(**given)}")
+    print(f"Wrote {call(convert, values, names)}")

@@ -14,8 +14,7 @@ from ..evaluation.features import extract_features
 from ..evaluation.low_shot import LowShotEvaluator
 from ..evaluation.probes import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe
 from ..files import whole_file
-from ..trainers.argument_names import in_terms_of
-from .parser import Option, Parser, arguments_for, options_of
+from .parser import Option, Parser, call, options_of
 
 # Fields that are not called as the parameter; None: no field.
 _MODEL = {"name": "model"}
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = values.get("output") if state.is_main_process else None
     # opened first: a file that cannot be written is an error before minutes of work
     with whole_file(output, "output", overwrite=True) if output else nullcontext() as path:
-        model = load_vision_model(**arguments_for(load_vision_model, values, _MODEL))
+        model = call(load_vision_model, values, _MODEL)
         evaluator = make_evaluator(values, state.device)
         evaluator(model)
         if path is not None:
@@ -99,18 +98,21 @@ def make_evaluator(values: dict[str, Any], device: torch.device) -> LowShotEvalu
     values = {"dataset": "digits", **values}
     if not {"fractions", "list_files"} & set(values):
         values.setdefault("images_per_class", (1, 2, 5))
-    data = arguments_for(load_images, values, _DATA)
     size = values.get("image_size")
     probe, names = PROBES[values.get("probe", "logistic")]
-    settings = arguments_for(probe, {name: values[name] for name in names.values() if name in values}, names)
-    with in_terms_of(names):
-        probe = probe(**settings, **({"device": device} if probe is LinearProbe else {}))
-    return LowShotEvaluator(
-        load_images(split=values.get("train_split", "train"), **data),
-        load_images(split=values.get("test_split", "test"), **data),
-        **{"images_per_class": (), **arguments_for(LowShotEvaluator, values, _EVALUATOR)},
+    own = {name: values[name] for name in names.values() if name in values}
+    train, test = (
+        call(load_images, values, {**_DATA, "split": f"{split}_split"}, split=split) for split in ("train", "test")
+    )
+    return call(
+        LowShotEvaluator,
+        values,
+        _EVALUATOR,
+        train_dataset=train,
+        test_dataset=test,
+        images_per_class=(),
         image_processor=None if size is None else evaluation_image_processor(size),
-        probe=probe,
+        probe=call(probe, own, names, **({"device": device} if probe is LinearProbe else {})),
         device=device,
         dtype=torch.bfloat16 if values.get("bf16") else None,
     )

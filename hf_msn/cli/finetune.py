@@ -101,7 +101,7 @@ class FinetuningRecipe:
             self.open_repository()
         labelled, rows = self.load_labelled()
         if self.start.test_split is not None:
-            self.data.load(self.start.test_split)  # a missing split is an error before training; no row is read
+            self.load_test()  # a missing split is an error before training; no row is read
         start, fields = self.start.model, dict(self.config_fields)
         if start is None:
             start, fields = SuNCEtConfig(**self.config_fields), {}
@@ -117,6 +117,10 @@ class FinetuningRecipe:
         args = self.training
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         return HubRepository(name, args.hub_revision, args.hub_private_repo, args.hub_token)
+
+    def load_test(self) -> datasets.Dataset:
+        """Return the images that the chosen model is measured on."""
+        return self.data.load(self.start.test_split, split_field="test_split")
 
     def load_labelled(self) -> tuple[datasets.Dataset, np.ndarray]:
         """Return the data set that holds the labelled images, and their rows in it."""
@@ -294,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = recipe.finetune()
     result.save(args.output_dir)
     if test_split is not None:
-        result.test(recipe.data.load(test_split))
+        result.test(recipe.load_test())
         result.save(args.output_dir)
     PartialState().print(result.describe())
     if args.push_to_hub and rank() == 0:

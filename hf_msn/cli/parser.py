@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
 
 from ..checks import did_you_mean
+from ..trainers.argument_names import in_terms_of
 
 
 def _boolean(text: str) -> bool:
@@ -226,6 +227,12 @@ def arguments_for(
     """Return the values that are arguments of `source`, by parameter. `names` are those of [`options_of`]."""
     fields = {parameter: names.get(parameter, parameter) for parameter in parameters_of(source)}
     return {parameter: values[name] for parameter, name in fields.items() if name in values}
+
+
+def call(source: type | Callable, values: Mapping[str, Any], names: Mapping[str, str | None], **arguments: Any) -> Any:
+    """Call `source` with the values that are its arguments, and with `arguments`. Its errors name options."""
+    with in_terms_of(names):
+        return source(**{**arguments, **arguments_for(source, values, names)})
 
 
 def documentation(*sources: Any) -> dict[str, str]:

@@ -118,7 +118,8 @@ class Recipe:
             return
         evaluated_module(trainer.model, settings.low_shot_features)  # a missing head is an error before training
         if self.labels is None:
-            labelled = self.data.load(settings.low_shot_train_split or self.data.train_split)
+            field = "train_split" if settings.low_shot_train_split is None else "low_shot_train_split"
+            labelled = self.data.load(settings.low_shot_train_split or self.data.train_split, split_field=field)
             tasks = {"images_per_class": settings.low_shot_images_per_class}
         elif settings.low_shot_train_split is not None:
             raise ValueError(
@@ -128,10 +129,13 @@ class Recipe:
         else:
             labelled, rows = self.labelled
             tasks = {"images_per_class": (), "rows": {"labelled": rows}}
+        source = settings.low_shot_test_dataset
+        field = "dataset" if source is None else "low_shot_test_dataset"
+        test = self.data.load(settings.low_shot_test_split, source, "low_shot_test_split", field)
         with in_terms_of({"images_per_class": "low_shot_images_per_class"}):
             evaluator = LowShotEvaluator(
                 labelled,
-                self.data.load(settings.low_shot_test_split, settings.low_shot_test_dataset),
+                test,
                 image_processor=self.build_image_processor(),
                 **tasks,
                 probe=settings.make_probe(),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tiny import tiny_model
 
+from hf_msn import ClassifierFinetuningArguments
 from hf_msn.cli.help import help_texts
 from hf_msn.cli.main import HELP, main, show_message, without_debug
 
@@ -109,6 +111,35 @@ def test_an_unknown_command_names_the_nearest():
 def test_an_unknown_field_of_each_command_names_the_nearest(command, name, nearest):
     with pytest.raises(ValueError, match=f"`{name}`.*'{nearest}'"):
         main([command, f"--{name}", "1"])
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("convert --input /no/such --output {out}", "input"),
+        ("convert --input {file} --output {file}", "output"),
+        ("convert --input {file} --export_backbone {file}", "export_backbone"),
+        ("convert --to_original --input /no/such --output {out}", "input"),
+        ("convert --to_original --input /no/such --output {file}", "output"),
+        ("evaluate --model {model} --dataset /no/such", "dataset"),
+        ("evaluate --model {model} --train_split nosplit", "train_split"),
+        ("evaluate --model {model} --test_split nosplit", "test_split"),
+        ("pretrain --output_dir {out} --dataset /no/such", "dataset"),
+        ("pretrain --output_dir {out} --train_split nosplit", "train_split"),
+        ("pretrain --output_dir {out} --low_shot_every_epochs 1 --low_shot_test_split nosplit", "low_shot_test_split"),
+        ("pretrain --output_dir {out} --method paws --labelled_dataset /no/such", "labelled_dataset"),
+        ("finetune --output_dir {out} --labelled_fraction 0.1 --test_split nosplit", "test_split"),
+    ],
+)
+def test_an_error_names_the_flag_that_was_typed(line, field, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_msn.cli.pretrain.Recipe.build_model", lambda recipe: tiny_model())
+    monkeypatch.setattr("hf_msn.cli.finetune.HEADS", {"linear": (ClassifierFinetuningArguments, None)})
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("in the way")
+    tiny = "--image_size 8 --patch_size 4 --focal_size 4 --use_cpu" if line.startswith("pretrain") else ""
+    with pytest.raises((ValueError, OSError), match=f"^`{field}` "):
+        places = {name: tmp_path / name for name in ("out", "file", "model")}
+        main(line.format(**places).split() + tiny.split())
 
 
 def test_several_processes_start_through_accelerate(monkeypatch):
