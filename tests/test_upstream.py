@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainingArguments, ViTMSNConfig
 
+from hf_msn.trainers.callbacks.codistillation import _as_ranks
+
 PACKAGE = Path(__file__).parents[1] / "hf_msn"
 
 # Methods of Trainer that hf_msn overrides or calls, beyond train, evaluate, predict, save_model: their parameters.
@@ -52,7 +54,7 @@ TRAINER = {
 # Names that hf_msn imports from modules below the top of a library. Each must exist; some have a contract below.
 SUBMODULES = """
 accelerate.commands.launch: launch_command launch_command_parser
-accelerate.data_loader: prepare_data_loader
+accelerate.state: AcceleratorState
 datasets.data_files: SPLIT_KEYWORDS
 datasets.packaged_modules.imagefolder.imagefolder: ImageFolder
 huggingface_hub.dataclasses: strict
@@ -72,7 +74,7 @@ transformers.models.vit_msn.modeling_vit_msn: ViTMSNAttention ViTMSNEmbeddings V
 transformers.models.vit_msn.modeling_vit_msn: ViTMSNPreTrainedModel eager_attention_forward
 transformers.trainer: OPTIMIZER_NAME TRAINER_STATE_NAME
 transformers.trainer_callback: PrinterCallback ProgressCallback
-transformers.trainer_utils: HubStrategy get_last_checkpoint has_length rotate_checkpoints seed_worker
+transformers.trainer_utils: HubStrategy get_last_checkpoint has_length rotate_checkpoints
 transformers.utils: ModelOutput cached_file logging
 transformers.utils.generic: merge_with_config_defaults
 transformers.utils.output_capturing: capture_outputs
@@ -86,7 +88,6 @@ ATTRIBUTES = {
     "_buffers": "torch.nn.Module",
     "_comm_hooks": "DistributedDataParallel",
     "_current_graph_task_id": "torch._C",
-    "_dataloaders": "accelerate.Accelerator",
     "_foreach_copy_": "torch",
     "_foreach_div": "torch",
     "_foreach_div_": "torch",
@@ -177,6 +178,16 @@ def test_every_private_attribute_of_another_object_is_ours_or_listed():
     assert set(foreign) == set(ATTRIBUTES), foreign
 
 
+def test_accelerate_shards_loaders_and_gathers_as_its_states_say():
+    accelerator, rows = Accelerator(cpu=True), torch.arange(8)
+    with _as_ranks(2, 1):
+        loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=2))
+        assert accelerator.gather_for_metrics(rows) is rows
+        assert TrainingArguments(use_cpu=True).process_index == 1  # which seeds the workers
+    assert [batch.tolist() for batch in loader] == [[2, 3], [6, 7]]
+    assert accelerator.num_processes == 1
+
+
 def test_private_attributes_exist():
     assert DistributedDataParallel.register_comm_hook and "_comm_hooks" in inspect.getsource(DistributedDataParallel)
     module = torch.nn.BatchNorm1d(1)
@@ -187,7 +198,6 @@ def test_private_attributes_exist():
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
     assert ViTMSNConfig(attn_implementation="eager")._attn_implementation == "eager"
     assert datasets.IterableDataset._resolve_features and argparse.HelpFormatter._format_args
-    assert Accelerator(cpu=True)._dataloaders == []
     assert "self._train_batch_size = batch_size" in inspect.getsource(Trainer)  # auto_find_batch_size
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(module.parameters(), lr=0.5), lambda step: 1.0)
     assert scheduler._last_lr == scheduler.get_last_lr() == [0.5]

@@ -39,7 +39,7 @@ BASES = ("gossip", "overlap_gossip", "local_sgd")
 # Fields that are not called as the parameter; None: no field.
 _NAMES = {
     **{name: f"sync_{name}" for name in ("timeout_seconds", "wire_dtype", "base_buffers")},
-    **dict.fromkeys(("log_consensus_distance", "log_parameter_distance")),
+    "log_consensus_distance": None,
 }
 
 

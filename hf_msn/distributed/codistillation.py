@@ -129,14 +129,12 @@ class Codistillation:
     updates later; a rank that has not received them by then waits. Each replica has its own batches. The loss is 0
     until the first checkpoints are in use. See [`PeerCheckpoints`] for the memory.
 
-    **Entering** (or `start`) compares shapes and settings between the ranks. It leaves the replicas as they are, and
-    makes the ranks of an `inner_group` equal to its first rank. Gradients are averaged inside a replica only.
-    **Leaving** (or `stop`) leaves the replicas as they are. Wrapping a model in DDP makes all ranks of its group
-    equal: wrap over the inner group, or initialise the replicas after wrapping, and do not train on in a DDP over all
-    ranks after leaving. Build DDP without `find_unused_parameters`.
+    **Entering** (or `start`) compares shapes and settings between the ranks, and makes the ranks of an `inner_group`
+    equal to its first rank. The replicas stay as they are, also on leaving (or `stop`). Gradients are averaged inside
+    a replica only. DDP makes all ranks of its group equal: wrap over the inner group, or initialise after wrapping.
 
     Args:
-        model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled.
+        model (`nn.Module`): Plain, in `DistributedDataParallel` without `find_unused_parameters`, or compiled.
         optimizer (`torch.optim.Optimizer`): Or the wrapper of accelerate: calls of `step` during accumulation are not
             counted.
         exchange (`str`, *optional*, defaults to `"predictions"`): `"predictions"` or `"checkpoints"`.
@@ -161,9 +159,8 @@ class Codistillation:
         weight_decay_schedule (`Callable[[int], float]`, *optional*): Number of updates -> factor of the weight decay
             of each parameter group, such as [`FallingWeightDecay`]. Leaving restores the initial weight decay.
         group (`ProcessGroup`, *optional*): One rank of each replica; by default all ranks.
-        inner_group (`ProcessGroup`, *optional*): The ranks of this replica. `group` and `inner_group` are the two
-            dimensions of a `DeviceMesh`. With predictions, ranks at the same place in their replicas hold the same
-            batch.
+        inner_group (`ProcessGroup`, *optional*): The ranks of this replica; `group` and `inner_group` are dimensions
+            of a `DeviceMesh`. With predictions, ranks at the same place in their replicas hold the same batch.
         timeout_seconds (`float`, *optional*): How long an exchange waits for a replica before it is reported as lost.
             It must cover the lag between replicas, evaluations included.
 
@@ -175,7 +172,7 @@ class Codistillation:
         ValueError: If a setting is outside of its rule, the model or the optimizer is in use by another method, the
             shapes or settings of the ranks differ, or (in `loss`) their batches do.
         TypeError: If the model or the optimizer is sharded (FSDP, DeepSpeed, tensor parallelism).
-        PeerError: If a replica died or was silent for too long. It has the ranks.
+        PeerError: If a replica died, is silent for too long or, with predictions, takes fewer steps. It has its ranks.
     """
 
     def __init__(
@@ -206,8 +203,7 @@ class Codistillation:
         self.exchange_every = check_integer(
             "exchange_every", exchange_every, meaning="counts updates", remedy="The paper uses 2500."
         )
-        if transfer_steps is None:
-            transfer_steps = exchange_every // 10
+        transfer_steps = exchange_every // 10 if transfer_steps is None else transfer_steps
         self.transfer_steps = check_integer("transfer_steps", transfer_steps, 0, meaning="counts updates")
         if transfer_steps > exchange_every:
             raise ValueError(
@@ -230,11 +226,6 @@ class Codistillation:
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
         refuse_unsupported(self.model, self.optimizer)
-        if weight_decay_schedule is not None and any("weight_decay" not in g for g in self.optimizer.param_groups):
-            raise ValueError(
-                "`weight_decay_schedule` needs a `weight_decay` in each parameter group of the optimizer, but "
-                f"{type(self.optimizer).__name__} has a group without. Use AdamW, or leave the schedule out."
-            )
         self.weight_decay_schedule = weight_decay_schedule
         self._predictions, self._forward = predictions or logits_of, forward or call_model
         self._outer = Exchange(group, timeout_seconds)
@@ -270,7 +261,7 @@ class Codistillation:
             `torch.Tensor`: A scalar.
         """
         self._require_started()
-        own = _check_predictions(self._predictions(output))
+        own = self._predictions(output)
         alpha = self.alpha_at(self.steps)
         is_off = alpha == 0.0 or self._outer.size == 1 or not torch.is_grad_enabled()
         distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peer_predictions(own, batch)]
@@ -334,26 +325,6 @@ class Codistillation:
         """Seconds that this rank has spent in exchanges, or waiting for checkpoints."""
         return sum(part.seconds_waiting for part in (*self._exchanges, self._checkpoints) if part is not None)
 
-    @torch.no_grad()
-    def parameter_distance(self) -> float:
-        """Return sqrt(mean_i ||x_i - xbar||^2) over the trainable parameters. All ranks must call it."""
-        self.wait_for_all("the parameter distance")
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for bucket in _in_buckets(self._trained):
-            own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
-            self._outer.mean_(mean)
-            total += sum((x - y).abs().double().square().sum() for x, y in zip(own, mean))
-        self._outer.mean_([total])
-        return total.sqrt().item()
-
-    def values_of_replicas(self, value: float) -> list[float]:
-        """Return the number of every replica, such as its accuracy, in order. All ranks must call it."""
-        self.wait_for_all("the values of the replicas")
-        own = torch.tensor([value], dtype=torch.float64, device=self._device)
-        values = own.new_empty(self._outer.size)
-        self._outer.gather_(values, own)
-        return values.tolist()
-
     def take_replica(self, place: int) -> None:
         """Replace parameters and buffers by those of the replica at `place`. All ranks must call it."""
         self.wait_for_all(f"replica {place}")
@@ -382,19 +353,16 @@ class Codistillation:
             compare_ranks(exchange, self._description(parameters), self._device)
         if self._inner is not None and self._state is None:
             self._broadcast(self._inner, 0)
-        checkpoints = None
         if self._outer.size == 1:
             warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
         elif self.exchange == "checkpoints":
             inner_group = None if self._inner is None else self._inner.group
-            checkpoints = PeerCheckpoints(
-                self.model, self._outer, inner_group, _DTYPES[self.copies_dtype], self.copies_device
-            )
-            checkpoints.connect()
+            dtype = _DTYPES[self.copies_dtype]
+            self._checkpoints = PeerCheckpoints(self.model, self._outer, inner_group, dtype, self.copies_device)
+            self._checkpoints.connect()
         elif self._state is None:
             self._warn_if_equal()
         self._gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, self._outer, self._inner)
-        self._checkpoints = checkpoints
         self._gradients.keep_local()
         groups = [] if self.weight_decay_schedule is None else self.optimizer.param_groups
         self._initial_weight_decay = [group["weight_decay"] for group in groups]
@@ -430,10 +398,6 @@ class Codistillation:
             self._checkpoints.close(wait=error is None)
         if error is None:
             self._calls.check(is_last=True)
-
-    def find_lost(self, seconds: float) -> list[int]:
-        """Return the global ranks of the replicas whose connection closes within `seconds`, with checkpoints only."""
-        return [] if self._checkpoints is None else self._checkpoints.find_lost(seconds)
 
     def __enter__(self) -> "Codistillation":
         return self.start()
@@ -554,13 +518,6 @@ def logits_of(output: Any) -> torch.Tensor:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Return `model(**batch)` for a mapping, `model(batch)` otherwise."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def _check_predictions(predictions: Any) -> torch.Tensor:
-    if torch.is_tensor(predictions) and predictions.is_floating_point() and predictions.dim() > 0:
-        return predictions
-    found = (predictions.dtype, predictions.shape) if torch.is_tensor(predictions) else type(predictions).__name__
-    raise ValueError(f"`predictions` must return floating-point logits of shape (..., C), but returned {found}.")
 
 
 def _check_alpha(alpha: Any) -> float:

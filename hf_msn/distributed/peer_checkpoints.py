@@ -20,7 +20,6 @@ from .training_state import frozen_and_buffers
 logger = logging.getLogger(__name__)
 
 _DEFAULT_SECONDS = 1800.0  # as for process groups
-_ROLL_CALL = 2**30  # a tag above every step
 
 
 class PeerCheckpoints:
@@ -49,7 +48,7 @@ class PeerCheckpoints:
         self._copies = {peer: _frozen_copy(model, dtype, device) for peer in peers}
         for module in self._copies.values():
             ForwardScope(module).limit_to(inner_group)
-        self._num_bytes = self._snapshot().numel()
+        self._num_bytes = as_bytes(self._model, self._dtype).numel()
         self._seconds = exchange.timeout_seconds or _DEFAULT_SECONDS
         self._received: dict[int, dict[int, torch.Tensor]] = {}  # by step and peer
         self._works: dict[int, dict[int, list]] = {}  # by step and peer, until they are known to be complete
@@ -71,7 +70,7 @@ class PeerCheckpoints:
 
     def send(self, step: int) -> None:
         """Send the model as it is after `step` updates, and prepare to receive those of the peers. Does not wait."""
-        snapshot = self._snapshot()
+        snapshot = as_bytes(self._model, self._dtype)
         self._received[step] = {peer: torch.empty_like(snapshot) for peer in self._copies}
         self._works[step] = {
             peer: self._swap(peer, step, snapshot, self._received[step][peer]) for peer in self._copies
@@ -100,7 +99,7 @@ class PeerCheckpoints:
     def state(self) -> dict[str, Any]:
         """Return the checkpoints in use and those in transfer, for which it waits."""
         self._complete_transfers()
-        in_use = {} if self.step is None else {peer: _as_bytes(module, None) for peer, module in self._copies.items()}
+        in_use = {} if self.step is None else {peer: as_bytes(module, None) for peer, module in self._copies.items()}
         received = {step: {**payloads} for step, payloads in self._received.items()}
         return {"step": self.step, "in_use": in_use, "received": received}
 
@@ -127,17 +126,6 @@ class PeerCheckpoints:
             logger.warning(f"The last checkpoint was not transferred: {error}")
         self._works.clear()  # first: they write to what is received
         self._group, self._copies, self._received, self.step = None, {}, {}, None
-
-    def find_lost(self, seconds: float) -> list[int]:
-        """Return the global ranks of the replicas whose connection closes within `seconds`.
-
-        All replicas must call it at about the same time. Transfers are no longer possible afterwards.
-        """
-        empty, deadline = torch.empty(1, dtype=torch.uint8), time.monotonic() + seconds
-        calls = {peer: self._swap(peer, _ROLL_CALL, empty, empty.clone()) for peer in self._copies}
-        errors = {peer: _error_of(works, deadline) for peer, works in calls.items()}
-        closed = [peer for peer, error in errors.items() if "closed" in str(error) or "reset" in str(error)]
-        return [self._exchange.global_ranks[peer] for peer in closed]  # the others answered, or did not in time
 
     def _swap(self, peer: int, tag: int, sent: torch.Tensor, received: torch.Tensor) -> list | RuntimeError:
         """Start to send and to receive, and return the operations with their tensors, which must outlive them."""
@@ -166,9 +154,6 @@ class PeerCheckpoints:
                 f"more seconds. ({next(iter(lost.values()))})",
                 [*lost],
             )
-
-    def _snapshot(self) -> torch.Tensor:
-        return _as_bytes(self._model, self._dtype)
 
     @torch.no_grad()
     def _fill(self, step: int, payloads: Mapping[int, torch.Tensor]) -> None:
@@ -199,7 +184,8 @@ def exchanged_tensors(model: nn.Module) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _as_bytes(model: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
+def as_bytes(model: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return the checkpoint of a model, `(number of bytes,)` of uint8 on the CPU."""
     tensors = [_in_dtype(tensor.detach(), dtype) for tensor in exchanged_tensors(model) if tensor.numel()]
     return torch.cat([tensor.reshape(-1).cpu().view(torch.uint8) for tensor in tensors])
 

@@ -269,8 +269,7 @@ def _train_replicas_of_two(rank):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
             with Codistillation(wrapped, optimizer, exchange=exchange, exchange_every=2, **groups) as codistillation:
                 seen = take_steps(model, optimizer, codistillation, range(6), data_seed, wrapped=wrapped)
-                distance = codistillation.parameter_distance()
-            found[exchange, wrapping] = seen, distance, values(model), data_seed
+            found[exchange, wrapping] = seen, data_seed
     return found
 
 
@@ -288,13 +287,10 @@ def test_gradients_are_averaged_inside_a_replica_only():
                 parts = []
                 for rank in (first, first + 1):
                     peers = [results[(rank + 2) % 4][0][in_use][0]] if in_use or is_exact else []
-                    parts.append(gradient_by_loops(seen[rank][0], peers, data(results[rank][3], step), 1.0))
+                    parts.append(gradient_by_loops(seen[rank][0], peers, data(results[rank][1], step), 1.0))
                 expected = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
                 torch.testing.assert_close(seen[first][1], expected, rtol=1e-9, atol=1e-12)
             assert not torch.equal(seen[0][1]["linear.weight"], seen[2][1]["linear.weight"])
-        ends = [result[2] for result in results]
-        square = sum((ends[0][name] - ends[2][name]).square().sum().item() / 4 for name in ends[0])
-        assert results[0][1] == pytest.approx(math.sqrt(square), rel=1e-9)
 
 
 def _compare_costs_and_ends(rank):
@@ -327,9 +323,8 @@ def _compare_costs_and_ends(rank):
             seen = take_steps(model, optimizer, codistillation, range(7), rank if name.endswith("points") else 7)
             sent[name] = codistillation.bytes_sent - before
             assert seen[-1][2] > 0.0
-            accuracies = codistillation.values_of_replicas(0.5 + 0.1 * (rank == 1))
             last = values(model)
-            codistillation.take_replica(accuracies.index(max(accuracies)))
+            codistillation.take_replica(1)
     with warnings.catch_warnings(record=True) as caught, make(0)[2] as codistillation:
         warnings.simplefilter("always")
         with torch.no_grad():  # an evaluation exchanges nothing, whatever the batches
@@ -338,7 +333,7 @@ def _compare_costs_and_ends(rank):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make(0)[2].start().stop()
-    return sent, accuracies, last, values(model), [str(warning.message) for warning in caught]
+    return sent, last, values(model), [str(warning.message) for warning in caught]
 
 
 @pytest.mark.distributed
@@ -346,7 +341,7 @@ def _compare_costs_and_ends(rank):
 def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
     peers, parameters, digest = 2, C * D + C, 16
     results = run_ranks(_compare_costs_and_ends, 3)
-    for sent, accuracies, _, end, messages in results:
+    for sent, _, end, messages in results:
         assert sent == {
             "predictions": 7 * peers * (B * C * 8 + digest),
             "bfloat16": 7 * peers * (B * C * 2 + digest),
@@ -354,9 +349,9 @@ def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
             "checkpoints": 2 * peers * parameters * 8,
             "bfloat16 checkpoints": 2 * peers * parameters * 2,
         }
-        assert accuracies == [0.5, 0.6, 0.5] and same(end, results[1][2])
+        assert same(end, results[1][1])
         assert any("same parameters" in message for message in messages)
-    assert not same(results[0][2], results[1][2])
+    assert not same(results[0][1], results[1][1])
 
 
 # Resuming
@@ -545,8 +540,6 @@ def test_one_replica_trains_as_without_codistillation_and_misuse_is_refused():
                 method(codistillation.model, codistillation.optimizer).start()
         with pytest.raises(ValueError, match="logits"):
             codistillation.loss({"hidden": output}, None)
-        with pytest.raises(ValueError, match="int64"):
-            codistillation.loss(output.argmax(-1), None)
         state = codistillation.state_dict()
     with pytest.raises(RuntimeError, match="entered"):
         codistillation.step()

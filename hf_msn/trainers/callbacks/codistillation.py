@@ -1,12 +1,14 @@
 """Codistillation on a Trainer: a callback that adds the distance from the other replicas to the loss."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
@@ -14,24 +16,17 @@ from transformers.utils import logging
 from ...checks import check_choice, check_integer
 from ...distributed.codistillation import Codistillation
 from ...distributed.collectives import group_scope, rank, world_size
-from ...distributed.comm.exchange import PeerError
 from ...distributed.falling_weight_decay import FallingWeightDecay
 from ...distributed.subgroups import subgroup
 from ...files import write_json
-from .local_update import PerRankCallback, set_arguments
-from .replica_data import not_gathered, rows_shared_by
+from .local_update import PerRankCallback, readable
 from .replica_models import forward_for, mask_for, origin_of, predictions_for, reinitialize
-from .sync_record import readable
 
 logger = logging.get_logger(__name__)
-
-_LOST_SECONDS = 2.0  # after which a connection that a peer has closed is seen
 
 
 class CodistillationCallback(PerRankCallback):
     """Train by [`Codistillation`] on a Trainer with [`LocalUpdateTrainerMixin`]: the ranks are replicas.
-
-    Example:
 
     ```python
     class CodistillationTrainer(LocalUpdateTrainerMixin, Trainer):
@@ -78,8 +73,6 @@ class CodistillationCallback(PerRankCallback):
         falling_weight_decay (`bool`, *optional*, defaults to `False`): Use [`FallingWeightDecay`].
         publish (`str`, *optional*, defaults to `"first"`): The replica that the run ends with: `"first"`, or `"best"`
             by `metric_for_best_model` (by default the loss) of an evaluation after the last update.
-        log_parameter_distance (`bool`, *optional*, defaults to `False`): Log `codistillation_parameter_distance`,
-            which exchanges all parameters.
         mask (`Callable`, *optional*): batch -> positions that count, see [`Codistillation.loss`].
         settings: Of [`Codistillation`], such as `exchange_every`, `alpha`, `temperature`, `top_k`, `predictions`.
 
@@ -102,7 +95,6 @@ class CodistillationCallback(PerRankCallback):
         reinitialize: Callable[[nn.Module], None] | None = None,
         falling_weight_decay: bool = False,
         publish: str = "first",
-        log_parameter_distance: bool = False,
         mask: Callable[[Any], torch.Tensor] | None = None,
         **settings: Any,
     ):
@@ -112,28 +104,32 @@ class CodistillationCallback(PerRankCallback):
                 f"`trainer` must be a Trainer with LocalUpdateTrainerMixin, but is a {name}. Define `class "
                 f"MyTrainer(LocalUpdateTrainerMixin, {name if isinstance(trainer, Trainer) else 'Trainer'})`."
             )
-        super().__init__(trainer)
         self.same_batch = exchange == "predictions" if same_batch is None else same_batch
         self.inner_size = check_integer("inner_size", inner_size, meaning="counts the ranks of a replica")
         self.initialization = check_choice("initialization", initialization, ("own", "same"))
         self.publish = check_choice("publish", publish, ("first", "best"))
-        self.reinitialize, self.falling_weight_decay = reinitialize, falling_weight_decay
-        self.log_parameter_distance, self.mask = log_parameter_distance, mask
+        self.reinitialize, self.falling_weight_decay, self.mask = reinitialize, falling_weight_decay, mask
+        self.group, self.inner_group = settings.pop("group", None), settings.pop("inner_group", None)
         self.settings = {"exchange": exchange, **settings}
-        self._check(trainer)
         for name, default in (("predictions", predictions_for), ("forward", forward_for)):
             if self.settings.get(name) is None:
                 self.settings[name] = default(trainer.model)
-        # Raises for a wrong setting now, not when the training begins.
-        Codistillation(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0), **self._core_settings(1))
-        set_arguments(trainer)
+        self._check(trainer)
+        if inner_size > 1:
+            first, place = rank() - rank() % inner_size, rank() % inner_size
+            self.inner_group = subgroup(range(first, first + inner_size), name="replica")
+            self.group = subgroup(range(place, world_size(), inner_size), name="replicas")
+        self.replica, self.num_replicas = rank(self.group), world_size(self.group)
+        # The ranks of this replica, and the place of this one among them.
+        inner = self.inner_group
+        self._inner_ranks, self._inner_place = (1, 0) if inner is None else (world_size(inner), rank(inner))
         self._initialized = False
-        self.begin()
+        super().__init__(trainer)
 
     def _check(self, trainer: Trainer) -> None:
         args = trainer.args
         if trainer.compute_loss_func is not None or args.label_smoothing_factor:
-            hides = "compute_loss_func" if trainer.compute_loss_func is not None else "label_smoothing_factor"
+            hides = "label_smoothing_factor" if trainer.compute_loss_func is None else "compute_loss_func"
             raise ValueError(
                 f"`{hides}` hides the labels from the model and must not be set with codistillation, but is "
                 f"{getattr(trainer, hides, args.label_smoothing_factor)!r}. Compute the loss in the model."
@@ -148,7 +144,7 @@ class CodistillationCallback(PerRankCallback):
                 "`publish='best'` evaluates the replicas at the end: it needs an `eval_dataset`, and no "
                 f"`load_best_model_at_end`, which is {args.load_best_model_at_end}."
             )
-        metric, _ = self._metric
+        metric, _ = _metric_of(args)
         if self.publish == "best" and trainer.compute_metrics is None and not metric.endswith("loss"):
             raise ValueError(
                 f"`publish='best'` compares the replicas by '{metric}' (`metric_for_best_model`), but an evaluation "
@@ -167,39 +163,23 @@ class CodistillationCallback(PerRankCallback):
                 "parameters for each replica. Pass `reinitialize`, or `initialization='same'`."
             )
 
-    # Replicas
-
-    def _groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """Return one rank of each replica, and the ranks of this replica."""
-        if "group" in self.settings or "inner_group" in self.settings:
-            return self.settings.get("group"), self.settings.get("inner_group")
-        ranks, size, own = world_size(), self.inner_size, rank()
-        if size == 1:
-            return None, None
-        inner = subgroup(range(own - own % size, own - own % size + size), name="replica")
-        return subgroup(range(own % size, ranks, size), name="replicas"), inner
-
-    def _inner_place(self) -> tuple[int, int]:
-        """Return the number of ranks of this replica, and the place of this rank among them."""
-        _, inner = self._groups()
-        return (1, 0) if inner is None else (world_size(inner), rank(inner))
-
-    @property
-    def replica(self) -> int:
-        """The place of the replica of this rank."""
-        return rank(self._groups()[0])
-
-    @property
-    def num_replicas(self) -> int:
-        return world_size(self._groups()[0])
-
     # Beginning and end
 
+    def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Codistillation:
+        settings = {**self.settings, "group": self.group, "inner_group": self.inner_group}
+        if self.falling_weight_decay:
+            settings["weight_decay_schedule"] = FallingWeightDecay(max(self.trainer.state.max_steps, 1))
+        return Codistillation(model, optimizer, **settings)
+
     def begin(self) -> None:
-        self._bytes_logged, self._seconds_logged = 0, 0.0
+        super().begin()
         self._distance, self._num_distances = 0.0, 0
         self._evaluated_step, self._metrics = -1, []
-        self._evaluation_loaders: dict[str, Any] = {}
+        self._forget_loaders()
+
+    def _forget_loaders(self) -> None:
+        """Make evaluation loaders anew, also with persistent workers: other ranks share the rows from now on."""
+        vars(self.trainer).pop("_eval_dataloaders", None)
 
     def initialize(self) -> None:
         if self._initialized:
@@ -219,34 +199,22 @@ class CodistillationCallback(PerRankCallback):
                 torch.manual_seed(self.trainer.args.seed + self.replica)
                 (self.reinitialize or reinitialize)(model)
 
-    def _core_settings(self, total_steps: int) -> dict[str, Any]:
-        schedule = {"weight_decay_schedule": FallingWeightDecay(total_steps)} if self.falling_weight_decay else {}
-        return {**self.settings, **schedule}
-
-    def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Codistillation:
-        group, inner_group = self._groups()
-        settings = self._core_settings(max(self.trainer.state.max_steps, 1))
-        return Codistillation(model, optimizer, **{**settings, "group": group, "inner_group": inner_group})
-
-    def settings_of(self, sync: Codistillation) -> dict[str, str]:
-        return {"method": "Codistillation", **{name: repr(value) for name, value in sync._settings().items()}}
-
     def record(self) -> dict[str, Any] | None:
         sync = self.sync
         if sync is None:
             return None
+        schedule = "falling" if self.falling_weight_decay else sync.weight_decay_schedule
         own = {**sync._settings(), "alpha": sync.alpha, "copies_device": sync.copies_device}
         if sync.exchange == "predictions":
             del own["exchange_every"], own["transfer_steps"]
-        schedule = sync.weight_decay_schedule
         values = {
             "replicas": self.num_replicas,
-            "ranks_per_replica": self._inner_place()[0],
+            "ranks_per_replica": self._inner_ranks,
             "same_batch": self.same_batch,
             "initialization": self.initialization,
             "publish": self.publish,
             **own,
-            "weight_decay_schedule": "falling" if isinstance(schedule, FallingWeightDecay) else schedule,
+            "weight_decay_schedule": schedule,
         }
         return {"method": "Codistillation", **readable(values)}
 
@@ -262,14 +230,12 @@ class CodistillationCallback(PerRankCallback):
         try:
             if error is None:
                 self._publish()
-            else:
-                self._name_lost_replica(error)
         except BaseException as failure:
             error = failure
             raise
         finally:
-            sync, self.sync = self.sync, None
-            sync.stop(error)
+            super().finish(error)
+            self._forget_loaders()
 
     def _publish(self) -> None:
         """Make all ranks the published replica, and record which it is."""
@@ -282,23 +248,12 @@ class CodistillationCallback(PerRankCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             published["checkpoint"] = Path(state.best_model_checkpoint).name
         if state.is_world_process_zero:
-            settings = self.record()
-            write_json(
-                Path(args.output_dir, "codistillation.json"),
-                {**published, "step": state.global_step, "settings": settings},
-            )
+            published |= {"step": state.global_step, "settings": self.record()}
+            write_json(Path(args.output_dir, "codistillation.json"), published)
         self.trainer.accelerator.wait_for_everyone()
 
-    @property
-    def _metric(self) -> tuple[str, bool]:
-        """The metric that decides which replica is the best, and whether a greater value is better."""
-        args = self.trainer.args
-        name = args.metric_for_best_model or "loss"
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        return name, not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
-
     def _best(self) -> dict[str, Any]:
-        name, is_greater_better = self._metric
+        name, is_greater_better = _metric_of(self.trainer.args)
         if self._evaluated_step != self.trainer.state.global_step:
             self.trainer.evaluate()
         if name not in self._metrics[0]:
@@ -309,14 +264,6 @@ class CodistillationCallback(PerRankCallback):
         values = [metrics[name] for metrics in self._metrics]
         best = (max if is_greater_better else min)(range(len(values)), key=values.__getitem__)
         return {"published": best, "metric": name, "values": values}
-
-    def _name_lost_replica(self, error: BaseException) -> None:
-        """Raise a PeerError with the rank if the Trainer's own communication failed because a replica died."""
-        is_broken = isinstance(error, dist.DistError) or "onnection" in str(error)
-        if isinstance(error, RuntimeError) and not isinstance(error, PeerError) and is_broken:
-            lost = self.sync.find_lost(_LOST_SECONDS)
-            if lost:
-                raise PeerError(f"Rank {', '.join(map(str, lost))} has died. See its log.", lost) from error
 
     # In place of methods of the trainer
 
@@ -367,27 +314,24 @@ class CodistillationCallback(PerRankCallback):
     def get_train_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         if not self.same_batch or self.num_replicas == 1:
             return original(*args, **kwargs)
-        with rows_shared_by(self.trainer, *self._inner_place(), {}):
+        with _as_ranks(self._inner_ranks, self._inner_place):
             return original(*args, **kwargs)
 
     def get_eval_dataloader(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self.sync is None or self.num_replicas == 1:
-            return original(*args, **kwargs)
-        with rows_shared_by(self.trainer, 1, 0, self._evaluation_loaders):
+        with self._as_one_rank():
             return original(*args, **kwargs)
 
     def evaluation_loop(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.sync is None:
             return original(*args, **kwargs)
-        with nullcontext() if self.num_replicas == 1 else not_gathered(self.trainer):
+        with self._as_one_rank():
             output = original(*args, **kwargs)
+        self.wait_for_all()
         gathered: list = [(0, output.metrics)]
         if self.num_replicas > 1:
             gathered = [None] * world_size()
             dist.all_gather_object(gathered, (self.replica, output.metrics))
-        by_replica: dict[int, dict[str, float]] = {}
-        for place, metrics in gathered:
-            by_replica.setdefault(place, metrics)
+        by_replica = dict(reversed(gathered))  # of each replica the first rank
         step, replicas = self.trainer.state.global_step, range(self.num_replicas)
         # Several evaluation sets follow each other.
         earlier = self._metrics if self._evaluated_step == step else [{} for _ in replicas]
@@ -396,6 +340,10 @@ class CodistillationCallback(PerRankCallback):
         for place in replicas[1:]:
             metrics |= {f"{name}_replica_{place}": value for name, value in by_replica[place].items()}
         return output._replace(metrics=metrics)
+
+    def _as_one_rank(self) -> AbstractContextManager:
+        """Return a context in which each rank evaluates its replica on all rows."""
+        return nullcontext() if self.sync is None or self.num_replicas == 1 else _as_ranks(1, rank())
 
     def evaluation_scope(self) -> AbstractContextManager:
         if self.sync is None or self.num_replicas == 1:
@@ -406,26 +354,37 @@ class CodistillationCallback(PerRankCallback):
         return original(*args, **kwargs) // (self.num_replicas if self.same_batch else 1)
 
     def support_ranks(self, original: Callable) -> tuple[int, int]:
-        if not self.same_batch or self.num_replicas == 1:
-            return original()
-        size, place = self._inner_place()
-        return place, size
+        is_alone = not self.same_batch or self.num_replicas == 1
+        return original() if is_alone else (self._inner_place, self._inner_ranks)
 
     def values_to_log(self, is_training_log: bool) -> dict[str, float]:
         if self.sync is None or not is_training_log:
             return {}
-        sent, waited = self.sync.bytes_sent, self.sync.seconds_waiting
-        logs = {
-            "codistillation_alpha": self.sync.alpha_at(max(self.sync.steps - 1, 0)),
-            "sync_megabytes_sent": (sent - self._bytes_logged) / 1e6,
-            "sync_seconds_waiting": waited - self._seconds_logged,
-        }
-        self._bytes_logged, self._seconds_logged = sent, waited
+        logs = {"codistillation_alpha": self.sync.alpha_at(max(self.sync.steps - 1, 0)), **self.measure_exchanges()}
         if self._num_distances:
             logs["codistillation_distance"] = float(self._distance) / self._num_distances
             self._distance, self._num_distances = 0.0, 0
         if self.sync.staleness is not None:
             logs["codistillation_staleness"] = self.sync.staleness
-        if self.log_parameter_distance:
-            logs["codistillation_parameter_distance"] = self.sync.parameter_distance()
         return logs
+
+
+def _metric_of(args: Any) -> tuple[str, bool]:
+    """Return the metric that decides which replica is the best, and whether a greater value is better."""
+    name = args.metric_for_best_model or "loss"
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    return name, not name.endswith("loss") if args.greater_is_better is None else args.greater_is_better
+
+
+@contextmanager
+def _as_ranks(size: int, place: int) -> Iterator[None]:
+    """Let accelerate shard data loaders, seed workers and gather as if this rank were at `place` of `size` ranks."""
+    states = [vars(PartialState()), vars(AcceleratorState())]
+    before = [dict(state) for state in states]
+    for state in states:
+        state.update(num_processes=size, process_index=place, distributed_type=DistributedType.NO)
+    try:
+        yield
+    finally:
+        for state, own in zip(states, before):
+            state.update(own)

@@ -17,10 +17,12 @@ from ...distributed.local_sgd import LocalSGD
 from ...distributed.local_update import LocalUpdate
 from ...distributed.overlap_gossip import OverlapGossip
 from ...distributed.slowmo import SlowMo
-from .sync_record import readable
+from ...distributed.topology import Topology
 from .sync_state import has_weights_of, load_rank_state, load_renamed_weights, restore_rank_state, save_rank_state
 
 logger = logging.get_logger(__name__)
+
+_NAMES = {"method": "async_method"}  # names of settings in recipes, where they differ
 
 
 class PerRankCallback(TrainerCallback):
@@ -45,6 +47,10 @@ class PerRankCallback(TrainerCallback):
         if present is not None:
             raise _too_many(present, self)
         refuse_unsupported(trainer)
+        # Raises for a wrong setting now, not when the training begins.
+        self.make_sync(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0))
+        set_arguments(trainer)
+        self.begin()
 
     # Defined by each method
 
@@ -54,7 +60,7 @@ class PerRankCallback(TrainerCallback):
 
     def settings_of(self, sync: Any) -> dict[str, str]:
         """Return the method and its settings as text. A resumed run must have the same."""
-        raise NotImplementedError
+        return {"method": type(sync).__name__, **{name: repr(value) for name, value in sync._settings().items()}}
 
     def record(self) -> dict[str, Any] | None:
         """Return the method, under `method`, and its settings as values for JSON; `None` outside of training."""
@@ -76,6 +82,7 @@ class PerRankCallback(TrainerCallback):
 
     def begin(self) -> None:
         """Prepare for a training, new or resumed."""
+        self._bytes_logged, self._seconds_logged = 0, 0.0
 
     def initialize(self) -> None:
         """Prepare the model of a training that is not resumed."""
@@ -145,6 +152,16 @@ class PerRankCallback(TrainerCallback):
         handler.callbacks = [one for one in handler.callbacks if one is not self._last_callback]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_renamed_weights(self.trainer, state.best_model_checkpoint)
+
+    def measure_exchanges(self) -> dict[str, float]:
+        """Return what this rank has sent, and how long it has waited, since the last call."""
+        sent, waited = self.sync.bytes_sent, self.sync.seconds_waiting
+        values = {
+            "sync_megabytes_sent": (sent - self._bytes_logged) / 1e6,
+            "sync_seconds_waiting": waited - self._seconds_logged,
+        }
+        self._bytes_logged, self._seconds_logged = sent, waited
+        return values
 
     # Also called by LocalUpdateTrainerMixin
 
@@ -252,20 +269,15 @@ class LocalUpdateCallback(PerRankCallback):
         log_consensus_distance: bool = False,
         **settings: Any,
     ):
-        super().__init__(trainer)
         self.method_class, self.settings = method_class, settings
         self.log_consensus_distance = log_consensus_distance
-        # Raises for a wrong setting now, not when the training begins.
-        self.make_sync(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0))
-        set_arguments(trainer)
-        self.begin()
+        super().__init__(trainer)
 
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LocalUpdate:
         return self.method_class(model, optimizer, **self.settings)
 
     def settings_of(self, sync: LocalUpdate) -> dict[str, str]:
-        described = {"method": type(sync).__name__, **{name: repr(value) for name, value in sync._settings().items()}}
-        base = getattr(sync, "base", None)
+        described, base = super().settings_of(sync), getattr(sync, "base", None)
         if base is not None:
             described |= {f"base {name}": value for name, value in self.settings_of(base).items()}
         return described
@@ -274,8 +286,8 @@ class LocalUpdateCallback(PerRankCallback):
         return None if self.sync is None else _record(self.sync)
 
     def begin(self) -> None:
+        super().begin()
         self._at_consensus = True
-        self._bytes_logged, self._seconds_logged = 0, 0.0
         self._distance: float | None = None
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -327,10 +339,7 @@ class LocalUpdateCallback(PerRankCallback):
         if self.sync is not None and is_training_log:
             if self.log_consensus_distance and not self._at_consensus:
                 self._distance = self.sync.consensus_distance()
-            sent, waited = self.sync.bytes_sent, self.sync.seconds_waiting
-            logs["sync_megabytes_sent"] = (sent - self._bytes_logged) / 1e6
-            logs["sync_seconds_waiting"] = waited - self._seconds_logged
-            self._bytes_logged, self._seconds_logged = sent, waited
+            logs = self.measure_exchanges()
         if self._distance is not None:
             logs["sync_consensus_distance"], self._distance = self._distance, None
         return logs
@@ -476,6 +485,23 @@ def _too_many(first: PerRankCallback, second: PerRankCallback) -> ValueError:
         f"A trainer takes one sync callback, but has {type(first).__name__} and {type(second).__name__}. Remove one "
         "by `trainer.remove_callback`. SlowMo over a gossip is one callback: `SlowMoCallback(trainer, base=Gossip)`."
     )
+
+
+def readable(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that have a value, as values for JSON under the names of recipes."""
+    record: dict[str, Any] = {}
+    for name, value in values.items():
+        name = _NAMES.get(name, name)
+        if isinstance(value, Topology):
+            record[name] = type(value).__name__
+            record |= readable({f"topology_{setting}": own for setting, own in value._settings().items()})
+        elif isinstance(value, torch.dtype):
+            record[name] = str(value).removeprefix("torch.")
+        elif callable(value):
+            record[name] = "a function"  # its address in memory says nothing
+        elif value is not None:
+            record[name] = value if isinstance(value, (str, int, float)) else str(value)
+    return record
 
 
 def _record(sync: LocalUpdate) -> dict[str, Any]:
