@@ -179,11 +179,13 @@ def test_every_private_attribute_of_another_object_is_ours_or_listed():
 
 
 def test_accelerate_shards_loaders_and_gathers_as_its_states_say():
+    args = TrainingArguments(use_cpu=True)
     accelerator, rows = Accelerator(cpu=True), torch.arange(8)
+    assert args.process_index == 0
     with _as_ranks(2, 1):
         loader = accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=2))
         assert accelerator.gather_for_metrics(rows) is rows
-        assert TrainingArguments(use_cpu=True).process_index == 1  # which seeds the workers
+        assert args.process_index == 1  # which seeds the workers
     assert [batch.tolist() for batch in loader] == [[2, 3], [6, 7]]
     assert accelerator.num_processes == 1
 
