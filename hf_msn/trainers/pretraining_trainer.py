@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
@@ -153,8 +152,6 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         is_reached = args.max_steps <= 0 or args.max_steps >= num_updates
         # Several ranks fill their last batches from the first images.
         if args.dataloader_drop_last or self.support_ranks()[1] > 1 or num_images % batch != 1 or not is_reached:
-            return
-        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
             return
         model = copy.deepcopy(self.model).train()  # whose statistics may move
         devices = [args.device] if args.device.type == "cuda" else []
@@ -341,10 +338,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         self.throughput.images += len(inputs["pixel_values"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.non_finite.observe(loss)
-        if self._checked_batch not in (
-            None,
-            self._train_batch_size,
-        ):  # found by `auto_find_batch_size`: memory suffices
+        if self._checked_batch not in (None, self._train_batch_size):  # found now: there is memory enough
             self._check_last_batch()
         return loss
 

@@ -24,12 +24,3 @@ def test_a_folder_of_colour_images_with_a_broken_one(tmp_path, capsys):
     assert AutoImageProcessor.from_pretrained(tmp_path / "run").crop_size["height"] == 32
     with pytest.raises(BrokenImageError, match=r"red_train_3\.png"):
         pretrain(tmp_path / "fatal", *settings, "--on_broken_image", "raise")
-
-
-def test_wrong_use_fails_before_any_training(tmp_path):
-    with pytest.raises((ValueError, OSError), match="absent"):
-        pretrain(tmp_path / "run", *VIT, "--dataset", "absent")
-    with pytest.raises(ValueError, match=r"1437 .* 2000"):
-        sizes = "--image_size 8 --patch_size 4 --focal_views 1 --focal_size 4".split()
-        pretrain(tmp_path / "run", *VIT[:-2], *sizes, "--per_device_train_batch_size", 2000)
-    assert not list(tmp_path.glob("run/checkpoint-*"))

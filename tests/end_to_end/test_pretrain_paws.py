@@ -133,34 +133,3 @@ def test_a_data_set_without_labels_learns_from_a_second_one(folder, tmp_path):
     assert read_log(tmp_path / "unlabelled")["eval_low_shot/labelled/top1"] == [100.0]  # tested on the supports here
     saved = json.loads((tmp_path / "unlabelled" / "labelled_images.json").read_text())
     assert saved["rows"] == list(range(9)) and saved["labels"] == [0] * 3 + [1] * 3 + [2] * 3
-
-
-@pytest.mark.parametrize(
-    ("labelled", "arguments", "message"),
-    [
-        (None, [], "labelled_rows_file"),
-        ([0] * 24, [], "`labelled_rows_file`"),
-        ([], [], "`labelled_rows_file`"),
-        ([1, 24], [], "holds 24"),
-        (None, ["--labelled_images_per_class", 9], "9"),
-        (ROWS, ["--label_smoothing", 1], "`label_smoothing` .* 1"),
-        (ROWS, ["--prediction_head", "true", "--projection_dim", 3], "`projection_dim` 3"),
-        (ROWS, ["--timm_model", "resnet18", "--timm_options", '{"depht": 1}'], "resnet18"),
-    ],
-)
-def test_wrong_use_fails_before_any_training(folder, tmp_path, labelled, arguments, message):
-    if labelled is not None:
-        (tmp_path / "rows.txt").write_text("\n".join(map(str, labelled)) + "\n")
-        arguments = ["--labelled_rows_file", tmp_path / "rows.txt", *arguments]
-    with pytest.raises(ValueError, match=message):
-        pretrain(tmp_path / "run", "--dataset", folder, "--method", "paws", *VIEWS, *VIT, "--max_steps", 2, *arguments)
-    assert not list(tmp_path.glob("run/*"))
-
-
-@pytest.mark.parametrize(("row", "label"), [(1, None), (2, -1)])
-def test_a_labelled_row_without_a_label_is_named(folder, tmp_path, row, label):
-    holes = write_dataset(tmp_path / "holes", folder, "saved", lambda r, true: label if r == row else true)
-    (tmp_path / "rows.txt").write_text(f"{row}\n9\n")
-    arguments = ["--method", "paws", *VIEWS, *VIT, "--labelled_rows_file", tmp_path / "rows.txt"]
-    with pytest.raises(ValueError, match=f"row {row} has label {label}"):
-        pretrain(tmp_path / "run", "--dataset", holes, *arguments)

@@ -64,15 +64,6 @@ def test_schedules_of_a_run_are_the_golden_ones(tmp_path):
         assert [entry[column] for entry in seen] == pytest.approx(GOLDEN[name], rel=1e-12)
 
 
-def test_learning_rates_scale_with_the_batch(tmp_path):
-    settings = {"gradient_accumulation_steps": 2, "save_strategy": "no", "max_steps": 4}
-    scaled, plain = make_trainer(tmp_path, learning_rate_batch_size=16, **settings), make_trainer(tmp_path, **settings)
-    for trainer in (scaled, plain):
-        trainer.train()
-    expected = [rate * 8 / 16 for rate in logged(plain, "learning_rate").values()]
-    assert list(logged(scaled, "learning_rate").values()) == pytest.approx(expected, rel=1e-12)
-
-
 def test_prototypes_and_one_dimensional_parameters_do_not_decay(tmp_path):
     trainer = make_trainer(tmp_path)
     decayed = trainer.get_decay_parameter_names(trainer.model)

@@ -221,14 +221,6 @@ def test_a_size_that_a_timm_network_does_not_take_is_refused(tmp_path):
     make_run(tmp_path, model_fields=fields).check_before_training()
 
 
-@pytest.mark.parametrize("name", ["anchor_pixel_values", "support_pixel_values"])
-def test_an_evaluation_needs_views_of_the_models_size(tmp_path, name):
-    trainer = make_run(tmp_path)
-    trainer.model.eval()
-    with pytest.raises(ValueError, match=f"must be the model's 8, but is 16 x 16 pixels in `{name}`"):
-        trainer._prepare_inputs({"pixel_values": torch.zeros(2, 3, 8, 8), name: torch.zeros(2, 1, 3, 16, 16)})
-
-
 @pytest.mark.parametrize("method", ["msn", "paws", "suncet"])
 def test_the_model_of_another_method_is_refused(tmp_path, method):
     trainer = make_trainer(tmp_path) if method == "msn" else make_run(tmp_path, method)

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +100,12 @@ class PushCallback(TrainerCallback):
         folders = ["", name[args.hub_strategy]] if args.hub_strategy in name else [""]
         staging = self._staging / checkpoint.name
         try:
-            files = self._list_files(checkpoint)
+            shutil.copytree(checkpoint, staging, copy_function=_link)  # it may be rotated away before the upload ends
+            files = self._list_files(staging)
             for folder in folders[1:]:
-                files += list_resume_files(checkpoint, folder)
-            files = _link(files, staging)  # the checkpoint may be rotated away before the upload ends
+                files += list_resume_files(staging, folder)
         except (OSError, ValueError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
             self._note_failure(checkpoint, folders, error)
             return
         message = f"Training in progress, {checkpoint.name}"
@@ -170,17 +170,8 @@ class PushCallback(TrainerCallback):
                 yield folder / f"{number}.json"
 
 
-def _link(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
-    """Return the files with links to their content in `folder`, which stays if the original is removed."""
-    linked = []
-    for file in files:
-        if isinstance(file.content, Path):
-            target = folder / file.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file.content, target)
-            except OSError:  # a file system without links
-                shutil.copy2(file.content, target)
-            file = replace(file, content=target)
-        linked.append(file)
-    return linked
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
