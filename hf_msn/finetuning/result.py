@@ -164,7 +164,9 @@ class FinetuningResult:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as staging:
             staging = Path(staging)
-            self.model.save_pretrained(staging)
+            # cloned: a network of timm may have a tensor under two names
+            weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.model.save_pretrained(staging, state_dict=weights)
             self.image_processor.save_pretrained(staging)
             rows = np.union1d(self.trained_rows, self.held_out_rows)
             labelled = {"rows": rows.tolist(), "labels": self.labels.tolist(), "class_names": self.class_names}

@@ -173,7 +173,10 @@ def save_timm_network(
     if class_names is not None:
         written["label_names"] = list(class_names)
     write_json(folder / "config.json", written)
-    weights = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
+    # cloned, as safetensors takes no tensor under two names and timm wants both
+    weights = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     image_processor.save_pretrained(folder)
     _check_loads_equal(network, config.timm_model, folder, described["input_size"])

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import ViTMSNModel
 
+from ..models.paws_resnets import PAWS_NETWORKS
+
 Weights = Mapping[str, torch.Tensor]
 KeyMap = dict[str, list[str]]
 
@@ -34,7 +36,7 @@ _KNOWN_RESNETS = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
-NETWORKS = (*_KNOWN_RESNETS.values(), "paws_resnet", "paws_wide_resnet")
+NETWORKS = (*_KNOWN_RESNETS.values(), *PAWS_NETWORKS)
 # options that names and shapes show, or that only initialisation and training use
 NETWORK_OPTIONS = {
     "layers",
@@ -167,7 +169,7 @@ def architecture_name(config: Any) -> str:
     if getattr(config, "timm_model", None) is None:
         size = _KNOWN_VITS.get((config.hidden_size, config.num_hidden_layers))
         return f"ViT-{size or f'{config.hidden_size}x{config.num_hidden_layers}'}/{config.patch_size}"
-    options = dict(config.timm_options or {})
+    options = {**PAWS_NETWORKS.get(config.timm_model, {}), **(config.timm_options or {})}
     if config.timm_model == "paws_wide_resnet":
         depth, widening = 2 * sum(options["layers"]) + 4, options["channels"][0] / options["stem_channels"]
         return f"WideResNet-{depth}-{widening:g}"

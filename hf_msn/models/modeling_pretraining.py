@@ -124,6 +124,7 @@ class SemiSupervisedModel(PretrainingModel):
         super().__init__(config)
         self.encoder, width = build_encoder(config)
         self._timm_modules = set() if config.timm_model is None else set(self.encoder.modules())
+        self._tied_weights_keys = _names_of_shared_tensors(self.encoder, "encoder.")  # left out of files
         self.projection_head = ProjectionHead(
             width,
             config.projection_hidden_dim,
@@ -146,6 +147,10 @@ class SemiSupervisedModel(PretrainingModel):
             super()._init_weights(module)
         elif hasattr(module, "init_non_persistent_buffers"):  # timm drew the weights; no checkpoint holds these
             module.init_non_persistent_buffers()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Return the tensors that the encoder has under a second name; transformers asks for those of embeddings."""
+        return dict(self._tied_weights_keys)
 
     @property
     def evaluation_encoder(self) -> nn.Module:
@@ -227,6 +232,13 @@ class SemiSupervisedModel(PretrainingModel):
         rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # keeps a float64 model in float64
         smoothing = self.config.label_smoothing
         return rows * (1 - smoothing) + smoothing / len(classes)
+
+
+def _names_of_shared_tensors(module: nn.Module, prefix: str) -> dict[str, str]:
+    """Map each further name of a tensor in the state dict to its first name."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()}
+    return {prefix + name: prefix + original for name, original in names.items() if name != original}
 
 
 def check_two_views(pixel_values: torch.Tensor, anchor_pixel_values: torch.Tensor | None) -> None:

@@ -7,6 +7,16 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+# the arguments of each network where `timm_options` has none: WideResNet-28-2, and a ResNet-50 of twice the width
+PAWS_NETWORKS = {
+    "paws_wide_resnet": {"layers": (4, 4, 4), "channels": (32, 64, 128), "stem_channels": 16},
+    "paws_resnet": {
+        "layers": (3, 4, 6, 3),
+        "channels": (128, 256, 512, 1024),
+        "stem_channels": 128,
+        "bottleneck": True,
+    },
+}
 _STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "first_conv": "conv1", "classifier": "fc"}
 default_cfgs = generate_default_cfgs(
     {
@@ -14,7 +24,6 @@ default_cfgs = generate_default_cfgs(
         "paws_resnet": {"input_size": (3, 224, 224), "num_classes": 0, **_STATISTICS},
     }
 )
-PAWS_NETWORKS = tuple(default_cfgs)
 
 
 class WideBlock(nn.Module):
@@ -39,16 +48,16 @@ class WideResNet(nn.Module):
     """WideResNet for images of 32 pixels (arXiv 1605.07146): `(B, 3, H, W)` -> `(B, channels[-1])`.
 
     Args:
-        layers (`Sequence[int]`, *optional*, defaults to `(4, 4, 4)`): Blocks per stage; 4 for 28 layers.
-        channels (`Sequence[int]`, *optional*, defaults to `(32, 64, 128)`): Width of each stage; these for factor 2.
-        stem_channels (`int`, *optional*, defaults to 16): Width of the first convolution.
+        layers (`Sequence[int]`): Blocks per stage; 4 for 28 layers.
+        channels (`Sequence[int]`): Width of each stage; 32, 64 and 128 for factor 2.
+        stem_channels (`int`): Width of the first convolution; 16 in the paper.
     """
 
     def __init__(
         self,
-        layers: Sequence[int] = (4, 4, 4),
-        channels: Sequence[int] = (32, 64, 128),
-        stem_channels: int = 16,
+        layers: Sequence[int],
+        channels: Sequence[int],
+        stem_channels: int,
         num_classes: int = 0,
         in_chans: int = 3,
     ):
@@ -61,7 +70,7 @@ class WideResNet(nn.Module):
             blocks = [WideBlock(before, stage_channels, stride) for before, stride in zip(widths, strides)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             width = stage_channels
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = nn.BatchNorm2d(width, momentum=0.99)  # as in the authors' code: statistics of the last batches
         self.num_features = self.head_hidden_size = width
         self.stages = [f"layer{stage + 1}" for stage in range(len(layers))]
         self.reset_classifier(num_classes)
@@ -91,13 +100,9 @@ class WideResNet(nn.Module):
 
 
 def _widened_resnet(
-    layers: Sequence[int] = (3, 4, 6, 3),
-    channels: Sequence[int] = (128, 256, 512, 1024),
-    stem_channels: int = 128,
-    bottleneck: bool = True,
-    **kwargs,
+    layers: Sequence[int], channels: Sequence[int], stem_channels: int, bottleneck: bool, **kwargs
 ) -> ResNet:
-    """Return timm's ResNet with a stem of another width than 64. The defaults are a ResNet-50 of twice the width."""
+    """Return timm's ResNet with a stem of another width than 64."""
     network = ResNet(Bottleneck if bottleneck else BasicBlock, layers, channels=tuple(channels), **kwargs)
     network.conv1 = nn.Conv2d(3, stem_channels, 7, stride=2, padding=3, bias=False)
     network.bn1 = nn.BatchNorm2d(stem_channels)
@@ -114,9 +119,13 @@ def _widened_resnet(
 
 @register_model
 def paws_wide_resnet(pretrained: bool = False, **kwargs) -> WideResNet:
-    return build_model_with_cfg(WideResNet, "paws_wide_resnet", pretrained, **kwargs)
+    return build_model_with_cfg(
+        WideResNet, "paws_wide_resnet", pretrained, **{**PAWS_NETWORKS["paws_wide_resnet"], **kwargs}
+    )
 
 
 @register_model
 def paws_resnet(pretrained: bool = False, **kwargs) -> ResNet:
-    return build_model_with_cfg(_widened_resnet, "paws_resnet", pretrained, **kwargs)
+    return build_model_with_cfg(
+        _widened_resnet, "paws_resnet", pretrained, **{**PAWS_NETWORKS["paws_resnet"], **kwargs}
+    )

@@ -1,3 +1,5 @@
+import copy
+import itertools
 import json
 import os
 
@@ -43,6 +45,19 @@ def test_plain_transformers_computes_the_same_logits(tuned, tmp_path, kind):
     with torch.no_grad():
         logits = tuned[kind].model(pixels).logits
         assert loaded(pixels).logits.equal(logits) and logits.abs().max() > 0.01
+
+
+def test_a_network_with_a_tensor_under_two_names_is_saved(tuned, tmp_path):
+    result = copy.copy(tuned["timm_wrapper"])
+    result.model = copy.deepcopy(result.model)
+    norms = [module for module in result.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    first, second = next((a, b) for a, b in itertools.combinations(norms, 2) if a.num_features == b.num_features)
+    second.weight = first.weight
+    result.save(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    pixels, _ = images_and_labels(load_images("digits", split="test"), range(4))
+    with torch.no_grad():
+        assert loaded(pixels).logits.equal(result.model(pixels).logits)
 
 
 def test_the_file_says_what_was_chosen_and_by_which_rows(tuned, tmp_path):

@@ -24,7 +24,15 @@ from original_reference import (
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, ViTMSNModel
 
-from hf_msn import MSNForPreTraining, PAWSForPreTraining, convert_checkpoint, convert_to_original
+from hf_msn import (
+    MSNForPreTraining,
+    PAWSConfig,
+    PAWSForPreTraining,
+    convert_checkpoint,
+    convert_to_original,
+    read_recipe,
+)
+from hf_msn.hub.key_maps import architecture_name, key_map, to_ours
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -215,6 +223,21 @@ def test_paws_on_a_resnet_computes_the_features_of_the_original_network(
     back = torch.load(tmp_path / "back.pth.tar")["encoder"]
     assert back.keys() == content["encoder"].keys()
     assert all(torch.equal(tensor, content["encoder"][key]) for key, tensor in back.items())
+
+
+def test_the_recipe_of_cifar10_trains_the_network_of_the_authors():
+    recipe = read_recipe("paws_wrn28_2_cifar10_4000")
+    fields = {name: recipe[name] for name in recipe.keys() & vars(PAWSConfig()).keys()}
+    model = PAWSForPreTraining(PAWSConfig(**fields)).eval()
+    weights = wide_resnet_weights(blocks=4, channels=(32, 64, 128), stem=16, hidden=128, dim=128)
+    model.load_state_dict(to_ours(weights, key_map(model, "encoder")))
+    assert architecture_name(model.config) == "WideResNet-28-2"
+    pixels = images(recipe["focal_size"])
+    features = wide_resnet_forward(doubled(weights), pixels.double())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.project(pixels).double(), project(doubled(weights), features, F.relu), **TOLERANCE
+        )
 
 
 @pytest.mark.parametrize(("given", "activation"), [(None, F.relu), ("gelu", F.gelu)])

@@ -94,6 +94,7 @@ def test_the_transform_of_timm_resizes_and_crops_as_the_image_processor(size, tm
         ("twins_svt_small", {"depths": [1, 1, 1, 1]}, 64),
         ("crossvit_tiny_240", {}, 64),
         ("shvit_s1", {}, 64),
+        ("coat_lite_tiny", {"serial_depths": [2, 1, 1, 1], "img_size": 64}, 64),  # with tensors under two names
     ],
 )
 def test_a_network_is_exported_for_images_of_another_size_than_its_own(name, options, size, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_semi_supervised import HEADS, RESNET18, RESNETV2, VIT, tiny_paws, tiny_suncet
 from transformers import BertConfig, BertModel, ViTMSNModel
@@ -22,7 +23,17 @@ ROPE = {
     },
 }
 BLUR = {"timm_model": "resnetblur18", "timm_options": RESNET18["timm_options"]}
-NETWORKS = {"resnet18": RESNET18, "resnetv2": {**RESNETV2, "small_image_stem": False}, "rope": ROPE, "blur": BLUR}
+COAT = {  # its blocks share the convolutions of their positions
+    "timm_model": "coat_lite_tiny",
+    "timm_options": {"embed_dims": [16, 16, 24, 32], "serial_depths": [2, 1, 1, 1], "img_size": 32},
+}
+NETWORKS = {
+    "coat": COAT,
+    "resnet18": RESNET18,
+    "resnetv2": {**RESNETV2, "small_image_stem": False},
+    "rope": ROPE,
+    "blur": BLUR,
+}
 
 
 def images(num: int = 2) -> torch.Tensor:
@@ -39,7 +50,7 @@ def test_weights_of_timm_are_as_timm_draws_them(network):
     fields = NETWORKS[network]
     model = new_paws(**fields)
     torch.manual_seed(0)
-    start = {} if network == "rope" else {"zero_init_last": False}  # as in the authors' code
+    start = {} if network in ("coat", "rope") else {"zero_init_last": False}  # as in the authors' code
     reference = timm.create_model(fields["timm_model"], num_classes=0, **fields["timm_options"], **start).eval()
     state = model.encoder.state_dict()
     assert state.keys() == reference.state_dict().keys()
@@ -67,6 +78,15 @@ def test_tables_that_no_checkpoint_holds_are_made_again(network, tmp_path):
     for (name, found), wanted in zip(loaded.named_buffers(), model.buffers()):
         assert torch.equal(found, wanted), name
     torch.testing.assert_close(loaded.project(images()), model.project(images()), rtol=1e-5, atol=1e-6)
+
+
+def test_shared_tensors_are_saved_once_and_stay_shared(tmp_path):
+    new_paws(**COAT).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "encoder.cpe1.proj.weight" in names and "encoder.serial_blocks1.0.cpe.proj.weight" not in names
+    encoder = PAWSForPreTraining.from_pretrained(tmp_path).encoder
+    assert all(block.cpe.proj.weight is encoder.cpe1.proj.weight for block in encoder.serial_blocks1)
+    assert SuNCEtForPreTraining.from_backbone(tmp_path).encoder.cpe1.proj.weight.equal(encoder.cpe1.proj.weight)
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnetv2"])
@@ -123,6 +143,7 @@ def test_the_defaults_of_the_networks_of_paws_are_those_of_the_paper():
     kernels = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
     assert sum(kernel.kernel_size == (3, 3) for kernel in kernels) == 1 + 3 * 4 * 2
     assert sum(p.numel() for p in encoder.parameters()) == 1_467_610 - 1_290 + 2_032  # no classifier, biases
+    assert [m.momentum for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)] == [0.1] * 24 + [0.99]
     for (name, tensor), reference in zip(wide.named_parameters(), plain.parameters()):
         wanted = [2 * size for size in reference.shape[:2]] + list(reference.shape[2:])
         wanted[1:2] = [3] if name == "conv1.weight" else wanted[1:2]
