@@ -80,34 +80,25 @@ def extract_features(
     get all features. Training flags, device and random state of the model are unchanged afterwards.
 
     Args:
-        model (`nn.Module`):
-            A pretraining model of hf_msn (its `evaluation_encoder` is used), a vision model of transformers or a timm
-            model.
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            With a column `image` and, if labelled, `label`, from `load_images`. Of a stream, each rank reads
-            everything but decodes only its rows; `num_workers` above 1 counts as 1, and nothing is cached.
-        image_processor (*optional*):
-            An image processor of transformers or a function from an RGB `PIL.Image` to a tensor (C, H, W). By default
-            the one saved with the model, or timm's own.
+        model (`nn.Module`): A model that [`find_backbone`] knows.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): With a column `image` and, if labelled, `label`,
+            from `load_images`. A stream has at most one worker, and its features are not cached.
+        image_processor (*optional*): An image processor of transformers or a function from an RGB `PIL.Image` to a
+            tensor (C, H, W). By default the one saved with the model, or timm's own.
         batch_size (`int`, *optional*, defaults to 64): Images per batch on each rank.
-        num_workers (`int`, *optional*):
-            Processes per rank that decode images. By default none if the model computes on the CPU, which they would
-            slow down, or the images are few; on a GPU this rank's share of the cores, at most 16.
-        features (`str`, *optional*, defaults to `"backbone"`):
-            "projection" takes `model.project(pixels)`, the space in which PAWS compares images, not the backbone's
-            output; "prediction" the output of the prediction head behind it, for checkpoints that have one.
-        num_last_layers (`int`, *optional*, defaults to 1):
-            Concatenates [CLS] of the last n blocks, the earliest first.
+        num_workers (`int`, *optional*): Processes per rank that decode images. By default none on the CPU or for few
+            images, on a GPU this rank's share of the cores.
+        features (`str`, *optional*, defaults to `"backbone"`): Or "projection" or "prediction": see
+            [`evaluated_module`].
+        num_last_layers (`int`, *optional*, defaults to 1): Blocks whose [CLS] is concatenated, the earliest first.
         rows (`np.ndarray`, *optional*): Only these rows of `dataset`, each once; not for streams. By default all.
-        cache_dir (`str` or `os.PathLike`, *optional*):
-            Folder for the features, keyed by weights, data, image processor and the settings here. Only rank 0 reads
-            and writes it.
-        on_broken_image (`"skip"` or `"raise"`, *optional*, defaults to `"skip"`):
-            "skip" skips the row, names it in a warning and in `Features.skipped`; "raise" stops.
+        cache_dir (`str` or `os.PathLike`, *optional*): Folder for the features, keyed by weights, data, image
+            processor and the settings here. Only rank 0 reads and writes it.
+        on_broken_image (`"skip"` or `"raise"`, *optional*, defaults to `"skip"`): "skip" leaves the row out, with a
+            warning and an entry of `Features.skipped`.
         device (`str` or `torch.device`, *optional*): Device of the computation; by default the model's.
-        dtype (`torch.dtype`, *optional*):
-            By default that of the weights. `torch.bfloat16` or `torch.float16` on float32 weights: under autocast. The
-            result is float32 in every case.
+        dtype (`torch.dtype`, *optional*): By default that of the weights; `torch.bfloat16` or `torch.float16` on
+            float32 weights is autocast. The result is float32 in every case.
 
     Raises:
         BrokenImageError: On all ranks, if an image cannot be read and `on_broken_image="raise"`.
@@ -277,11 +268,8 @@ def _read_cache(path: Path) -> _RankRows | None:
         with safe_open(path, framework="np") as file:
             features, rows_and_labels = file.get_tensor("features"), file.get_tensor("rows_and_labels")
             skipped = json.loads(file.metadata()["skipped"])
-        return _RankRows(
-            features,
-            rows_and_labels,
-            [BrokenImageError(reason, row=row, path=image_path) for row, image_path, reason in skipped],
-        )
+        errors = [BrokenImageError(reason, row=row, path=image_path) for row, image_path, reason in skipped]
+        return _RankRows(features, rows_and_labels, errors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The cached features in %s are broken (%s) and will be extracted again.", path, error)
         return None
@@ -306,14 +294,14 @@ def _image_loader(
     device: torch.device,
 ) -> DataLoader:
     """Return batches of this rank's rows: pixels or `None`, row numbers and labels (n, 2), broken images."""
-    if rows is not None:
+    if rows is None:
+        own = _StreamRows(images, rank(), world_size(), image_processor)
+        num_workers = min(num_workers or 0, 1)
+    else:
         own = _MapRows(images, rows[rank() :: world_size()], image_processor)
         if num_workers is None:
             on_cpu_or_few = device.type == "cpu" or len(own) < _MIN_IMAGES_FOR_WORKERS
             num_workers = 0 if on_cpu_or_few else spare_cores()
-    else:
-        own = _StreamRows(images, rank(), world_size(), image_processor)
-        num_workers = min(num_workers or 0, 1)
     return DataLoader(
         own,
         batch_size=batch_size,

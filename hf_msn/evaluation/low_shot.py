@@ -46,26 +46,23 @@ class LowShotEvaluator:
     r"""Fit a probe on a few labelled images per class and measure it on all test images, over several splits.
 
     A task is a number of images per class, a share of the images, a list file or given rows; each of its splits is one
-    draw, list or set of rows. Features are extracted once, of the images that some split needs and of the test images;
-    for each split only the probe is fitted. Everything is seeded: two calls return identical numbers.
+    draw, list or set of rows. Features are extracted once; for each split only the probe is fitted. Everything is
+    seeded: two calls return identical numbers.
 
     Args:
-        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Labelled images that splits are drawn from, from `load_images`. Of a stream all are extracted. Other
-            map-style datasets are read as by [`MultiViewDataset`].
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Labelled images that splits are drawn from,
+            from `load_images`. Other map-style datasets are read as by [`MultiViewDataset`].
         test_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Labelled images that accuracy is measured on.
-        image_processor (*optional*):
-            As for `extract_features`; normalise as in training. By default the one saved with the model.
+        image_processor (*optional*): As for `extract_features`; normalise as in training.
         images_per_class (`Sequence[int]`, *optional*, defaults to `(1, 2, 5)`): One task each, named "5_per_class".
-        fractions (`Sequence[float]`, *optional*, defaults to `()`):
-            Shares of each class, one task each: 0.01 is named "1_percent".
-        list_files (`Sequence[path]` or `Mapping[str, Sequence[path]]`, *optional*, defaults to `()`):
-            Files that name the labelled images, one per line. Files of one name in different folders are splits of one
-            task, named as the files are without suffix; a mapping names the tasks itself.
-        rows (`Mapping[str, Sequence[int]]`, *optional*):
-            The labelled images themselves: row numbers of `train_dataset` by name of the task, one split each. With
-            the rows that PAWS was trained with it is measured with just these labels. If this is the only kind of
-            task (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
+        fractions (`Sequence[float]`, *optional*, defaults to `()`): Shares of each class, one task each: 0.01 is named
+            "1_percent".
+        list_files (`Sequence[path]` or `Mapping[str, Sequence[path]]`, *optional*, defaults to `()`): Files that name
+            the labelled images, one per line. Files of one name in different folders are splits of one task, named as
+            the files are without suffix; a mapping names the tasks itself.
+        rows (`Mapping[str, Sequence[int]]`, *optional*): The labelled images themselves: row numbers of
+            `train_dataset` by name of the task, one split each. If this is the only kind of task
+            (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
         num_splits (`int`, *optional*, defaults to 3): Seeded splits of each task that is drawn.
         probe ([`Probe`], *optional*, defaults to `LogisticProbe()`): The classifier.
         seed (`int`, *optional*, defaults to 0): Split i is drawn with `seed + i`.
@@ -73,14 +70,10 @@ class LowShotEvaluator:
             As for `extract_features`.
         name (`str`, *optional*, defaults to `"low_shot"`): Prefix of the metrics.
 
-    Calling it with a model returns flat metrics in percent: `low_shot/5_per_class/top1` (mean over splits),
-    `.../top1_std` (`ddof=1`; 0 for one split), `.../top1_ci95` (half-width by Student's t; 0 for one split),
-    `.../num_splits`, and, with at least 6 classes, `.../top5`, `.../top5_std`, `.../top5_ci95`. `primary_metric` names
-    the top-1 of the largest number of images per class. `results` holds the last call's [`LowShotResults`]: every
-    split, all that the numbers depend on, `table()` and `save(path)`.
-
-    With `torch.distributed` initialised every rank must call it; ranks share the extraction and the fits, and all get
-    the same metrics.
+    Calling it with a model returns flat metrics in percent: `low_shot/5_per_class/top1`, the mean over splits, and
+    `.../top1_std`, `.../top1_ci95` (see [`TaskResult`]), `.../num_splits`; with at least 6 classes also of `top5`.
+    `results` holds the last call's [`LowShotResults`]. With `torch.distributed` initialised every rank must call it,
+    and all get the same metrics.
 
     Raises:
         ValueError: When created, if labels are missing, a class has too few images, the classes of train and test do

@@ -25,6 +25,7 @@ from ..models.modeling_head_classifier import HeadClassifierConfig, HeadForImage
 from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_pretraining import SemiSupervisedModel
 from ..models.modeling_suncet import SuNCEtForPreTraining
+from ..models.paws_resnets import PAWS_NETWORKS
 from ..models.pretrained_encoders import copy_encoder, load_encoder, select_fields
 
 Start = str | Path | PreTrainedConfig | PreTrainedModel
@@ -171,10 +172,10 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperForImageClassification:
     name = source.config.timm_model
-    if source.config.small_image_stem:
+    if source.config.small_image_stem or name in PAWS_NETWORKS:
         raise ValueError(
-            f"A classifier must be a network that plain transformers can build, but '{name}' has `small_image_stem`. "
-            "Fine-tune it with `head` suncet, or start from a network with timm's own stem."
+            f"A classifier must be a network that plain transformers can build, but '{name}' has parts that timm "
+            "lacks. Fine-tune it with `head` suncet or `start_layer` fc1, or start from another network."
         )
     config = TimmWrapperConfig(architecture=name, model_args=source.config.timm_options or None, **labels)
     model = TimmWrapperForImageClassification(config)

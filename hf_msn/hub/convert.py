@@ -45,28 +45,21 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a checkpoint of the authors' code of MSN or PAWS, with its heads and prototypes.
 
-    The result loads with `MSNForPreTraining.from_pretrained(output_dir)` (of PAWS: `PAWSForPreTraining`), and
-    `from_backbone` takes its encoder. Shapes show the architecture: ViTs, ResNets (also widened) and WideResNets.
-    Features, before and after the final LayerNorm, and projections equal the original network's on square images of
-    whole patches.
+    The result loads with `MSNForPreTraining.from_pretrained(output_dir)` (of PAWS: `PAWSForPreTraining`). Shapes show
+    the architecture: ViTs, ResNets (also widened) and WideResNets. Features and projections equal the original
+    network's on square images of whole patches.
 
     MSN needs `prototypes` and one of `target_encoder` and `encoder`, the online network; if the file lacks one of the
-    two, it is a copy of the other, with a warning. PAWS needs `encoder`. Settings that no file holds (temperatures,
-    masking, weights of the loss) have the defaults of the configuration. Weights become float32. The optimizer's state
-    is left out.
-
-    `preprocessor_config.json` is the paper's evaluation transform (shortest edge 256, centre crop 224, ImageNet's
-    normalisation, scaled to the model's size). `conversion.json` records the source and its SHA-256, and what was
+    two, it is a copy of the other, with a warning. PAWS needs `encoder`. Settings that no file holds have the defaults
+    of the configuration. Weights become float32. `conversion.json` records the source and its SHA-256, and what was
     kept, left out, made up and assumed.
 
-    The file is read by `torch.load(weights_only=True)`, which runs no code: tensors, plain values and numpy scalars
-    are allowed, everything else is refused.
-
     Args:
-        input_path (`str` or `Path`): The original file.
-        output_dir (`str` or `Path`, *optional*): Folder to write, new or empty. `None` writes only the export.
-        num_attention_heads (`int`, *optional*): Of a ViT, whose shapes do not show it; by default the width / 64,
-            which is right for the papers' ViT-S, B and L (a ViT-H has 80 dimensions per head).
+        input_path (`str` or `Path`): The original file, read by `torch.load(weights_only=True)`.
+        output_dir (`str` or `Path`, *optional*): Folder to write, new or empty, with the paper's image processor.
+            `None` writes only the export.
+        num_attention_heads (`int`, *optional*): Of a ViT, whose shapes do not show it; by default the width / 64, as
+            in the papers' ViT-S, B and L.
         method (`"msn"` or `"paws"`, *optional*): Needed only for a ViT whose tensors are not inside of `encoder` or
             `target_encoder`.
         projection_activation (`"relu"` or `"gelu"`, *optional*): Of the heads of PAWS, by default "relu", as for the

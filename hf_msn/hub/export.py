@@ -44,11 +44,9 @@ def export_backbone(
         path (`str` or `Path`): Folder to write. It must not exist or be empty.
         which (`str`, *optional*, defaults to `"target"`): Of MSN: `"target"`, which the paper evaluates, or
             `"online"`. The others have one encoder.
-        image_processor (`BaseImageProcessor`, *optional*): Saved beside it as `preprocessor_config.json`; features
-            are only right for images that are normalised as in training:
-            `MultiViewTransform.evaluation_image_processor()`. By default the one saved with the model; if there is
-            none, the paper's (shortest edge 256, centre crop 224, scaled to the model's size) with ImageNet's mean and
-            standard deviation, and a warning.
+        image_processor (`BaseImageProcessor`, *optional*): Saved beside it; it must normalise as in training:
+            `MultiViewTransform.evaluation_image_processor()`. By default the one saved with the model, else the
+            paper's (shortest edge 256, centre crop 224, scaled to the model's size), with a warning.
 
     Returns:
         `Path`: The folder.

@@ -123,12 +123,9 @@ def publish_checkpoint(
 ) -> Publication:
     """Publish a checkpoint on the Hub, so that `from_pretrained("user/name")` loads it.
 
-    Only these files are published: `config.json`, `model.safetensors` (or its shards with their index),
-    `preprocessor_config.json`, `README.md`, `.eval_results/*.yaml`, the figures of the card, and the known fields of
-    `run.json`, `conversion.json`, `codistillation.json` and `finetune.json`, if the checkpoint has them.
-
-    The upload is one commit: the branch stays as it was until all files have arrived. After an interruption the same
-    call continues it.
+    Only configuration, weights, image processor, card and figures are published, and known fields of the records of
+    training, conversion and fine-tuning. The upload is one commit: the branch stays as it was until all files have
+    arrived. After an interruption the same call continues it.
 
     Args:
         checkpoint (`str` or `Path`): Folder of a pretraining, fine-tuned, converted or exported model.

@@ -244,6 +244,10 @@ def test_results_record_what_the_numbers_depend_on(few, tiny_vit, processor):
         ({"num_splits": 0}, "`num_splits` .* but is 0"),
         ({"images_per_class": (0,)}, "`images_per_class` .* but is 0"),
         ({"images_per_class": (), "fractions": (1.5,)}, "`fraction` .* but is 1.5"),
+        ({"rows": {"support": [0, 120]}}, "from 0 to 119, but holds 120"),
+        ({"rows": {"support": [True] * 120}}, "type bool"),
+        ({"rows": [1, 2, 3]}, "but is a list"),
+        ({"rows": {"1_per_class": [1]}}, "1_per_class"),
     ],
 )
 def test_settings_out_of_range_are_refused(few, arguments, message):
@@ -294,17 +298,3 @@ def test_class_missing_in_the_given_rows_is_named_before_any_image_is_read(few):
     labels = np.array(few[0]["label"][:])
     with pytest.raises(ValueError, match="rows of 'support', but 2 do not: 4, 7"):
         LowShotEvaluator(*few, rows={"support": np.flatnonzero((labels != 4) & (labels != 7))})
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({"support": [0, 120]}, "from 0 to 119, but holds 120"),
-        ({"support": [True] * 120}, "type bool"),
-        ([1, 2, 3], "but is a list"),
-        ({"1_per_class": [1]}, "1_per_class"),
-    ],
-)
-def test_rows_that_do_not_fit_are_refused(few, rows, message):
-    with pytest.raises(ValueError, match=message):
-        LowShotEvaluator(*few, rows=rows)

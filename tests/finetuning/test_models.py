@@ -76,8 +76,12 @@ def test_a_zero_head_gives_every_class_the_same_probability(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"timm_model": "resnet18", "small_image_stem": True}, {"timm_model": "deit_tiny_distilled_patch16_224"}],
-    ids=["small stem", "two heads"],
+    [
+        {"timm_model": "resnet18", "small_image_stem": True},
+        {"timm_model": "paws_wide_resnet"},
+        {"timm_model": "deit_tiny_distilled_patch16_224"},
+    ],
+    ids=["small stem", "not of timm", "two heads"],
 )
 def test_a_network_that_plain_transformers_cannot_build_is_refused_with_the_other_head_as_remedy(fields):
     with pytest.raises(ValueError, match=rf"'{fields['timm_model']}' has .*`head` suncet"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_semi_supervised import RESNET18, RESNETV2, VIT, tiny_paws, tiny_suncet
+from tiny_semi_supervised import RESNET18, RESNETV2, tiny_paws
 from transformers import AutoModel, TimmWrapperModel
 
 from hf_msn import (
@@ -149,12 +149,6 @@ def test_pretraining_starts_from_the_export(tmp_path):
         assert again.config.timm_options == {**model.config.timm_options, "img_size": [224, 224]}
     with pytest.raises(ValueError, match=r"vit_tiny.*MSNConfig"):
         MSNForPreTraining.from_backbone(folder)
-
-
-def test_a_vit_of_hf_msn_in_suncet_is_exported_too(tmp_path):
-    model = tiny_suncet(**VIT).float()
-    folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(16))
-    assert checkpoint_weights_sha256(folder) == weights_sha256(model.encoder)
 
 
 def test_fine_tuning_starts_from_the_export(tmp_path):

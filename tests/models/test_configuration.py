@@ -121,12 +121,6 @@ def test_a_value_out_of_range_is_an_error_of_methods_with_targets(config_class, 
         config_class(prediction_head=True, **{name: value})
 
 
-@pytest.mark.parametrize("fields", [{"mask_ratio": 0}, {"mask_ratio": 15 / 16}, {"num_prototypes": 1}], ids=str)
-def test_values_at_the_limit_are_allowed(fields):
-    config = tiny_config(**fields)
-    assert {name: getattr(config, name) for name in fields} == fields
-
-
 def test_the_width_of_the_prediction_head_is_a_quarter_by_default():
     for config_class in (PAWSConfig, MSNConfig):
         assert config_class(prediction_head=True, projection_dim=2048).prediction_width == 512
