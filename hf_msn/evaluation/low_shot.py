@@ -285,7 +285,7 @@ class LowShotEvaluator:
         columns = np.searchsorted(probe.classes_, test.labels)
         num_classes = len(probe.classes_)
         ks = (1, 5) if num_classes > 5 else (1,)
-        ranked, accuracy = rank_classes(scores, max(ks)), TopKAccuracy()
+        ranked, accuracy = rank_classes(scores, max(ks)), TopKAccuracy(keep_in_memory=True)
         values = {
             k: 100 * accuracy.compute(predictions=ranked, references=columns, k=k)[f"top{k}_accuracy"] for k in ks
         }

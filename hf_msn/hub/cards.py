@@ -156,12 +156,13 @@ def card_files(
         "figures": [Path(picture) for picture in pictures],
         "marker": _MARKER,
     }
-    card["metadata"] = _metadata(card, base_model, tags).to_yaml()
+    evaluated, entries = _evaluations(card)
+    card["metadata"] = _metadata(card, evaluated, base_model, tags).to_yaml()
     text = _template().render(card)
     made = {f"figures/{picture}": content for picture, content in pictures.items()}
-    entries = eval_result_entries_to_yaml(_eval_entries(card))
     if entries:
-        made[EVAL_RESULTS_FILE] = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode()
+        plain = eval_result_entries_to_yaml(entries)
+        made[EVAL_RESULTS_FILE] = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode()
     return {**made, CARD_FILE: text.encode()}
 
 
@@ -207,11 +208,12 @@ def _template() -> Template:
 # Metadata
 
 
-def _metadata(card: dict[str, Any], base_model: str | None, tags: Iterable[str]) -> ModelCardData:
+def _metadata(
+    card: dict[str, Any], evaluated: list[EvalResult], base_model: str | None, tags: Iterable[str]
+) -> ModelCardData:
     record, method = card["run"], card["method"]
     start = record.get("start") or (record.get("recipe") or {}).get("from_backbone")
     data = [(record.get(name) or {}).get("name") for name in ("data", "labelled")]
-    evaluated = _eval_results(card)
     plain = "timm" if card["is_timm"] else "transformers"
     library = "hf_msn" if card["pretraining_class"] or card["needs_hf_msn"] else plain
     learning = [method, f"{_LEARNING[method]}-learning"] if method else []
@@ -228,61 +230,52 @@ def _metadata(card: dict[str, Any], base_model: str | None, tags: Iterable[str])
     )
 
 
-def _measurements(card: dict[str, Any]) -> Iterable[tuple[dict[str, Any], str, str, str, float, str, dict[str, Any]]]:
-    """Yield per accuracy: data, title of the task, its id, "top1" or "top5", value in per cent, how, arguments."""
+def _evaluations(card: dict[str, Any]) -> tuple[list[EvalResult], list[EvalResultEntry]]:
+    """Return the accuracies in per cent for `model-index` and, top-1 on data with a name, for `.eval_results`."""
+    results, entries = [], []
+
+    def add(data: dict, title: str, task: str, top: str, value: float, how: str, arguments: dict) -> None:
+        dataset = _dataset_id(data)
+        results.append(
+            EvalResult(
+                task_type="image-classification",
+                task_name=title,
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=data.get("split"),
+                metric_type="accuracy",
+                metric_value=value,
+                metric_name=f"{top.replace('top', 'top-')} accuracy [%], {how}",
+                metric_args=arguments,
+            )
+        )
+        if top == "top1" and data.get("name"):
+            spread = f", std {arguments['std']:.2f}, 95 % +- {arguments['ci95']:.2f}" if "std" in arguments else ""
+            counts = f", {arguments['num_test_images']} test images, weights {arguments['weights_sha256'][:16]}"
+            task = task if re.fullmatch(r"[\w.-]+", task) else "low_shot"
+            notes = f"top-1 [%], {how}{spread}{counts}"
+            entries.append(EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=notes))
+
     for one in card["results"]:
-        test, probe = one.data["test"], _probe(one)
+        test = one.data["test"]
         for task in one.tasks:
             splits = f"mean of {len(task.splits)} splits" if len(task.splits) > 1 else "1 split"
-            how = f"{_task_title(task)}, {probe}, {splits}"
+            how = f"{_task_title(task)}, {_probe(one)}, {splits}"
             for top in ("top1", "top5"):
                 if top in task.summary:
-                    spread = {"std": task.summary[f"{top}_std"], "ci95": task.summary[f"{top}_ci95"]}
-                    spread |= {"num_splits": len(task.splits), "num_test_images": test["num_images"]}
-                    spread |= {"weights_sha256": one.model["weights_sha256"]}
+                    arguments = {"std": task.summary[f"{top}_std"], "ci95": task.summary[f"{top}_ci95"]}
+                    arguments |= {"num_splits": len(task.splits), "num_test_images": test["num_images"]}
+                    arguments |= {"weights_sha256": one.model["weights_sha256"]}
                     title = "Low-shot image classification"
-                    yield test, title, task.name, top, task.summary[top], how, spread
+                    add(test, title, task.name, top, task.summary[top], how, arguments)
     finetuning = card["finetuning"] or {}
     for space, value in (finetuning.get("test_accuracy") or {}).items():
         arguments = {"num_test_images": finetuning["num_test_images"], "weights_sha256": card["weights_sha256"]}
         name = "finetuned" if space == "top1" else f"finetuned_{space}"
         how = f"after fine-tuning on {finetuning['num_trained_images']} labelled images"
         how += "" if space == "top1" else f", {space}"
-        yield finetuning.get("test_data") or {}, "Image classification", name, "top1", value, how, arguments
-
-
-def _eval_results(card: dict[str, Any]) -> list[EvalResult]:
-    """Return the accuracies for `model-index`, in per cent and not rounded."""
-    return [
-        EvalResult(
-            task_type="image-classification",
-            task_name=title,
-            dataset_type=_dataset_id(data),
-            dataset_name=_dataset_id(data),
-            dataset_split=data.get("split"),
-            metric_type="accuracy",
-            metric_value=value,
-            metric_name=f"{top.replace('top', 'top-')} accuracy [%], {how}",
-            metric_args=arguments,
-        )
-        for data, title, _, top, value, how, arguments in _measurements(card)
-    ]
-
-
-def _eval_entries(card: dict[str, Any]) -> list[EvalResultEntry]:
-    """Return the top-1 accuracies for `.eval_results/*.yaml`, of data that has a name."""
-    return [
-        EvalResultEntry(
-            dataset_id=_dataset_id(data),
-            task_id=task if re.fullmatch(r"[\w.-]+", task) else "low_shot",
-            value=value,
-            notes=f"top-1 [%], {how}"
-            + (f", std {arguments['std']:.2f}, 95 % +- {arguments['ci95']:.2f}" if "std" in arguments else "")
-            + f", {arguments['num_test_images']} test images, weights {arguments['weights_sha256'][:16]}",
-        )
-        for data, _, task, top, value, how, arguments in _measurements(card)
-        if top == "top1" and data.get("name")
-    ]
+        add(finetuning.get("test_data") or {}, "Image classification", name, "top1", value, how, arguments)
+    return results, entries
 
 
 def _dataset_id(data: dict[str, Any]) -> str:

@@ -172,8 +172,8 @@ class _Original:
     """Networks of an original file by their original names without wrappers' prefixes, heads included."""
 
     method: str
-    networks: dict[str, dict[str, torch.Tensor]]  # "encoder" (online), "target_encoder"
-    prototypes: dict[str, torch.Tensor]
+    networks: dict[str, dict[str, torch.Tensor]]  # "target_encoder", "encoder" (online)
+    prototypes: torch.Tensor | None
     epoch: int | None
     left_out: list[str]
     module_prefix: bool
@@ -181,66 +181,54 @@ class _Original:
 
     @property
     def evaluated(self) -> dict[str, torch.Tensor]:
-        return self.networks.get("target_encoder") or self.networks["encoder"]
+        return next(iter(self.networks.values()))
 
 
 def _read_original(path: Path, method: str | None) -> _Original:
     content = _load_file(path)
-    left_out, epoch = [], content.get("epoch")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            left_out += [str(name) for name in content if name not in (wrapper, "epoch")]
-            content = content[wrapper]
-            epoch = content.get("epoch") if epoch is None else epoch
-    sections: dict[str, dict[str, torch.Tensor]] = {"encoder": {}, "target_encoder": {}, "prototypes": {}, "": {}}
-    section_of: dict[Any, str] = {}  # by entry of the file
-    for entry, value in content.items():
-        if entry == "epoch":
-            continue
-        for raw_name, tensor in _tensors({entry: value}):
-            name = _WRAPPERS.sub("", raw_name)
-            section, _, rest = name.partition(".")
-            if rest.split(".")[0] == "prototypes":  # inside of an encoder
-                section, rest = "prototypes", rest.partition(".")[2]
-            if section not in sections:
-                section, rest = ("", name) if torch.is_tensor(value) else (None, name)
-            if section is not None:
-                sections[section][rest] = tensor
-                section_of[entry] = section
-    networks = {name: sections[name] for name in ("target_encoder", "encoder") if sections[name]}
-    bare = not networks and (key_maps.is_vit(sections[""]) or key_maps.is_resnet(sections[""]))
-    if bare:  # of MSN the target is released
-        networks["target_encoder" if sections["prototypes"] or method == "msn" else "encoder"] = sections[""]
-    evaluated = next(iter(networks.values()), {})
+    sections = {
+        name: content[name] for name in ("target_encoder", "encoder") if isinstance(content.get(name), Mapping)
+    }
+    bare = not sections
+    if bare:
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        sections = {"encoder": {name: tensor for name, tensor in tensors.items() if name != "epoch"}}
+    networks = {name: _tensors(section) for name, section in sections.items()}
+    prototypes = content.get("prototypes")
+    if bare:
+        prototypes = networks["encoder"].pop("prototypes", None)
+    prototypes = prototypes.detach() if isinstance(prototypes, torch.Tensor) else None
+    if bare and (prototypes is not None or method == "msn"):
+        networks = {"target_encoder": networks["encoder"]}  # of MSN the target is released
+    evaluated = next(iter(networks.values()))
     if not key_maps.is_vit(evaluated) and not key_maps.is_resnet(evaluated):
         raise ValueError(
             f"'{path}' must hold 'encoder' or 'target_encoder', or the tensors of a ViT or ResNet, to be a checkpoint "
             f"of MSN or PAWS, but holds {list(content)[:4]}."
         )
-    found = "msn" if "target_encoder" in networks or sections["prototypes"] else "paws"
+    found = "msn" if "target_encoder" in networks or prototypes is not None else "paws"
     if method == "paws" and found == "msn":
         raise ValueError(
             f"`method` is 'paws', but '{path}' has a target encoder or prototypes, as MSN has. Leave `method` out."
         )
+    epoch = content.get("epoch")
     epoch = epoch.item() if isinstance(epoch, (torch.Tensor, np.generic)) else epoch
-    used = [entry for entry, section in section_of.items() if section or bare]
+    used = {"prototypes", "epoch", *(sections["encoder"] if bare else sections)}
     return _Original(
         method=method or found,
         networks=networks,
-        prototypes=sections["prototypes"],
+        prototypes=prototypes,
         epoch=epoch if type(epoch) is int else None,
-        left_out=left_out + [str(entry) for entry in content if entry not in used and entry != "epoch"],
-        module_prefix=any(name.startswith("module.") or ".module." in name for name, _ in _tensors(content)),
-        method_is_guessed=bare and method is None and found == "paws" and key_maps.is_vit(networks["encoder"]),
+        left_out=[str(entry) for entry in content if entry not in used],
+        module_prefix=any(str(name).startswith("module.") for section in sections.values() for name in section),
+        method_is_guessed=bare and method is None and found == "paws" and key_maps.is_vit(evaluated),
     )
 
 
-def _tensors(content: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            yield str(name), value.detach()
-        elif isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", tensor) for inner, tensor in _tensors(value))
+def _tensors(section: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a section by their names without wrappers' prefixes."""
+    tensors = {str(name): value.detach() for name, value in section.items() if isinstance(value, torch.Tensor)}
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def _load_file(path: Path) -> Mapping[Any, Any]:
@@ -298,7 +286,7 @@ def _configuration(
     if not is_msn:
         return PAWSConfig(**fields, projection_activation=projection_activation or "relu")
     if heads:
-        fields["num_prototypes"] = len(next(iter(original.prototypes.values())))
+        fields["num_prototypes"] = len(original.prototypes)
     num_patches = (fields["image_size"] // fields["patch_size"]) ** 2
     if num_kept_patches(num_patches, MSNConfig.mask_ratio) < 1:
         fields["mask_ratio"] = 0.0  # the default needs more patches
@@ -312,7 +300,7 @@ def _check_parts(original: _Original) -> None:
             f"A pretraining model needs a projection head 'fc', but the file lacks it. Find the whole checkpoint. "
             f"{alone}"
         )
-    if original.method_is_guessed or (original.method == "msn" and not original.prototypes):
+    if original.method_is_guessed or (original.method == "msn" and original.prototypes is None):
         raise ValueError(
             "MSN needs 'prototypes', but the file lacks them. Find the whole checkpoint; if this one is of PAWS, pass "
             f"`method='paws'` (`--method paws`). {alone}"
@@ -332,8 +320,7 @@ def _load_model(model: nn.Module, original: _Original, path: Path) -> list[str]:
         state.update(key_maps.to_ours(weights, names | unknown))
     if original.method == "msn":
         state["mask_state"] = torch.zeros(2, dtype=torch.int64)
-        state.update({f"prototypes.{name}": tensor for name, tensor in original.prototypes.items()})
-        state["prototypes"] = state.pop(f"prototypes.{next(iter(original.prototypes))}")
+        state["prototypes"] = original.prototypes
     _load_strictly(model, state, path)
     model._after_loading()
     return made_up
@@ -393,7 +380,7 @@ def _record(
         "heads_assumed": is_vit and given["num_attention_heads"] is None,
         "num_attention_heads": config.num_attention_heads if is_vit else None,
         "epoch": original.epoch,
-        "kept": sorted(original.networks) + ["prototypes"] * bool(original.prototypes),
+        "kept": sorted(original.networks) + ["prototypes"] * (original.prototypes is not None),
         "left_out": original.left_out,
         "made_up": made_up,
         "assumed": assumed,

@@ -127,7 +127,6 @@ def changed(section: str = "target_encoder", remove=(), **tensors) -> dict:
         (changed("encoder", norm__bias=torch.full((64,), float("inf"))), "encoder.layernorm.bias.*Inf"),
         (changed(norm__weight=torch.ones(64).to_sparse()), "layernorm.weight.*sparse"),
         (msn_checkpoint() | {"prototypes": torch.ones(6, 25)}, "prototypes"),
-        (msn_checkpoint() | {"prototypes": {"a": torch.ones(6, 24), "b": torch.ones(6, 24)}}, "prototypes.b"),
         (msn_checkpoint() | {"prototypes": None}, "prototypes.*--export_backbone"),
         ({"target_encoder": vit_weights(head=False), "prototypes": torch.ones(6, 24)}, "'fc'.*--export_backbone"),
         ({"target_encoder": resnet_weights(), "prototypes": torch.ones(6, 24)}, "MSN has a ViT"),
