@@ -75,15 +75,23 @@ def test_unreadable_json_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("owner/photos", "owner/photos"),
         ("digits", "digits"),
-        ("/home/someone/photos/", "photos"),
-        ("data/private/*.tar", "private"),
-        ("C:\\data\\photos", "photos"),
+        ("train[:10%]", "train[:10%]"),
+        ("ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k"),
+        ("/data/shards/train-*.parquet", "shards"),
+        ("../alice/cats/", "cats"),
+        ("C:\\Users\\Alice\\pets", "pets"),
         ("https://host/a/weights.pth?key=1", "weights.pth"),
-        ("~", "(local)"),
-        ("../..", "(local)"),
+        ("timm:/home/alice/net", "net"),
+        *((nameless, "(local)") for nameless in ("~bob", "~", "../..", "D:\\", "/")),
     ],
 )
-def test_paths_are_published_by_their_last_component(source, name):
-    assert public_name(source) == name
+def test_a_source_is_published_by_its_last_component(source, name):
+    assert public_name(source) == name == public_name(public_name(source))
+
+
+def test_a_local_folder_is_no_hub_id_and_a_home_folder_has_no_name(tmp_path, monkeypatch):
+    (tmp_path / "alice" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    assert public_name("alice/cats") == "cats" and public_name(tmp_path / "alice") == public_name("~") == "(local)"

@@ -34,13 +34,14 @@ def test_warmup_reaches_the_peak_where_it_ends_and_then_falls():
     assert after == sorted(after, reverse=True)
 
 
-def test_without_warmup_the_learning_rate_begins_at_its_peak():
-    assert warmup_cosine(0.0, warmup=0.0, start=2e-4, peak=1e-3, end=0.0) == 1e-3
-
-
-def test_a_warmup_of_the_whole_training_ends_at_the_peak():
-    assert warmup_cosine(1.0, warmup=1.0, start=2e-4, peak=1e-3, end=0.0) == 1e-3
-    assert warmup_cosine(0.5, warmup=1.0, start=0.0, peak=1e-3, end=0.0) == pytest.approx(5e-4, rel=1e-12)
+@pytest.mark.parametrize(
+    ("progress", "warmup", "expected"),
+    [(0.0, 0.0, 1e-3), (1.0, 1.0, 1e-3), (0.5, 1.0, 6e-4), (1.0, 2.0, 6e-4)],
+    ids=["no warm-up", "end of a whole one", "half of a whole one", "longer than training"],
+)
+def test_warmups_of_other_lengths(progress, warmup, expected):
+    value = warmup_cosine(progress, warmup=warmup, start=2e-4, peak=1e-3, end=0.0)
+    assert value == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_stretched_horizon_stops_short_of_the_end_value():
@@ -60,10 +61,6 @@ def test_progress_outside_of_training_is_an_error(progress):
     ):
         with pytest.raises(ValueError, match=r"`progress` .* must be in \[0, 1\], but is .* Divide the step"):
             schedule()
-
-
-def test_a_warmup_longer_than_training_ends_below_the_peak():
-    assert warmup_cosine(1.0, warmup=2.0, start=2e-4, peak=1e-3, end=0.0) == pytest.approx(6e-4, rel=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [-0.1, math.nan])

@@ -132,6 +132,7 @@ def _describe_views(dataset: Any) -> dict[str, Any]:
     return {
         "transform": type(transform).__name__,
         **{field.name: getattr(transform, field.name) for field in fields},
+        "views_per_image": getattr(dataset, "views_per_image", None),
         "view_seed": getattr(dataset, "seed", None),
         "shuffle_buffer": getattr(dataset, "shuffle_buffer", None),
     }

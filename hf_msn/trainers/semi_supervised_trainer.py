@@ -195,44 +195,29 @@ class SemiSupervisedTrainer(PretrainingTrainer):
 
     def check_checkpoint(self, checkpoint: str) -> None:
         super().check_checkpoint(checkpoint)
-        if Path(checkpoint, LABELLED_IMAGES_FILE).is_file():
-            self._compare_labelled_images(read_json(Path(checkpoint, LABELLED_IMAGES_FILE)), checkpoint)
-
-    def _compare_labelled_images(self, saved: dict, checkpoint: str) -> None:
-        now = self.labelled_images()
-        saved.setdefault("sample_sha256", now["sample_sha256"])  # earlier versions have none
-        if any(saved[name] != now[name] for name in ("rows", "labels", "class_names", "sample_sha256")):
-            shared = len(set(saved["rows"]) & set(now["rows"]))
+        file = Path(checkpoint, LABELLED_IMAGES_FILE)
+        if not file.is_file():
+            return
+        here = self.labelled_images()
+        there = {"sample_sha256": here["sample_sha256"], **read_json(file)}  # earlier versions have none
+        if any(there[name] != value for name, value in here.items()):
+            shared = len(set(there["rows"]) & set(here["rows"]))
             raise CheckpointError(
-                f"'{checkpoint}' was trained with other labelled images: {len(saved['rows'])} there, "
-                f"{len(now['rows'])} here, {shared} rows in both. Give the same data, mask or list file, or start a "
+                f"'{checkpoint}' was trained with other labelled images: {len(there['rows'])} there, "
+                f"{len(here['rows'])} here, {shared} rows in both. Give the same data, mask or list file, or start a "
                 "new run in another `output_dir`."
-            )
-        pairs = [(name, saved["support"][name], here) for name, here in now["support"].items()]
-        differing = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
-        if differing:
-            logger.warning(
-                f"'{checkpoint}' was trained with another support: {', '.join(differing)}. The run goes on with the "
-                "new one."
             )
 
     # Record
 
     def labelled_images(self) -> dict:
-        """Return the labelled rows, their labels, and how the supports are drawn from them, as plain JSON types."""
-        support, args = self.support_dataset, self.args
+        """Return the labelled rows, their labels and a hash of their images, as plain JSON types."""
+        support = self.support_dataset
         return {
             "rows": support.rows.tolist(),
             "labels": support.labels.tolist(),
             "class_names": support.class_names,
             "sample_sha256": support.sample_sha256,
-            "support": {
-                "global_classes": args.global_support_classes,
-                "global_images_per_class": args.global_support_images_per_class,
-                "shard": args.support_shard,
-                "views_per_image": support.views_per_image,
-                "seed": args.seed,
-            },
         }
 
     def save_records(self, folder: Path) -> None:

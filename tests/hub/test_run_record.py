@@ -15,7 +15,6 @@ from hf_msn import (
     MultiViewTransform,
     load_images,
 )
-from hf_msn.files import public_name
 from hf_msn.hub.run_record import read_run, write_run
 from hf_msn.trainers.callbacks.run_record import RunRecordCallback
 
@@ -121,33 +120,6 @@ def test_only_known_text_and_numbers_are_written(tmp_path):
     kept |= {"timm_options": {"drop_path_rate": 0.1}, "global_scale": [0.3, 1.0]}
     assert record == {"format": "hf_msn run 1", "start": "small", "steps": 3, "recipe": kept}
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("digits", "digits"),
-        ("train[:10%]", "train[:10%]"),
-        ("ILSVRC/imagenet-1k", "ILSVRC/imagenet-1k"),
-        ("/data/shards/train-*.parquet", "shards"),
-        ("../alice/cats/", "cats"),
-        ("C:\\Users\\Alice\\pets", "pets"),
-        ("s3://bucket/alice/birds", "birds"),
-        ("timm:/home/alice/net", "net"),
-        ("~bob", "(local)"),
-        ("D:\\", "(local)"),
-        ("/", "(local)"),
-    ],
-)
-def test_a_source_is_called_by_its_last_component(source, name):
-    assert public_name(source) == name == public_name(public_name(source))
-
-
-def test_a_local_folder_is_no_hub_id_and_a_home_folder_has_no_name(tmp_path, monkeypatch):
-    (tmp_path / "alice" / "cats").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
-    assert public_name("alice/cats") == "cats" and public_name(tmp_path / "alice") == public_name("~") == "(local)"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "hf_msn run 9"}', '{"steps": 1}'])

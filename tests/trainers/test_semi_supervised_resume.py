@@ -58,13 +58,6 @@ def stopped(tmp_path_factory):
 def test_other_labelled_images_are_refused(stopped, tmp_path):
     saved = json.loads((stopped / "labelled_images.json").read_text())
     assert saved["rows"] == LABELLED_ROWS and saved["labels"] == [1, 5, 9, 1, 5, 9, 1, 5]
-    assert saved["support"] == {
-        "global_classes": None,
-        "global_images_per_class": 2,
-        "shard": "classes",
-        "views_per_image": 1,
-        "seed": 42,
-    }
     for rows, shared in (([*LABELLED_ROWS[:-1], 25], 7), (LABELLED_ROWS[:-1], 7), ([0, 2, 10, 18], 0)):
         with pytest.raises(CheckpointError, match=f"8 there, {len(rows)} here, {shared} rows"):
             make_run(tmp_path, rows=rows).train(resume_from_checkpoint=str(stopped))
@@ -74,11 +67,16 @@ def test_other_labelled_images_are_refused(stopped, tmp_path):
         make_run(tmp_path, changes=changes).train(resume_from_checkpoint=str(stopped))
 
 
-def test_other_views_of_the_support_are_named(stopped, tmp_path, caplog):
-    labelled = SupportDataset(digits(), LABELLED_ROWS, transform(grayscale=0.5), seed=1)
-    run = make_run(tmp_path, max_steps=3, changes={"support_dataset": labelled})
+def test_another_support_is_named_and_taken(stopped, tmp_path, caplog):
+    labelled = SupportDataset(digits(), LABELLED_ROWS, transform(grayscale=0.5), seed=1, views_per_image=2)
+    changes = {"support_dataset": labelled}
+    run = make_run(tmp_path, max_steps=3, changes=changes, global_support_images_per_class=3)
+    seen = watch(run)
     run.train(resume_from_checkpoint=str(stopped))
-    assert "support_grayscale 0.0 there, 0.5 here, support_view_seed 0 there, 1 here." in caplog.text
+    assert "global_support_images_per_class 2 there, 3 here, max_steps 8 there, 3 here" in caplog.text
+    assert "support_grayscale 0.0 there, 0.5 here, support_views_per_image 1 there, 2 here" in caplog.text
+    assert "support_view_seed 0 there, 1 here" in caplog.text
+    assert [len(inputs["support_labels"]) for inputs in seen] == [18]
 
     earlier = shutil.copytree(stopped, tmp_path / stopped.name)
     record = read_json(earlier / "run.json")
@@ -86,19 +84,8 @@ def test_other_views_of_the_support_are_named(stopped, tmp_path, caplog):
     write_json(earlier / "run.json", record)
     (earlier / "checksums.sha256").unlink()
     caplog.clear()
-    make_run(tmp_path, max_steps=8, changes={"support_dataset": labelled}).train(resume_from_checkpoint=str(earlier))
+    make_run(tmp_path, changes=changes).train(resume_from_checkpoint=str(earlier))
     assert "other settings" not in caplog.text
-
-
-def test_another_support_is_named_and_taken(stopped, tmp_path, caplog):
-    trainer = make_run(tmp_path, global_support_images_per_class=3, views_per_image=2, max_steps=3)
-    seen = watch(trainer)
-    trainer.train(resume_from_checkpoint=str(stopped))
-    assert "global_images_per_class 2 there, 3 here, views_per_image 1 there, 2 here" in caplog.text
-    assert [len(inputs["support_labels"]) for inputs in seen] == [18]
-    caplog.clear()
-    make_run(tmp_path, max_steps=3).train(resume_from_checkpoint=str(stopped))
-    assert "another support" not in caplog.text
 
 
 @pytest.mark.parametrize("lars_first, missing", [(True, "betas"), (False, "trust_coeff")])
