@@ -1,8 +1,8 @@
 """One parser for every command, made from dataclasses and from signatures.
 
-It is transformers' `HfArgumentParser`, which users of the `run_*.py` scripts know and which costs no dependency, with
-what recipes need in addition: values from a YAML file, `none`, tuples and JSON objects, signatures beside dataclasses,
-and errors that name the nearest field. (jsonargparse would nest the fields of each class; recipes are flat.)
+Flags look as those of transformers' `HfArgumentParser`, which users of the `run_*.py` scripts know; fields have its
+`HfArg`. It reads dataclasses alone, and a value as one type. Recipes also have signatures, `none`, tuples, JSON values
+and values from a YAML file. (jsonargparse would nest the fields of each class; recipes are flat.)
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
 
 from ..checks import did_you_mean
@@ -101,22 +101,23 @@ class Option:
             return value[0]
         return self.sequence(value)
 
-    def as_field(self, is_hidden: bool) -> tuple[str, Any, dataclasses.Field]:
-        """Return the entry of `dataclasses.make_dataclass` from which `HfArgumentParser` makes the flag."""
+    def settings(self, is_hidden: bool) -> dict[str, Any]:
+        """Return the arguments of `add_argument`. An option that is not given is not in the namespace."""
         metavar = "|".join(self.choices) or ("NUMBER" if float in self.kinds else _READERS[self.kinds[0]][2])
-        settings: dict[str, Any] = {"metavar": metavar, "help": argparse.SUPPRESS if is_hidden else self._help()}
+        settings = {"type": self.read, "default": argparse.SUPPRESS, "metavar": metavar}
+        settings["help"] = argparse.SUPPRESS if is_hidden else self._help()
         if self.sequence is not None:
             settings["nargs"] = "+"
         elif self.kinds == [bool]:
-            settings |= {"nargs": "?", "const": "true"}
-        return self.name, self.read, dataclasses.field(default=argparse.SUPPRESS, metadata=settings)
+            settings |= {"nargs": "?", "const": True}
+        return settings
 
     def _help(self) -> str:
         shown = "" if self.default in (REQUIRED, None, ()) else f" [{_shown(self.default)}]"
         return f"{self.help}{shown}".replace("%%", "%").replace("%", "%%").strip()
 
 
-class Parser(HfArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Parser of one command, from the options by the title of their group. The first option of a name counts.
 
     The help does not show `hidden` ones. `owner` returns a sentence that says where an unknown name belongs.
@@ -129,15 +130,16 @@ class Parser(HfArgumentParser):
         owner: Callable[[str], str | None] = lambda name: None,
         **kwargs: Any,
     ):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.options: dict[str, Option] = {}
         self.owner = owner
-        made = []
         for title, options in groups.items():
-            fresh = [option for option in options if option.name not in self.options]
-            self.options |= {option.name: option for option in fresh}
-            entries = [option.as_field(option.name in hidden) for option in fresh]
-            made.append(dataclasses.make_dataclass("Group", entries, namespace={"_argument_group_name": title}))
-        super().__init__(made, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+            group = self.add_argument_group(title)
+            for option in options:
+                if option.name not in self.options:
+                    self.options[option.name] = option
+                    flags = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
+                    group.add_argument(*flags, **option.settings(option.name in hidden))
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
         """Return the options that a command line gives, by name."""

@@ -188,9 +188,6 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     model = build(ModelArguments, values)
     if model.from_backbone is None:
         method.config(**config_fields)  # names a wrong field before any data is read
-    resume = values.get("resume_from_checkpoint")
-    if str(resume).lower() in ("true", "false"):
-        values = {**values, "resume_from_checkpoint": str(resume).lower() == "true"}
     check_output_dir(values)
     names = {option.name for option in sync_options()}
     return Recipe(

@@ -10,6 +10,7 @@ import yaml
 from ..checks import did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
+_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -23,61 +24,52 @@ def find_recipe(name: str | Path) -> Path:
     raise ValueError(f"There is no recipe '{name}'. Give the path of a YAML file, or a name. {hint}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads the values inside an object, such as `timm_options`, by the rules of YAML 1.2."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Refuse keys that YAML would take in silence: a repeated one, and one that is no text."""
-        node = super().compose_mapping_node(anchor)
-        names = set()
-        for key, _ in node.value:
-            start, end = key.start_mark, key.end_mark
-            place = f"'{start.buffer[start.pointer : end.pointer].strip()}' in line {start.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key must be the name of a field, but is {place}. Write one line per field.")
-            if key.value in names:
-                raise yaml.YAMLError(f"a key must be given once, but {place} repeats one. Keep one of the lines.")
-            names.add(key.value)
-        return node
-
-
-# instead of those of YAML 1.1, where no, on and y are booleans, 012 is octal, 1:30 is 90, and 1e-3 is text
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", "|~|null|Null|NULL", ["", "~", "n", "N"]),
-    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", "[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?([0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the lines `field: value` of a recipe.
 
     A value is text, or a list of texts, and is read as on the command line: YAML's own types would make `False` of
-    `save_strategy: no` and 10 of `seed: 012`. An empty value is `None`.
+    `save_strategy: no` and 10 of `seed: 012`. An empty value is `None`. The values inside of an object, such as
+    `timm_options`, are numbers, booleans, `None` and texts by the rules of YAML 1.2.
     """
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
-        root = loader.get_single_node()
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
         if root is None:
             return {}
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"The recipe '{path}' must be lines `field: value`, but holds a {root.id}.")
-        loader.flatten_mapping(root)
-        return {key.value: _value(loader, node) for key, node in root.value}
+        return _mapping(root, is_typed=False)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe '{path}' cannot be read: {error}") from error
 
 
-def _value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+def _mapping(node: yaml.MappingNode, is_typed: bool) -> dict[str, Any]:
+    values = {}
+    for key, value in node.value:
+        start, end = key.start_mark, key.end_mark
+        place = f"'{start.buffer[start.pointer : end.pointer].strip()}' in line {start.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.YAMLError(f"a key must be the name of a field, but is {place}. Write one line per field.")
+        if key.value in values:
+            raise yaml.YAMLError(f"a key must be given once, but {place} repeats one. Keep one of the lines.")
+        values[key.value] = _value(value, is_typed)
+    return values
+
+
+def _value(node: yaml.Node, is_typed: bool) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_value(loader, entry) for entry in node.value]
+        return [_value(entry, is_typed) for entry in node.value]
     if isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node, deep=True)
-    return None if node.tag == "tag:yaml.org,2002:null" else node.value
+        return _mapping(node, is_typed=True)
+    text = node.value
+    if node.style is not None:  # quoted
+        return text
+    if not is_typed:
+        return None if _CONSTANTS.get(text.lower(), text) is None else text
+    if re.fullmatch(r"[-+]?[0-9]+", text):
+        return int(text)
+    if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
+        return float(text)
+    return _CONSTANTS.get(text.lower(), text)
 
 
 def read_config(arguments: list[str], variant: str, default: str) -> tuple[str | None, dict[str, Any], str]:

@@ -15,7 +15,7 @@ from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
 from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
-from ..trainers.callbacks.non_finite import NonFiniteLossError
+from ..trainers.callbacks.non_finite import NonFiniteLossCallback
 from ..trainers.checkpoints import WholeCheckpointMixin
 from .arguments import FinetuningArguments
 
@@ -48,8 +48,9 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
         self._loader = loader
         self.loss_is_scaled_for_ga = False  # every micro-batch gives a mean
         self.model_accepts_loss_kwargs = False
-        self.all_finite = torch.tensor(True, device=args.device)
-        self.add_callback(DatasetEpochCallback(loader.batch_sampler))
+        self.non_finite = NonFiniteLossCallback(self)
+        for callback in (DatasetEpochCallback(loader.batch_sampler), self.non_finite):
+            self.add_callback(callback)
         self.remove_callback(PrinterCallback)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -88,7 +89,7 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         outputs = model(**inputs)
-        self.all_finite &= torch.isfinite(outputs.loss.detach())
+        self.non_finite.observe(outputs.loss.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def add_to_checkpoint(self, folder: Path) -> None:
@@ -98,14 +99,6 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
         best = Path(resume_from_checkpoint, BEST_EPOCH_FILE)
         self.best.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
         self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
-
-    def check_finite(self) -> None:
-        """Raise if a loss was NaN or infinite on any rank. Every rank must call it."""
-        if all_reduce_sum((~self.all_finite).float()) > 0:
-            raise NonFiniteLossError(
-                f"The loss became NaN or infinite by step {self.state.global_step}. Fine-tuning stops. Lower "
-                f"`learning_rate`, which is {self.args.learning_rate}, or use bf16 in place of fp16."
-            )
 
 
 class BestEpochCallback(TrainerCallback):
@@ -121,11 +114,14 @@ class BestEpochCallback(TrainerCallback):
         self.by_epoch: dict[int, dict[str, float]] = {}
         self.best_epoch: int | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
+        self.is_broken = torch.zeros(len(trainer.train_dataset), dtype=torch.bool)  # images, on any rank so far
         self._best = -1.0
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         epoch = round(state.epoch)
-        self.trainer.check_finite()
+        self.trainer.non_finite.check()
+        is_broken = self.is_broken | self.trainer.train_dataset.is_broken
+        self.is_broken = all_reduce_sum(is_broken.to(args.device, torch.float32)).cpu() > 0
         if self.measure is None:
             self.best_epoch = epoch
             return
@@ -141,8 +137,8 @@ class BestEpochCallback(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        found = {name: getattr(self, name) for name in ("by_epoch", "best_epoch", "best_weights", "_best")}
-        return {**found, "settings": self.settings}
+        names = ("settings", "by_epoch", "best_epoch", "best_weights", "is_broken", "_best")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, after a check that the settings are the same."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TrainerCallback
 
@@ -18,7 +17,6 @@ from ..data.labels import class_names, class_numbers, labelled_rows
 from ..data.map_style import image_dataset
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
-from ..distributed.collectives import all_reduce_sum
 from ..evaluation.weights_hash import weights_sha256
 from ..hub.run_record import changed_arguments
 from ..models.modeling_pretraining import SemiSupervisedModel
@@ -32,8 +30,9 @@ from .standardization import Standardization
 from .trainer import BestEpochCallback, FinetuningTrainer
 from .validation_split import validation_split
 
-# Settings in which a resumed run may differ from the stopped one.
+# Settings in which a resumed run may differ from the stopped one. Batches are counted over all ranks together.
 _MAY_DIFFER = (
+    "per_device_train_batch_size",
     "output_dir",
     "resume_from_checkpoint",
     "overwrite_output_dir",
@@ -41,7 +40,7 @@ _MAY_DIFFER = (
     "dataloader_num_workers",
 )
 # Settings of `TrainingArguments` that settle the batches and the learning rates, and must be the same.
-_INHERITED = ("num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size")
+_INHERITED = ("num_train_epochs", "gradient_accumulation_steps")
 
 
 def finetune_classifier(
@@ -155,13 +154,15 @@ class _Tuning:
         if checkpoint is None and args.should_save:
             shutil.rmtree(refit_dir, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
         measure = on_held_out if len(self.held_out) else None
-        model, best, num_trained = self._train(self.train_rows, args, callbacks, measure, checkpoint)
+        model, best = self._train(self.train_rows, args, callbacks, measure, checkpoint)
+        is_broken = best.is_broken
         if args.refit:
             shorter = copy.copy(args)
             shorter.num_train_epochs = best.best_epoch
             shorter.output_dir = args.output_dir if args.save_strategy == "no" else str(refit_dir)
             found = None if checkpoint is None else find_last_checkpoint(refit_dir)
-            model, _, num_trained = self._train(self.rows, shorter, callbacks, checkpoint=found)
+            model, refitted = self._train(self.rows, shorter, callbacks, checkpoint=found)
+            is_broken = refitted.is_broken
         elif best.best_weights is not None:
             model.load_state_dict(best.best_weights)
         self.finish(model)
@@ -177,7 +178,7 @@ class _Tuning:
             accuracy_by_epoch=best.by_epoch,
             trained_rows=self.rows if args.refit else self.train_rows,
             held_out_rows=self.held_out,
-            num_trained_images=num_trained,
+            num_trained_images=int((~is_broken).sum()),
             num_held_out_images=num_held_out,
             labelled=self.dataset,
             labels=self.labels,
@@ -199,8 +200,8 @@ class _Tuning:
         callbacks: Sequence[TrainerCallback],
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         checkpoint: str | Path | None = None,
-    ) -> tuple[PreTrainedModel, BestEpochCallback, int]:
-        """Return the trained model, the callback with its accuracies, and how many of the images could be read."""
+    ) -> tuple[PreTrainedModel, BestEpochCallback]:
+        """Return the trained model, and the callback with its accuracies and the images that could not be read."""
         model = self.build_model()
         # Compare the weights of the start, not its path: the folder may be moved or spelled in another way.
         start = f"a model with the weights {weights_sha256(model)[:16]}"
@@ -213,9 +214,7 @@ class _Tuning:
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        broken = all_reduce_sum(trainer.train_dataset.is_broken.to(args.device, torch.float32)) > 0
-        num_trained = len(rows) - int(broken.sum())
-        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best, num_trained
+        return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), best
 
     def _support(self, rows: np.ndarray, views_per_image: int = 1) -> SupportDataset:
         settings = {"views_per_image": views_per_image, "seed": self.args.seed}

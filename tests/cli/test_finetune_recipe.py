@@ -3,8 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from finetuning_runs import ENCODER, PROCESSOR, VIEWS, digits, paws_config
-from transformers import ResNetConfig
+from finetuning_runs import PROCESSOR, VIEWS, digits, paws_config
 
 from hf_msn import (
     ClassifierFinetuningArguments,
@@ -79,7 +78,6 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
         (["--start_layer", "fc1", "--model", "timm:test_resnet"], "`start_layer`"),
         (["--max_steps", "-5"], "`num_train_epochs`"),
         (["--model", "timm:test_resnet", "--hidden_size", "8"], "`hidden_size`"),
-        (["--save_strategy", "steps"], "`save_strategy` .*'steps'"),
         (["--model", "/no/such"], "'/no/such'"),
         (["--model", "timm:nonsense"], "'timm:nonsense'"),
         (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),
@@ -88,21 +86,6 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
 def test_wrong_use_is_named_before_any_data_is_read(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, *arguments)
-
-
-def test_a_checkpoint_of_another_kind_is_named(tmp_path):
-    ResNetConfig().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(ValueError, match=r"'resnet'"):
-        parse(tmp_path / "run", "--model", tmp_path / "resnet", "--dataset", "/no/such")
-
-
-def test_output_dir_must_be_given_and_be_empty(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"`output_dir` .*--overwrite_output_dir"):
-        parse(tmp_path)
-    assert parse(tmp_path, "--overwrite_output_dir").output_dir == str(tmp_path)
-    with pytest.raises(ValueError, match=r"`output_dir` is missing"):
-        parse_finetuning_recipe([])
 
 
 def test_a_missing_test_split_is_an_error_before_training(paws_folder, tmp_path, monkeypatch):
@@ -153,11 +136,3 @@ def test_labels_of_a_checkpoint_are_compared_with_the_data(paws_folder, tmp_path
         monkeypatch.setattr(recipe.data, "load", lambda other=other: other)
         with pytest.raises(ValueError, match=f"50 labelled rows of another data set: `dataset` {fault}"):
             recipe.load_labelled()
-
-
-def test_a_start_from_scratch_takes_the_fields_of_the_encoder(tmp_path):
-    fields = [text for name, value in ENCODER.items() for text in (f"--{name}", value)]
-    settings = ["--num_train_epochs", 1, "--labelled_images_per_class", 2, "--disable_tqdm", "true"]
-    result = parse(tmp_path, *fields, *settings).finetune()
-    assert result.model.config.hidden_size == 32 and result.model.config.image_size == 8
-    assert len(result.trained_rows) == len(result.held_out_rows) == 10

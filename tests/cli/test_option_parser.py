@@ -16,10 +16,6 @@ def read(annotation, *texts):
     return Parser({"all": [Option("field", annotation)]}).read(["--field", *texts])["field"]
 
 
-def read_yaml_value(annotation, value):
-    return Parser({"all": [Option("field", annotation)]}).read_values({"field": value}, "the file")["field"]
-
-
 @pytest.mark.parametrize(
     ("annotation", "texts", "expected"),
     [
@@ -48,24 +44,6 @@ def read_yaml_value(annotation, value):
 )
 def test_a_value_has_the_type_of_its_annotation(annotation, texts, expected):
     found = read(annotation, *texts)
-    assert found == expected and type(found) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("annotation", "value", "expected"),
-    [
-        (float, "1e-3", 0.001),  # YAML reads 1e-3 as text
-        (float, 5, 5.0),
-        (float | None, None, None),
-        (tuple[float, float], [0, 1.5], (0.0, 1.5)),
-        (bool, False, False),
-        (dict | None, {"depth": [2], "rate": 0.1}, {"depth": [2], "rate": 0.1}),
-        (str, "--strange", "--strange"),
-    ],
-    ids=str,
-)
-def test_a_value_of_yaml_has_the_type_of_its_annotation(annotation, value, expected):
-    found = read_yaml_value(annotation, value)
     assert found == expected and type(found) is type(expected)
 
 
@@ -165,6 +143,11 @@ def test_help_shows_the_text_and_the_default_of_a_field():
         (int, "012", 12),
         (float, "1e-3", 0.001),
         (float, ".5", 0.5),
+        (float, "5", 5.0),
+        (str, "--strange", "--strange"),
+        (str, "'012'", "012"),
+        (tuple[float, float], "[0, 1.5]", (0.0, 1.5)),
+        (dict, "{a: '4', b: [+1, 2.], c: {d: .5}}", {"a": "4", "b": [1, 2.0], "c": {"d": 0.5}}),
         (bool, "on", True),
         (bool, "no", False),
         (bool, "True", True),
@@ -181,7 +164,8 @@ def test_help_shows_the_text_and_the_default_of_a_field():
 )  # fmt: skip
 def test_a_line_of_a_recipe_is_read_as_on_the_command_line(annotation, line, expected, tmp_path):
     (tmp_path / "r.yaml").write_text(f"field: {line}\n")
-    found = read_yaml_value(annotation, read_yaml(tmp_path / "r.yaml")["field"])
+    parser = Parser({"all": [Option("field", annotation)]})
+    found = parser.read_values(read_yaml(tmp_path / "r.yaml"), "the file")["field"]
     assert found == expected and type(found) is type(expected)
 
 

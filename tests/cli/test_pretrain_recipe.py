@@ -95,7 +95,7 @@ def test_output_dir_must_be_given_and_be_empty(tmp_path, out):
     with pytest.raises(ValueError, match=r"`output_dir`"):
         parse_recipe(["--output_dir", out, "--resume_from_checkpoint", "false"])
     resumed = parse_recipe(["--output_dir", out, "--resume_from_checkpoint", "true"])
-    assert resumed.training.resume_from_checkpoint is True
+    assert resumed.training.resume_from_checkpoint == "true"
     assert parse_recipe(["--output_dir", out, "--overwrite_output_dir"]).training.overwrite_output_dir is True
 
 

@@ -7,7 +7,6 @@ from functools import partial, wraps
 from unittest.mock import patch
 
 import pytest
-import timm
 import torch
 from launch import run_ranks
 from transformers import ViTMSNConfig, ViTMSNModel
@@ -36,19 +35,6 @@ def msn_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_the_script_prints_a_table_and_writes_json(run, msn_folder, tmp_path):
-    tasks = ["--images_per_class", 1, 5, "--fractions", 0.02]
-    printed = run("--model", msn_folder, *tasks, "--output", tmp_path / "r.json")
-    lines = [line for line in printed.splitlines() if line.strip()]
-    assert [line[:11].strip() for line in lines] == ["task", "-----------", "1 per class", "5 per class", "2 percent"]
-    saved = json.loads((tmp_path / "r.json").read_text())
-    assert saved["primary_metric"] == "low_shot/5_per_class/top1"
-    assert saved["model"]["class"] == "MSNForPreTraining"
-    assert f"{saved['metrics']['low_shot/5_per_class/top1']:.1f}" in lines[3]
-    assert saved["metrics"]["low_shot/1_per_class/num_splits"] == 3
-
-
 def evaluate_on_rank(rank, arguments):
     """Return what the command prints on this rank. The process group is ended by `run_ranks`."""
     with redirect_stdout(io.StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
@@ -58,13 +44,18 @@ def evaluate_on_rank(rank, arguments):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_print_and_write_what_one_does(run, msn_folder, tmp_path):
-    arguments = ["--model", str(msn_folder), "--images_per_class", "2"]
+def test_a_table_and_a_file_are_written_on_two_ranks_as_on_one(run, msn_folder, tmp_path):
+    arguments = ["--model", str(msn_folder), *"--images_per_class 1 5 --fractions 0.02".split()]
     one = run(*arguments, "--output", tmp_path / "1.json")
+    lines = [line for line in one.splitlines() if line.strip()]
+    assert [line[:11].strip() for line in lines] == ["task", "-----------", "1 per class", "5 per class", "2 percent"]
     printed = run_ranks(evaluate_on_rank, 2, [*arguments, "--output", str(tmp_path / "2.json")])
     assert printed == [one, ""]  # rank 1 works for rank 0, not for itself
     saved = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
     assert saved[1]["metrics"] == pytest.approx(saved[0]["metrics"])
+    assert saved[0]["primary_metric"] == "low_shot/5_per_class/top1"
+    assert f"{saved[0]['metrics']['low_shot/5_per_class/top1']:.1f}" in lines[3]
+    assert saved[0]["metrics"]["low_shot/1_per_class/num_splits"] == 3
 
 
 def test_a_plain_transformers_folder_and_another_probe(run, tmp_path):
@@ -105,16 +96,6 @@ def test_an_existing_output_is_kept_until_another_is_complete(run, tmp_path):
     with pytest.raises(ValueError, match="/no/such/model"):
         run("--model", "/no/such/model", "--output", tmp_path / "r.json")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.json", "old")]
-
-
-@pytest.mark.slow
-def test_a_timm_architecture_with_a_local_weights_file(run, tmp_path):
-    model = timm.create_model("test_vit")
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    output = tmp_path / "out.json"
-    arguments = ["--model", "timm:test_vit", "--checkpoint", tmp_path / "weights.pth", "--images_per_class", 1]
-    run(*arguments, "--test_split", "test[:20]", "--output", output)
-    assert json.loads(output.read_text())["data"]["test"]["num_images"] == 20
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from launch import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_msn import PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining, evaluation_image_processor, load_images
+from hf_msn import load_images
 from hf_msn.cli.main import main
 from hf_msn.data.decoding import decode_image
 
@@ -54,26 +54,6 @@ def test_the_supervised_recipe_saves_what_it_measured(run, tmp_path):
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == files.split()
     with pytest.raises(ValueError, match="`output_dir`"):
         run("--config", RECIPE, *TINY, "--output_dir", tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_both_heads_go_on_from_a_checkpoint_of_paws_with_its_labels(run, tmp_path):
-    labels = load_images("digits")["label"][:]
-    rows = sorted(row for digit in range(10) for row in [i for i, label in enumerate(labels) if label == digit][3:6])
-    torch.manual_seed(0)
-    config = PAWSConfig(timm_model="test_resnet", projection_hidden_dim=32, projection_dim=16)
-    PAWSForPreTraining(config).save_pretrained(tmp_path / "paws")
-    evaluation_image_processor(8, crop_fraction=1.0).save_pretrained(tmp_path / "paws")
-    (tmp_path / "paws" / "labelled_images.json").write_text(
-        json.dumps({"rows": rows, "labels": [labels[row] for row in rows], "class_names": list("0123456789")})
-    )
-    settings = ["--model", tmp_path / "paws", "--num_train_epochs", 2, "--use_cpu", "--disable_tqdm", "true"]
-    for head in ("linear", "suncet"):
-        run(*settings, "--head", head, "--output_dir", tmp_path / head)
-        recorded = json.loads((tmp_path / head / "finetune.json").read_text())
-        assert sorted(recorded["trained_rows"] + recorded["held_out_rows"]) == rows
-        assert recorded["test_accuracy"] is None
-    assert SuNCEtForPreTraining.from_pretrained(tmp_path / "suncet").config.timm_model == "test_resnet"
 
 
 def finetune_on_rank(rank, arguments):

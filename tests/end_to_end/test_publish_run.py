@@ -115,17 +115,6 @@ def test_from_pretraining_that_pushes_to_a_card_with_measured_numbers(run, hub, 
         publish_checkpoint(home / "other", "alice/other", results=[home / "low_shot.json"], dry_run=True)
 
 
-def test_publishing_without_results_must_be_asked_for(run, hub, home):
-    tiny_model().save_pretrained(home / "run")
-    named = ["--checkpoint", home / "run", "--repo_id", "alice/tiny"]
-    with pytest.raises(ValueError, match="without_results"):
-        run("publish.py", *named)
-    assert hub.repos == {}
-    assert "4 files" in run("publish.py", *named, "--without-results", "--private", "false")
-    assert sorted(hub.files("alice/tiny")) == RUN[:4]
-    assert not hub.repos["alice/tiny"].private
-
-
 @pytest.mark.slow
 def test_a_fine_tuned_classifier_is_pushed_with_what_its_test_measured(run, hub, home, monkeypatch):
     tiny = "--hidden_size 32 --num_hidden_layers 2 --intermediate_size 64 --patch_size 4 --num_train_epochs 1"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_arguments, suncet_config, with_labels
+from launch import run_ranks
 from transformers import TrainerCallback
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier, finetune_suncet
@@ -80,6 +81,24 @@ def test_a_run_is_resumed_with_the_same_settings_and_labels_only(tmp_path):
         file.write_bytes(whole)
 
 
+EVEN = {"validation_fraction": 0, "refit": False, "global_batch_size": 10}  # 3 batches, nothing filled up
+
+
+def _stop_in_the_second_epoch(rank, folder):
+    with pytest.raises(KeyboardInterrupt):
+        tune("linear", folder, [Stop(2)], **EVEN)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_classifier_goes_on_with_another_number_of_ranks(tmp_path):
+    whole = tune("linear", tmp_path / "whole", **EVEN).model.state_dict()
+    run_ranks(_stop_in_the_second_epoch, 2, str(tmp_path / "parts"), timeout=120)
+    resumed = tune("linear", tmp_path / "parts", resume_from_checkpoint="true", **EVEN).model.state_dict()
+    for name, value in whole.items():
+        assert torch.allclose(resumed[name].double(), value.double(), rtol=1e-4, atol=1e-5), name
+
+
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_number_of_epochs_and_the_same_weights_to_start_from(tmp_path, monkeypatch):
     method, arguments, config = METHODS["suncet"]
@@ -95,7 +114,7 @@ def test_a_resumed_run_has_the_same_number_of_epochs_and_the_same_weights_to_sta
     with pytest.raises(KeyboardInterrupt):
         tune_from(tmp_path / "start", [Stop(2)])
     resume = {"resume_from_checkpoint": "true"}
-    for name in ("num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size"):
+    for name in ("num_train_epochs", "gradient_accumulation_steps"):
         with pytest.raises(ValueError, match=f"`{name}` .* but is 3"):
             tune_from(tmp_path / "start", **resume, **{name: 3})
     (tmp_path / "start").rename(tmp_path / "moved")
