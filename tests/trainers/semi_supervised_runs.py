@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from short_runs import SHORT
 from tiny_semi_supervised import HEADS
 
 from hf_msn import (
@@ -65,18 +66,7 @@ def make_run(
     `changes` are further arguments of the trainer.
     """
     config, model, training_arguments, trainer = METHODS[method]
-    arguments = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "warmup_steps": 2,
-        "global_support_images_per_class": 2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        **arguments,
-    }
+    arguments = {**SHORT, "global_support_images_per_class": 2, "save_strategy": "no", **arguments}
     torch.manual_seed(0)
     images = digits().select(range(num_images))
     settings = {

@@ -38,24 +38,24 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+SHORT = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "warmup_steps": 2,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
 def make_trainer(
     output_dir, dataset=None, callbacks=None, model_fields=None, eval_dataset=None, **arguments
 ) -> MSNTrainer:
     """Return a trainer of a tiny model: 4 images per batch, 8 steps, a checkpoint every 3."""
-    arguments = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "warmup_steps": 2,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-        **arguments,
-    }
     return MSNTrainer(
         tiny_model(**(model_fields or {})),
-        MSNTrainingArguments(str(output_dir), **arguments),
+        MSNTrainingArguments(str(output_dir), **{**SHORT, "save_steps": 3, **arguments}),
         train_dataset=RandomViews() if dataset is None else dataset,
         eval_dataset=eval_dataset,
         callbacks=callbacks,

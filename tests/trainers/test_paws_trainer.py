@@ -162,9 +162,7 @@ def test_evaluation_uses_one_support_and_leaves_the_run_as_it_was(tmp_path):
     "settings, changes, message",
     [
         ({"global_support_classes": 4}, {}, r"`global_support_classes` .* but is 4"),
-        ({"global_support_classes": 0}, {}, r"`global_support_classes` .* but is 0"),
         ({"global_support_classes": 1}, {}, "at least 2 classes to tell apart, but has 1 of the 3"),
-        ({"global_support_images_per_class": 0}, {}, r"`global_support_images_per_class` .* but is 0"),
         ({"support_shard": "ranks"}, {}, r"`support_shard` .* but is 'ranks'"),
         (
             {"support_on_small_class": "raise", "global_support_images_per_class": 3},
