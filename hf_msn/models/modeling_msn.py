@@ -28,6 +28,8 @@ class MSNForPreTrainingOutput(ModelOutput):
         target_probabilities (`torch.Tensor` of shape `(B, K)`): Sharpened assignments of the target views.
         anchor_probabilities (`torch.Tensor` of shape `(V*B, K)`): Assignments of the anchors, view-major, with
             gradient.
+        features, projections (`torch.Tensor` of shape `(B, D)`): Outputs of the online encoder and its heads for the
+            first anchor, else focal, view, without gradient.
     """
 
     loss: torch.Tensor | None = None
@@ -36,6 +38,8 @@ class MSNForPreTrainingOutput(ModelOutput):
     entropy: torch.Tensor | None = None
     target_probabilities: torch.Tensor | None = None
     anchor_probabilities: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    projections: torch.Tensor | None = None
 
 
 class MSNForPreTraining(PretrainingModel):
@@ -125,6 +129,7 @@ class MSNForPreTraining(PretrainingModel):
             images = view.transpose(0, 1).flatten(0, 1)  # view-major
             kept_patches = self._draw_kept_patches(images) if name == "anchor_pixel_values" else None
             rows.append(self._cls(self.encoder, images, kept_patches))
+        features = rows[0][:batch_size].detach()
         if len({view.shape[-2:] for view in views.values()}) == 1:
             rows = [torch.cat(rows)]
         rows = self._apply_head(self.projection_head, rows)
@@ -153,6 +158,8 @@ class MSNForPreTraining(PretrainingModel):
             entropy=output.entropy.detach(),
             target_probabilities=output.target_probabilities,
             anchor_probabilities=output.anchor_probabilities,
+            features=features,
+            projections=anchor_projections[:batch_size].detach(),
         )
 
     @property

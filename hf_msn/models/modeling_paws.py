@@ -21,6 +21,8 @@ class PAWSForPreTrainingOutput(ModelOutput):
             the targets of the first views first; C is the number of classes in the support.
         anchor_probabilities (`torch.Tensor` of shape `((2+F)*B, C)`): Class predictions of the global views and small
             crops, view-major, with gradient.
+        features, projections (`torch.Tensor` of shape `(2*B, D)`): Outputs of encoder and projection head for the
+            global views, without gradient.
     """
 
     loss: torch.Tensor | None = None
@@ -28,6 +30,8 @@ class PAWSForPreTrainingOutput(ModelOutput):
     me_max: torch.Tensor | None = None
     target_probabilities: torch.Tensor | None = None
     anchor_probabilities: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    projections: torch.Tensor | None = None
 
 
 class PAWSForPreTraining(SemiSupervisedModel):
@@ -76,7 +80,7 @@ class PAWSForPreTraining(SemiSupervisedModel):
         if num_small_crops:
             views.append(focal_pixel_values.transpose(0, 1).flatten(0, 1))
 
-        outputs = self._apply_heads([support_pixel_values, *views])
+        features, *outputs = self._apply_heads([support_pixel_values, *views])
         target_supports, first, second, *_ = outputs[0]
         anchor_supports, *anchors = outputs[-1]
 
@@ -97,6 +101,8 @@ class PAWSForPreTraining(SemiSupervisedModel):
             me_max=output.me_max.detach(),
             target_probabilities=output.target_probabilities,
             anchor_probabilities=output.anchor_probabilities,
+            features=torch.cat(features[1:3]).detach(),
+            projections=torch.cat([first, second]).detach(),
         )
 
 

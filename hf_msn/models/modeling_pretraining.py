@@ -198,15 +198,18 @@ class SemiSupervisedModel(PretrainingModel):
         Images of one size share a pass of the encoder and, with `batch_norm_per_resolution`, of the heads.
 
         Returns:
-            `list[list[torch.Tensor]]`: For each head its outputs for each group: projections first, predictions last.
+            `list[list[torch.Tensor]]`: The features of each group, then for each head its outputs for each group:
+                projections first, predictions last.
         """
         sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
         order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
         rows = [self._features(torch.cat([group for group in groups if group.shape[-2:] == size])) for size in sizes]
-        outputs = []
+        stages = [rows]
         heads = [self.projection_head] + ([] if self.prediction_head is None else [self.prediction_head])
         for head in heads:
-            rows = self._apply_head(head, rows)
+            stages.append(self._apply_head(head, stages[-1]))
+        outputs = []
+        for rows in stages:
             parts = torch.cat(rows).split([len(groups[place]) for place in order])
             outputs.append([part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])])
         return outputs

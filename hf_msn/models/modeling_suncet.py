@@ -20,11 +20,15 @@ class SuNCEtForPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor`): Scalar, the total to minimise: the sum of the other two.
         nt_xent (`torch.Tensor`, *optional*): Scalar, the loss of the images without labels, in nats.
         suncet (`torch.Tensor`, *optional*): Scalar, the loss of the support, in nats.
+        features, projections (`torch.Tensor` of shape `(2*B, D)`): Encoder and head outputs of the two views, or of
+            the support if it comes alone, without gradient.
     """
 
     loss: torch.Tensor | None = None
     nt_xent: torch.Tensor | None = None
     suncet: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    projections: torch.Tensor | None = None
 
 
 class SuNCEtForPreTraining(SemiSupervisedModel):
@@ -83,8 +87,8 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
         if pixel_values is not None:
             check_two_views(pixel_values, anchor_pixel_values)
             groups += [pixel_values, anchor_pixel_values[:, 0]]
-        projections = self._apply_heads(groups)[-1]
-
+        features, *_, projections = self._apply_heads(groups)
+        watched = torch.cat(features[-2:]).detach(), torch.cat(projections[-2:]).detach()
         suncet = nt_xent = None
         if support_labels is not None:
             supports, *projections = projections
@@ -100,6 +104,8 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
             loss=sum(part for part in (nt_xent, suncet) if part is not None),
             nt_xent=None if nt_xent is None else nt_xent.detach(),
             suncet=None if suncet is None else suncet.detach(),
+            features=watched[0],
+            projections=watched[1],
         )
 
 

@@ -25,9 +25,6 @@ class MSNTrainingArguments(PretrainingArguments):
     final_sharpen_temperature: float | None = HfArg(
         default=None, help="T of the targets at the end of its linear schedule. By default that of the first."
     )
-    collapse_warning: bool = HfArg(
-        default=True, help="Warn when the assignments collapse, with the symptom and the remedy."
-    )
 
     def __post_init__(self):
         super().__post_init__()

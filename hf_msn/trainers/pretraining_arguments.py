@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from ..checks import check_integer, check_number
+from ..checks import check_choice, check_integer, check_number
 from ..data.spare_cores import spare_cores
 
 
@@ -59,6 +59,11 @@ class PretrainingArguments(TrainingArguments):
     )
     lars_momentum: float = HfArg(default=0.9, help="Momentum of LARS, in [0, 1).")
     lars_trust_coefficient: float = HfArg(default=0.001, help="Trust coefficient of LARS.")
+    on_collapse: str = HfArg(
+        default="warn",
+        help="When features or assignments no longer depend on the image: warn; stop: warn and end the run with a "
+        "checkpoint; ignore.",
+    )
     compile_encoder: bool = HfArg(
         default=False, help="torch.compile the encoders. (`torch_compile` would take the whole model.)"
     )
@@ -116,6 +121,7 @@ class PretrainingArguments(TrainingArguments):
             check_number("final_weight_decay", self.final_weight_decay, minimum=0)
         if self.learning_rate_batch_size is not None:
             check_integer("learning_rate_batch_size", self.learning_rate_batch_size)
+        check_choice("on_collapse", self.on_collapse, ("warn", "stop", "ignore"))
         check_number("lars_momentum", self.lars_momentum, minimum=0, below=1, remedy="PAWS has 0.9.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the columns of a batch are its views.")

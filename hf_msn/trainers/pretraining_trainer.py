@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..data.datasets import MultiViewCollator, MultiViewDataset, StreamingMultiViewDataset, as_crops
 from ..data.transforms import gives_crops
@@ -25,6 +25,7 @@ from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
+from .callbacks.collapse import CollapseCallback
 from .callbacks.dataset_epoch import DatasetEpochCallback
 from .callbacks.non_finite import NonFiniteLossCallback
 from .callbacks.push import PushCallback
@@ -47,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 
 class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer):
-    """Base of the pretraining trainers. A method defines `compute_loss`, and calls `record` with the values to log.
+    """Base of the pretraining trainers. A method adds its schedules, and to `values_to_log`.
 
     Where the data sets have a [`MultiViewTransform`] and the collator is [`MultiViewCollator`], the loaders return
     uint8 crops, and the trainer finishes them (colour, blur, normalisation) on its device. Any other transform or
@@ -87,8 +88,9 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         self._num_recorded = 0
         self.throughput = ThroughputCallback()
         self.non_finite = NonFiniteLossCallback(self)
-        self.run_record = RunRecordCallback(self)
-        for callback in (DatasetEpochCallback(self.train_dataset), self.throughput, self.non_finite, self.run_record):
+        self.run_record, self.collapse = RunRecordCallback(self), CollapseCallback(self)
+        epoch = DatasetEpochCallback(self.train_dataset)
+        for callback in (epoch, self.throughput, self.non_finite, self.run_record, self.collapse):
             self.add_callback(callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -342,7 +344,17 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
             self._check_last_batch()
         return loss
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if model.training:
+            self.record(**self.values_to_log(outputs), **self.collapse.observe(outputs))
+        return (loss, outputs) if return_outputs else loss
+
     # Log
+
+    def values_to_log(self, outputs: ModelOutput) -> dict[str, torch.Tensor]:
+        """Return the scalars of a forward pass whose means are logged: the parts of the loss. Methods add to them."""
+        return {name: value for name, value in outputs.items() if name != "loss" and value.ndim == 0}
 
     @torch.no_grad()
     def record(self, **values: torch.Tensor) -> None:
@@ -354,7 +366,9 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
 
     def extra_logs(self) -> dict[str, float]:
         """Return further values for each log of the loss. All ranks call it. Methods add to it."""
-        return {"weight_decay": self.weight_decay_now(), **self.num_broken()}
+        rank = self.collapse.feature_rank
+        ranks = {} if rank is None else {"feature_rank": rank}
+        return {"weight_decay": self.weight_decay_now(), **ranks, **self.num_broken()}
 
     def num_broken(self) -> dict[str, int]:
         """Return the number of images found broken so far on all ranks. All call it. Methods add other data sets."""

@@ -79,14 +79,7 @@ class SemiSupervisedTrainer(PretrainingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training and "support_pixel_values" not in inputs and self.needs_support():
             inputs = {**inputs, **self._support_for_evaluation()}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if model.training:
-            self.record(**self.values_to_log(outputs))
-        return (loss, outputs) if return_outputs else loss
-
-    def values_to_log(self, outputs) -> dict[str, torch.Tensor]:
-        """Return the scalars of a forward pass whose means are logged: the parts of the loss. Methods add to them."""
-        return {name: value for name, value in outputs.items() if name != "loss" and value.ndim == 0}
+        return super().compute_loss(model, inputs, return_outputs)
 
     def num_broken(self) -> dict[str, int]:
         return {**super().num_broken(), **self.count_broken("broken_labelled_images", self.support_dataset)}

@@ -21,7 +21,6 @@ from hf_msn import (
     load_images,
 )
 from hf_msn.trainers.checkpoints import CheckpointError
-from hf_msn.trainers.msn_trainer import describe_collapse
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["schedule"]
 
@@ -260,23 +259,3 @@ def test_views_must_be_of_the_models_size_and_whole_patches(tmp_path, name, size
 def test_an_argument_outside_of_its_range_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"`{name}` .*({value}|must be False)"):
         MSNTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
-
-
-def test_collapse_is_described():
-    healthy = {"prototypes_in_use": 60, "mean_max_target_probability": 0.7, "me_max": 0.1}
-    assert describe_collapse(healthy, 64, 1000) is None
-    assert "only 1 of 64 prototypes" in describe_collapse({**healthy, "prototypes_in_use": 1}, 64, 1000)
-    assert "flat assignment" in describe_collapse({**healthy, "mean_max_target_probability": 0.016}, 64, 1000)
-    # 40 images cannot use more than 40 of 8192 prototypes, and 8 images are too few for a warning
-    assert describe_collapse({**healthy, "prototypes_in_use": 30}, 8192, 40) is None
-    assert describe_collapse({**healthy, "prototypes_in_use": 1}, 8192, 8) is None
-
-
-def test_a_collapse_is_reported_once(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=20, logging_steps=10)
-    with torch.no_grad():  # all projections are the bias of the last layer: every image gets the same assignment
-        for head in (trainer.model.projection_head, trainer.model.target_projection_head):
-            head.fc3.weight.zero_()
-    trainer.train()
-    assert caplog.text.count("of 8 prototypes are the target of any image") == 1
-    assert "use_sinkhorn" in caplog.text

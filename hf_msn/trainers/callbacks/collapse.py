@@ -1,0 +1,111 @@
+"""A warning, or a stop, when training has found a trivial solution."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback
+from transformers.utils import ModelOutput, logging
+
+from ...distributed.collectives import all_reduce_sum
+
+logger = logging.get_logger(__name__)
+
+UPDATES_PER_CHECK, CHECKS = 20, 3
+MIN_ROWS = 8  # of a micro-batch, to be judged
+# Limits. In healthy runs, their first updates included, the values were at least twice as large.
+MIN_STD, MIN_RANK = 0.01, 1.5
+MIN_SHARE_OF_INFORMATION = 0.03
+
+_SLOWER = "Lower `learning_rate`, lengthen the warm-up"
+SYMPTOMS = {
+    "feature_std": f"the encoder gives the same features for all images. {_SLOWER}, or lower `weight_decay`.",
+    "projection_std": f"the heads give the same projection for all images. {_SLOWER}, or lower `weight_decay`.",
+    "feature_rank": f"the features of all images lie on one line. {_SLOWER}, or enlarge the batch.",
+    "targets_in_use": "nearly all images have the same target. Raise `me_max_weight`, enlarge the batch, or use "
+    "Sinkhorn (`use_sinkhorn`) if the method has it.",
+    "target_information": f"all images have the same flat target. {_SLOWER}, enlarge the batch, or lower "
+    "`sharpen_temperature`.",
+}
+
+
+class CollapseCallback(TrainerCallback):
+    """Watch whether features and targets still depend on the image, and warn or stop if not (`on_collapse`).
+
+    Measured on each micro-batch of a rank:
+
+    - `feature_std`, `projection_std`: standard deviation per dimension of the l2-normalised outputs of encoder and
+      heads, times sqrt(D): about 1 if they point everywhere, 0 if all are equal (arXiv 2011.10566, section 4.1);
+    - `feature_rank`: effective rank, the exponential of the entropy of the normalised singular values, of centred
+      features (arXiv 2210.02885, equation 2), once in 20 updates;
+    - `target_information`: H(mean_i p_i) - mean_i H(p_i) of the targets p, in nats: what the assignment to prototypes
+      or classes says about an image. It is 0 for the uniform assignment, and for one prototype or class for all;
+    - `targets_in_use`: exp(H(mean_i p_i)), the effective number of prototypes or classes. Not logged.
+
+    The means of 20 updates are judged, in micro-batches of 8 rows and more. A collapse is three of them in a row below
+    a limit. With `on_collapse="stop"` all ranks end the run together.
+
+    Args:
+        trainer (`Trainer`): It calls [`observe`] with each output of its model in training.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.feature_rank: float | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self._limits: dict[str, float] = {}
+        self._features: torch.Tensor | None = None
+        self._count = self._num_bad = 0
+        self._reported = False
+
+    @torch.no_grad()
+    def observe(self, outputs: ModelOutput) -> dict[str, torch.Tensor]:
+        """Add a micro-batch by its `features`, `projections` and `target_probabilities`, and return what to log."""
+        logged = {"feature_std": scaled_std(outputs.features), "projection_std": scaled_std(outputs.projections)}
+        values, limits = logged, {"feature_std": MIN_STD, "projection_std": MIN_STD}
+        targets = outputs.get("target_probabilities")
+        if targets is not None and min(targets.shape) > 1:
+            entropy_of_mean = torch.special.entr(targets.mean(dim=0)).sum()
+            logged["target_information"] = entropy_of_mean - torch.special.entr(targets).sum(dim=-1).mean()
+            values = {**logged, "targets_in_use": entropy_of_mean.exp()}
+            limits["target_information"] = MIN_SHARE_OF_INFORMATION * math.log(min(targets.shape))
+            limits["targets_in_use"] = max(1.5, 0.05 * min(targets.shape))
+        if len(outputs.features) >= MIN_ROWS:
+            self._sums = {name: self._sums.get(name, 0.0) + value.float() for name, value in values.items()}
+            self._limits, self._features = limits, outputs.features
+            self._count += 1
+        return logged
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.on_collapse == "ignore" or state.global_step % UPDATES_PER_CHECK or not self._count:
+            return
+        sums = torch.stack([*self._sums.values(), self._count * effective_rank(self._features)])
+        means = dict(zip([*self._sums, "feature_rank"], (sums / self._count).tolist()))
+        limits = {**self._limits, "feature_rank": MIN_RANK}
+        self.feature_rank, self._sums, self._count = means["feature_rank"], {}, 0
+        found = [name for name in SYMPTOMS if name in means and means[name] < limits[name]]
+        self._num_bad = self._num_bad + 1 if found else 0
+        collapsed = self._num_bad >= CHECKS
+        if collapsed and not self._reported:
+            self._reported = True
+            logger.warning(
+                f"At step {state.global_step}: the run has collapsed: {SYMPTOMS[found[0]]} `{found[0]}` was "
+                f"{means[found[0]]:.2g}, in {CHECKS * UPDATES_PER_CHECK} updates below {limits[found[0]]:.2g}."
+            )
+        if args.on_collapse == "stop" and all_reduce_sum(torch.tensor(float(collapsed), device=args.device)) > 0:
+            logger.warning(f"The run ends at step {state.global_step} with a checkpoint: `on_collapse` is stop.")
+            control.should_save = control.should_training_stop = True
+
+
+def scaled_std(rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean standard deviation per dimension of l2-normalised rows (N, D), times sqrt(D)."""
+    rows = F.normalize(rows.float(), dim=-1)
+    return rows.std(dim=0, correction=0).mean() * rows.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def effective_rank(rows: torch.Tensor) -> torch.Tensor:
+    """Return the exponential of the entropy of the normalised singular values of centred rows (N, D)."""
+    singular_values = torch.linalg.svdvals(rows.float() - rows.float().mean(dim=0))
+    shares = singular_values / singular_values.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.special.entr(shares).sum().exp()

@@ -1,0 +1,140 @@
+"""CollapseCallback: its measures, and runs of every method that collapse on purpose or do not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch import run_ranks
+from semi_supervised_runs import make_run
+from short_runs import RandomViews, logged, make_trainer
+from transformers import TrainerControl, TrainerState
+from transformers.utils import ModelOutput
+
+from hf_msn.trainers.callbacks.collapse import CollapseCallback, effective_rank, scaled_std
+
+NO_WEIGHTS = {"weight_decay": 50.0, "final_weight_decay": None}
+COLLAPSES = {
+    "one prototype": ("msn", {"me_max_weight": 0.0}, {"learning_rate": 2e-2, "ema_momentum": 0.8}, "`targets_in_use`"),
+    "flat prototypes": ("msn", {"sharpen_temperature": 4.0}, {}, "`target_information`"),
+    "flat classes": ("paws", {"sharpen_temperature": 4.0}, {}, "`target_information`"),
+    "constant features of MSN": ("msn", {}, NO_WEIGHTS, "`feature_std`"),
+    "constant features of PAWS": ("paws", {}, NO_WEIGHTS, "`feature_std`"),
+    "constant features of SuNCEt": ("suncet", {}, NO_WEIGHTS, "`feature_std`"),
+}
+
+
+def run_of(method: str, tmp_path, fields: dict, **arguments):
+    arguments = {
+        "max_steps": 200,
+        "save_strategy": "no",
+        "logging_steps": 20,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 5e-3,
+        "on_collapse": "stop",
+        **arguments,
+    }
+    if method == "msn":
+        return make_trainer(tmp_path, dataset=RandomViews(64), model_fields=fields, **arguments)
+    return make_run(tmp_path, method, model_fields=fields, num_images=64, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_collapse_is_named_and_ends_the_run_within_200_steps(tmp_path, caplog, name):
+    method, fields, arguments, symptom = COLLAPSES[name]
+    trainer = run_of(method, tmp_path, fields, **arguments)
+    trainer.train()
+    assert trainer.state.global_step < 200
+    assert symptom in caplog.text
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["msn", "paws", "suncet"])
+def test_a_healthy_run_goes_on(tmp_path, caplog, method):
+    trainer = run_of(method, tmp_path, {}, max_steps=120)
+    trainer.train()
+    assert trainer.state.global_step == 120
+    assert "collapsed" not in caplog.text
+    for name in ("feature_std", "projection_std", "feature_rank"):
+        assert set(logged(trainer, name)) == {20, 40, 60, 80, 100, 120}
+
+
+def outputs(kind: str = "healthy", num_rows: int = 16, dim: int = 12) -> ModelOutput:
+    generator = torch.Generator().manual_seed(0)
+    features, projections = torch.randn(2, num_rows, dim, generator=generator)
+    targets = torch.softmax(4 * torch.randn(num_rows, 6, generator=generator), dim=-1)
+    line = torch.linspace(-1, 1, num_rows)[:, None] * features[:1]
+    changes = {
+        "healthy": {},
+        "feature_std": {"features": features[:1].expand(num_rows, dim)},
+        "projection_std": {"projections": projections[:1].expand(num_rows, dim)},
+        "feature_rank": {"features": line},
+        "targets_in_use": {"target_probabilities": torch.eye(6)[:1].expand(num_rows, 6)},
+        "target_information": {"target_probabilities": torch.full((num_rows, 6), 1 / 6)},
+    }
+    given = {"features": features, "projections": projections, "target_probabilities": targets, **changes[kind]}
+    return ModelOutput(given)
+
+
+def updates(kinds: list[str], on_collapse: str = "warn", **sizes) -> list[int]:
+    """Return the updates after which the training would end, of 20 updates with each kind of outputs."""
+    callback, control, state = CollapseCallback(trainer=None), TrainerControl(), TrainerState()
+    ends = []
+    for kind in kinds:
+        for _ in range(20):
+            state.global_step += 1
+            callback.observe(outputs(kind, **sizes))
+            callback.on_step_end(SimpleNamespace(on_collapse=on_collapse, device="cpu"), state, control)
+            if control.should_training_stop and control.should_save:
+                ends.append(state.global_step)
+                control.should_training_stop = False
+    return ends
+
+
+@pytest.mark.parametrize(
+    "kind", ["feature_std", "projection_std", "feature_rank", "targets_in_use", "target_information"]
+)
+def test_each_symptom_is_reported_once_after_60_updates(caplog, kind):
+    assert updates(["healthy", *[kind] * 2, "healthy", *[kind] * 3], "stop") == [140]
+    caplog.clear()
+    assert updates([kind] * 5) == []  # warns only
+    assert caplog.text.count(f"`{kind}` was") == 1
+    assert caplog.text.count("At step 60") == 1
+
+
+def test_small_micro_batches_and_ignored_collapses_are_not_judged(caplog):
+    assert updates(["feature_std"] * 4, "stop", num_rows=7) == []
+    assert updates(["feature_std"] * 4, "ignore") == []
+    assert "collapsed" not in caplog.text
+
+
+def _stop_of(rank: int) -> list[int]:
+    return updates(["feature_std" if rank == 1 else "healthy"] * 3, "stop")
+
+
+def test_all_ranks_stop_when_one_has_collapsed():
+    assert run_ranks(_stop_of, 2) == [[60], [60]]
+
+
+def test_measures_equal_loops_in_float64():
+    rows = outputs(num_rows=9, dim=5).features.double()
+    normalized = [row / row.norm() for row in rows]
+    deviations = []
+    for column in range(5):
+        values = [row[column] for row in normalized]
+        mean = sum(values) / 9
+        deviations.append((sum((value - mean) ** 2 for value in values) / 9).sqrt())
+    assert scaled_std(rows).item() == pytest.approx(float(sum(deviations) / 5 * 5**0.5), rel=1e-6)
+
+    centred = rows - rows.mean(dim=0)
+    singular_values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    shares = singular_values / singular_values.sum()
+    expected = torch.exp(-sum(share * share.log() for share in shares))
+    assert effective_rank(rows).item() == pytest.approx(expected.item(), rel=1e-5)
+
+    targets = outputs(num_rows=9).target_probabilities.double()
+    mean = sum(targets) / 9
+    information = sum((p * (p / mean).log()).sum() for p in targets) / 9  # mean_i KL(p_i, mean)
+    logged_values = CollapseCallback(trainer=None).observe(outputs(num_rows=9))
+    assert logged_values["target_information"].item() == pytest.approx(information.item(), rel=1e-5)
