@@ -88,8 +88,8 @@ def extract_features(
         batch_size (`int`, *optional*, defaults to 64): Images per batch on each rank.
         num_workers (`int`, *optional*): Processes per rank that decode images. By default none on the CPU or for few
             images, on a GPU this rank's share of the cores.
-        features (`str`, *optional*, defaults to `"backbone"`): Or "projection" or "prediction": see
-            [`evaluated_module`].
+        features (`str`, *optional*, defaults to `"backbone"`): "projection" is the space in which PAWS compares
+            images, "prediction" the output of the prediction head behind it.
         num_last_layers (`int`, *optional*, defaults to 1): Blocks whose [CLS] is concatenated, the earliest first.
         rows (`np.ndarray`, *optional*): Only these rows of `dataset`, each once; not for streams. By default all.
         cache_dir (`str` or `os.PathLike`, *optional*): Folder for the features, keyed by weights, data, image

@@ -20,35 +20,17 @@ from ..models.encoder import PatchDroppingViTMSNModel
 CLS_PARAMETER = re.compile(r"(vision_model\.)?embeddings\.(cls_token|class_embedding)")
 # fields of a ViTMSN's configuration that change its features without changing the shapes of its tensors
 _VIT_MSN_FIELDS = (
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "num_attention_heads",
-    "hidden_act",
-    "layer_norm_eps",
-    "qkv_bias",
+    *("image_size", "patch_size", "num_channels"),
+    *("num_attention_heads", "hidden_act", "layer_norm_eps", "qkv_bias"),
 )
 # fields of any configuration that do not change what the weights compute
 _NOT_ARCHITECTURE = {
-    "_name_or_path",
-    "architectures",
-    "transformers_version",
-    "dtype",
-    "id2label",
-    "label2id",
-    "problem_type",
+    *("_name_or_path", "architectures", "transformers_version", "dtype"),
+    *("id2label", "label2id", "problem_type"),
 }
 _NOT_STRUCTURE = {
-    "training",
-    "num_classes",
-    "num_labels",
-    "grad_checkpointing",
-    "gradient_checkpointing",
-    "fused_attn",
-    "inplace",
-    "momentum",
-    "weight_init_mode",
-    "fix_init",
+    *("training", "num_classes", "num_labels", "grad_checkpointing", "gradient_checkpointing", "fused_attn"),
+    *("inplace", "momentum", "weight_init_mode", "fix_init"),
 }
 # sizes of a patch embedding that follow from its grid and its patches, or that only checks of its input use
 _SIZES_OF_PATCHES = {"img_size", "num_patches", "H", "W"}

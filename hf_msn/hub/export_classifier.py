@@ -65,16 +65,6 @@ def export_classifier(
     Raises:
         ValueError: If the probe is not fitted or cannot be a linear head, the features are not of this model, names do
             not fit the classes, or as for [`export_backbone`].
-
-    Example:
-
-    ```python
-    >>> features = extract_features(model, images, processor)
-    >>> probe = LogisticProbe().fit(features.features, features.labels)
-    >>> names = images.features["label"].names
-    >>> export_classifier(model, probe, features, "runs/mine/classifier", class_names=names, image_processor=processor)
-    >>> pipeline("image-classification", "runs/mine/classifier")("image.png")
-    ```
     """
     model = pretraining_model(model)
     path = check_new_folder(path, "path")

@@ -39,13 +39,8 @@ _KNOWN_RESNETS = {
 NETWORKS = (*_KNOWN_RESNETS.values(), *PAWS_NETWORKS)
 # options that names and shapes show, or that only initialisation and training use
 NETWORK_OPTIONS = {
-    "layers",
-    "channels",
-    "stem_channels",
-    "bottleneck",
-    "drop_rate",
-    "drop_path_rate",
-    "zero_init_last",
+    *("layers", "channels", "stem_channels", "bottleneck"),
+    *("drop_rate", "drop_path_rate", "zero_init_last"),
 }
 
 
