@@ -56,20 +56,3 @@ def product(topology, steps, start=0):
 def is_exact_mean(topology, steps, start=0):
     x = normal(topology.world_size, 5)
     return torch.allclose(product(topology, steps, start) @ x, x.mean(0).expand_as(x), rtol=0, atol=1e-14)
-
-
-def is_strongly_connected(topology, steps, start=0):
-    ranks = topology.alive
-    reached = {
-        rank: {peer for step in range(start, start + steps) for peer in topology.out_peers(rank, step)}
-        for rank in ranks
-    }
-    for first in ranks:
-        seen, todo = {first}, [first]
-        while todo:
-            new = reached[todo.pop()] - seen
-            seen |= new
-            todo += new
-        if seen != set(ranks):
-            return False
-    return True

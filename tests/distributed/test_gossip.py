@@ -76,61 +76,6 @@ def test_every_variant_follows_its_equations_on_every_rank_at_every_step():
         assert all(torch.equal(r[name][NUM_STEPS], results[0][name][NUM_STEPS]) for r in results), name
 
 
-def _wrapped(rank, n):
-    """DDP with accumulation by accelerate, a frozen part, and buffers."""
-    from accelerate import Accelerator  # other ranks of this file need not import it
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    torch.manual_seed(rank)
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False), nn.Linear(2, 2).requires_grad_(False))
-    inner = model.double()
-    optimizer = torch.optim.SGD(inner[0].parameters(), lr=0.1)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    x = torch.randn(8, 6, 3, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
-    counts, seen = [], []
-    with Gossip(model, optimizer, topology=Lopsided(n), timeout_seconds=20.0) as sync:
-        begin = flat(inner)
-        with torch.no_grad():
-            inner[2].weight.fill_(rank)
-        for step in range(8):
-            with accelerator.accumulate(model):
-                accelerator.backward(model(x[step]).square().mean())
-                optimizer.step()
-                optimizer.zero_grad()
-            sync.step()
-            counts.append((sync.steps, sync.rounds))
-            seen.append(flat(inner))
-        frozen_inside = inner[2].weight.detach().clone()
-        statistics = inner[1].running_mean.clone()
-        sync.sync()
-    return (
-        isinstance(model, DistributedDataParallel),
-        counts,
-        begin,
-        seen,
-        frozen_inside,
-        inner.state_dict(),
-        statistics,
-    )
-
-
-@pytest.mark.distributed
-def test_in_ddp_and_accelerate_only_optimizer_steps_count_and_the_rest_waits_for_a_sync():
-    results = run_ranks(_wrapped, 3, 3)
-    for rank, (is_ddp, counts, begin, seen, frozen, state, _) in enumerate(results):
-        assert is_ddp
-        assert counts == [(k // 2, k // 2) for k in range(1, 9)]
-        assert torch.equal(begin, results[0][2])
-        assert torch.equal(seen[0][:8], begin[:8])  # accumulating: nothing moved
-        assert not torch.equal(seen[1][:8], begin[:8])
-        assert torch.equal(frozen, torch.full_like(frozen, rank))
-        assert torch.equal(state["2.weight"], torch.ones(2, 2, dtype=torch.float64))
-        assert all(torch.equal(state[name], results[0][5][name]) for name in state)
-    assert not torch.equal(results[0][3][-1][:8], results[1][3][-1][:8])
-    mean = sum(statistics for *_, statistics in results) / 3
-    torch.testing.assert_close(results[0][5]["1.running_mean"], mean)
-
-
 def _hierarchical(rank):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("between", "inside"))
     outer, inner = mesh.get_group("between"), mesh.get_group("inside")

@@ -24,53 +24,42 @@ LOCAL = [LocalSGD, SlowMo, over_gossip, Gossip, OverlapGossip, AsyncGossip]
 ENDS = [*((method, end) for method in LOCAL for end in ("stop", "sync")), (Codistillation, "stop")]
 
 
-def train(sync, calls, zero_grad=None, num_steps=5):
-    for step in range(num_steps):
-        backward(sync.model, sync.optimizer, 0, step)
-        sync.optimizer.step()
-        if zero_grad is not None:
-            sync.optimizer.zero_grad(**zero_grad)
-        for _ in range(calls(step)):
-            sync.step()
+def take_step(sync, calls, zero_grad=None):
+    sync.optimizer.step()
+    if zero_grad is not None:
+        sync.optimizer.zero_grad(**zero_grad)
+    for _ in range(calls):
+        sync.step()
 
 
-@pytest.mark.parametrize("calls", [lambda step: 0, lambda step: 2, lambda step: step % 2], ids=["no", "two", "some"])
+def call_before_the_step(sync, step):
+    sync.step()
+    sync.optimizer.step()
+
+
+WRONG = {
+    "no calls": lambda sync, step: take_step(sync, 0),
+    "two": lambda sync, step: take_step(sync, 2),
+    "two without gradients": lambda sync, step: take_step(sync, 2, {"set_to_none": True}),
+    "two with gradients of 0": lambda sync, step: take_step(sync, 2, {"set_to_none": False}),
+    "every other": lambda sync, step: take_step(sync, step % 2),
+    "before": call_before_the_step,
+}
+
+
+@pytest.mark.parametrize("loop", WRONG)
 @pytest.mark.parametrize("method, end", ENDS)
-def test_missing_and_doubled_calls_are_found_at_the_next_sync_or_when_leaving(method, calls, end):
+def test_missing_doubled_and_early_calls_are_found_at_the_next_sync_or_when_leaving(method, loop, end):
     model = make_model()
     sync = method(model, sgd(model)).start()
     with pytest.raises(RuntimeError, match=r"step\(\)") as caught:
-        train(sync, calls)
+        for step in range(5):
+            backward(model, sync.optimizer, 0, step)
+            WRONG[loop](sync, step)
         getattr(sync, end)()
     with contextlib.suppress(RuntimeError):  # it was left
         sync.stop(caught.value)
     method(model, sync.optimizer).start().stop()
-
-
-@pytest.mark.parametrize("method, end", ENDS)
-def test_calls_before_the_step_of_the_optimizer_are_found(method, end):
-    model = make_model()
-    sync = method(model, sgd(model)).start()
-    for step in range(3):
-        backward(model, sync.optimizer, 0, step)
-        sync.step()
-        sync.optimizer.step()
-    with pytest.raises(RuntimeError, match=r"step\(\)") as caught:
-        getattr(sync, end)()
-    with contextlib.suppress(RuntimeError):  # it was left
-        sync.stop(caught.value)
-
-
-@pytest.mark.parametrize("zero_grad", [{"set_to_none": True}, {"set_to_none": False}])
-@pytest.mark.parametrize("method", [*LOCAL, Codistillation])
-def test_doubled_calls_are_found_without_gradients_too(method, zero_grad):
-    model = make_model()
-    sync = method(model, sgd(model)).start()
-    with pytest.raises(RuntimeError, match=r"step\(\)") as caught:
-        train(sync, lambda step: 2, zero_grad)
-        sync.stop()
-    with contextlib.suppress(RuntimeError):  # it was left
-        sync.stop(caught.value)
 
 
 @pytest.mark.parametrize("zero_grad", [None, {"set_to_none": True}, {"set_to_none": False}])

@@ -13,7 +13,6 @@ from topologies import (
     Star,
     every_maker,
     is_exact_mean,
-    is_strongly_connected,
     normal,
     product,
 )
@@ -246,13 +245,6 @@ def test_random_and_changing_topologies_have_no_period():
 
 
 @every_maker
-def test_every_rank_reaches_every_rank_over_a_period(make):
-    for n in [*SIZES, 24, 33]:
-        topology = make(n)
-        assert is_strongly_connected(topology, topology.period or 30), topology
-
-
-@every_maker
 def test_contraction_over_a_period_is_bounded_by_the_second_singular_value(make):
     for n in SIZES[1:]:
         topology = make(n)
@@ -261,7 +253,7 @@ def test_contraction_over_a_period_is_bounded_by_the_second_singular_value(make)
         # The distance from the mean can shrink no less than by the largest stretch of product - mean.
         sigma = torch.linalg.matrix_norm(product(topology, steps) @ centring, ord=2).item()
         assert (1 - topology.spectral_gap()) ** steps == pytest.approx(sigma, rel=1e-6, abs=1e-14)
-        assert 0 < topology.spectral_gap() <= 1
+        assert 0 < topology.spectral_gap() <= 1  # every rank reaches every rank
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -304,7 +296,7 @@ def test_repaired_topology_is_stochastic_among_the_ranks_that_are_alive(make):
                     assert rank in repaired.in_peers(peer, step)
             if repaired.is_symmetric:
                 assert torch.equal(matrix, matrix.T)
-        assert is_strongly_connected(repaired, repaired.period or 30)
+        assert repaired.spectral_gap() > 0
 
 
 def test_repaired_topology_is_that_of_fewer_ranks_under_their_numbers():
