@@ -179,10 +179,10 @@ class AsyncGossip(BackgroundGossip):
     def _absorb(self) -> None:
         """x <- x + s * (change of z since it was written)."""
         weight, rank = self._push_sum.weight, self._peers.rank
-        for peer, (step, numbers) in enumerate(self._mailbox.latest):
+        for peer, (step, step_ended) in enumerate(self._mailbox.latest):
             if step > 0:
-                self._rates.note(peer, step, numbers[0])
-        self._rates.note(rank, self._peers.step, self._peers.step_ended)
+                self._rates.note(peer, step, step_ended)
+        self._rates.note(rank, self._mailbox.step, self._mailbox.step_ended)
         self.scale = self._rates.scale(rank, self._peers.members) if self.rate_correction else 1.0
         if self._must_read or (self.scale == weight == 1.0):
             self._push_sum.read()
@@ -329,7 +329,7 @@ class PairwiseAveraging(_Mixing):
         neighbours = [peer for peer in topology.out_peers(rank, number) if peer not in self.asked]
         if neighbours:
             peer = random.Random(f"{self._seed} {rank} {number}").choice(neighbours)
-            self._peers.send(peer, _REQUEST, self._push_sum.x)
+            self._peers.mailbox.post(peer, _REQUEST, self._push_sum.x)
             self.asked.add(peer)
 
     def receive(self, message: Message) -> bool:
@@ -346,7 +346,7 @@ class PairwiseAveraging(_Mixing):
         # Both apply the same d to the bit, in the precision of the wire: so the sum stays.
         d = self._peers.mailbox.rounded(d)
         self._add(d, 1.0)
-        self._peers.send(peer, _ANSWER, d)
+        self._peers.mailbox.post(peer, _ANSWER, d)
         return True
 
     def take_back(self, peer: int) -> bool:
@@ -370,10 +370,10 @@ class SubgradientPush(_Mixing):
     def send(self, number: int) -> None:
         """Push shares of x and w to the peers; not while w < 1/2."""
         peers = self._topology_of_members().out_peers(self._peers.rank, number)
-        push_sum, send_sum = self._push_sum, self._peers.send_sum
+        push_sum, mailbox = self._push_sum, self._peers.mailbox
         if peers and push_sum.weight >= _MIN_WEIGHT_TO_PUSH:
-            send = lambda peer, tensors: send_sum(peer, _MASS, tensors, push_sum.weight)  # noqa: E731
-            push_sum.push(peers, self._peers.mailbox.narrows, send)
+            send = lambda peer, tensors: mailbox.post_sum(peer, _MASS, tensors, weight=push_sum.weight)  # noqa: E731
+            push_sum.push(peers, mailbox.narrows, send)
 
     def receive(self, message: Message) -> bool:
         self._push_sum.add([message])

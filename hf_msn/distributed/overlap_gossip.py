@@ -47,9 +47,7 @@ class OverlapGossip(BackgroundGossip):
     repeats to the bit while no peer is lost, and `state_dict` waits for the messages in flight and holds them. Without
     it `state_dict` is refused, except after a `sync()` and before the next step.
 
-    **Faults.** The others go on without a rank that dies, stops or takes fewer steps: see docs/gossip.md, which has
-    the memory needed too. `sync()` is then the mean of the ranks that are there. Without all ranks
-    `consensus_distance` and the outer steps of [`SlowMo`] raise a [`PeerError`].
+    The others go on without a rank that dies, stops or takes fewer steps. For faults and memory see docs/gossip.md.
 
     Args:
         model (`nn.Module`): See [`LocalUpdate`].
@@ -122,7 +120,7 @@ class OverlapGossip(BackgroundGossip):
     @property
     def rounds(self) -> int:
         """Steps with messages so far, the step of the topology."""
-        return 0 if self._push_sum is None else self._peers.step + 1
+        return 0 if self._push_sum is None else self._mailbox.step + 1
 
     @property
     def alive(self) -> list[int]:
@@ -150,7 +148,7 @@ class OverlapGossip(BackgroundGossip):
         self._settle()
 
     def _go_on_at(self, step: int) -> None:
-        self._peers.step = step - 1
+        self._mailbox.step = step - 1
         self._schedule.go_on_at(step)
 
     # A step
@@ -182,18 +180,18 @@ class OverlapGossip(BackgroundGossip):
     def _push(self) -> None:
         """x <- x / (p + 1), w <- w / (p + 1), and send both to p peers."""
         self._is_settled = False
-        self._peers.step += 1
+        self._mailbox.step += 1
 
         def send(peer: int, tensors: list[torch.Tensor]) -> None:
             if not self._merges_on_time:
-                self._peers.send_sum(peer, _MASS, tensors, self._push_sum.weight)
+                self._mailbox.post_sum(peer, _MASS, tensors, weight=self._push_sum.weight)
                 return
-            self._peers.send(peer, _MASS, tensors, weight=self._push_sum.weight)
+            self._mailbox.post(peer, _MASS, tensors, weight=self._push_sum.weight)
             for tensor, sent, narrow in zip(tensors, self._mailbox.rounded(tensors), self._mailbox.narrows):
                 if narrow:
                     tensor.sub_(sent)
 
-        step, arrived = self._peers.step, self._agreement.arrived
+        step, arrived = self._mailbox.step, self._agreement.arrived
         to = self._schedule.out_peers(self._mailbox.rank, step)
         # A peer that waits in a `sync` after fewer steps returns no mass: w here would fall with every step.
         to = [peer for peer in to if arrived.get(peer, step) >= step]
@@ -201,7 +199,7 @@ class OverlapGossip(BackgroundGossip):
 
     def _pull(self) -> None:
         """Wait for mass that was sent `staleness_bound` steps ago or earlier, and merge it."""
-        last = self._peers.step - self.staleness_bound
+        last = self._mailbox.step - self.staleness_bound
         self._wait_for_mass(last)
         self._merge(last if self._merges_on_time else float("inf"))
 
@@ -230,23 +228,23 @@ class OverlapGossip(BackgroundGossip):
     def _receive(self, message: Message) -> None:
         peer = message.sender
         if message.kind == _MASS:
-            self._schedule.note_mass(peer, message.step, self._peers.step)
+            self._schedule.note_mass(peer, message.step, self._mailbox.step)
             self._unmerged.append(message)
         else:
-            view = frozenset(p for p in range(self._peers.size) if message.numbers[1 + p])
+            view = frozenset(p for p in range(self._peers.size) if message.numbers[p])
             self._schedule.announce(peer, message.step + 1, view)
             if len(view) < self._peers.size:
                 self._disturb()
             if self._peers.rank not in view:
-                self._mailbox.ping(peer, step=self._peers.step)  # this rank is alive
+                self._mailbox.ping(peer)  # this rank is alive
 
     @torch.no_grad()
     def _member_changed(self, peer: int) -> None:
         """Send only to the ranks that are there from now on, and let all know; take back mass for a lost peer."""
         members, lost = self._peers.members, self._peers.lost
-        self._schedule.announce(self._peers.rank, self._peers.step + 1, members)
+        self._schedule.announce(self._peers.rank, self._mailbox.step + 1, members)
         if peer in members:
-            self._schedule.note_return(peer, self._mailbox.latest[peer][0], self._peers.step)
+            self._schedule.note_return(peer, self._mailbox.latest[peer][0], self._mailbox.step)
         self._peers.tell(self._peers.connected, _VIEW, [float(p in members) for p in range(self._peers.size)])
         if len(members) < self._peers.size:
             self._disturb()
@@ -318,7 +316,7 @@ class OverlapGossip(BackgroundGossip):
     def _settle(self) -> None:
         """All ranks hold the same, and no mass is in flight."""
         self._push_sum.weight, self._is_settled = 1.0, True
-        self._schedule.settle(self._peers.step)
+        self._schedule.settle(self._mailbox.step)
         self._is_disturbed = not self._schedule.is_whole()
 
     @torch.no_grad()
@@ -349,9 +347,9 @@ class OverlapGossip(BackgroundGossip):
         unmerged = []
         if self._is_attached and self._merges_on_time:
             self._refresh()
-            self._wait_for_mass(self._peers.step)
+            self._wait_for_mass(self._mailbox.step)
             # A faster peer sends mass of later steps again.
-            unmerged = [message for message in self._unmerged if message.step <= self._peers.step]
+            unmerged = [message for message in self._unmerged if message.step <= self._mailbox.step]
         return {
             "rounds": self.rounds,
             "push_sum_weight": self._push_sum.weight,
@@ -372,7 +370,13 @@ class OverlapGossip(BackgroundGossip):
         for x, saved in zip(x_buffers, state["numerators"] or []):
             x.copy_(saved)
         self._unmerged = [
-            Message(sender, _MASS, step, weight, (), [t.to(x.device, copy=True) for t, x in zip(tensors, x_buffers)])
+            Message(
+                sender,
+                _MASS,
+                step,
+                weight=weight,
+                tensors=[t.to(x.device, copy=True) for t, x in zip(tensors, x_buffers)],
+            )
             for sender, step, weight, tensors in state["unmerged"]
         ]
         self._go_on_at(state["rounds"])

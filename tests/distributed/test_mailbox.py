@@ -66,7 +66,8 @@ def _exchange_plain_messages(rank):
         for peer in others:
             for tensor in sent:
                 tensor.fill_(100 * rank + step)
-            mailbox.post(peer, 3, sent if step % 2 else None, step=step, weight=0.5, numbers=(0.1 * step,))
+            mailbox.step = step
+            mailbox.post(peer, 3, sent if step % 2 else None, weight=0.5, numbers=(0.1 * step,))
             for tensor in sent:
                 tensor.fill_(-1.0)  # the message has a copy
         if step % 5 == 0:
@@ -74,9 +75,10 @@ def _exchange_plain_messages(rank):
     during = len(own_threads())
     messages = drain(mailbox, others)
     assert until(lambda: not any(map(mailbox.num_waiting, others)))
+    mailbox.step, mailbox.step_ended = 77, 1.5
     for peer in others:
-        mailbox.ping(peer, step=77, numbers=(1.0, 2.0))
-    assert until(lambda: all(mailbox.latest[peer] == (77, (1.0, 2.0)) for peer in others))
+        mailbox.ping(peer)
+    assert until(lambda: all(mailbox.latest[peer] == (77, 1.5) for peer in others))
     assert mailbox.collect() == []  # a ping is no message
     dist.barrier()
     weights = sum(mailbox.weight_posted), sum(mailbox.weight_collected)
@@ -103,11 +105,12 @@ def stress(mailbox, others):
             mailbox.recycle(m)
 
     for value in range(1, NUM_VALUES + 1):
+        mailbox.step = value
         for peer in others:
             if value % 3 == 0:
-                mailbox.post_sum(peer, 1, full(value), step=value)
+                mailbox.post_sum(peer, 1, full(value))
             else:
-                mailbox.post(peer, 0, full(value), step=value)
+                mailbox.post(peer, 0, full(value))
         check(mailbox.collect())
     dist.barrier()
     check(drain(mailbox, others))
@@ -122,7 +125,7 @@ def test_messages_arrive_whole_and_in_order_from_each_peer_and_no_thread_is_left
         others = [peer for peer in range(3) if peer != rank]
         assert ends == (4, 0, others, set())
         assert weights == (20.0, 20.0)
-        assert sent_bytes == (2 * 21) * 8 * (5 + 2) + 20 * 8 * sum(SIZES) + 2 * 8 * (5 + 2)
+        assert sent_bytes == (2 * 21) * 8 * (6 + 2) + 20 * 8 * sum(SIZES) + 2 * 8 * (6 + 2)
         assert mixed == 0
         assert counts == [NUM_VALUES * 2 // 3] * 2
         for peer in others:
@@ -146,7 +149,8 @@ def _post_sums(rank, num):
             share = [torch.randn(size, generator=generator) for size in SIZES]
             for total, tensor in zip(posted, share):
                 total.add_(tensor)
-            mailbox.post_sum(1, 0, share, step=step, weight=0.25, numbers=(step,))
+            mailbox.step, mailbox.step_ended = step, 0.5 * step
+            mailbox.post_sum(1, 0, share, weight=0.25)
             if wire_dtype is not None:
                 for total, tensor in zip(kept, share):
                     total.add_(tensor)
@@ -178,7 +182,7 @@ def test_sums_that_wait_are_added_up_and_nothing_is_lost():
         assert len(messages) < num
         assert weight == 0.25 * num + 3.0
         assert sum(m.weight for m in messages) == 0.25 * num
-        assert messages[-1].step == messages[-1].numbers[0] == num - 1
+        assert (messages[-1].step, messages[-1].step_ended) == (num - 1, 0.5 * (num - 1))
         for i in range(len(SIZES)):
             arrived = sum(m.tensors[i].double() for m in messages)
             torch.testing.assert_close(arrived + kept[i], posted[i], rtol=0, atol=1e-3)
@@ -194,7 +198,7 @@ def test_sums_that_wait_are_added_up_and_nothing_is_lost():
 
 def _leave_early(rank):
     mailbox = Mailbox(full(0)).start()
-    mailbox.post(1 - rank, 0, step=rank)
+    mailbox.post(1 - rank, 0)
     if rank == 0:
         began = time.monotonic()
         mailbox.close()
@@ -239,7 +243,8 @@ def _outlive(rank, lost):
         os.kill(pids[lost], signal.SIGSTOP)  # so that messages to it cannot leave
     drain(mailbox, [survivor])
     for step in range(3):
-        mailbox.post(lost, 0, [torch.full((BIG,), 1.0 + step)], step=step, weight=0.25)
+        mailbox.step = step
+        mailbox.post(lost, 0, [torch.full((BIG,), 1.0 + step)], weight=0.25)
     mailbox.post_sum(lost, 1, [torch.full((BIG,), 1.0)], weight=0.25)
     mailbox.post_sum(lost, 1, [torch.full((BIG,), 1.0)], weight=0.25)
     time.sleep(0.2)
@@ -269,7 +274,7 @@ def test_a_dead_peer_is_noticed_by_all_and_messages_that_it_had_not_received_are
     for waiting, seconds, back, back_later, value, weight, died, threads in results.values():
         assert waiting == 4
         assert seconds < 1.0
-        assert back == [(0, step, 0.25, 1.0 + step, 1.0 + step) for step in range(3)] + [(1, 0, 0.5, 2.0, 2.0)]
+        assert back == [(0, step, 0.25, 1.0 + step, 1.0 + step) for step in range(3)] + [(1, 2, 0.5, 2.0, 2.0)]
         assert back_later == [0.125]
         assert (value, weight, died, threads) == (9.0, 0.0, [0], 0)
 

@@ -19,7 +19,8 @@ class LocalMailbox:
     def __init__(self, rank, size, network):
         self.rank, self.size, self.global_ranks = rank, size, list(range(size))
         self.died, self.left = set(), set()
-        self.last_heard, self.latest = [time.monotonic()] * size, [(-1, ())] * size
+        self.last_heard, self.latest = [time.monotonic()] * size, [(-1, 0.0)] * size
+        self.step, self.step_ended = 0, 0.0
         self._inbox, self._arrived, self._network = [], threading.Condition(), network
         network[rank] = self
 
@@ -29,20 +30,20 @@ class LocalMailbox:
             messages, self._inbox = self._inbox, []
         return messages
 
-    def post(self, peer, kind, tensors=None, *, step=0, weight=0.0, numbers=()):
+    def post(self, peer, kind, tensors=None, *, numbers=()):
         if peer not in self.died and self.rank not in self._network[peer].died:
-            self._network[peer].deliver(Message(self.rank, kind, step, weight, tuple(numbers), tensors))
+            self._network[peer].deliver(Message(self.rank, kind, self.step, numbers=tuple(numbers), tensors=tensors))
 
-    def post_bytes(self, peer, kind, payload, *, step=0, numbers=()):
-        self.post(peer, kind, [payload], step=step, numbers=numbers)
+    def post_bytes(self, peer, kind, payload, *, numbers=()):
+        self.post(peer, kind, [payload], numbers=numbers)
 
-    def ping(self, peer, *, step=0, numbers=()):
-        self.post(peer, -1, step=step, numbers=numbers)
+    def ping(self, peer):
+        self.post(peer, -1)
 
     def deliver(self, message):
         with self._arrived:
             self.last_heard[message.sender] = time.monotonic()
-            self.latest[message.sender] = message.step, message.numbers
+            self.latest[message.sender] = message.step, message.step_ended
             if message.kind >= 0:
                 self._inbox.append(message)
                 self._arrived.notify_all()
@@ -61,14 +62,15 @@ def make_peers(timeout_seconds=0.1, **options):
 
 def test_a_peer_that_is_expected_and_silent_is_passed_over_until_it_is_heard():
     peers, mailboxes, received, changed = make_peers()
-    mailboxes[1].post(0, 5, step=3)
+    mailboxes[1].step = 3
+    mailboxes[1].post(0, 5)
     peers.wait_for(lambda: [2] if 2 in peers.members else [])
     assert [message.step for message in received] == [3]
     assert (peers.members, peers.silent, peers.lost, changed) == ({0, 1}, {2}, set(), [2])
     assert peers.seconds_waiting > 0.1
     peers.update()
     assert peers.silent == {2}
-    mailboxes[2].ping(0, step=4)
+    mailboxes[2].ping(0)
     peers.update()
     assert (peers.members, changed) == ({0, 1, 2}, [2, 2])
     assert mailboxes[2].latest[0][0] >= 0  # a rank that waits pings the others
@@ -140,7 +142,7 @@ class Rank(threading.Thread):
             for _ in range(self.num):
                 self.reach()
                 for peer in self.peers.connected:
-                    self.peers.send(peer, 0, None)  # belongs to the time after this agreement
+                    self.mailbox.post(peer, 0)  # belongs to the time after this agreement
         except Killed:
             return
 

@@ -66,7 +66,7 @@ class Agreement:
         if message.kind < HERE:
             self._held.append(message) if self._holds_back else self._pass_on(message)
             return
-        number, attempt = int(message.numbers[1]), int(message.numbers[2])
+        number, attempt = int(message.numbers[0]), int(message.numbers[1])
         if message.kind == RESULT:
             if number >= self._number:
                 self._results[number] = message.tensors[0]
@@ -134,7 +134,7 @@ class Agreement:
         heard = self._gather(HERE, float(self._collectives_work), numbers=view)
         if self._number in self._results:
             return False
-        views = {peer: list(message.numbers[4 : 4 + peers.size]) for peer, message in heard.items()}
+        views = {peer: list(message.numbers[3 : 3 + peers.size]) for peer, message in heard.items()}
         if others := [peer for peer, seen in views.items() if seen[me] == _LOST]:
             raise PeerError(
                 f"All living ranks must reach one another, but {peers.name(others)} has lost {peers.name([me])} and "
@@ -152,7 +152,7 @@ class Agreement:
             self._wait_for(lambda: [] if self._number in self._results else peers.members.intersection(views))
         elif self.members == members and all(seen == view for seen in views.values()):
             self._holds_back = True
-            works = self._collectives_work and all(message.numbers[3] for message in heard.values())
+            works = self._collectives_work and all(message.numbers[2] for message in heard.values())
             return works and len(members) == peers.size
         self._attempt += 1
         raise _NewAttempt
@@ -169,13 +169,13 @@ class Agreement:
         else:
             weight, payload = contribute()
             parts = self._gather(PART, weight, payload=payload)
-            contributions = {peer: (part.numbers[3], part.tensors[0]) for peer, part in parts.items()}
+            contributions = {peer: (part.numbers[2], part.tensors[0]) for peer, part in parts.items()}
             contributions[self._peers.rank] = weight, payload
             if is_good := sorted(contributions) == self.members:
                 result = combine([contribution for _, contribution in sorted(contributions.items())])
         # A rank that is lost or silent by now has given all that is needed, or some rank has failed.
         done = self._gather(DONE, float(is_good), needs_all=False)
-        if not is_good or not all(message.numbers[3] for message in done.values()):
+        if not is_good or not all(message.numbers[2] for message in done.values()):
             self._attempt += 1
             raise _NewAttempt
         return result

@@ -14,18 +14,19 @@ import torch.distributed as dist
 PING, GOODBYE = -1, -2  # kinds that the mailbox keeps for itself
 _TAKE_BACK_SECONDS = 2.0  # for the sending thread of a peer that is gone to end
 _FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one that ends would close the connection
-_NUM_FIXED = 5  # kind, flags, step, weight and number of bytes precede the numbers of a header
+_NUM_FIXED = 6  # kind, flags, step, its end, weight and number of bytes precede the numbers of a header
 _HAS_TENSORS, _IS_SUM, _IS_BYTES = 1, 2, 4
 _MAX_SPARE = 8
 
 
 @dataclasses.dataclass
 class Message:
-    """A whole message from one rank to another. Sums that were added up have the latest step and numbers."""
+    """A whole message from one rank to another. Sums that were added up have the latest step."""
 
     sender: int  # place in the group
     kind: int  # >= 0, defined by the user of the mailbox
-    step: int = 0  # of the sender
+    step: int = 0  # last step of the sender
+    step_ended: float = 0.0  # when that step ended, on the sender's clock
     weight: float = 0.0  # push-sum weight that belongs to the tensors
     numbers: tuple[float, ...] = ()
     tensors: list[torch.Tensor] | None = None  # flat buffers that belong to the receiver
@@ -33,8 +34,9 @@ class Message:
     is_bytes: bool = False  # it has one uint8 tensor of any size
 
     def absorb(self, later: "Message") -> None:
-        """Take over step, weight and numbers of a later sum. The caller adds the tensors."""
-        self.step, self.weight, self.numbers = max(self.step, later.step), self.weight + later.weight, later.numbers
+        """Take over step and weight of a later sum. The caller adds the tensors."""
+        self.step, self.step_ended = later.step, later.step_ended
+        self.weight += later.weight
 
 
 class Buffers:
@@ -173,7 +175,7 @@ class Connection:
         flags = _HAS_TENSORS * (message.tensors is not None) + _IS_SUM * message.is_sum + _IS_BYTES * message.is_bytes
         size = message.tensors[0].numel() if message.is_bytes else 0
         numbers = [*message.numbers] + [0.0] * (self._mailbox.num_numbers - len(message.numbers))
-        header = [message.kind, flags, message.step, message.weight, size, *numbers]
+        header = [message.kind, flags, message.step, message.step_ended, message.weight, size, *numbers]
         tensors = [torch.tensor(header, dtype=torch.float64), *(message.tensors or ())]
         works = [self._out.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
         for work in works:
@@ -183,7 +185,7 @@ class Connection:
     def _receive(self) -> Message:
         header = torch.empty(_NUM_FIXED + self._mailbox.num_numbers, dtype=torch.float64)
         self._in.recv([header], self._other, 0).wait(_FOREVER)
-        kind, flags, step, weight, size, *numbers = header.tolist()
+        kind, flags, step, ended, weight, size, *numbers = header.tolist()
         is_sum, is_bytes = bool(int(flags) & _IS_SUM), bool(int(flags) & _IS_BYTES)
         tensors = None
         if int(flags) & _HAS_TENSORS:
@@ -191,4 +193,4 @@ class Connection:
             works = [self._in.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
             for work in works:
                 work.wait(_FOREVER)
-        return Message(self.peer, int(kind), int(step), weight, tuple(numbers), tensors, is_sum, is_bytes)
+        return Message(self.peer, int(kind), int(step), ended, weight, tuple(numbers), tensors, is_sum, is_bytes)

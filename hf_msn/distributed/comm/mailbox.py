@@ -33,6 +33,8 @@ class Mailbox:
     lost, however slow a peer is. Plain messages (`post`) stay apart; bound them by `num_waiting`. All ranks notice at
     once when a peer is gone; messages to it that have not left wait for `take_back`.
 
+    Every message carries `step` and `step_ended`, the last step of this rank and when it ended on its own clock.
+
     Args:
         like (`Sequence[torch.Tensor]`): Flat tensors with the sizes, dtypes and devices of every message's tensors.
         group (`ProcessGroup`, *optional*): The ranks, over any backend; by default all.
@@ -59,11 +61,12 @@ class Mailbox:
         self._inboxes: list[deque[Message]] = [deque() for _ in range(self.size)]
         self._arrived = threading.Condition()
         self._pid = os.getpid()
+        self.step, self.step_ended = 0, 0.0
         # Per peer: weight posted and not taken back, weight collected; when its last message arrived, pings included,
-        # and that message's step and numbers.
+        # and that message's step and its end.
         self.weight_posted, self.weight_collected = [0.0] * self.size, [0.0] * self.size
         self.last_heard = [time.monotonic()] * self.size
-        self.latest: list[tuple[int, tuple[float, ...]]] = [(-1, ())] * self.size
+        self.latest: list[tuple[int, float]] = [(-1, 0.0)] * self.size
         self.global_ranks = [0] if self.size == 1 else dist.get_process_group_ranks(group or dist.group.WORLD)
 
     @property
@@ -127,7 +130,6 @@ class Mailbox:
         kind: int,
         tensors: Sequence[torch.Tensor] | None = None,
         *,
-        step: int = 0,
         weight: float = 0.0,
         numbers: Sequence[float] = (),
     ) -> None:
@@ -138,32 +140,22 @@ class Mailbox:
             for buffer, tensor in zip(buffers, tensors):
                 buffer.copy_(tensor)
         self.weight_posted[peer] += weight
-        self._connections[peer].put(Message(self.rank, kind, step, weight, tuple(numbers), buffers))
+        message = Message(self.rank, kind, self.step, self.step_ended, weight, tuple(numbers), buffers)
+        self._connections[peer].put(message)
 
-    def post_bytes(
-        self, peer: int, kind: int, payload: torch.Tensor, *, step: int = 0, numbers: Sequence[float] = ()
-    ) -> None:
+    def post_bytes(self, peer: int, kind: int, payload: torch.Tensor, *, numbers: Sequence[float] = ()) -> None:
         """Send a plain message with a flat CPU tensor of uint8, of any size, which is not copied."""
-        message = Message(self.rank, kind, step, 0.0, tuple(numbers), [payload], is_bytes=True)
+        message = Message(self.rank, kind, self.step, self.step_ended, 0.0, tuple(numbers), [payload], is_bytes=True)
         self._connections[peer].put(message)
 
     @torch.no_grad()
-    def post_sum(
-        self,
-        peer: int,
-        kind: int,
-        tensors: Sequence[torch.Tensor],
-        *,
-        step: int = 0,
-        weight: float = 0.0,
-        numbers: Sequence[float] = (),
-    ) -> None:
+    def post_sum(self, peer: int, kind: int, tensors: Sequence[torch.Tensor], *, weight: float = 0.0) -> None:
         """Send a sum, or add it to the last message to this peer if that is a waiting sum of the same kind.
 
         With a `wire_dtype`, `tensors` are left holding the rounding error. The caller keeps it, so nothing is lost.
         Without one they are not changed.
         """
-        message = Message(self.rank, kind, step, weight, tuple(numbers), None, True)
+        message = Message(self.rank, kind, self.step, self.step_ended, weight, is_sum=True)
         self.weight_posted[peer] += weight
         connection = self._connections[peer]
         with connection.lock:
@@ -184,10 +176,10 @@ class Mailbox:
                 tensor.sub_(buffer.to(tensor.device, tensor.dtype))
             connection.lock.notify_all()
 
-    def ping(self, peer: int, *, step: int = 0, numbers: Sequence[float] = ()) -> None:
+    def ping(self, peer: int) -> None:
         """Update `last_heard` and `latest` of the peer for this rank, unless another message to it waits anyway."""
         if self.num_waiting(peer) == 0:
-            self.post(peer, PING, step=step, numbers=numbers)
+            self.post(peer, PING)
 
     def num_waiting(self, peer: int) -> int:
         """Return the number of messages to `peer` that have not left, with the one that is being sent."""
@@ -262,7 +254,7 @@ class Mailbox:
         with self._arrived:
             inbox = self._inboxes[message.sender]
             self.last_heard[message.sender] = time.monotonic()
-            self.latest[message.sender] = message.step, message.numbers
+            self.latest[message.sender] = message.step, message.step_ended
             if message.kind == PING:  # not into the inbox, where it would keep two sums apart
                 return
             if message.is_sum and inbox and inbox[-1].is_sum and inbox[-1].kind == message.kind:

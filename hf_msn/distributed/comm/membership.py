@@ -4,8 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 
-import torch
-
 from .connection import Message
 from .exchange import PeerError
 from .mailbox import Mailbox
@@ -40,7 +38,6 @@ class Membership:
         self._receive, self._changed = receive, changed
         self.lost: set[int] = set()
         self._silent_since: dict[int, float] = {}
-        self.step, self.step_ended = 0, 0.0  # of this rank, on its own clock; every message carries both
         self.seconds_waiting = 0.0  # spent in `wait_for`
         self._expected_since: dict[int, float] = {}
         self._checked = self._pinged = time.monotonic()
@@ -69,25 +66,16 @@ class Membership:
 
     def end_step(self, step: int) -> None:
         """Note that this rank has taken its step `step`."""
-        self.step, self.step_ended = step, time.monotonic()
+        self.mailbox.step, self.mailbox.step_ended = step, time.monotonic()
         self.ping()
 
-    def send(self, peer: int, kind: int, tensors: Sequence[torch.Tensor], *, weight: float = 0.0) -> None:
-        """Post a plain message, see [`Mailbox.post`]."""
-        self.mailbox.post(peer, kind, tensors, step=self.step, weight=weight, numbers=(self.step_ended,))
-
-    def send_sum(self, peer: int, kind: int, tensors: Sequence[torch.Tensor], weight: float) -> None:
-        """Post a sum, see [`Mailbox.post_sum`]."""
-        self.mailbox.post_sum(peer, kind, tensors, step=self.step, weight=weight, numbers=(self.step_ended,))
-
     def tell(self, peers: Collection[int], kind: int, numbers: Sequence[float], payload=None) -> None:
-        """Post numbers, and a flat uint8 tensor if there is one, to several peers. Keep the first number free."""
-        numbers = (self.step_ended, *numbers)
+        """Post numbers, and a flat uint8 tensor if there is one, to several peers."""
         for peer in peers:
             if payload is None:
-                self.mailbox.post(peer, kind, step=self.step, numbers=numbers)
+                self.mailbox.post(peer, kind, numbers=numbers)
             else:
-                self.mailbox.post_bytes(peer, kind, payload, step=self.step, numbers=numbers)
+                self.mailbox.post_bytes(peer, kind, payload, numbers=numbers)
 
     def ping(self) -> None:
         """Let the peers know from time to time that this rank is there, and how far it is."""
@@ -95,7 +83,7 @@ class Membership:
         if now - self._pinged >= min(_MAX_PING_SECONDS, self.timeout_seconds / 5):
             self._pinged = now
             for peer in self.connected:
-                self.mailbox.ping(peer, step=self.step, numbers=(self.step_ended,))
+                self.mailbox.ping(peer)
 
     # Receiving
 
