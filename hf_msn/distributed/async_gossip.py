@@ -370,10 +370,8 @@ class SubgradientPush(_Mixing):
     def send(self, number: int) -> None:
         """Push shares of x and w to the peers; not while w < 1/2."""
         peers = self._topology_of_members().out_peers(self._peers.rank, number)
-        push_sum, mailbox = self._push_sum, self._peers.mailbox
-        if peers and push_sum.weight >= _MIN_WEIGHT_TO_PUSH:
-            send = lambda peer, tensors: mailbox.post_sum(peer, _MASS, tensors, weight=push_sum.weight)  # noqa: E731
-            push_sum.push(peers, mailbox.narrows, send)
+        if peers and self._push_sum.weight >= _MIN_WEIGHT_TO_PUSH:
+            self._push_sum.push(peers, self._peers.mailbox, _MASS)
 
     def receive(self, message: Message) -> bool:
         self._push_sum.add([message])

@@ -181,21 +181,11 @@ class OverlapGossip(BackgroundGossip):
         """x <- x / (p + 1), w <- w / (p + 1), and send both to p peers."""
         self._is_settled = False
         self._mailbox.step += 1
-
-        def send(peer: int, tensors: list[torch.Tensor]) -> None:
-            if not self._merges_on_time:
-                self._mailbox.post_sum(peer, _MASS, tensors, weight=self._push_sum.weight)
-                return
-            self._mailbox.post(peer, _MASS, tensors, weight=self._push_sum.weight)
-            for tensor, sent, narrow in zip(tensors, self._mailbox.rounded(tensors), self._mailbox.narrows):
-                if narrow:
-                    tensor.sub_(sent)
-
         step, arrived = self._mailbox.step, self._agreement.arrived
         to = self._schedule.out_peers(self._mailbox.rank, step)
         # A peer that waits in a `sync` after fewer steps returns no mass: w here would fall with every step.
         to = [peer for peer in to if arrived.get(peer, step) >= step]
-        self._push_sum.push(to, self._mailbox.narrows, send)
+        self._push_sum.push(to, self._mailbox, _MASS, adds_up=not self._merges_on_time)
 
     def _pull(self) -> None:
         """Wait for mass that was sent `staleness_bound` steps ago or earlier, and merge it."""

@@ -1,12 +1,12 @@
 """Push-sum: a numerator x and a weight w per rank, whose sums over the ranks stay; the model holds z = x / w."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from .comm.flat import FlatTensors
-from .comm.mailbox import Message
+from .comm.mailbox import Mailbox, Message
 from .comm.wire import as_bytes, from_bytes
 from .training_state import trainable_parameters
 
@@ -42,21 +42,26 @@ class PushSum:
         torch._foreach_div_(self.x, divisor)
         self.weight /= divisor
 
-    def push(
-        self, peers: Sequence[int], narrows: Sequence[bool], send: Callable[[int, list[torch.Tensor]], None]
-    ) -> None:
-        """x <- x / (p + 1), w <- w / (p + 1), and send both to each of p peers.
+    def push(self, peers: Sequence[int], mailbox: Mailbox, kind: int, *, adds_up: bool = True) -> None:
+        """x <- x / (p + 1), w <- w / (p + 1), and send both to each of p peers, less the wire's rounding error.
 
-        `send(peer, tensors)` leaves the rounding error in tensors that the wire `narrows`. It stays on this rank.
+        Messages that wait are added up, or stay apart for receivers that merge each at its step.
         """
         self.divide(len(peers) + 1)
+        narrows = mailbox.narrows
         shares = [x.clone() if narrow else x for x, narrow in zip(self.x, narrows)]
         for peer in peers:
-            tensors = [share.clone() if narrow else share for share, narrow in zip(shares, narrows)]
-            send(peer, tensors)
-            for x, tensor in zip(self.x, tensors):
-                if tensor is not x:
-                    x.add_(tensor)
+            errors = [share.clone() if narrow else share for share, narrow in zip(shares, narrows)]
+            if adds_up:
+                mailbox.post_sum(peer, kind, errors, weight=self.weight)
+            else:
+                mailbox.post(peer, kind, errors, weight=self.weight)
+                for error, sent, narrow in zip(errors, mailbox.rounded(errors), narrows):
+                    if narrow:
+                        error.sub_(sent)
+            for x, error, narrow in zip(self.x, errors, narrows):
+                if narrow:
+                    x.add_(error)
 
     def add(self, messages: Iterable[Message]) -> None:
         """x <- x + sum of the messages' tensors; w <- w + sum of their weights."""

@@ -13,27 +13,33 @@ def make_parameters(seed=0):
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape, dtype in shapes]
 
 
-def test_shares_and_rounding_errors_sum_to_the_mass_before():
-    push_sum = PushSum(make_parameters())
+class Wire:
+    """A mailbox that sends in float32 and keeps the messages."""
+
+    def __init__(self):
+        self.narrows, self.messages = [True, False, False], []
+
+    def rounded(self, tensors):
+        return [tensor.float().to(tensor.dtype) for tensor in tensors]
+
+    def post(self, peer, kind, tensors, *, weight):
+        self.messages.append(Message(peer, kind, weight=weight, tensors=[t.float().clone() for t in tensors]))
+
+    def post_sum(self, peer, kind, tensors, *, weight):
+        self.post(peer, kind, tensors, weight=weight)
+        tensors[0].sub_(self.messages[-1].tensors[0])
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+def test_shares_and_rounding_errors_sum_to_the_mass_before(adds_up):
+    push_sum, wire = PushSum(make_parameters()), Wire()
     before = [x.double().clone() for x in push_sum.x]
-    wire = [torch.float32, torch.float32, torch.float32]  # narrows the first buffer only
-    narrows = [dtype != x.dtype for dtype, x in zip(wire, push_sum.x)]
-    assert narrows == [True, False, False]
-    messages = []
-
-    def send(peer, tensors):
-        sent = [t.to(dtype) for t, dtype in zip(tensors, wire)]
-        messages.append(Message(peer, 0, weight=push_sum.weight, tensors=[t.clone() for t in sent]))
-        for tensor, rounded, narrow in zip(tensors, sent, narrows):
-            if narrow:
-                tensor.sub_(rounded)
-
-    push_sum.push([1, 2], narrows, send)
+    push_sum.push([1, 2], wire, 0, adds_up=adds_up)
     assert push_sum.weight == pytest.approx(1 / 3)
-    assert [message.sender for message in messages] == [1, 2]
+    assert [message.sender for message in wire.messages] == [1, 2]
     assert (push_sum.x[0] - before[0] / 3).abs().max() > 0  # the errors of float32
     torch.testing.assert_close(push_sum.x[1].double(), before[1] / 3, rtol=1e-6, atol=0)
-    push_sum.add(messages)
+    push_sum.add(wire.messages)
     assert push_sum.weight == pytest.approx(1.0)
     for x, old, tolerance in zip(push_sum.x, before, (1e-15, 1e-6, 1e-6)):
         torch.testing.assert_close(x.double(), old, rtol=0, atol=tolerance)
