@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_msn.distributed import local_update
 from hf_msn.distributed.gossip import Gossip
-from hf_msn.distributed.topology import ExponentialTopology, RingTopology
+from hf_msn.distributed.topology import ExponentialTopology, RandomOnePeerTopology, RingTopology, Topology
 
 CASES = {
     "sgp": {},
@@ -174,3 +174,55 @@ def test_a_state_of_another_method_or_model_is_refused():
         Gossip(larger, other).load_state_dict(state)
     with pytest.raises(ValueError, match="here 12 numbers, but holds 8"):
         Gossip(larger, other, quasi_global_momentum=0.9).load_state_dict(state)
+
+
+class Unsure(Topology):
+    """No period; regular at the first steps only."""
+
+    def _out_peers(self, rank, step):
+        return [1 - rank] if step < 3 or rank == 0 else []
+
+
+def test_quasi_global_momentum_needs_plain_sgd():
+    model = make_model()
+    for optimizer, words in (
+        (make_optimizer(model, 0.9), "momentum=0.9"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), "maximize=True"),
+        (torch.optim.Adam(model.parameters()), "Adam"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Gossip(model, optimizer, quasi_global_momentum=0.9)
+
+
+def _refusals_on_ranks(rank):
+    def error_of(function):
+        try:
+            function()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def make(**options):
+        model = make_model()
+        return Gossip(model, make_optimizer(model, 0.0), **options)
+
+    late = make(push_sum=False, topology=Unsure(2)).start()
+    return [
+        error_of(lambda: make(push_sum=False, topology=Star(2))),
+        error_of(lambda: make(topology=RandomOnePeerTopology(2, seed=rank)).start()),
+        error_of(lambda: make(topology=Star(2) if rank else ExponentialTopology(2)).start()),
+        error_of(lambda: make(topology=ExponentialTopology(2, lambda step: 1)).start()),
+        [error_of(late.step) for _ in range(4)],
+    ]
+
+
+@pytest.mark.distributed
+def test_topologies_that_do_not_fit_the_method_or_differ_between_ranks_are_refused():
+    for irregular, seeds, kinds, function, late in run_ranks(_refusals_on_ranks, 2):
+        assert "Star(world_size=2) sum to [1.5, 0.5] at step 0" in irregular
+        assert "seed=0" in seeds
+        assert "seed=1" in seeds
+        assert "ExponentialTopology(world_size=2, peers_per_step=1)" in kinds
+        assert function is None
+        assert late[:3] == [None] * 3
+        assert "at step 3" in late[3]
