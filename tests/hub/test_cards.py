@@ -151,7 +151,7 @@ def test_the_training_is_described_as_the_record_has_it(made, tmp_path):
         tmp_path,
         {
             "method": "msn",
-            "data": {"name": "ILSVRC/imagenet-1k", "split": "train", "num_images": 1281167},
+            "data": {"name": "ILSVRC/imagenet-1k", "split": "train", "num_images": 1281167, "num_broken": 3},
             "start": "facebook/vit-msn-small",
             "sync": {"method": "SlowMo", "sync_every": 12},
             "steps": 70,
@@ -163,7 +163,7 @@ def test_the_training_is_described_as_the_record_has_it(made, tmp_path):
     )
     card = create_model_card(export, made["results"], run=tmp_path)
     rows = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card.text.split("## Training")[1], re.MULTILINE))
-    assert rows["data"] == "ILSVRC/imagenet-1k, split train (1,281,167 images)"
+    assert rows["data"] == "ILSVRC/imagenet-1k, split train (1,281,167 images, 3 of them unreadable)"
     assert rows["communication"] == "SlowMo: sync\\_every 12" and rows["hardware"] == "NVIDIA H200, 8 ranks"
     assert rows["steps"] == "70 of 100 planned" and rows["wall time of training"] == "90.0 min"
     assert "epochs" not in rows and "precision" not in rows
