@@ -30,8 +30,7 @@ class PerRankCallback(TrainerCallback):
 
     It makes a sync object when the training begins, calls `step` after every update, logs, saves and restores the
     state of each rank, and stops the sync object before the best model is loaded and before `on_train_end` of any
-    other callback. It needs the events of `transformers.Trainer` only; `LocalUpdateTrainerMixin` calls the other
-    methods where an event comes too late.
+    other callback. `LocalUpdateTrainerMixin` calls the other methods where an event comes too late.
     """
 
     saves_model_of_each_rank = False
@@ -231,22 +230,18 @@ class LocalUpdateCallback(PerRankCallback):
     trainer.add_callback(SlowMoCallback(trainer, sync_every=12, slow_momentum=0.6))
     ```
 
-    The sync object counts every update (also one that a gradient scaler skipped), before any other callback sees it.
     **All ranks come to consensus** before the evaluations and checkpoints of the Trainer, once per update. For another
-    use of the model, such as a direct call of `evaluate` in a callback, call [`bring_to_consensus`] on every rank, or
-    derive the trainer from [`LocalUpdateTrainerMixin`].
+    use of the model call [`bring_to_consensus`] on every rank, or derive the trainer from [`LocalUpdateTrainerMixin`].
 
     **A checkpoint** has a `sync_state_<rank>.pt` per rank. A resumed run continues bit for bit, also inside a period.
-    With another number of ranks, or without these files, it starts from the consensus that the checkpoint holds, and
-    logs a warning. The checkpoint must be in `output_dir`, or be named by `args.resume_from_checkpoint`, unless the
-    trainer has the mixin.
+    With another number of ranks, or without these files, it starts from the consensus that the checkpoint holds.
 
     **Logged** with the loss, for this rank and since the last time: `sync_megabytes_sent`, `sync_seconds_waiting`. And
     `sync_consensus_distance`, measured before each consensus, with the next log.
 
-    **Settings.** The loss is normalised by the items of the rank alone (`average_tokens_across_devices` off). Batches
-    sent from rank 0 (`dispatch_batches`) and DDP's search for unused parameters make the ranks wait for one another at
-    every step; both are turned off unless asked for explicitly.
+    **Settings.** The loss is normalised by the items of the rank alone (`average_tokens_across_devices` off).
+    `dispatch_batches` and DDP's search for unused parameters, for which the ranks would wait at every step, are turned
+    off unless asked for explicitly.
 
     Args:
         trainer (`Trainer`): The trainer that the callback is added to.

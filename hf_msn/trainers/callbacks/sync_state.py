@@ -43,28 +43,30 @@ def load_rank_state(trainer: Trainer, settings: dict[str, str], checkpoint: str 
     All ranks return `None`, with a warning, if the checkpoint has no such states or those of another number of ranks.
     All ranks raise if the state of a rank is missing or damaged, or was saved with other settings.
     """
-    rank, world_size = trainer.args.process_index, trainer.args.world_size
-    state, report = _read(checkpoint, rank)
+    world_size = trainer.args.world_size
+    state, report = _read(Path(checkpoint), trainer.args.process_index)
     reports = [report] * world_size
     if world_size > 1:
         dist.all_gather_object(reports, report)
-    saved = {entry["world_size"] for entry in reports} - {None}
+    saved = {size for _, size, _ in reports} - {None}
     remedy = "or delete its 'sync_state_*.pt' to start from the model that it holds"
-    if not any(entry["found"] for entry in reports):
-        _warn(trainer, f"'{checkpoint}' has no 'sync_state_*.pt': the ranks start from its model.")
-        return None
-    if saved and saved != {world_size}:
-        _warn(
-            trainer,
-            f"'{checkpoint}' was saved by {max(saved)} ranks, and now there are {world_size}: all ranks start from "
-            "its model, with the optimizer state of rank 0.",
+    warning = None
+    if not any(is_there for is_there, _, _ in reports):
+        warning = "has no 'sync_state_*.pt': the ranks start from its model."
+    elif saved and saved != {world_size}:
+        warning = (
+            f"was saved by {max(saved)} ranks, and now there are {world_size}: all ranks start from its model, with "
+            "the optimizer state of rank 0."
         )
+    if warning is not None:
+        if trainer.is_world_process_zero():
+            logger.warning(f"'{checkpoint}' {warning}")
         return None
-    for place, entry in enumerate(reports):
-        if entry["damage"]:
+    for place, (_, _, damage) in enumerate(reports):
+        if damage is not None:
             raise ValueError(
                 f"Cannot resume from '{checkpoint}': 'sync_state_{place}.pt', the state of rank {place}, "
-                f"{entry['damage']}. Choose another checkpoint, {remedy}."
+                f"{damage}. Choose another checkpoint, {remedy}."
             )
     there = state["settings"]
     differing = [
@@ -126,22 +128,16 @@ def _saved_weights(checkpoint: str | Path) -> Iterator[tuple[str, Callable[[str]
                 yield name, weights.get_tensor
 
 
-def _read(checkpoint: str | Path, rank: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return the state of a rank, and a report of it for the other ranks."""
-    file = Path(checkpoint, f"sync_state_{rank}.pt")
-    report = {"found": any(file.parent.glob("sync_state_*.pt")), "world_size": None, "damage": "is missing"}
+def _read(checkpoint: Path, rank: int) -> tuple[dict[str, Any] | None, tuple[bool, int | None, str | None]]:
+    """Return the state of a rank, and for the other ranks: is a state there, by how many ranks, and its damage."""
+    file = checkpoint / f"sync_state_{rank}.pt"
     if not file.is_file():
-        return None, report
+        return None, (any(checkpoint.glob("sync_state_*.pt")), None, "is missing")
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not compare the checksums that it writes
             if changed := archive.testzip():
                 raise ValueError(f"the checksum of '{changed}' in it is wrong")
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to fail on half a file
-        return None, {**report, "damage": f"is damaged ({str(error).splitlines()[0]})"}
-    return state, {**report, "world_size": state["world_size"], "damage": None}
-
-
-def _warn(trainer: Trainer, line: str) -> None:
-    if trainer.is_world_process_zero():
-        logger.warning(line)
+        return None, (True, None, f"is damaged ({str(error).splitlines()[0]})")
+    return state, (True, state["world_size"], None)
