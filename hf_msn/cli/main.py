@@ -61,10 +61,10 @@ def show_message(kind: type[BaseException], error: BaseException, traceback: Tra
     """Write an uncaught error to the standard error stream: of a wrong input the message, of others the traceback."""
     if kind.__name__ == "ChildFailedError" and error.get_first_failure()[1].exitcode > 0:
         return  # the process that failed has written what is wrong; one that was killed has not
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(_PRECEDENCE_SECONDS)
     is_input = isinstance(error, (ValueError, OSError, ImportError)) or kind.__module__.startswith("hf_msn.")
     if is_input and str(error):
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(_PRECEDENCE_SECONDS)
         print(error, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -104,8 +104,8 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
 class BestEpochCallback(TrainerCallback):
     """Measure the accuracy every few epochs and after the last, and keep the weights of the first best epoch.
 
-    `measure` returns the accuracies of a model in percent; the first one decides. Without it the last epoch counts as
-    the best. A run is resumed with the same `settings` only.
+    `measure` returns the accuracies of a model in percent, of which the first one decides, and the number of images.
+    Without it the last epoch counts as the best. A run is resumed with the same `settings` only.
     """
 
     def __init__(self, trainer: FinetuningTrainer, measure: Callable | None = None, settings: dict | None = None):
@@ -114,6 +114,7 @@ class BestEpochCallback(TrainerCallback):
         self.by_epoch: dict[int, dict[str, float]] = {}
         self.best_epoch: int | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
+        self.num_measured = 0  # images
         self.is_broken = torch.zeros(len(trainer.train_dataset), dtype=torch.bool)  # images, on any rank so far
         self._best = -1.0
 
@@ -127,7 +128,7 @@ class BestEpochCallback(TrainerCallback):
             return
         if epoch < args.num_train_epochs and epoch % args.eval_every_epochs:
             return
-        accuracies = self.measure(model)
+        accuracies, self.num_measured = self.measure(model)
         self.by_epoch[epoch] = accuracies
         self.trainer.log({f"eval_{name}": value for name, value in accuracies.items()})
         decisive = next(iter(accuracies.values()))
@@ -137,7 +138,7 @@ class BestEpochCallback(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        names = ("settings", "by_epoch", "best_epoch", "best_weights", "is_broken", "_best")
+        names = ("settings", "by_epoch", "best_epoch", "best_weights", "num_measured", "is_broken", "_best")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

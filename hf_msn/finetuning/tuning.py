@@ -3,8 +3,9 @@
 import copy
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,33 +142,21 @@ class _Tuning:
 
     def tune(self, callbacks: Sequence[TrainerCallback]) -> FinetuningResult:
         args, started = self.args, time.monotonic()
-
-        num_held_out = 0  # that could be read
-
-        def on_held_out(model: PreTrainedModel) -> dict[str, float]:
-            nonlocal num_held_out
-            accuracies, num_held_out = self.measure(model, self.train_rows, self.dataset, self.held_out)
-            return accuracies
-
         checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
         refit_dir = Path(args.output_dir, "refit")
         if checkpoint is None and args.should_save:
             shutil.rmtree(refit_dir, ignore_errors=True)  # of an earlier run, with overwrite_output_dir
-        measure = on_held_out if len(self.held_out) else None
-        model, best = self._train(self.train_rows, args, callbacks, measure, checkpoint)
-        is_broken = best.is_broken
+        model, best = self._train(self.train_rows, args, callbacks, checkpoint, self.held_out)
+        last = best
         if args.refit:
             shorter = copy.copy(args)
             shorter.num_train_epochs = best.best_epoch
             shorter.output_dir = args.output_dir if args.save_strategy == "no" else str(refit_dir)
             found = None if checkpoint is None else find_last_checkpoint(refit_dir)
-            model, refitted = self._train(self.rows, shorter, callbacks, checkpoint=found)
-            is_broken = refitted.is_broken
+            model, last = self._train(self.rows, shorter, callbacks, found)
         elif best.best_weights is not None:
             model.load_state_dict(best.best_weights)
         self.finish(model)
-        if measure is not None and num_held_out == 0:  # a resumed run that had ended
-            on_held_out(model)
         run = {"arguments": changed_arguments(args), "wall_time_seconds": time.monotonic() - started}
         named = isinstance(self.start, (str, Path))
         run["start"] = str(self.start) if named else getattr(self.start, "name_or_path", None) or None
@@ -178,8 +167,8 @@ class _Tuning:
             accuracy_by_epoch=best.by_epoch,
             trained_rows=self.rows if args.refit else self.train_rows,
             held_out_rows=self.held_out,
-            num_trained_images=int((~is_broken).sum()),
-            num_held_out_images=num_held_out,
+            num_trained_images=int((~last.is_broken).sum()),
+            num_held_out_images=best.num_measured,
             labelled=self.dataset,
             labels=self.labels,
             classes=self.classes,
@@ -198,8 +187,8 @@ class _Tuning:
         rows: np.ndarray,
         args: FinetuningArguments,
         callbacks: Sequence[TrainerCallback],
-        measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
-        checkpoint: str | Path | None = None,
+        checkpoint: str | Path | None,
+        held_out: Sequence[int] = (),
     ) -> tuple[PreTrainedModel, BestEpochCallback]:
         """Return the trained model, and the callback with its accuracies and the images that could not be read."""
         model = self.build_model()
@@ -210,7 +199,8 @@ class _Tuning:
         settings |= {name: value for name, value in changed_arguments(args).items() if name not in _MAY_DIFFER}
         data = {"rows": rows.tolist(), "images": trainer.train_dataset.sample_sha256}
         settings |= {**asdict(self.views), **self.config_fields, **data, "start": start}
-        best = BestEpochCallback(trainer, measure, settings)
+        measure = partial(self.measure, support_rows=rows, dataset=self.dataset, rows=held_out)
+        best = BestEpochCallback(trainer, measure if len(held_out) else None, settings)
         for callback in (best, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -179,23 +179,19 @@ def test_a_recipe_is_found_by_its_path_and_by_its_name(tmp_path):
         find_recipe(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "text"])
-def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
-    (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"r\.yaml"):
-        read_yaml(tmp_path / "r.yaml")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("- 1\n- 2\n", r"r\.yaml.*sequence"),
+        ("text", r"r\.yaml.*scalar"),
+        ("a: [1\n", r"r\.yaml"),
         ("a: 1\nb: 2\na: 3\n", r"r\.yaml.*'a' in line 3"),
         ("o:\n  x: 1\n  x: 2\n", r"'x' in line 3"),
         ("b: 2\n[seed, a]: 1\n", r"'\[seed, a\]' in line 2"),
         ("? - seed\n: 1\n", r"'- seed' in line 1"),
     ],
 )
-def test_a_key_is_a_name_that_is_given_once(text, message, tmp_path):
+def test_a_recipe_has_lines_whose_keys_are_names_that_are_given_once(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_yaml(tmp_path / "r.yaml")
