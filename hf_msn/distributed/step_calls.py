@@ -1,6 +1,7 @@
 """A count of the calls of `step` against the steps of the optimizer."""
 
 import logging
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -19,17 +20,15 @@ class StepCalls:
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]):
         self._name, self._parameters = name, list(parameters)
         self._taken = self._calls = self._missed = self._idle = 0
-        self._is_pending = self._has_backward = self._is_early = False
+        self._is_pending = self._is_early = False
+        self._had_backward = had_backward = threading.Event()  # not `self`, which holds the parameters
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._note_step())]
-        self._hooks += [p.register_post_accumulate_grad_hook(self._note_backward) for p in self._parameters]
+        self._hooks += [p.register_post_accumulate_grad_hook(lambda _: had_backward.set()) for p in self._parameters]
 
     def remove(self) -> None:
         """Stop counting."""
         for hook in self._hooks:
             hook.remove()
-
-    def _note_backward(self, _: torch.Tensor) -> None:
-        self._has_backward = True
 
     def _note_step(self) -> None:
         self._taken += 1
@@ -43,10 +42,11 @@ class StepCalls:
             gradients = [p.grad for p in self._parameters if p.grad is not None and bool(p.grad.any())]
             are_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
             if self._taken:
-                self._idle += are_finite if gradients else not self._has_backward
+                self._idle += are_finite if gradients else not self._had_backward.is_set()
             else:
                 self._is_early |= bool(gradients) and are_finite
-        self._is_pending = self._has_backward = False
+        self._is_pending = False
+        self._had_backward.clear()
 
     def check(self, is_last: bool = False) -> None:
         """Raise a `RuntimeError` where calls are missing or doubled; `is_last` when leaving."""
