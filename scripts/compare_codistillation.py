@@ -1,15 +1,10 @@
 """Compare codistillation with DDP on the digits of scikit-learn.
 
     python scripts/compare_codistillation.py --output runs/codistillation
-    python scripts/compare_codistillation.py --search    # how the defaults were chosen
 
 All runs have the same number of updates, on one gloo process per rank. A replica has `1 / ranks` of the batch of DDP.
 `alone` is the control: replicas that exchange nothing. Each method is trained with a constant weight decay and with
 FallingWeightDecay (arXiv 2010.02838).
-
-`--search` uses no test digit: for each seed it measures on 360 training digits and trains on the rest. It chooses
-learning rate and weight decay for DDP alone. Replicas have the same weight decay, and a learning rate in proportion to
-their batch. For them it chooses `alpha`, `temperature` and `exchange_every`.
 
 The result shows that replicas reach the accuracy of DDP with fewer bytes, and that a weight decay that is too high
 costs less if it falls. Digits are so easy that `alone` does as well, and falling helps all methods.
@@ -39,16 +34,7 @@ from hf_msn.files import write_json, write_text
 
 METHODS = ("ddp", "alone", "predictions", "checkpoints")
 GOAL = 1.0  # points of accuracy below DDP
-SEARCHED = {
-    "learning_rate": (0.05, 0.1, 0.2, 0.4),
-    "weight_decay": (0.001, 0.003, 0.01),
-    "alpha": (0.1, 0.3, 1.0),
-    "temperature": (1.0, 3.0),
-    "exchange_every": (25, 50, 100),
-}
-SEARCH_SEED = 100  # other seeds than those of the comparison
 PIXEL_MEAN, PIXEL_STD = 0.305, 0.375  # of the training digits
-HELD_OUT = 360  # training digits that a search measures on: as many as there are test digits
 
 
 @dataclass
@@ -66,7 +52,6 @@ class ComparisonArguments:
     alpha: float = option("Weight of the distance from the other replicas.", 0.3)
     temperature: float = option("Temperature of the softmax in that distance.", 3.0)
     exchange_every: int = option("Updates between two checkpoints.", 25)
-    search: bool = option("Choose settings on held-out training digits instead.", False)
     output: str | None = option("Folder for results.json, table.md and plot.png.")
 
     def __post_init__(self):
@@ -85,25 +70,18 @@ class ComparisonArguments:
     def run(self, method: str, seed: int, **settings) -> dict:
         """Return the settings of one run."""
         shared = "steps batch_size hidden_size learning_rate alpha temperature exchange_every".split()
-        run = {**{name: getattr(self, name) for name in shared}, "weight_decay": self.weight_decays[0]}
-        return {**run, "falling": False, **settings, "method": method, "seed": seed}
+        return {**{name: getattr(self, name) for name in shared}, **settings, "method": method, "seed": seed}
 
 
 # The ranks
 
 
 class Digits:
-    """Digits to train on, and test digits to measure on; with a seed training digits that are held out instead."""
+    """Digits to train on, and test digits to measure on."""
 
-    def __init__(self, held_out_seed: int | None = None):
+    def __init__(self):
         self.images, self.labels = _tensors("train")
-        if held_out_seed is None:
-            self.measured_images, self.measured_labels = _tensors("test")
-            return
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(held_out_seed))
-        measured, trained = order[:HELD_OUT], order[HELD_OUT:]
-        self.measured_images, self.measured_labels = self.images[measured], self.labels[measured]
-        self.images, self.labels = self.images[trained], self.labels[trained]
+        self.test_images, self.test_labels = _tensors("test")
 
 
 def _tensors(split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,31 +152,27 @@ def train(run: dict, digits: Digits) -> dict:
     if is_ddp:
         sent = steps * 2 * payload * (ranks - 1) // ranks  # as a ring sends it
     with torch.no_grad():
-        own = model.eval()(digits.measured_images).softmax(-1)
+        own = model.eval()(digits.test_images).softmax(-1)
         total = own.clone()
         dist.all_reduce(total)
-    own, of_mean = (100 * (p.argmax(-1) == digits.measured_labels).double().mean().item() for p in (own, total))
+    own, of_mean = (100 * (p.argmax(-1) == digits.test_labels).double().mean().item() for p in (own, total))
     return {**run, "accuracy": own, "accuracy_of_mean": of_mean, "bytes_sent": sent, "seconds": seconds}
 
 
-def run_rank(rank: int, ranks: int, runs: list[dict], is_held_out: bool, folder: str) -> None:
+def run_rank(rank: int, ranks: int, runs: list[dict], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    digits: dict = {}
-    results = []
-    for run in runs:
-        seed = run["seed"] if is_held_out else None
-        digits[seed] = digits.get(seed) or Digits(seed)
-        results.append(train(run, digits[seed]))
+    digits = Digits()
+    results = [train(run, digits) for run in runs]
     write_json(Path(folder, f"{rank}.json"), results)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train_all(args: ComparisonArguments, runs: list[dict], is_held_out: bool = False) -> list[list[dict]]:
+def train_all(args: ComparisonArguments, runs: list[dict]) -> list[list[dict]]:
     """Return the result of each rank in each run."""
     with tempfile.TemporaryDirectory() as folder:
-        call = (args.ranks, runs, is_held_out, folder)
+        call = (args.ranks, runs, folder)
         torch.multiprocessing.spawn(run_rank, call, nprocs=args.ranks)
         by_rank = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(args.ranks)]
     return [list(rows) for rows in zip(*by_rank)]
@@ -270,30 +244,6 @@ def verdict(summary: list[dict]) -> list[str]:
     return lines
 
 
-def search(args: ComparisonArguments) -> dict:
-    """Return the settings of the highest accuracy on held-out training digits, and print all."""
-    best: dict = {}
-    for names, methods, falling in (
-        (("learning_rate", "weight_decay"), ("ddp",), False),
-        (("alpha", "temperature"), ("predictions", "checkpoints"), True),
-        (("exchange_every",), ("checkpoints",), True),
-    ):
-        print(f"For {' and '.join(methods)}, weight decay {'falling' if falling else 'unchanged'}:")
-        grid = [dict(zip(names, values)) for values in product(*(SEARCHED[name] for name in names))]
-        seeds = range(SEARCH_SEED, SEARCH_SEED + args.seeds)
-        runs = [
-            [args.run(method, seed, **best, **settings, falling=falling) for method in methods for seed in seeds]
-            for settings in grid
-        ]
-        found = iter(train_all(args, [run for group in runs for run in group], is_held_out=True))
-        scores = [mean(row["accuracy"] for _ in group for row in next(found)) for group in runs]
-        for settings, score in zip(grid, scores):
-            shown = "  ".join(f"{name} {value:g}" for name, value in settings.items())
-            print(f"  {score:.2f} %  {shown}", flush=True)
-        best |= grid[scores.index(max(scores))]
-    return best
-
-
 def plot(summary: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -327,9 +277,6 @@ def plot(summary: list[dict], path: Path) -> None:
 
 def main() -> None:
     (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()
-    if args.search:
-        print("Chosen: " + ", ".join(f"{name} {value:g}" for name, value in search(args).items()))
-        return
     rows = product(args.weight_decays, args.methods, (False, True), range(args.seeds))
     runs = [args.run(method, seed, weight_decay=decay, falling=falling) for decay, method, falling, seed in rows]
     print(f"{len(runs)} runs on {args.ranks} processes", flush=True)

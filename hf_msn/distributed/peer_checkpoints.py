@@ -100,8 +100,7 @@ class PeerCheckpoints:
         """Return the checkpoints in use and those in transfer, for which it waits."""
         self._complete_transfers()
         in_use = {} if self.step is None else {peer: as_bytes(module, None) for peer, module in self._copies.items()}
-        received = {step: {**payloads} for step, payloads in self._received.items()}
-        return {"step": self.step, "in_use": in_use, "received": received}
+        return {"step": self.step, "in_use": in_use, "received": {**self._received}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Load what `state` returned, for the same model and `copies_dtype`."""
@@ -113,7 +112,7 @@ class PeerCheckpoints:
                         f"each, but holds {payload.numel()}. Load the state of the same model and settings."
                     )
         self._complete_transfers()
-        self._received = {step: {**payloads} for step, payloads in state["received"].items()}
+        self._received = {**state["received"]}
         if state["step"] is not None:
             self._fill(state["step"], state["in_use"])
 

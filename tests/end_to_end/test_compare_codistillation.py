@@ -62,21 +62,6 @@ def test_rows_are_means_over_replicas_and_seeds_next_to_ddp(script):
 
 
 @pytest.mark.slow
-def test_a_search_measures_on_held_out_training_digits(script):
-    whole, held_out, other = script.Digits(), script.Digits(100), script.Digits(101)
-    test, train = (_rows(images) for images in (whole.measured_images, whole.images))
-    assert (len(whole.labels), len(whole.measured_labels)) == (1437, 360)
-    assert (len(held_out.labels), len(held_out.measured_labels)) == (1077, 360)
-    assert sorted(_rows(held_out.images) + _rows(held_out.measured_images)) == sorted(train)
-    assert not set(_rows(held_out.measured_images)) & set(test)
-    assert not torch.equal(held_out.measured_images, other.measured_images)
-
-
-def _rows(images):
-    return [image.numpy().tobytes() for image in images]
-
-
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_small_comparison_has_all_rows_and_the_computed_bytes(script, tmp_path, monkeypatch):
     multiprocessing.set_forkserver_preload(PRELOADED)

@@ -37,9 +37,8 @@ class CodistillationCallback(PerRankCallback):
     trainer.train()
     ```
 
-    **Loss** of a micro-batch: `compute_loss` plus [`Codistillation.loss`] of the last forward pass of the model in it.
-    With gradient accumulation the distance is its mean over the micro-batches. Positions with label -100 do not count;
-    for causal language models the position before each.
+    **Loss** of a micro-batch: `compute_loss` plus [`Codistillation.loss`] of the last forward pass in it, a mean over
+    the micro-batches of an update. Positions with label -100 do not count; for causal language models those before.
 
     **Data**: with `same_batch` every replica iterates over *all* rows in the same order, so that an epoch has as many
     more updates as there are replicas. Otherwise the ranks share the rows.
@@ -50,9 +49,8 @@ class CodistillationCallback(PerRankCallback):
     **Evaluation** during training: each replica is evaluated on all rows. The metrics of the first replica have the
     usual names, those of replica r are `<metric>_replica_<r>`; all ranks have all of them.
 
-    **Checkpoints** hold the first replica, and `sync_state_<rank>.pt` per rank: its model, optimizer, schedule and
-    scaler, and the checkpoints of its peers. A resumed run is exact to the bit. With another number of ranks, or
-    without these files, all replicas begin with the model of the first.
+    **Checkpoints** hold the first replica, and all of each rank in `sync_state_<rank>.pt`. A resumed run is exact to
+    the bit. With another number of ranks, or without these files, all replicas begin with the model of the first.
 
     **End**: all ranks take the replica that is published. `codistillation.json` in `output_dir` records which.
 
@@ -125,6 +123,8 @@ class CodistillationCallback(PerRankCallback):
         self._inner_ranks, self._inner_place = (1, 0) if inner is None else (world_size(inner), rank(inner))
         self._initialized = False
         super().__init__(trainer)
+        if self.num_replicas > 1:  # rank 0 would read for the other replicas
+            trainer.accelerator.dataloader_config.dispatch_batches = False
 
     def _check(self, trainer: Trainer) -> None:
         args = trainer.args

@@ -3,9 +3,6 @@
 import copy
 import json
 import multiprocessing
-import os
-import signal
-import time
 
 import pytest
 import semi_supervised_runs
@@ -13,7 +10,6 @@ import short_runs
 import torch
 import torch.nn.functional as F
 from launch import run_ranks
-from lost_ranks import run_ranks_that_are_left
 from states import same
 from sync_runs import KINDS, Snapshots, image_model, image_rows, logged, make_trainer, watch_batches, weights
 from sync_runs import make_local_trainer as make
@@ -23,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from hf_msn import CodistillationCallback, LowShotCallback, PeerError, SlowMoCallback
+from hf_msn import CodistillationCallback, LowShotCallback, SlowMoCallback
 from hf_msn.distributed.collectives import rank, world_size
 from hf_msn.evaluation.gathering import gather_objects
 
@@ -308,44 +304,8 @@ def test_initial_parameters_are_own_or_same_and_pretrained_ones_are_kept(tmp_pat
         assert "`reinitialize`" in found["unknown"]
 
 
-class Die(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3 and args.process_index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _die(rank, folder, settings, arguments):
-    trainer = make(f"{folder}/run", callbacks=[Die()], max_steps=1000, **arguments)
-    trainer.add_callback(CodistillationCallback(trainer, timeout_seconds=20.0, **settings))
-    begin = time.monotonic()
-    with pytest.raises(PeerError) as error:
-        trainer.train()
-    return error.value.ranks, time.monotonic() - begin
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("settings", "arguments"),
-    [
-        ({}, {}),
-        ({"exchange": "checkpoints", "exchange_every": 5, "transfer_steps": 1}, {}),  # the log of the trainer fails
-    ],
-    ids=["predictions", "log"],
-)
-def test_a_killed_rank_is_named_and_nothing_hangs(tmp_path, settings, arguments):
-    results = run_ranks_that_are_left(_die, 3, tmp_path, str(tmp_path), settings, arguments, lost=(2,))
-    for ranks, seconds in results.values():
-        assert 2 in ranks and seconds < 15.0
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"alpha": -1.0}, "`alpha`.*-1.0"),
-        ({"publish": "all"}, "`publish`.*'all'"),
-        ({"inner_size": 2}, "`inner_size`.*2"),
-    ],
+    ("settings", "words"), [({"alpha": -1.0}, "`alpha`.*-1.0"), ({"inner_size": 2}, "`inner_size`.*2")]
 )
 def test_settings_outside_of_their_rule_are_refused_before_the_training(tmp_path, settings, words):
     trainer = make(tmp_path)

@@ -11,7 +11,7 @@ from sync_runs import logged, weights
 from sync_runs import make_local_trainer as make_trainer
 from transformers import TrainerCallback
 
-from hf_msn import CodistillationCallback, SlowMoCallback
+from hf_msn import CodistillationCallback
 
 
 class Last(TrainerCallback):
@@ -90,35 +90,3 @@ def test_a_resumed_run_is_exact_to_the_bit(tmp_path, num_ranks, inner_size, name
         assert not same(results[0][name][0][0], results[-1][name][0][0])
         if name == "checkpoints":  # snapshots come into use two updates old
             assert results[0][name][2][0]["codistillation_staleness"] == {5: 3, 6: 2, 7: 3, 8: 2}
-
-
-def _train(rank, folder):
-    of_images(folder, Last()).train()
-
-
-def _go_on(rank, folder):
-    messages = {}
-    for name, add in {
-        "method": SlowMoCallback,
-        "setting": lambda trainer: CodistillationCallback(trainer, alpha=0.5, falling_weight_decay=True, ramp_steps=6),
-    }.items():
-        trainer = make_trainer(folder)
-        trainer.add_callback(add(trainer))
-        with pytest.raises(ValueError) as error:
-            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
-        messages[name] = str(error.value)
-    return messages
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.filterwarnings("ignore:.*one replica only")
-def test_another_method_or_setting_is_refused_and_another_number_of_ranks_takes_the_first_replica(tmp_path, caplog):
-    run_ranks(_train, 2, str(tmp_path))
-    for messages in run_ranks(_go_on, 2, str(tmp_path)):
-        assert "Codistillation" in messages["method"] and "SlowMo" in messages["method"]
-        assert "alpha [0.0" in messages["setting"]
-    trainer = of_images(tmp_path, Last())
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert "saved by 2 ranks" in caplog.text
-    assert trainer.state.global_step == 8

@@ -1,4 +1,4 @@
-"""A rank that is stopped under a Trainer: the others end with an error that names it, within the deadline."""
+"""A rank that is stopped or killed under a Trainer: the others end with an error that names it, in time."""
 
 import os
 import signal
@@ -24,20 +24,20 @@ CALLBACKS = {
 
 
 class Stop(TrainerCallback):
-    """Stop the process of rank 2 after 10 updates of rank 0."""
+    """Send a signal to the process of rank 2 after 10 updates of rank 0."""
 
-    def __init__(self, pids):
-        self.pids = pids
+    def __init__(self, pids, number):
+        self.pids, self.number = pids, number
 
     def on_step_end(self, args, state, control, **kwargs):
         time.sleep(0.005)
         if state.global_step == 10 and args.process_index == 0:
-            os.kill(self.pids[2], signal.SIGSTOP)
+            os.kill(self.pids[2], self.number)
 
 
-def _train(rank, folder, name):
+def _train(rank, folder, name, number):
     pids = all_pids()
-    trainer = make_trainer(folder, max_steps=10**6, logging_steps=50, callbacks=[Stop(pids)])
+    trainer = make_trainer(folder, max_steps=10**6, logging_steps=50, callbacks=[Stop(pids, number)])
     trainer.add_callback(CALLBACKS[name](trainer, timeout_seconds=SECONDS))
     began = time.monotonic()
     with pytest.raises(PeerError) as caught:
@@ -47,9 +47,16 @@ def _train(rank, folder, name):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CALLBACKS)
-def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, name):
-    results = run_ranks_that_are_left(_train, 3, tmp_path, tmp_path / "out", name, lost=[2], timeout=60.0)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *((name, signal.SIGSTOP) for name in CALLBACKS),
+        ("codistillation", signal.SIGKILL),
+        ("codistillation by checkpoints", signal.SIGKILL),
+    ],
+)
+def test_a_stopped_or_killed_rank_is_named_within_the_deadline(tmp_path, name, number):
+    results = run_ranks_that_are_left(_train, 3, tmp_path, tmp_path / "out", name, number, lost=[2], timeout=60.0)
     for ranks, seconds in results.values():
         assert 2 in ranks
         assert seconds < 2 * SECONDS + 6.0  # starting the training, and asking the store for 3 s
