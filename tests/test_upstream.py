@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainingArguments, ViTMSNConfig
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTMSNConfig,
+)
 
 from hf_msn.trainers.callbacks.codistillation import _as_ranks
 
@@ -199,6 +206,8 @@ def test_private_attributes_exist():
     assert torch._C._current_graph_task_id() == -1  # no backward pass is running
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
     assert ViTMSNConfig(attn_implementation="eager")._attn_implementation == "eager"
+    tied = inspect.getsource(PreTrainedModel.get_expanded_tied_weights_keys)
+    assert "_tied_weights_keys" in tied and PreTrainedModel._tied_weights_keys is None
     assert datasets.IterableDataset._resolve_features and argparse.HelpFormatter._format_args
     assert "self._train_batch_size = batch_size" in inspect.getsource(Trainer)  # auto_find_batch_size
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(module.parameters(), lr=0.5), lambda step: 1.0)

@@ -125,6 +125,11 @@ def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadFor
     return model
 
 
+def unshared_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state dict, cloned: in a file of a network of timm no two names may share a tensor."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def check_start(name: str) -> None:
     """Raise a `ValueError` if there is no such model, or it is of another kind. Read no weights."""
     if name.startswith("timm:"):

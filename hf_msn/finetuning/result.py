@@ -21,6 +21,7 @@ from ..files import write_json
 from ..hub.run_record import describe_data, describe_hardware, write_run
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import FinetuningArguments
+from .models import unshared_weights
 
 RESULT_FILE = "finetune.json"
 RESULT_FORMAT = "hf_msn fine-tuning 1"
@@ -164,9 +165,7 @@ class FinetuningResult:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as staging:
             staging = Path(staging)
-            # cloned: a network of timm may have a tensor under two names
-            weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.model.save_pretrained(staging, state_dict=weights)
+            self.model.save_pretrained(staging, state_dict=unshared_weights(self.model))
             self.image_processor.save_pretrained(staging)
             rows = np.union1d(self.trained_rows, self.held_out_rows)
             labelled = {"rows": rows.tolist(), "labels": self.labels.tolist(), "class_names": self.class_names}

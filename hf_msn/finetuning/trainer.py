@@ -18,6 +18,7 @@ from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossCallback
 from ..trainers.checkpoints import WholeCheckpointMixin
 from .arguments import FinetuningArguments
+from .models import unshared_weights
 
 BEST_EPOCH_FILE = "best_epoch.pt"
 
@@ -94,6 +95,9 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
 
     def add_to_checkpoint(self, folder: Path) -> None:
         torch.save(self.best.state_dict(), folder / BEST_EPOCH_FILE)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, unshared_weights(self.model) if state_dict is None else state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         best = Path(resume_from_checkpoint, BEST_EPOCH_FILE)

@@ -9,7 +9,6 @@ from tiny_semi_supervised import HEADS, RESNET18, RESNETV2, VIT, tiny_paws, tiny
 from transformers import BertConfig, BertModel, ViTMSNModel
 
 from hf_msn import MSNConfig, MSNForPreTraining, PAWSConfig, PAWSForPreTraining, SuNCEtForPreTraining
-from hf_msn.evaluation.backbones import is_timm_model
 
 ROPE = {
     "timm_model": "vit_small_patch16_rope_224",
@@ -69,7 +68,7 @@ def test_residual_blocks_do_not_start_at_0(network):
     assert not all(p.any() for name, p in new_paws(**zero).encoder.named_parameters() if name.endswith("weight"))
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["coat", "rope", "blur"])
 def test_tables_that_no_checkpoint_holds_are_made_again(network, tmp_path):
     model = new_paws(**NETWORKS[network])
     model.save_pretrained(tmp_path)
@@ -119,21 +118,6 @@ def test_the_small_stem_keeps_the_sides(network):
 def test_a_network_that_timm_cannot_make_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         PAWSForPreTraining(PAWSConfig(**HEADS, **fields))
-
-
-@pytest.mark.parametrize("network", ["paws_wide_resnet", "paws_resnet"])
-def test_the_networks_of_paws_are_made_by_name_and_saved(network, tmp_path):
-    options = {"layers": [1, 1, 1], "channels": [4, 8, 8], "stem_channels": 4}
-    if network == "paws_resnet":
-        options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "stem_channels": 24, "bottleneck": False}
-    model = new_paws(timm_model=network, timm_options=options)
-    assert model.encoder.conv1.out_channels == options["stem_channels"]
-    assert model.encoder(images()).shape == (2, 8)
-    assert is_timm_model(model.encoder)
-    model.save_pretrained(tmp_path)
-    loaded = PAWSForPreTraining.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded.project(images()), model.project(images()))
-    assert SuNCEtForPreTraining.from_backbone(tmp_path).config.timm_model == network
 
 
 def test_the_defaults_of_the_networks_of_paws_are_those_of_the_paper():
