@@ -62,19 +62,12 @@ def finish_views(
 def _finish_views_on_cpu(crops: torch.Tensor, parameters: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
     from . import numba_augmentation
 
-    # the compiled loop neither solarizes nor equalizes
-    others = _has_tones(parameters)
-    plain = parameters[:, :NUM_PARAMETERS]
-    views = numba_augmentation.finish_views(crops, plain, *scales)
-    if others.any():
-        views[others] = finish_views_with_torch(crops[others], parameters[others], *scales)
+    views = numba_augmentation.finish_views(crops, parameters[:, :NUM_PARAMETERS], *scales)
+    if parameters.shape[1] > NUM_PARAMETERS:  # the compiled loop neither solarizes nor equalizes
+        others = (parameters[:, SOLARIZE] <= 1) | (parameters[:, EQUALIZE] > 0)
+        if others.any():
+            views[others] = finish_views_with_torch(crops[others], parameters[others], *scales)
     return views
-
-
-def _has_tones(parameters: torch.Tensor) -> torch.Tensor:
-    if parameters.shape[1] == NUM_PARAMETERS:
-        return torch.zeros(len(parameters), dtype=torch.bool)
-    return (parameters[:, SOLARIZE] <= 1) | (parameters[:, EQUALIZE] > 0)
 
 
 def finish_views_with_torch(

@@ -36,7 +36,13 @@ class FolderSplit:
             return image_files(self.files, self.classes, self.class_names)
         # without the images beside them: a metadata file names its own
         files = [glob.escape(path) for path in self.metadata_files]
-        return datasets.load_dataset("imagefolder", data_files=files, split="train", streaming=streaming)
+        try:
+            return datasets.load_dataset("imagefolder", data_files=files, split="train", streaming=streaming)
+        except (ValueError, IndexError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(
+                "Metadata files must name images in a column `file_name`, but one of "
+                f"{first_few(self.metadata_files)} cannot be read: {error.__cause__ or error}. Mend it, or remove it."
+            ) from error
 
 
 def image_files(
