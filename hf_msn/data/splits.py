@@ -5,7 +5,7 @@ import logging as levels
 import numbers
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -136,44 +136,42 @@ def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -
         FileNotFoundError: If the list does not exist.
         ValueError: If names have no row or several (counted, the first five shown).
     """
-    lines = [PurePosixPath(line.replace("\\", "/")) for line in read_list_file(path)]
-    files = {row: _split(name) for row, name in enumerate(file_names) if name is not None}
-    all_folders = {folders[-1] for folders, _ in files.values() if folders}
-    exact: dict[str, list[int]] = {}
-    shortened: dict[str, list[int]] = {}
-    in_folder: dict[str, list[int]] = {}
-    for row, (folders, stem) in files.items():
-        exact.setdefault(stem, []).append(row)
-        suffix = f"_{stem.split('_', 1)[0]}"
-        if stem.endswith(suffix):
-            shortened.setdefault(stem.removesuffix(suffix), []).append(row)
-        if folders:
-            in_folder.setdefault(f"{folders[-1]}_{stem}", []).append(row)
+    lines = [_as_path(line) for line in read_list_file(path)]
+    files = {row: _as_path(name) for row, name in enumerate(file_names) if name is not None}
+    folders = {file.parent.name for file in files.values()}
+    exact, shortened, in_folder = defaultdict(list), defaultdict(list), defaultdict(list)
+    for row, file in files.items():
+        exact[file.stem].append(row)
+        if file.parent.name:
+            in_folder[f"{file.parent.name}_{file.stem}"].append(row)
+        suffix = f"_{file.stem.split('_', 1)[0]}"
+        if file.stem.endswith(suffix):
+            shortened[file.stem.removesuffix(suffix)].append(row)
 
-    def is_free(folders: tuple[str, ...], stem: str, row: int) -> bool:
+    def may_be(line: PurePosixPath, file: PurePosixPath) -> bool:
         # a file in another folder is another one, unless folders mean nothing and its name begins with the class
-        classes = (f"{folders[-1]}_", f"{files[row][0][-1]}_") if folders else ()
-        return not folders or (folders[-1] not in all_folders and stem.startswith(classes))
+        if not line.parent.name or not file.parent.name:
+            return True
+        is_class = line.stem.startswith((f"{line.parent.name}_", f"{file.parent.name}_"))
+        return line.parent.name not in folders and is_class
 
     def find(line: PurePosixPath) -> list[int]:
-        folders, stem = _split(str(line))
-        for rows in (table.get(stem, []) for table in (exact, shortened, in_folder)):
-            common = {row: _common_end(folders, files[row][0]) for row in rows}
-            found = [row for row in rows if common[row] or not files[row][0] or is_free(folders, stem, row)]
-            if found:
+        for table in (exact, shortened, in_folder):
+            common = {row: _common_end(line.parent.parts, files[row].parent.parts) for row in table.get(line.stem, ())}
+            if found := [row for row in common if common[row] or may_be(line, files[row])]:
                 found = [row for row in found if common[row] == max(common.values())]
                 # where files differ in their extension alone, that of the list decides
-                return [row for row in found if PurePosixPath(file_names[row]).name == line.name] or found
+                return [row for row in found if files[row].name == line.name] or found
         return []
 
     matches = {line: find(line) for line in dict.fromkeys(lines)}
-    if missing := [line.parent / line.stem for line, rows in matches.items() if not rows]:
+    if missing := [line.with_suffix("") for line, rows in matches.items() if not rows]:
         raise ValueError(
             f"Names of the list file '{path}' must be file names of the dataset, but {len(missing)} of {len(matches)} "
             f"are not: {first_few(missing)}. Check that list and dataset belong together."
         )
     several = [
-        f"{line.parent / line.stem} (rows {', '.join(map(str, rows[:3]))})"
+        f"{line.with_suffix('')} (rows {', '.join(map(str, rows[:3]))})"
         for line, rows in matches.items()
         if len(rows) > 1
     ]
@@ -185,12 +183,12 @@ def match_list_file(path: str | os.PathLike, file_names: Sequence[str | None]) -
     listed: dict[int, list[PurePosixPath]] = {}
     for line in lines:
         listed.setdefault(matches[line][0], []).append(line)
-    classes = [_class_of(_split(str(same[0])), files[row]) for row, same in listed.items()]
-    _log_counts(path, classes, [str(same[0].parent / same[0].stem) for same in listed.values() if len(same) > 1])
+    classes = [_class_of(same[0], files[row]) for row, same in listed.items()]
+    _log_counts(path, classes, [same[0].with_suffix("") for same in listed.values() if len(same) > 1])
     return np.array(list(listed), dtype=np.int64)
 
 
-def _log_counts(path: str | os.PathLike, classes: list[str], repeated: list[str]) -> None:
+def _log_counts(path: str | os.PathLike, classes: list[str], repeated: list[PurePosixPath]) -> None:
     counts = Counter(classes).values()
     smallest, largest = min(counts), max(counts)
     file_name = Path(path).name.lower()
@@ -228,10 +226,8 @@ def _check_class_sizes(counts: np.ndarray, images_per_class: int, class_names: S
         )
 
 
-def _split(name: str) -> tuple[tuple[str, ...], str]:
-    """Return the folders of a file and its name without extension."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.parts[:-1], path.stem
+def _as_path(name: str) -> PurePosixPath:
+    return PurePosixPath(name.replace("\\", "/"))
 
 
 def _common_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
@@ -239,9 +235,7 @@ def _common_end(first: tuple[str, ...], second: tuple[str, ...]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def _class_of(listed: tuple[tuple[str, ...], str], file: tuple[tuple[str, ...], str]) -> str:
+def _class_of(line: PurePosixPath, file: PurePosixPath) -> str:
     """Return the class of a listed image: its folder in the list, else the beginning of its name, else its folder."""
-    folders, stem = listed
-    if not folders and "_" not in stem:
-        folders = file[0]
-    return folders[-1] if folders else stem.split("_", 1)[0]
+    folder = line.parent.name or ("" if "_" in line.stem else file.parent.name)
+    return folder or line.stem.split("_", 1)[0]
