@@ -44,10 +44,6 @@ def _ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _bytes(views: torch.Tensor) -> np.ndarray:
-    return (views * 255).round().permute(*range(views.dim() - 3), -2, -1, -3).numpy().astype(np.uint8)
-
-
 def test_views_have_the_stated_shapes(picture):
     views = MultiViewTransform(image_size=32, focal_size=16, anchor_views=2, focal_views=3)(picture(1, (50, 40)))
     assert {name: tuple(view.shape) for name, view in views.items()} == {
@@ -113,7 +109,7 @@ def test_crops_finished_in_a_batch_equal_the_views(picture):
         "view_parameters": ((6, 12), torch.float32),
     }
     batch = transform.finish({**MultiViewCollator()(crops), "other": torch.ones(4)})
-    assert set(batch) == {*views[0], "other"}
+    assert set(batch) == {*views[0], "other"} and batch["anchor_pixel_values"].shape == (4, 2, 3, 32, 32)
     for name, value in MultiViewCollator()(views).items():
         torch.testing.assert_close(batch[name], value, atol=1e-5, rtol=0)
     assert all(torch.equal(transform.finish(batch)[name], batch[name]) for name in batch)  # finished views stay
