@@ -186,10 +186,16 @@ def _class_levels(by_split: dict[str, list[_Folder]], begin: int) -> dict[str, i
     differing: dict[str, list[int]] = {}
     depths: dict[str, int] = {}
     for name, folders in by_split.items():
-        paths = {folder.parts for folder in folders if folder.images}
-        is_labelled = len({len(path) for path in paths}) == 1 and not any(folder.metadata for folder in folders)
-        depth = len(next(iter(paths)))
-        if is_labelled and depth > begin:
+        paths = sorted({folder.parts for folder in folders if folder.images}, key=lambda parts: (len(parts), parts))
+        depth = len(paths[0])
+        if any(folder.metadata for folder in folders):
+            continue
+        if depth < len(paths[-1]):
+            logger.warning(
+                "Images of '%s' have no labels, as they lie at different depths, such as in '%s' and in '%s'.",
+                *(name, "/".join(paths[0]) or ".", "/".join(paths[-1])),
+            )
+        elif depth > begin:
             depths[name] = depth
             differing[name] = [level for level in range(begin, depth) if len({path[level] for path in paths}) > 1]
     first_levels: dict[int, int] = {}  # by depth: the same for all splits of one depth

@@ -135,6 +135,12 @@ def test_class_folders_at_one_depth_are_labels(folder, files, split, names):
         assert level is None or dataset["label"][:] == [0, 0, 1]
 
 
+def test_folders_at_different_depths_are_named_where_they_prevent_labels(folder, caplog):
+    root = folder(dict.fromkeys(["train/cat/1.png", "train/cat/crops/2.png", "test/cat/3.png"], 1))
+    assert load_images(root).column_names == ["image"] and load_images(root, split="test")["label"][:] == [0]
+    assert "'train/cat' and in 'train/cat/crops'" in caplog.text and "'test'" not in caplog.text
+
+
 def test_classes_of_all_splits_lie_at_the_same_level(folder):
     names = [f"train/{name}/{part}/0.png" for name in ("cat", "dog") for part in ("images", "crops")]
     root = folder(dict.fromkeys([*names, "test/cat/images/0.png", "test/cat/crops/0.png"], 1))
