@@ -60,11 +60,7 @@ def image_and_label(
 
 
 def undecoded(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
-    """Return a dataset whose images `datasets` does not decode: a broken one would end the run without its row.
-
-    Raises:
-        ValueError: If there is no column `image`, there are no rows, or [`image_dataset`] refuses it.
-    """
+    """Return a dataset whose images `datasets` does not decode: a broken one would end the run without its row."""
     dataset = image_dataset(dataset)
     columns = getattr(dataset, "column_names", ())  # `None` for some streams
     if columns is not None and "image" not in columns:

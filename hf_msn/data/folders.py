@@ -48,11 +48,7 @@ class FolderSplit:
 def image_files(
     files: Sequence[str], classes: Sequence[str] | None = None, class_names: Sequence[str] = ()
 ) -> datasets.Dataset:
-    """Return image files as rows, unread. The fingerprint depends on their time stamps, as in `datasets`.
-
-    Raises:
-        ValueError: If the name of a file is not UTF-8.
-    """
+    """Return image files as rows, unread. The fingerprint depends on their time stamps, as in `datasets`."""
     check_file_names(files)
     columns = {"image": [{"bytes": None, "path": path} for path in files]}
     features = datasets.Features(image=datasets.Image(decode=False))

@@ -136,9 +136,6 @@ def check_class_names(
     """Check that the class numbers of two datasets mean the same classes. Reads their features, never a row.
 
     Returns the class names of the first. A dataset without class names agrees with any.
-
-    Raises:
-        ValueError: If both have class names, and these differ.
     """
     names, other = class_names(first), class_names(second)
     if names is not None and other is not None and names != other:
@@ -162,10 +159,8 @@ def numbered_as(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Return the test data with the class numbers of the train data.
 
-    They differ if the classes are text, which each split numbers by itself, and the test data lacks one.
-
-    Raises:
-        ValueError: If the class names of the test data are not a part of those of the train data, in the same order.
+    They differ if the classes are text, which each split numbers by itself, and the test data lacks one. Other
+    differences are errors.
     """
     names, own = class_names(train), class_names(test)
     numbers = [names.index(name) for name in own or () if name in (names or ())]

@@ -76,9 +76,6 @@ def check_labels(
     """Return class numbers as an int64 array (N,): integers >= 0, not necessarily 0 to n - 1.
 
     `rows` and `which` name the rows and the data in errors.
-
-    Raises:
-        ValueError: If there is none, the shape differs, or a label is `None`, negative or not an integer.
     """
     values = np.asarray(labels)
     if values.ndim != 1 or values.size == 0:
@@ -100,12 +97,7 @@ def check_labels(
 
 
 def read_list_file(path: str | os.PathLike) -> list[str]:
-    """Read a list of labelled images: one name per line, such as `n01440764_10026.JPEG` or `cat/000 (1).jpg`.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it has no names, or lines without folder, extension and `<class>_` (the first five are shown).
-    """
+    """Read a list of labelled images: one name per line, such as `n01440764_10026.JPEG` or `cat/000 (1).jpg`."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
