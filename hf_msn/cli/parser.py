@@ -7,6 +7,7 @@ and values from a YAML file. (jsonargparse would nest the fields of each class; 
 
 import argparse
 import collections.abc
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -83,14 +84,10 @@ class Option:
             return None
         if text in self.choices:
             return text
-        for kind, (reader, _, _) in _READERS.items():
-            if kind in self.kinds:
-                try:
-                    return reader(text)
-                except (ValueError, argparse.ArgumentTypeError):
-                    continue
-        names = [_READERS[kind][1] for kind in _READERS if kind in self.kinds]
-        rule = " or ".join(names) if names else f"one of {', '.join(self.choices)}"
+        for kind in self.kinds:
+            with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+                return _READERS[kind][0](text)
+        rule = " or ".join(_READERS[kind][1] for kind in self.kinds) or f"one of {', '.join(self.choices)}"
         raise argparse.ArgumentTypeError(f"must be {rule}, but is {text!r}. {did_you_mean(text, self.choices)}")
 
     def collect(self, value: Any) -> Any:

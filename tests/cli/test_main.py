@@ -92,25 +92,21 @@ def test_the_help_is_that_of_the_method(capsys, tmp_path):
         main(["pretrain", "--method", "pawz", "--help"])
 
 
-def test_an_unknown_command_names_the_nearest():
-    with pytest.raises(ValueError, match=r"'pretrian'.*'pretrain'"):
-        main(["pretrian", "--config", "digits"])
-
-
 @pytest.mark.parametrize(
-    ("command", "name", "nearest"),
+    ("line", "name", "nearest"),
     [
-        ("pretrain", "learning_rat", "learning_rate"),
-        ("finetune", "learning_rat", "learning_rate"),
-        ("evaluate", "prob", "probe"),
-        ("publish", "result", "results"),
-        ("convert", "outputs", "output"),
-        ("card", "result", "results"),
+        ("pretrian --config digits", "pretrian", "pretrain"),
+        ("pretrain --learning_rat 1", "learning_rat", "learning_rate"),
+        ("finetune --learning_rat 1", "learning_rat", "learning_rate"),
+        ("evaluate --prob 1", "prob", "probe"),
+        ("publish --result 1", "result", "results"),
+        ("convert --outputs 1", "outputs", "output"),
+        ("card --result 1", "result", "results"),
     ],
 )
-def test_an_unknown_field_of_each_command_names_the_nearest(command, name, nearest):
-    with pytest.raises(ValueError, match=f"`{name}`.*'{nearest}'"):
-        main([command, f"--{name}", "1"])
+def test_an_unknown_command_or_field_names_the_nearest(line, name, nearest):
+    with pytest.raises(ValueError, match=f"[`']{name}[`'].*'{nearest}'"):
+        main(line.split())
 
 
 @pytest.mark.parametrize(

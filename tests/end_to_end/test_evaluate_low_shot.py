@@ -83,19 +83,14 @@ def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypat
     assert asked == [("train", "v2"), ("test", "v2")]
 
 
-@pytest.mark.parametrize("output", ["", "file/r.json"])
-def test_an_output_that_cannot_be_written_fails_before_the_model_is_loaded(run, tmp_path, output):
+def test_the_output_is_checked_before_the_model_is_loaded_and_an_existing_one_is_kept(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=f"`output` .*'.*{output}'"):
-        run("--model", "/no/such/model", "--output", tmp_path / output)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_an_existing_output_is_kept_until_another_is_complete(run, tmp_path):
-    (tmp_path / "r.json").write_text("old")
+    for output in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(ValueError, match=f"`output` .*'{output}'"):
+            run("--model", "/no/such/model", "--output", output)
     with pytest.raises(ValueError, match="/no/such/model"):
-        run("--model", "/no/such/model", "--output", tmp_path / "r.json")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.json", "old")]
+        run("--model", "/no/such/model", "--output", tmp_path / "file")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "in the way")]
 
 
 @pytest.mark.parametrize(
