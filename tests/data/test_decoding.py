@@ -60,19 +60,38 @@ def test_transparency_is_composited_over_white(mode):
     np.testing.assert_allclose(_pixels(_row(image, "PNG"))[0, :, 0], expected, atol=1)
 
 
-def test_palette_colours_are_looked_up_and_its_transparent_one_is_white():
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    np.testing.assert_array_equal(_pixels(_row(image, "PNG"))[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]])
-    seen = _pixels(_row(image, "PNG", transparency=1))
-    np.testing.assert_array_equal(seen[0], [[10, 20, 30], [255, 255, 255], [70, 80, 90]])
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def test_transparent_colour_of_gray_and_rgb_files_is_white(picture):
-    gray = Image.fromarray(np.array([[7, 9]], np.uint8))
-    np.testing.assert_array_equal(_pixels(_row(gray, "PNG", transparency=7))[0, :, 0], [255, 9])
-    colour = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
-    np.testing.assert_array_equal(_pixels(_row(colour, "PNG", transparency=(4, 5, 6)))[0], [[1, 2, 3], [255] * 3])
+def _wide_png() -> dict:
+    """A 1 x 1 RGB PNG with 16 bits per channel, which Pillow can read but not write."""
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF))
+    png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+    return {"bytes": png, "path": None}
+
+
+PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+PALETTE.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+COLOUR = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+FRAMES = [Image.fromarray(GRAY), Image.fromarray(GRAY + 1)]
+WHITE = [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("value", "first_row"),
+    [
+        (_row(PALETTE, "PNG"), [[10, 20, 30], [40, 50, 60], [70, 80, 90]]),
+        (_row(PALETTE, "PNG", transparency=1), [[10, 20, 30], WHITE, [70, 80, 90]]),
+        (_row(Image.fromarray(np.array([[7, 9]], np.uint8)), "PNG", transparency=7), [WHITE, [9, 9, 9]]),
+        (_row(COLOUR, "PNG", transparency=(4, 5, 6)), [[1, 2, 3], WHITE]),
+        (_wide_png(), [[0x12, 0x80, 0xFF]]),  # the high bytes
+        (_row(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), np.stack([GRAY[0]] * 3, axis=-1)),
+    ],
+)
+def test_palettes_transparent_colours_wide_colours_and_animations_are_read(value, first_row):
+    np.testing.assert_array_equal(_pixels(value)[0], first_row)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV"])
@@ -80,18 +99,6 @@ def test_other_colour_spaces_are_converted_back(mode, picture):
     image = picture(3).convert(mode)
     np.testing.assert_array_equal(_pixels(image), np.asarray(image.convert("RGB")))
     np.testing.assert_allclose(_pixels(image), np.asarray(picture(3)), atol=8)
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def test_16_bit_colour_keeps_the_high_byte():
-    # a 1 x 1 RGB PNG with 16 bits per channel, which Pillow can read but not write
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    body = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF))
-    png = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
-    np.testing.assert_array_equal(_pixels({"bytes": png, "path": None})[0, 0], [0x12, 0x80, 0xFF])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -161,11 +168,6 @@ def test_jpeg_with_damaged_metadata_is_turned(picture, marker, data):
     place = 2 + 2 + int.from_bytes(jpeg[4:6])  # after the first segment
     damaged = jpeg[:place] + segment + jpeg[place:]
     np.testing.assert_array_equal(_pixels({"bytes": damaged, "path": None}), expected)
-
-
-def test_first_frame_of_an_animation_is_used(picture):
-    row = _row(picture(5).convert("L"), "GIF", save_all=True, append_images=[picture(6).convert("L")])
-    np.testing.assert_array_equal(_pixels(row)[:, :, 0], np.asarray(picture(5).convert("L")))
 
 
 def test_files_and_arrays_with_alpha_are_read(tmp_path, picture):

@@ -352,15 +352,6 @@ def test_splits_of_shards_are_words_of_their_paths_below_the_source(parquet, tmp
     assert len(list(load_images(tmp_path / "my test [1]" / f"cats-0.{kind}", streaming=streaming))) == 1
 
 
-def test_columns_are_described_where_no_image_is_found(tmp_path):
-    numbers = datasets.Dataset.from_dict({"image": [[1, 2]], "other": ["a"]})
-    numbers.to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(ValueError, match=r"'image' holds .*int64"):
-        load_images(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"'image' of .* holds .*int64"):
-        load_images(tmp_path / "a.parquet", image_column="image")
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("part", ["text", "nothing", "half", "less than half"])
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
@@ -397,6 +388,10 @@ def test_unknown_columns_are_refused(parquet):
         load_images(file, image_column="label")
     with pytest.raises(ValueError, match=r"train.:0.*none"):
         load_images(file, split="train[:0]")
+    datasets.Dataset.from_dict({"image": [[1, 2]], "other": ["a"]}).to_parquet(file)
+    for column in (None, "image"):
+        with pytest.raises(ValueError, match=r"'image'.* holds .*int64"):
+            load_images(file, image_column=column)
 
 
 def test_glob_of_image_files_is_read_without_labels(folder, picture):
