@@ -1,5 +1,6 @@
 """Short runs of plain Trainers on tiny models in float64, and callbacks that observe them."""
 
+import shutil
 from functools import partial
 
 import torch
@@ -92,6 +93,24 @@ def make_trainer(
         eval_dataset=rows[:8],
         callbacks=callbacks,
     )
+
+
+def train_whole_and_resumed(make, folder, step: int) -> list[Trainer]:
+    """Train with `make(folder)`, and once more from the checkpoint of `step`, as if killed after it. On every rank."""
+    trainers = [make(f"{folder}_whole"), make(f"{folder}_resumed")]
+    trainers[0].train()
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(f"{folder}_whole/checkpoint-{step}", f"{folder}_resumed/checkpoint-{step}")
+    torch.distributed.barrier()
+    trainers[1].train(resume_from_checkpoint=True)
+    return trainers
+
+
+def saved_states(folder, rank: int) -> list[dict]:
+    """Return the last states of a rank in both runs of [`train_whole_and_resumed`]."""
+    folders = [f"{folder}_{run}/checkpoint-8" for run in ("whole", "resumed")]
+    return [torch.load(f"{last}/sync_state_{rank}.pt", weights_only=True) for last in folders]
 
 
 make_local_trainer = partial(make_trainer, trainer_class=LocalTrainer)

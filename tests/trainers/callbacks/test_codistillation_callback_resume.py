@@ -1,13 +1,10 @@
 """Resuming a codistillation from its checkpoints."""
 
-import shutil
-
 import pytest
 import short_runs
-import torch
 from launch import run_ranks
 from states import same
-from sync_runs import logged, weights
+from sync_runs import logged, saved_states, train_whole_and_resumed, weights
 from sync_runs import make_local_trainer as make_trainer
 from transformers import TrainerCallback
 
@@ -56,24 +53,18 @@ RUNS = {
 def _resume(rank, folder, inner_size, names):
     results = {}
     for name in names:
-        kept = [Last(), Last()]
-        whole = RUNS[name](f"{folder}/{name}_whole", kept[0], inner_size=inner_size)
-        whole.train()
-        torch.distributed.barrier()
-        if rank == 0:
-            shutil.copytree(f"{folder}/{name}_whole/checkpoint-4", f"{folder}/{name}_parts/checkpoint-4")
-        torch.distributed.barrier()
-        parts = RUNS[name](f"{folder}/{name}_parts", kept[1], inner_size=inner_size)
-        parts.train(resume_from_checkpoint=True)
-        states = [
-            torch.load(f"{folder}/{name}_{part}/checkpoint-8/sync_state_{rank}.pt", weights_only=True)
-            for part in ("whole", "parts")
-        ]
+        kept: list[Last] = []
+
+        def make(folder, name=name, kept=kept):
+            kept.append(Last())
+            return RUNS[name](folder, kept[-1], inner_size=inner_size)
+
+        trainers = train_whole_and_resumed(make, f"{folder}/{name}", step=4)
         logs = [
             {key: {step: value for step, value in logged(trainer, key).items() if step > 4} for key in LOGGED}
-            for trainer in (whole, parts)
+            for trainer in trainers
         ]
-        results[name] = [last.weights for last in kept], states, logs
+        results[name] = [last.weights for last in kept], saved_states(f"{folder}/{name}", rank), logs
     return results
 
 

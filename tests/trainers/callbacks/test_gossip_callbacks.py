@@ -1,13 +1,11 @@
 """The gossip methods on a plain Trainer: consensus, resume, and SlowMo over them."""
 
-import shutil
 from functools import partial
 
 import pytest
-import torch
 from launch import run_ranks
 from states import same
-from sync_runs import Snapshots, logged, make_trainer, weights
+from sync_runs import Snapshots, logged, make_trainer, train_whole_and_resumed, weights
 
 import hf_msn
 from hf_msn import SlowMoCallback
@@ -34,19 +32,13 @@ def make_run(folder, case, over_slowmo, **arguments):
 def _run_and_resume(rank, folder, cases, over_slowmo):
     results = {}
     for case in cases:
-        whole, snapshots = make_run(f"{folder}/{case}_whole", case, over_slowmo), Snapshots()
-        whole.add_callback(snapshots)
-        whole.train()
-        torch.distributed.barrier()
-        if rank == 0:
-            shutil.copytree(f"{folder}/{case}_whole/checkpoint-6", f"{folder}/{case}_parts/checkpoint-6")
-        torch.distributed.barrier()
-        parts = make_run(f"{folder}/{case}_parts", case, over_slowmo)
-        parts.train(resume_from_checkpoint=True)
+        snapshots = Snapshots()
+        make = partial(make_run, case=case, over_slowmo=over_slowmo, callbacks=[snapshots])
+        trainers = train_whole_and_resumed(make, f"{folder}/{case}", step=6)
         results[case] = {
             "snapshots": snapshots.taken,
-            "weights": [weights(trainer.model) for trainer in (whole, parts)],
-            "losses": [logged(trainer, "loss") for trainer in (whole, parts)],
+            "weights": [weights(trainer.model) for trainer in trainers],
+            "losses": [logged(trainer, "loss") for trainer in trainers],
         }
     return results
 

@@ -1,6 +1,7 @@
 """Resuming ranks that train locally: bit for bit inside a period; broken and foreign checkpoints are refused."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import short_runs
 import torch
 from launch import run_ranks
 from states import same
-from sync_runs import logged, make_trainer, weights
+from sync_runs import logged, make_trainer, saved_states, train_whole_and_resumed, weights
 
 from hf_msn import LocalSGDCallback, SlowMoCallback
 from hf_msn.trainers.checkpoints import CheckpointError, find_fault
@@ -34,25 +35,15 @@ RUNS = {"slowmo": slowmo_on_msn, "local_sgd": local_sgd_on_images}
 def _resume(rank, folder):
     results = {}
     for name, make in RUNS.items():
-        whole = make(f"{folder}/{name}_whole", gradient_accumulation_steps=2 if name == "slowmo" else 1)
-        whole.train()
-        torch.distributed.barrier()
-        if rank == 0:  # as a run leaves it that was killed after update 6
-            shutil.copytree(f"{folder}/{name}_whole/checkpoint-6", f"{folder}/{name}_parts/checkpoint-6")
-        torch.distributed.barrier()
-        parts = make(f"{folder}/{name}_parts", gradient_accumulation_steps=2 if name == "slowmo" else 1)
-        parts.train(resume_from_checkpoint=True)
-        states = [
-            torch.load(f"{folder}/{name}_{part}/checkpoint-8/sync_state_{rank}.pt", weights_only=True)
-            for part in ("whole", "parts")
-        ]
+        accumulated = {"gradient_accumulation_steps": 2 if name == "slowmo" else 1}
+        trainers = train_whole_and_resumed(partial(make, **accumulated), f"{folder}/{name}", step=6)
         saved = torch.load(f"{folder}/{name}_whole/checkpoint-6/sync_state_{rank}.pt", weights_only=True)
         results[name] = {
-            "weights": [weights(trainer.model) for trainer in (whole, parts)],
-            "losses": [logged(trainer, "loss") for trainer in (whole, parts)],
+            "weights": [weights(trainer.model) for trainer in trainers],
+            "losses": [logged(trainer, "loss") for trainer in trainers],
             "own": [
                 {"sync": state["sync"], "optimizer": state["optimizer"], "schedule": state["lr_scheduler"]}
-                for state in states
+                for state in saved_states(f"{folder}/{name}", rank)
             ],
             "local_steps": saved["sync"]["local_steps"],
         }
