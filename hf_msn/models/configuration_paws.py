@@ -17,12 +17,6 @@ class PAWSConfig(SemiSupervisedConfig):
 
     Raises:
         ValueError: If a value is out of range.
-
-    Example:
-
-    ```python
-    >>> config = PAWSConfig(timm_model="resnet50", projection_dim=2048, prediction_head=True, label_smoothing=0.1)
-    ```
     """
 
     model_type = "paws"

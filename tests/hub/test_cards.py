@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
 from card_runs import edited, measure, msn, save, table, with_value
@@ -213,20 +212,6 @@ def test_a_classifier_on_a_projection_head_is_used_with_hf_msn(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_timm_is_used_through_timm(tmp_path):
-    network = timm.create_model("test_resnet", num_classes=0).eval()
-    timm.models.save_for_hf(network, tmp_path / "net", safe_serialization=True)
-    results = measure(network, tmp_path / "low_shot.json", image_processor=PROCESSOR_32)
-    card = create_model_card(tmp_path / "net", results)
-    (block,) = code_blocks(card)
-    names = {"pixels": torch.ones(1, 3, 32, 32)}
-    exec(block.replace("path/to/net", str(tmp_path / "net")), names)
-    with torch.no_grad():
-        assert names["features"].equal(network(names["pixels"]))
-    assert card.data.library_name == "timm" and "`test_resnet` of timm" in card.text
-
-
-@pytest.mark.slow
 def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp_path):
     torch.manual_seed(0)
     model = PAWSForPreTraining(PAWSConfig(timm_model="test_resnet", image_size=32, projection_dim=16)).eval()
@@ -249,6 +234,7 @@ def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp
         assert len(outputs) == {"encoder": 2, "classifier": 1}[name]
     assert [card.data.pipeline_tag for card in cards.values()] == ["image-feature-extraction", "image-classification"]
     assert "It has a classifier." in cards["classifier"].text
+    assert cards["encoder"].data.library_name == "timm" and "`test_resnet` of timm" in cards["encoder"].text
 
 
 def test_markup_in_names_shows_as_text(tuned, tmp_path):
