@@ -376,12 +376,12 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
 
     def count_broken(self, name: str, dataset) -> dict[str, int]:
         """Return the number of images of a data set found broken on all ranks under `name`, if it counts them."""
-        if hasattr(dataset, "is_broken"):  # several ranks may have found the same row
-            found = all_reduce_sum(dataset.is_broken.to(self.args.device, torch.int32)) > 0
-            return {name: int(found.sum())}
-        if hasattr(dataset, "num_broken"):
-            return {name: int(all_reduce_sum(torch.tensor(dataset.num_broken, device=self.args.device)))}
-        return {}
+        if not hasattr(dataset, "num_broken"):
+            return {}
+        number = int(all_reduce_sum(torch.tensor(dataset.num_broken, device=self.args.device)))
+        if number and hasattr(dataset, "is_broken"):  # several ranks may have found the same row
+            number = int((all_reduce_sum(dataset.is_broken.to(self.args.device, torch.int32)) > 0).sum())
+        return {name: number}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._num_recorded:
