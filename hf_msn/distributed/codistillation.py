@@ -226,6 +226,11 @@ class Codistillation:
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
         refuse_unsupported(self.model, self.optimizer)
+        if weight_decay_schedule is not None and any("weight_decay" not in g for g in self.optimizer.param_groups):
+            raise ValueError(
+                "`weight_decay_schedule` needs a `weight_decay` in each parameter group of the optimizer, but "
+                f"{type(self.optimizer).__name__} has a group without. Use AdamW, or leave the schedule out."
+            )
         self.weight_decay_schedule = weight_decay_schedule
         self._predictions, self._forward = predictions or logits_of, forward or call_model
         self._outer = Exchange(group, timeout_seconds)
@@ -261,7 +266,7 @@ class Codistillation:
             `torch.Tensor`: A scalar.
         """
         self._require_started()
-        own = self._predictions(output)
+        own = _check_predictions(self._predictions(output))
         alpha = self.alpha_at(self.steps)
         is_off = alpha == 0.0 or self._outer.size == 1 or not torch.is_grad_enabled()
         distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peer_predictions(own, batch)]
@@ -518,6 +523,13 @@ def logits_of(output: Any) -> torch.Tensor:
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Return `model(**batch)` for a mapping, `model(batch)` otherwise."""
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _check_predictions(predictions: Any) -> torch.Tensor:
+    if torch.is_tensor(predictions) and predictions.is_floating_point() and predictions.dim() > 0:
+        return predictions
+    found = (predictions.dtype, predictions.shape) if torch.is_tensor(predictions) else type(predictions).__name__
+    raise ValueError(f"`predictions` must return floating-point logits of shape (..., C), but returned {found}.")
 
 
 def _check_alpha(alpha: Any) -> float:

@@ -516,6 +516,8 @@ def test_one_replica_trains_as_without_codistillation_and_misuse_is_refused():
                 method(codistillation.model, codistillation.optimizer).start()
         with pytest.raises(ValueError, match="logits"):
             codistillation.loss({"hidden": output}, None)
+        with pytest.raises(ValueError, match="int64"):
+            codistillation.loss(output.argmax(-1), None)
         state = codistillation.state_dict()
     with pytest.raises(RuntimeError, match="entered"):
         codistillation.step()

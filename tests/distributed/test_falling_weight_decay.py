@@ -76,3 +76,9 @@ def test_initial_weight_decay_survives_a_resume(enter_first):
 def test_arguments_outside_of_their_rule_are_refused(arguments, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         FallingWeightDecay(*arguments)
+
+
+def test_optimizer_without_weight_decay_is_refused():
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="LBFGS"):
+        Codistillation(model, torch.optim.LBFGS(model.parameters()), weight_decay_schedule=FallingWeightDecay(5))
