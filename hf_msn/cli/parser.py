@@ -13,10 +13,12 @@ import inspect
 import json
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,8 @@ class Parser(argparse.ArgumentParser):
         owner: Callable[[str], str | None] = lambda name: None,
         **kwargs: Any,
     ):
-        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        wide = partial(argparse.HelpFormatter, max_help_position=34, width=110)
+        super().__init__(formatter_class=wide, allow_abbrev=False, **kwargs)
         self.options: dict[str, Option] = {}
         self.owner = owner
         for title, options in groups.items():
@@ -135,17 +138,18 @@ class Parser(argparse.ArgumentParser):
             for option in options:
                 if option.name not in self.options:
                     self.options[option.name] = option
-                    flags = dict.fromkeys((f"--{option.name}", f"--{option.name.replace('_', '-')}"))
-                    group.add_argument(*flags, **option.settings(option.name in hidden))
+                    group.add_argument(f"--{option.name}", **option.settings(option.name in hidden))
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
-        """Return the options that a command line gives, by name."""
+        """Return the options that a command line gives, by name. A flag may have dashes in place of underscores."""
+        arguments = sys.argv[1:] if arguments is None else arguments
+        arguments = [re.sub(r"^--[^=]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", a) for a in arguments]
         namespace, unknown = self.parse_known_args(arguments)
         if unknown and not unknown[0].startswith("--"):
             raise ValueError(
                 f"{unknown[0]!r} stands where a flag is expected. A field takes one value, unless the help shows more."
             )
-        self.check_known([token.lstrip("-").split("=")[0].replace("-", "_") for token in unknown], "the command line")
+        self.check_known([token.removeprefix("--").split("=")[0] for token in unknown], "the command line")
         return {name: self.options[name].collect(value) for name, value in vars(namespace).items()}
 
     def read_values(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -300,14 +304,3 @@ def _shown(default: Any) -> str:
     if isinstance(default, (tuple, list)):
         return " ".join(map(_shown, default))
     return f"{default:.4g}" if isinstance(default, float) else _as_text(default)
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Wide, and without the spelling of each flag with dashes."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        arguments = "" if action.nargs == 0 else self._format_args(action, action.metavar)
-        return f"{max(action.option_strings, key=len)} {arguments}".strip()

@@ -80,6 +80,14 @@ def test_an_unknown_name_has_its_owner_or_the_nearest_field_as_remedy():
     assert parser.read(["--sizes=3"]) == {"sizes": 3}
 
 
+def test_a_flag_may_have_dashes_and_is_never_ignored():
+    parser = Parser({"all": [Option("push_to_hub", bool), Option("run_name", str)]})
+    for flag in ("--push_to_hub", "--push-to-hub", "--push_to-hub"):
+        assert parser.read([flag, "--run-name=--a-b"]) == {"push_to_hub": True, "run_name": "--a-b"}
+    with pytest.raises(ValueError, match="'push_to_hub'"):
+        parser.read(["---push_to_hub"])
+
+
 class Base:
     """A base class.
 

@@ -51,12 +51,18 @@ class CollapseCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.feature_rank: float | None = None
-        self._sums: dict[str, torch.Tensor] = {}
         self._limits: dict[str, float] = {}
         self._features: torch.Tensor | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.feature_rank: float | None = None
+        self._sums: dict[str, torch.Tensor] = {}
         self._count = self._num_bad = 0
         self._reported = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._reset()  # of an earlier training, or of a batch size that did not fit into memory
 
     @torch.no_grad()
     def observe(self, outputs: ModelOutput) -> dict[str, torch.Tensor]:
@@ -106,6 +112,9 @@ def scaled_std(rows: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def effective_rank(rows: torch.Tensor) -> torch.Tensor:
     """Return the exponential of the entropy of the normalised singular values of centred rows (N, D)."""
-    singular_values = torch.linalg.svdvals(rows.float() - rows.float().mean(dim=0))
+    centred = rows.float() - rows.float().mean(dim=0)
+    if not centred.isfinite().all():  # svdvals would raise, before NonFiniteLossCallback names the step
+        return centred.new_tensor(math.nan)
+    singular_values = torch.linalg.svdvals(centred)
     shares = singular_values / singular_values.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.special.entr(shares).sum().exp()

@@ -109,6 +109,25 @@ def test_small_micro_batches_and_ignored_collapses_are_not_judged(caplog):
     assert "collapsed" not in caplog.text
 
 
+def test_features_that_are_not_finite_have_no_rank_and_leave_the_stop_to_the_loss():
+    rows = outputs().features
+    rows[0, 0] = float("nan")
+    assert effective_rank(rows).isnan()
+
+
+def test_another_training_is_judged_from_its_start():
+    callback, control, state = CollapseCallback(trainer=None), TrainerControl(), TrainerState()
+    args = SimpleNamespace(on_collapse="stop", device="cpu")
+    for _ in range(2):
+        callback.on_train_begin(args, state, control)
+        for state.global_step in range(1, 61):
+            assert not control.should_training_stop
+            callback.observe(outputs("feature_std"))
+            callback.on_step_end(args, state, control)
+        assert control.should_training_stop
+        control.should_training_stop = False
+
+
 def _stop_of(rank: int) -> list[int]:
     return updates(["feature_std" if rank == 1 else "healthy"] * 3, "stop")
 
