@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -154,6 +155,7 @@ def pixel_features(
     *,
     batch_size: int = 64,
     num_workers: int | None = None,
+    rows: np.ndarray | None = None,
     on_broken_image: Literal["skip", "raise"] = "skip",
 ) -> Features:
     """Return the pixels themselves as features: the baseline of every representation.
@@ -164,7 +166,7 @@ def pixel_features(
     image_processor = _unit_range if image_processor is None else image_processor
     images = undecoded(dataset)
     device = torch.device("cpu")
-    loader = _image_loader(images, _selected_rows(images), image_processor, batch_size, num_workers, device)
+    loader = _image_loader(images, _selected_rows(images, rows), image_processor, batch_size, num_workers, device)
     return _extract(images, loader, lambda pixels: pixels.flatten(1), on_broken_image)
 
 
@@ -350,11 +352,16 @@ def _read(example: dict[str, Any], row: int, image_processor: Any) -> _Item:
         image = decode_image(example["image"], row=row)
     except BrokenImageError as error:
         return row, label, error
+    return row, label, process_image(image_processor, image)
+
+
+def process_image(image_processor: Any, image: Image.Image) -> torch.Tensor:
+    """Return the pixels (C, H, W) that an image processor of transformers, or a function, makes of an RGB image."""
     # the AutoProcessor of an image-text model holds its image processor
     image_processor = getattr(image_processor, "image_processor", image_processor)
     if hasattr(image_processor, "preprocess"):
-        return row, label, image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-    return row, label, image_processor(image)
+        return image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return image_processor(image)
 
 
 def _collate(items: list[_Item]) -> tuple[torch.Tensor | None, np.ndarray, list[BrokenImageError]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,12 +22,14 @@ from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
 from ..files import public_name
 from .backbones import FeatureSpace, describe_image_processor, find_backbone, resolve_image_processor
+from .baselines import raw_pixel_features, untrained_like
 from .features import Features, extract_features
 from .gathering import run_on_every_rank
 from .metrics import TopKAccuracy, rank_classes
-from .probes import LogisticProbe, Probe
+from .probes import KNNProbe, LogisticProbe, Probe
 from .results import LowShotResults, SplitResult, TaskResult, package_versions
 
+BASELINES = ("knn", "untrained", "pixels")
 _PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 logger = logging.get_logger(__name__)
@@ -65,13 +67,18 @@ class LowShotEvaluator:
             (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
         num_splits (`int`, *optional*, defaults to 3): Seeded splits of each task that is drawn.
         probe ([`Probe`], *optional*, defaults to `LogisticProbe()`): The classifier.
-        seed (`int`, *optional*, defaults to 0): Split i is drawn with `seed + i`.
+        baselines (`Sequence[str]`, *optional*, defaults to `("knn", "untrained", "pixels")`): Measured on the same
+            splits beside the model: "knn", a vote of the nearest labelled images, [`KNNProbe`], by the model's
+            features; "untrained", the same network with random weights; "pixels", RGB values, of images that are
+            resized to at most 64 x 64. The last two once for all calls with one architecture.
+        seed (`int`, *optional*, defaults to 0): Split i is drawn with `seed + i`, the untrained network with `seed`.
         batch_size, num_workers, features, num_last_layers, cache_dir, on_broken_image, device, dtype:
             As for `extract_features`.
         name (`str`, *optional*, defaults to `"low_shot"`): Prefix of the metrics.
 
     Calling it with a model returns flat metrics in percent: `low_shot/5_per_class/top1`, the mean over splits, and
-    `.../top1_std`, `.../top1_ci95` (see [`TaskResult`]), `.../num_splits`; with at least 6 classes also of `top5`.
+    `.../top1_std`, `.../top1_ci95` (see [`TaskResult`]), `.../num_splits`; with at least 6 classes also of `top5`;
+    of each baseline the mean, `.../untrained_top1`.
     `results` holds the last call's [`LowShotResults`]. With `torch.distributed` initialised every rank must call it,
     and all get the same metrics.
 
@@ -100,6 +107,7 @@ class LowShotEvaluator:
         rows: Mapping[str, Sequence[int]] | None = None,
         num_splits: int = 3,
         probe: Probe | None = None,
+        baselines: Sequence[Literal["knn", "untrained", "pixels"]] = BASELINES,
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -118,7 +126,11 @@ class LowShotEvaluator:
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name
         self.probe = LogisticProbe() if probe is None else probe
+        for baseline in baselines:
+            check_choice("baselines", baseline, BASELINES)
+        self.baselines = tuple(baselines)
         self.results: LowShotResults | None = None
+        self._baselines: dict[str, list[TaskResult]] = {}  # measured in earlier calls, by what they depend on
         self._extraction = {
             "batch_size": batch_size,
             "num_workers": num_workers,
@@ -166,11 +178,7 @@ class LowShotEvaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Evaluate a model, one that `extract_features` takes. See the class for the metrics."""
         image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
-        rows = None
-        if self._splits is not None:
-            rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
-        train = extract_features(model, self.train_dataset, image_processor, rows=rows, **self._extraction)
-        test = extract_features(model, self.test_dataset, image_processor, **self._extraction)
+        train, test = self._extract(extract_features, model, image_processor, **self._extraction)
         about = {
             "class": type(model).__name__,
             "backbone": type(find_backbone(model)).__name__,
@@ -182,7 +190,45 @@ class LowShotEvaluator:
             "num_last_layers": self._extraction["num_last_layers"],
             "dtype": str(self._extraction["dtype"] or "that of the weights"),
         }
-        return self.evaluate_features(train, test, model=about, settings=settings)
+        metrics = self.evaluate_features(train, test, model=about, settings=settings)
+        self.results.baselines = self._measure_baselines(model, image_processor, train, test)
+        return {**metrics, **self.results.metrics}
+
+    def _extract(self, extract: Callable[..., Features], *args, **kwargs) -> tuple[Features, Features]:
+        """Return the features of the labelled rows that are needed, and of the test images."""
+        rows = None
+        if self._splits is not None:
+            rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
+        return (
+            extract(*args, dataset=self.train_dataset, rows=rows, **kwargs),
+            extract(*args, dataset=self.test_dataset, **kwargs),
+        )
+
+    def _measure_baselines(
+        self, model: nn.Module, image_processor: Any, train: Features, test: Features
+    ) -> dict[str, list[TaskResult]]:
+        found, about = {}, describe_image_processor(image_processor)
+        if "knn" in self.baselines and not isinstance(self.probe, KNNProbe):
+            found["knn"] = self._measure(train, test, KNNProbe())
+        fresh = untrained_like(model, self._extraction["features"], self.seed) if "untrained" in self.baselines else None
+        if fresh is not None:
+            key = f"untrained {type(fresh).__name__} {getattr(fresh, 'config', fresh)} {about}"
+            if key not in self._baselines:
+                extraction = {**self._extraction, "device": self._extraction["device"] or _device_of(model)}
+                self._baselines[key] = self._measure(
+                    *self._extract(extract_features, fresh, image_processor=image_processor, **extraction)
+                )
+            found["untrained"] = self._baselines[key]
+        if "pixels" in self.baselines:
+            key = f"pixels {about}"
+            if key not in self._baselines:
+                names = ("batch_size", "num_workers", "on_broken_image")
+                extraction = {name: self._extraction[name] for name in names}
+                self._baselines[key] = self._measure(
+                    *self._extract(raw_pixel_features, image_processor=image_processor, **extraction)
+                )
+            found["pixels"] = self._baselines[key]
+        return found
 
     def evaluate_features(
         self,
@@ -199,23 +245,10 @@ class LowShotEvaluator:
         for features, which in ((train, "train"), (test, "test")):
             if features.labels is None:
                 raise ValueError(f"The {which} features must have labels, but have none. Use labelled data.")
-        splits = self._splits if self._splits is not None else self._draw_splits(train.labels, train.rows)
-        jobs = [(task, split) for task, of_task in splits.items() for split in of_task]
-
-        def fit_own_share() -> list[tuple[int, SplitResult, int]]:
-            own = range(rank(), len(jobs), world_size())
-            return [(job, *self._fit(*jobs[job], train, test)) for job in own]
-
-        _, shares = run_on_every_rank(fit_own_share, lambda share: share)
-        done = {job: (result, num_classes) for share in shares for job, result, num_classes in share}
-        tasks = []
-        for task in splits:
-            of_task = [done[job] for job in range(len(jobs)) if jobs[job][0] == task]
-            tasks.append(TaskResult(task, of_task[0][1], [result for result, _ in of_task]))
         self.results = LowShotResults(
             name=self.name,
             primary_metric=self.primary_metric,
-            tasks=tasks,
+            tasks=self._measure(train, test),
             model={**(model or {}), "weights_sha256": train.weights_sha256},
             probe=dict(self.probe.settings),
             data={
@@ -227,6 +260,23 @@ class LowShotEvaluator:
             versions=package_versions(_PACKAGES),
         )
         return self.results.metrics
+
+    def _measure(self, train: Features, test: Features, probe: Probe | None = None) -> list[TaskResult]:
+        """Fit the probe on each split, shared among the ranks, and measure it on the test images."""
+        splits = self._splits if self._splits is not None else self._draw_splits(train.labels, train.rows)
+        jobs = [(task, split) for task, of_task in splits.items() for split in of_task]
+
+        def fit_own_share() -> list[tuple[int, SplitResult, int]]:
+            own = range(rank(), len(jobs), world_size())
+            return [(job, *self._fit(*jobs[job], train, test, probe or self.probe)) for job in own]
+
+        _, shares = run_on_every_rank(fit_own_share, lambda share: share)
+        done = {job: (result, num_classes) for share in shares for job, result, num_classes in share}
+        tasks = []
+        for task in splits:
+            of_task = [done[job] for job in range(len(jobs)) if jobs[job][0] == task]
+            tasks.append(TaskResult(task, of_task[0][1], [result for result, _ in of_task]))
+        return tasks
 
     def _check_given_rows(self, rows: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
         if not isinstance(rows, Mapping):
@@ -268,7 +318,9 @@ class LowShotEvaluator:
             splits[task] = [Split(np.sort(match_list_file(path, file_names)), list_file=path) for path in paths]
         return splits | {task: [Split(given)] for task, given in self._rows.items()}
 
-    def _fit(self, task: str, split: Split, train: Features, test: Features) -> tuple[SplitResult, int]:
+    def _fit(
+        self, task: str, split: Split, train: Features, test: Features, probe: Probe
+    ) -> tuple[SplitResult, int]:
         found = np.isin(train.rows, split.rows)
         missing = len(split.rows) - int(found.sum())
         broken = {error.row for error in train.skipped}
@@ -280,7 +332,7 @@ class LowShotEvaluator:
         labels = train.labels[found]
         where = f"readable images of a split of {task!r}"
         check_every_class_is_learnt(labels, test.labels, where, self._class_names)
-        probe = self.probe.fit(train.features[found], labels)
+        probe = probe.fit(train.features[found], labels)
         scores = probe.predict_scores(test.features)
         columns = np.searchsorted(probe.classes_, test.labels)
         num_classes = len(probe.classes_)
@@ -344,3 +396,7 @@ def _describe_data(features: Features, dataset: datasets.Dataset | datasets.Iter
             for error in features.skipped[:20]
         ],
     }
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in model.parameters()), None)

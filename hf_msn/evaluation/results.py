@@ -16,6 +16,8 @@ from ..files import write_text
 # the format of the JSON file; the number changes with the meaning of a field
 RESULTS_FORMAT = "hf_msn low-shot results 1"
 
+BASELINE_NAMES = {"knn": "nearest neighbours", "untrained": "untrained network", "pixels": "raw pixels"}
+
 
 @dataclass(frozen=True)
 class SplitResult:
@@ -65,16 +67,25 @@ class LowShotResults:
     data: dict[str, Any] = field(default_factory=dict)  # names, fingerprints and counts of train and test images
     settings: dict[str, Any] = field(default_factory=dict)  # image processor, features, layers, seed
     versions: dict[str, str | None] = field(default_factory=dict)  # of the packages that the numbers depend on
+    baselines: dict[str, list[TaskResult]] = field(default_factory=dict)  # on the same splits: knn, untrained, pixels
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Flat, in percent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../top1_ci95`, `.../num_splits`, ..."""
-        return {f"{self.name}/{task.name}/{key}": value for task in self.tasks for key, value in task.summary.items()}
+        """Flat, in percent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../untrained_top1`, `.../num_splits`, ..."""
+        metrics = {
+            f"{self.name}/{task.name}/{key}": value for task in self.tasks for key, value in task.summary.items()
+        }
+        for baseline, tasks in self.baselines.items():
+            metrics |= {f"{self.name}/{task.name}/{baseline}_top1": task.summary["top1"] for task in tasks}
+        return metrics
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types, with the `summary` of each task. Paths are reduced to names."""
         result = {"format": RESULTS_FORMAT, "metrics": self.metrics, **asdict(self)}
-        for task, plain in zip(self.tasks, result["tasks"]):
+        every = [*zip(self.tasks, result["tasks"])]
+        for name, tasks in self.baselines.items():
+            every += zip(tasks, result["baselines"][name])
+        for task, plain in every:
             plain["summary"] = task.summary
             for split in plain["splits"]:
                 split["list_file"] = split["list_file"] and Path(split["list_file"]).name
@@ -91,26 +102,31 @@ class LowShotResults:
     def table(self) -> str:
         """Return one aligned line per task: top-1 ± standard deviation, its 95 % interval, top-5, number of splits.
 
-        The interval is clipped to [0, 100]; the metrics keep its half-width.
+        Below the line of a task are those of its baselines. The interval is clipped to [0, 100]; the metrics keep its
+        half-width.
         """
         rows = [("task", "top-1 [%]", "95 % interval", "top-5 [%]", "splits")]
-        for task in self.tasks:
-            summary, several = task.summary, len(task.splits) > 1
-            half = summary["top1_ci95"]
-            # Student's interval may exceed the bounds of an accuracy
-            low, high = max(0.0, summary["top1"] - half), min(100.0, summary["top1"] + half)
-            rows.append(
-                (
-                    task.name.replace("_", " ") + _images_that_were_read(task.splits),
-                    f"{summary['top1']:.1f}" + (f" ± {summary['top1_std']:.1f}" if several else ""),
-                    f"{low:.1f} to {high:.1f}" if several else "-",
-                    f"{summary['top5']:.1f}" if "top5" in summary else "-",
-                    str(len(task.splits)),
-                )
-            )
+        for number, task in enumerate(self.tasks):
+            rows.append((task.name.replace("_", " ") + _images_that_were_read(task.splits), *_cells(task)))
+            rows += [
+                (f"  {BASELINE_NAMES[name]}", *_cells(tasks[number])) for name, tasks in self.baselines.items()
+            ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cells(task: TaskResult) -> tuple[str, str, str, str]:
+    summary, several = task.summary, len(task.splits) > 1
+    half = summary["top1_ci95"]
+    # Student's interval may exceed the bounds of an accuracy
+    low, high = max(0.0, summary["top1"] - half), min(100.0, summary["top1"] + half)
+    return (
+        f"{summary['top1']:.1f}" + (f" ± {summary['top1_std']:.1f}" if several else ""),
+        f"{low:.1f} to {high:.1f}" if several else "-",
+        f"{summary['top5']:.1f}" if "top5" in summary else "-",
+        str(len(task.splits)),
+    )
 
 
 def _images_that_were_read(splits: list[SplitResult]) -> str:

@@ -201,7 +201,7 @@ def _template() -> Template:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {"md": _escaped, "code": _code, "listed": _listed, "span": _span, "duration": _duration}
     environment.filters |= {"public_name": public_name, "title": _task_title, "penalties": _penalties}
-    environment.globals["wilson_interval"] = _wilson_interval
+    environment.globals |= {"wilson_interval": _wilson_interval, "baseline_names": BASELINE_NAMES}
     return environment.from_string(files("hf_msn.hub").joinpath("card_template.md").read_text(encoding="utf-8"))
 
 

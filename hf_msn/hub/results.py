@@ -15,6 +15,7 @@ from ..evaluation.weights_hash import file_sha256
 from ..files import read_json
 
 FINETUNING_FILE, WEIGHTS_INDEX = "finetune.json", "model.safetensors.index.json"
+_TASK_FIELDS = ("tasks", "baselines")
 _FINETUNING_FORMAT = "hf_msn fine-tuning 1"
 
 
@@ -27,14 +28,19 @@ def read_results(path: str | os.PathLike) -> LowShotResults:
     """Read a file of `LowShotResults.save`. Means and intervals are computed from its splits."""
     record = _read_record(Path(path), RESULTS_FORMAT)
     try:
-        tasks = [
-            TaskResult(task["name"], task["num_classes"], [SplitResult(**split) for split in task["splits"]])
-            for task in record["tasks"]
-        ]
-        others = {field.name: record[field.name] for field in fields(LowShotResults) if field.name != "tasks"}
+        tasks = _tasks(record["tasks"])
+        baselines = {name: _tasks(of_baseline) for name, of_baseline in record.get("baselines", {}).items()}
+        others = {field.name: record[field.name] for field in fields(LowShotResults) if field.name not in _TASK_FIELDS}
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"'{path}' must be complete results, but {error!r} was met. Measure again.") from error
-    return LowShotResults(tasks=tasks, **others)
+    return LowShotResults(tasks=tasks, baselines=baselines, **others)
+
+
+def _tasks(plain: list[dict[str, Any]]) -> list[TaskResult]:
+    return [
+        TaskResult(task["name"], task["num_classes"], [SplitResult(**split) for split in task["splits"]])
+        for task in plain
+    ]
 
 
 def read_low_shot(path: str | os.PathLike, checkpoint: str | os.PathLike) -> LowShotResults:
