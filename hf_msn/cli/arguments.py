@@ -9,10 +9,11 @@ import datasets
 import numpy as np
 from transformers.hf_argparser import HfArg
 
-from ..checks import check_integer, check_number
+from ..checks import check_choice, check_integer, check_number
 from ..data.labels import draw_labelled_rows, labelled_rows
 from ..data.sources import load_images
 from ..evaluation.backbones import FeatureSpace
+from ..evaluation.low_shot import BASELINES
 from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
 from ..models.configuration_pretraining import VIT_FIELDS
 from ..trainers.argument_names import in_terms_of
@@ -198,6 +199,11 @@ class LowShotArguments:
         help="backbone: the published features. projection: the space of the loss. prediction: after the prediction "
         "head, as PAWS was measured on ImageNet.",
     )
+    low_shot_baselines: tuple[str, ...] | None = HfArg(
+        default=BASELINES,
+        help="Measured beside the model: knn, the nearest labelled images vote; untrained, the same network with "
+        "random weights; pixels, the images at 64 x 64 or less. none: none.",
+    )
     crop_fraction: float = HfArg(
         default=224 / 256, help="Side of the evaluation's centre crop over the resized shortest edge; 1 keeps all."
     )
@@ -207,6 +213,9 @@ class LowShotArguments:
         for count in self.low_shot_images_per_class:
             check_integer("low_shot_images_per_class", count)
         check_number("crop_fraction", self.crop_fraction, above=0, maximum=1, remedy="1 keeps the whole image.")
+
+        for baseline in self.low_shot_baselines or ():
+            check_choice("low_shot_baselines", baseline, BASELINES)
 
     def make_probe(self) -> Probe:
         """Return the probe that `low_shot_probe` names."""

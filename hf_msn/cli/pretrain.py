@@ -139,6 +139,7 @@ class Recipe:
                 image_processor=self.build_image_processor(),
                 **tasks,
                 probe=settings.make_probe(),
+                baselines=settings.low_shot_baselines,
                 features=settings.low_shot_features,
                 seed=self.training.seed,
             )
@@ -256,6 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train()
     trainer.save_state()
     trainer.save_model()  # last, as with push_to_hub it can fail
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LowShotCallback) and trainer.is_world_process_zero():
+            print(callback.evaluator.results.table())
     trainer.accelerator.end_training()
     del trainer
     # a process group whose threads outlive the interpreter aborts it

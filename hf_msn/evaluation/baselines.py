@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.configuration_pretraining import PretrainingConfig
 from .backbones import FeatureSpace, find_backbone, is_timm_model, unwrapped
 from .features import Features, pixel_features, process_image
 
@@ -18,9 +19,9 @@ MAX_PIXEL_SIZE = 64
 
 
 def raw_pixel_features(
-    dataset: datasets.Dataset | datasets.IterableDataset, image_processor: Any, **extraction: Any
+    model: None, dataset: datasets.Dataset | datasets.IterableDataset, image_processor: Any, **extraction: Any
 ) -> Features:
-    """Return the RGB values in [0, 1] of whole images as features.
+    """Return the RGB values in [0, 1] of whole images as features, with the arguments of `extract_features`.
 
     The images are resized, where they differ, to the size that `image_processor` gives, but at most 64 x 64: 12,288
     values, 49 kB per image.
@@ -42,7 +43,8 @@ def untrained_like(model: nn.Module, features: FeatureSpace = "backbone", seed: 
     """
     model = unwrapped(model)
     made = find_backbone(model) if features == "backbone" else model
-    made = made if isinstance(made, PreTrainedModel) or made is model else model  # timm's network within our model
+    if isinstance(getattr(model, "config", None), PretrainingConfig) and not isinstance(made, PreTrainedModel):
+        made = model  # whose configuration has the options of its network of timm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(made, PreTrainedModel):

@@ -67,10 +67,9 @@ class LowShotEvaluator:
             (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
         num_splits (`int`, *optional*, defaults to 3): Seeded splits of each task that is drawn.
         probe ([`Probe`], *optional*, defaults to `LogisticProbe()`): The classifier.
-        baselines (`Sequence[str]`, *optional*, defaults to `("knn", "untrained", "pixels")`): Measured on the same
-            splits beside the model: "knn", a vote of the nearest labelled images, [`KNNProbe`], by the model's
-            features; "untrained", the same network with random weights; "pixels", RGB values, of images that are
-            resized to at most 64 x 64. The last two once for all calls with one architecture.
+        baselines (`Sequence[str]`, *optional*, defaults to `("knn", "untrained", "pixels")`): Measured beside the
+            model: "knn", the nearest labelled images vote; "untrained", the same network with random weights;
+            "pixels", the images at 64 x 64 or less. `None`: none.
         seed (`int`, *optional*, defaults to 0): Split i is drawn with `seed + i`, the untrained network with `seed`.
         batch_size, num_workers, features, num_last_layers, cache_dir, on_broken_image, device, dtype:
             As for `extract_features`.
@@ -107,7 +106,7 @@ class LowShotEvaluator:
         rows: Mapping[str, Sequence[int]] | None = None,
         num_splits: int = 3,
         probe: Probe | None = None,
-        baselines: Sequence[Literal["knn", "untrained", "pixels"]] = BASELINES,
+        baselines: Sequence[str] | None = BASELINES,
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -126,11 +125,11 @@ class LowShotEvaluator:
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name
         self.probe = LogisticProbe() if probe is None else probe
-        for baseline in baselines:
+        self.baselines = tuple(baselines or ())
+        for baseline in self.baselines:
             check_choice("baselines", baseline, BASELINES)
-        self.baselines = tuple(baselines)
         self.results: LowShotResults | None = None
-        self._baselines: dict[str, list[TaskResult]] = {}  # measured in earlier calls, by what they depend on
+        self._known_baselines: dict[str, list[TaskResult]] = {}  # of earlier calls, by what they depend on
         self._extraction = {
             "batch_size": batch_size,
             "num_workers": num_workers,
@@ -178,7 +177,7 @@ class LowShotEvaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Evaluate a model, one that `extract_features` takes. See the class for the metrics."""
         image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
-        train, test = self._extract(extract_features, model, image_processor, **self._extraction)
+        train, test = self._extract(extract_features, model, image_processor, self._extraction)
         about = {
             "class": type(model).__name__,
             "backbone": type(find_backbone(model)).__name__,
@@ -194,41 +193,38 @@ class LowShotEvaluator:
         self.results.baselines = self._measure_baselines(model, image_processor, train, test)
         return {**metrics, **self.results.metrics}
 
-    def _extract(self, extract: Callable[..., Features], *args, **kwargs) -> tuple[Features, Features]:
-        """Return the features of the labelled rows that are needed, and of the test images."""
+    def _extract(
+        self, extract: Callable[..., Features], model: nn.Module, image_processor: Any, settings: dict[str, Any]
+    ) -> tuple[Features, Features]:
+        """Return the features of the labelled rows that the splits need, and of all test images."""
         rows = None
         if self._splits is not None:
             rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
-        return (
-            extract(*args, dataset=self.train_dataset, rows=rows, **kwargs),
-            extract(*args, dataset=self.test_dataset, **kwargs),
-        )
+        train = extract(model, self.train_dataset, image_processor, rows=rows, **settings)
+        return train, extract(model, self.test_dataset, image_processor, **settings)
 
     def _measure_baselines(
         self, model: nn.Module, image_processor: Any, train: Features, test: Features
     ) -> dict[str, list[TaskResult]]:
-        found, about = {}, describe_image_processor(image_processor)
+        found = {}
         if "knn" in self.baselines and not isinstance(self.probe, KNNProbe):
             found["knn"] = self._measure(train, test, KNNProbe())
-        fresh = untrained_like(model, self._extraction["features"], self.seed) if "untrained" in self.baselines else None
-        if fresh is not None:
-            key = f"untrained {type(fresh).__name__} {getattr(fresh, 'config', fresh)} {about}"
-            if key not in self._baselines:
-                extraction = {**self._extraction, "device": self._extraction["device"] or _device_of(model)}
-                self._baselines[key] = self._measure(
-                    *self._extract(extract_features, fresh, image_processor=image_processor, **extraction)
-                )
-            found["untrained"] = self._baselines[key]
+        if "untrained" in self.baselines:
+            fresh = untrained_like(model, self._extraction["features"], self.seed)
+            if fresh is not None:
+                device = next((parameter.device for parameter in model.parameters()), None)
+                settings = {**self._extraction, "device": self._extraction["device"] or device}
+                found["untrained"] = self._once("untrained", extract_features, fresh, image_processor, settings)
         if "pixels" in self.baselines:
-            key = f"pixels {about}"
-            if key not in self._baselines:
-                names = ("batch_size", "num_workers", "on_broken_image")
-                extraction = {name: self._extraction[name] for name in names}
-                self._baselines[key] = self._measure(
-                    *self._extract(raw_pixel_features, image_processor=image_processor, **extraction)
-                )
-            found["pixels"] = self._baselines[key]
+            settings = {name: self._extraction[name] for name in ("batch_size", "num_workers", "on_broken_image")}
+            found["pixels"] = self._once("pixels", raw_pixel_features, None, image_processor, settings)
         return found
+
+    def _once(self, name: str, extract, model: nn.Module | None, image_processor: Any, settings: dict):
+        key = f"{name} {getattr(model, 'config', model)} {describe_image_processor(image_processor)}"
+        if key not in self._known_baselines:
+            self._known_baselines[key] = self._measure(*self._extract(extract, model, image_processor, settings))
+        return self._known_baselines[key]
 
     def evaluate_features(
         self,
@@ -318,9 +314,7 @@ class LowShotEvaluator:
             splits[task] = [Split(np.sort(match_list_file(path, file_names)), list_file=path) for path in paths]
         return splits | {task: [Split(given)] for task, given in self._rows.items()}
 
-    def _fit(
-        self, task: str, split: Split, train: Features, test: Features, probe: Probe
-    ) -> tuple[SplitResult, int]:
+    def _fit(self, task: str, split: Split, train: Features, test: Features, probe: Probe) -> tuple[SplitResult, int]:
         found = np.isin(train.rows, split.rows)
         missing = len(split.rows) - int(found.sum())
         broken = {error.row for error in train.skipped}

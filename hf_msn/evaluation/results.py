@@ -71,7 +71,7 @@ class LowShotResults:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Flat, in percent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../untrained_top1`, `.../num_splits`, ..."""
+        """Flat, in percent: `low_shot/5_per_class/top1`, `.../top1_std`, `.../untrained_top1`, ..."""
         metrics = {
             f"{self.name}/{task.name}/{key}": value for task in self.tasks for key, value in task.summary.items()
         }
@@ -108,9 +108,7 @@ class LowShotResults:
         rows = [("task", "top-1 [%]", "95 % interval", "top-5 [%]", "splits")]
         for number, task in enumerate(self.tasks):
             rows.append((task.name.replace("_", " ") + _images_that_were_read(task.splits), *_cells(task)))
-            rows += [
-                (f"  {BASELINE_NAMES[name]}", *_cells(tasks[number])) for name, tasks in self.baselines.items()
-            ]
+            rows += [(f"  {BASELINE_NAMES[name]}", *_cells(tasks[number])) for name, tasks in self.baselines.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, Template
 from scipy.stats import binomtest
 
-from ..evaluation.results import LowShotResults, TaskResult
+from ..evaluation.results import BASELINE_NAMES, LowShotResults, TaskResult
 from ..files import public_name, read_json, whole_file
 from ..models.modeling_head_classifier import HeadClassifierConfig
 from .figures import plot_low_shot, read_png

@@ -24,8 +24,8 @@ SYMPTOMS = {
     "feature_rank": f"the features of all images lie on one line. {_SLOWER}, or enlarge the batch.",
     "targets_in_use": "nearly all images have the same target. Raise `me_max_weight`, enlarge the batch, or use "
     "Sinkhorn (`use_sinkhorn`) if the method has it.",
-    "target_information": f"all images have the same flat target. {_SLOWER}, enlarge the batch, or lower "
-    "`sharpen_temperature`.",
+    "target_information": "all images have the same flat target. Weaken the views (`color_jitter`, `grayscale`, "
+    "`blur_probability`, a larger `global_scale`), lower `sharpen_temperature`, or enlarge the batch.",
 }
 
 
