@@ -96,7 +96,6 @@ def _train_on_split(
         rows={"labelled": rows},
         probe=SoftNearestNeighborProbe(temperature=recipe.config_fields["temperature"]),
         features="projection",
-        baselines=None,
     )
     supervised = finetune_classifier(
         trainer.model.config,

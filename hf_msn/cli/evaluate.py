@@ -11,7 +11,7 @@ from ..data.sources import load_images
 from ..data.transforms import evaluation_image_processor
 from ..evaluation.backbones import load_vision_model
 from ..evaluation.features import extract_features
-from ..evaluation.low_shot import LowShotEvaluator
+from ..evaluation.low_shot import BASELINES, LowShotEvaluator
 from ..evaluation.probes import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe
 from ..files import whole_file
 from .parser import Option, Parser, call, options_of
@@ -53,7 +53,10 @@ def make_parser() -> Parser:
         for option in options_of(probe, names=names):
             if option.name in names.values():
                 groups["probe"].append(replace(option, help=f"With --probe {title}: {option.help}"))
-    defaults = {"dataset": {"default": "digits"}, "images_per_class": {"default": None}}
+    defaults = {
+        **{"dataset": {"default": "digits"}, "images_per_class": {"default": None}},
+        "baselines": {"annotation": tuple[str, ...] | None, "default": BASELINES},
+    }
     return Parser(
         {title: [replace(o, **defaults.get(o.name, {})) for o in options] for title, options in groups.items()},
         prog="hf-msn evaluate",
@@ -95,7 +98,8 @@ def _check_probe_options(values: dict[str, Any]) -> None:
 
 def make_evaluator(values: dict[str, Any], device: torch.device) -> LowShotEvaluator:
     """Return the evaluator that the values of the command line describe."""
-    values = {"dataset": "digits", **values}
+    values = {"dataset": "digits", "baselines": BASELINES, **values}
+    values["baselines"] = values["baselines"] or ()  # none on the command line
     if not {"fractions", "list_files"} & set(values):
         values.setdefault("images_per_class", (1, 2, 5))
     size = values.get("image_size")

@@ -24,8 +24,9 @@ def help_texts() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    made = help_texts()
     for path in HELP.glob("*.txt"):
         path.unlink()
-    for name, text in help_texts().items():
+    for name, text in made.items():
         write_text(HELP / name, text)
     write_text(HELP / "transformers_version", f"{transformers.__version__}\n")

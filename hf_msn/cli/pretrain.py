@@ -139,7 +139,7 @@ class Recipe:
                 image_processor=self.build_image_processor(),
                 **tasks,
                 probe=settings.make_probe(),
-                baselines=settings.low_shot_baselines,
+                baselines=settings.low_shot_baselines or (),
                 features=settings.low_shot_features,
                 seed=self.training.seed,
             )

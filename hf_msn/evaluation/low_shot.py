@@ -67,9 +67,9 @@ class LowShotEvaluator:
             (`images_per_class=()`), no other row of `train_dataset` is read, neither image nor label.
         num_splits (`int`, *optional*, defaults to 3): Seeded splits of each task that is drawn.
         probe ([`Probe`], *optional*, defaults to `LogisticProbe()`): The classifier.
-        baselines (`Sequence[str]`, *optional*, defaults to `("knn", "untrained", "pixels")`): Measured beside the
-            model: "knn", the nearest labelled images vote; "untrained", the same network with random weights;
-            "pixels", the images at 64 x 64 or less. `None`: none.
+        baselines (`Sequence[str]`, *optional*, defaults to `()`): Measured on the same splits beside the model: "knn",
+            the nearest labelled images vote; "untrained", the same network with random weights; "pixels", the images
+            at 64 x 64 or less.
         seed (`int`, *optional*, defaults to 0): Split i is drawn with `seed + i`, the untrained network with `seed`.
         batch_size, num_workers, features, num_last_layers, cache_dir, on_broken_image, device, dtype:
             As for `extract_features`.
@@ -106,7 +106,7 @@ class LowShotEvaluator:
         rows: Mapping[str, Sequence[int]] | None = None,
         num_splits: int = 3,
         probe: Probe | None = None,
-        baselines: Sequence[str] | None = BASELINES,
+        baselines: Sequence[str] = (),
         seed: int = 0,
         batch_size: int = 64,
         num_workers: int | None = None,
@@ -125,9 +125,7 @@ class LowShotEvaluator:
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.image_processor, self.name = image_processor, name
         self.probe = LogisticProbe() if probe is None else probe
-        self.baselines = tuple(baselines or ())
-        for baseline in self.baselines:
-            check_choice("baselines", baseline, BASELINES)
+        self.baselines = tuple(check_choice("baselines", baseline, BASELINES) for baseline in baselines)
         self.results: LowShotResults | None = None
         self._known_baselines: dict[str, list[TaskResult]] = {}  # of earlier calls, by what they depend on
         self._extraction = {

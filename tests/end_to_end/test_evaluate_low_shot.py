@@ -46,6 +46,11 @@ def evaluate_on_rank(rank, arguments):
 @pytest.mark.distributed
 def test_a_table_and_a_file_are_written_on_two_ranks_as_on_one(run, msn_folder, tmp_path):
     arguments = ["--model", str(msn_folder), *"--images_per_class 1 5 --fractions 0.02".split()]
+    with_baselines = run(*arguments[:4], "--num_splits", 1).splitlines()
+    assert [line.split("  ")[0 if line[0] != " " else 1] for line in with_baselines[2:]] == [
+        *("1 per class", "nearest neighbours", "untrained network", "raw pixels")
+    ]
+    arguments += ["--baselines", "none"]
     one = run(*arguments, "--output", tmp_path / "1.json")
     lines = [line for line in one.splitlines() if line.strip()]
     assert [line[:11].strip() for line in lines] == ["task", "-----------", "1 per class", "5 per class", "2 percent"]

@@ -40,6 +40,7 @@ def trained(model):
 
 
 def evaluator_of(digits, **settings) -> LowShotEvaluator:
+    settings = {"baselines": low_shot.BASELINES, **settings}
     return LowShotEvaluator(*digits, image_processor=PROCESSOR, images_per_class=(1, 2), num_splits=2, **settings)
 
 
@@ -52,11 +53,11 @@ def test_baselines_are_measured_on_the_same_splits(digits):
         "untrained": (tiny_model(seed=3), LogisticProbe()),
     }
     for name, (network, probe) in expected.items():
-        alone = evaluator_of(digits, seed=3, probe=probe, baselines=None)(network)
+        alone = evaluator_of(digits, seed=3, probe=probe, baselines=())(network)
         for task in ("1_per_class", "2_per_class"):
             assert metrics[f"low_shot/{task}/{name}_top1"] == alone[f"low_shot/{task}/top1"]
     features = [raw_pixel_features(None, data, PROCESSOR) for data in digits]
-    alone = evaluator_of(digits, seed=3, baselines=None).evaluate_features(*features)
+    alone = evaluator_of(digits, seed=3, baselines=()).evaluate_features(*features)
     assert metrics["low_shot/2_per_class/pixels_top1"] == alone["low_shot/2_per_class/top1"]
     assert [split.seed for split in evaluator.results.baselines["pixels"][0].splits] == [3, 4]
 
@@ -115,7 +116,7 @@ def test_the_untrained_network_has_the_same_architecture_and_other_weights(kind)
 def test_a_network_that_cannot_be_made_again_has_no_untrained_baseline(digits):
     model = timm.create_model("test_vit", num_classes=0)
     model.blocks = model.blocks[:1]
-    evaluator = LowShotEvaluator(*digits, images_per_class=(1,), num_splits=1)
+    evaluator = LowShotEvaluator(*digits, images_per_class=(1,), num_splits=1, baselines=low_shot.BASELINES)
     evaluator(model)
     assert list(evaluator.results.baselines) == ["knn", "pixels"]
 

@@ -59,6 +59,21 @@ def test_the_table_has_the_numbers_of_the_file_to_the_printed_digit(made):
     assert "60 images of 10 classes" in card.text and record["data"]["test"]["fingerprint"] in card.text
 
 
+@pytest.mark.slow
+def test_baselines_are_rows_of_the_table_but_no_results_of_the_model(made, tmp_path):
+    measured = measure(msn(), tmp_path / "low_shot.json", baselines=("knn", "untrained", "pixels"))
+    card = create_model_card(made["checkpoint"], measured)
+    record = json.loads(measured.read_text())
+    rows = table(card, "labelled images")
+    assert [row[0] for row in rows[4:]] == [
+        "2 images per class",
+        *(f"{name}, the same labels" for name in ("nearest neighbours", "untrained network", "raw pixels")),
+    ]
+    for row, name in zip(rows[1:4], ("knn", "untrained", "pixels")):
+        assert row[1].startswith(f"{record['metrics'][f'low_shot/1_per_class/{name}_top1']:.1f} ")
+    assert len(card.data.eval_results) == 4  # top-1 and top-5 of two tasks
+
+
 def test_the_metadata_has_the_numbers_of_the_file_and_survives_the_hub_client(made, tmp_path):
     written = save_model_card(
         made["checkpoint"], made["results"], output=tmp_path, repo_id="someone/tiny", license="mit"
