@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput, logging
 
 from ...distributed.collectives import all_reduce_sum
+from .local_update import find_per_rank_callback
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +44,7 @@ class CollapseCallback(TrainerCallback):
     - `targets_in_use`: exp(H(mean_i p_i)), the effective number of prototypes or classes. Not logged.
 
     The means of 20 updates are judged, in micro-batches of 8 rows and more. A collapse is three of them in a row below
-    a limit. With `on_collapse="stop"` all ranks end the run together.
+    a limit. With `on_collapse="stop"` all ranks meet once in 20 updates, and end the run together.
 
     Args:
         trainer (`Trainer`): It calls [`observe`] with each output of its model in training.
@@ -83,24 +84,32 @@ class CollapseCallback(TrainerCallback):
         return logged
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.on_collapse == "ignore" or state.global_step % UPDATES_PER_CHECK or not self._count:
+        if args.on_collapse == "ignore" or state.global_step % UPDATES_PER_CHECK:
             return
+        if self._count:
+            self._judge(state.global_step)
+        if args.on_collapse != "stop":
+            return
+        if (callback := find_per_rank_callback(self.trainer)) is not None:
+            callback.wait_for_all()
+        if all_reduce_sum(torch.tensor(float(self._num_bad >= CHECKS), device=args.device)) > 0:
+            logger.warning(f"The run ends at step {state.global_step} with a checkpoint: `on_collapse` is stop.")
+            control.should_save = control.should_training_stop = True
+
+    def _judge(self, step: int) -> None:
+        """Compare the means since the last time with the limits."""
         sums = torch.stack([*self._sums.values(), self._count * effective_rank(self._features)])
         means = dict(zip([*self._sums, "feature_rank"], (sums / self._count).tolist()))
         limits = {**self._limits, "feature_rank": MIN_RANK}
         self.feature_rank, self._sums, self._count = means["feature_rank"], {}, 0
         found = [name for name in SYMPTOMS if name in means and means[name] < limits[name]]
         self._num_bad = self._num_bad + 1 if found else 0
-        collapsed = self._num_bad >= CHECKS
-        if collapsed and not self._reported:
+        if self._num_bad >= CHECKS and not self._reported:
             self._reported = True
             logger.warning(
-                f"At step {state.global_step}: the run has collapsed: {SYMPTOMS[found[0]]} `{found[0]}` was "
+                f"At step {step}: the run has collapsed: {SYMPTOMS[found[0]]} `{found[0]}` was "
                 f"{means[found[0]]:.2g}, in {CHECKS * UPDATES_PER_CHECK} updates below {limits[found[0]]:.2g}."
             )
-        if args.on_collapse == "stop" and all_reduce_sum(torch.tensor(float(collapsed), device=args.device)) > 0:
-            logger.warning(f"The run ends at step {state.global_step} with a checkpoint: `on_collapse` is stop.")
-            control.should_save = control.should_training_stop = True
 
 
 def scaled_std(rows: torch.Tensor) -> torch.Tensor:

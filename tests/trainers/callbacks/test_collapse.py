@@ -10,7 +10,9 @@ from short_runs import RandomViews, logged, make_trainer
 from transformers import TrainerControl, TrainerState
 from transformers.utils import ModelOutput
 
+from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.trainers.callbacks.collapse import CollapseCallback, effective_rank, scaled_std
+from hf_msn.trainers.callbacks.local_update import PerRankCallback
 
 NO_WEIGHTS = {"weight_decay": 50.0, "final_weight_decay": None}
 COLLAPSES = {
@@ -126,6 +128,22 @@ def test_another_training_is_judged_from_its_start():
             callback.on_step_end(args, state, control)
         assert control.should_training_stop
         control.should_training_stop = False
+
+
+class _MissesRank(PerRankCallback):
+    def __init__(self):
+        pass
+
+    def wait_for_all(self):
+        raise PeerError("Rank 2 is missing.", [2])
+
+
+def test_a_stop_waits_for_the_ranks_with_the_deadline_of_their_method():
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[_MissesRank()]))
+    callback, control, state = CollapseCallback(trainer), TrainerControl(), TrainerState(global_step=20)
+    callback.on_step_end(SimpleNamespace(on_collapse="warn", device="cpu"), state, control)
+    with pytest.raises(PeerError):
+        callback.on_step_end(SimpleNamespace(on_collapse="stop", device="cpu"), state, control)
 
 
 def _stop_of(rank: int) -> list[int]:
