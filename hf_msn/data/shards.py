@@ -6,6 +6,7 @@ import glob
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import tarfile
@@ -21,7 +22,7 @@ from .folders import SPLIT_NAMES, check_file_names, is_image_file
 
 SHARD_EXTENSIONS = (".parquet", ".tar")
 _STREAM_CHECKS = 5  # samples of each shard that are read before a stream begins
-_BROKEN = (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError, zlib.error)
+_BROKEN = (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def shards_by_split(files: Sequence[str], root: str) -> dict[str, list[str]]:
@@ -143,6 +144,7 @@ def _samples(files: Sequence[str]) -> Iterator[tuple[str, str, dict[str, bytes]]
         try:
             with tarfile.open(path) as archive:
                 for member in archive:
+                    archive.members.clear()  # else the headers of a large shard fill the memory
                     folder, _, file = member.name.rpartition("/")
                     stem, dot, extension = file.partition(".")
                     if not (member.isfile() and stem and dot):
@@ -156,6 +158,9 @@ def _samples(files: Sequence[str]) -> Iterator[tuple[str, str, dict[str, bytes]]
                         if extension.lower() in sample:
                             raise ValueError(f"it has two files '{extension}'")
                     last, sample[extension.lower()] = name, archive.extractfile(member).read()
+                archive.fileobj.seek(archive.offset)
+                if any(archive.fileobj.read(2 * tarfile.RECORDSIZE)):  # tarfile takes a broken header for the end
+                    raise tarfile.ReadError(f"there is no header at byte {archive.offset:,}")
         except _BROKEN as error:
             raise _broken(path, error) from error
         if sample:

@@ -42,8 +42,8 @@ def parquet(tmp_path, image_rows):
     return make
 
 
-def _tar(path, examples: list[dict[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as archive:
+def _tar(path, examples: list[dict[str, bytes]], compression: str = "") -> str:
+    with tarfile.open(path, f"w:{compression}") as archive:
         for number, example in enumerate(examples):
             for extension, data in example.items():
                 info = tarfile.TarInfo(f"{number:05d}.{extension}")
@@ -368,6 +368,19 @@ def test_a_broken_shard_is_named(parquet, tmp_path, encoded, kind, part, streami
     for source in (file.parent, file.parent / f"*.{kind}"):
         with pytest.raises(ValueError, match=rf"train-1\.{kind}' is broken"):
             load_images(str(source), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("compression", ["", "xz"])
+def test_tar_that_is_broken_in_the_middle_is_not_read_as_a_shorter_one(tmp_path, compression, streaming):
+    noise = np.random.default_rng(0).bytes(20_000)
+    file = Path(_tar(tmp_path / "a.tar", [{"jpg": noise}] * 20, compression))
+    content = bytearray(file.read_bytes())
+    place = len(content) // 2 if compression else content.index(b"00011.jpg")
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar' is broken"):
+        list(load_images(file, streaming=streaming))
 
 
 def test_parquet_with_broken_pages_is_named(parquet, tmp_path):
