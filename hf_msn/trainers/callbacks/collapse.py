@@ -13,7 +13,7 @@ from .local_update import find_per_rank_callback
 logger = logging.get_logger(__name__)
 
 UPDATES_PER_CHECK, CHECKS = 20, 3
-MIN_ROWS = 8  # of a micro-batch, to be judged
+MIN_ROWS, MAX_ROWS = 8, 256  # of a micro-batch: fewer are not judged, more do not enter its rank
 # Limits. In healthy runs, their first updates included, the values were at least twice as large.
 MIN_STD, MIN_RANK = 0.01, 1.5
 MIN_SHARE_OF_INFORMATION = 0.03
@@ -79,7 +79,7 @@ class CollapseCallback(TrainerCallback):
             limits["targets_in_use"] = max(1.5, 0.05 * min(targets.shape))
         if len(outputs.features) >= MIN_ROWS:
             self._sums = {name: self._sums.get(name, 0.0) + value.float() for name, value in values.items()}
-            self._limits, self._features = limits, outputs.features
+            self._limits, self._features = limits, outputs.features[:MAX_ROWS]
             self._count += 1
         return logged
 
@@ -103,6 +103,7 @@ class CollapseCallback(TrainerCallback):
         limits = {**self._limits, "feature_rank": MIN_RANK}
         self.feature_rank, self._sums, self._count = means["feature_rank"], {}, 0
         found = [name for name in SYMPTOMS if name in means and means[name] < limits[name]]
+        found = found if math.isfinite(means["feature_std"]) else []
         self._num_bad = self._num_bad + 1 if found else 0
         if self._num_bad >= CHECKS and not self._reported:
             self._reported = True

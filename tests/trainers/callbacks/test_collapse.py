@@ -72,6 +72,7 @@ def outputs(kind: str = "healthy", num_rows: int = 16, dim: int = 12) -> ModelOu
         "feature_std": {"features": features[:1].expand(num_rows, dim)},
         "projection_std": {"projections": projections[:1].expand(num_rows, dim)},
         "feature_rank": {"features": line},
+        "nan": {"features": features.fill_(float("nan")) if kind == "nan" else features},
         "targets_in_use": {"target_probabilities": torch.eye(6)[:1].expand(num_rows, 6)},
         "target_information": {"target_probabilities": torch.full((num_rows, 6), 1 / 6)},
     }
@@ -105,9 +106,10 @@ def test_each_symptom_is_reported_once_after_60_updates(caplog, kind):
     assert caplog.text.count("At step 60") == 1
 
 
-def test_small_micro_batches_and_ignored_collapses_are_not_judged(caplog):
+def test_small_micro_batches_nan_and_ignored_collapses_are_not_judged(caplog):
     assert updates(["feature_std"] * 4, "stop", num_rows=7) == []
     assert updates(["feature_std"] * 4, "ignore") == []
+    assert updates(["nan"] * 4, "stop") == []  # another callback's
     assert "collapsed" not in caplog.text
 
 
