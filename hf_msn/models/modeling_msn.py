@@ -171,15 +171,6 @@ class MSNForPreTraining(PretrainingModel):
         """Return projections of the target: `(B, C, H, W)` -> `(B, projection_dim)`."""
         return self.target_projection_head(self._cls(self.target_encoder, pixel_values))
 
-    def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return projections after the target's prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
-        if self.target_prediction_head is None:
-            raise ValueError(
-                "`predict` needs the prediction head, but `prediction_head` of the configuration is off. Use "
-                "`project`, or set `prediction_head` to True for a new model."
-            )
-        return self.target_prediction_head(self.project(pixel_values))
-
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """theta_target <- momentum * theta_target + (1 - momentum) * theta, for encoder and heads.

@@ -23,7 +23,7 @@ _LOCATION = ("revision", "token", "cache_dir", "local_files_only", "subfolder", 
 class PretrainingModel(PreTrainedModel):
     """Base of the pretraining models: `model(**batch).loss` is enough for any loop.
 
-    A method adds its modules, `forward`, `evaluation_encoder` and `project`.
+    A method adds its modules, `forward`, `evaluation_encoder`, `project` and `prediction_head`, which may be `None`.
     """
 
     config: PretrainingConfig
@@ -99,6 +99,16 @@ class PretrainingModel(PreTrainedModel):
         model.trunk_from = str(name_or_path)
         return model
 
+    def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return projections after the (target's) prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
+        head = getattr(self, "target_prediction_head", self.prediction_head)
+        if head is None:
+            raise ValueError(
+                "`predict` needs the prediction head, but `prediction_head` of the configuration is off. Use "
+                "`project`, or set `prediction_head` to True for a new model."
+            )
+        return head(self.project(pixel_values))
+
     def _apply_head(self, head: nn.Module, resolutions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Apply a head to the rows of each resolution: its batch statistics are theirs, or those of all rows."""
         if self.config.batch_norm_per_resolution:
@@ -160,15 +170,6 @@ class SemiSupervisedModel(PretrainingModel):
     def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return projections, in which images are compared: `(B, C, H, W)` -> `(B, projection_dim)`."""
         return self.projection_head(self._features(pixel_values))
-
-    def predict(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return projections after the prediction head: `(B, C, H, W)` -> `(B, projection_dim)`."""
-        if self.prediction_head is None:
-            raise ValueError(
-                "`predict` needs the prediction head, but `prediction_head` of the configuration is off. Use "
-                "`project`, or set `prediction_head` to True for a new model."
-            )
-        return self.prediction_head(self.project(pixel_values))
 
     def compile_encoders(self, **kwargs) -> None:
         """Compile the encoder in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
