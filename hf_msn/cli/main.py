@@ -1,6 +1,5 @@
 """The `hf-msn` command. Answers `--help` from a file, as importing torch takes seconds."""
 
-import argparse
 import importlib
 import logging
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..checks import check_choice, check_integer
-from .recipe_files import read_config
+from .recipe_files import FlagParser, read_config
 
 HELP = Path(__file__).parent / "help"
 # The field of a command that decides which other fields there are, and its default.
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(rest):
         print(help_file(command, rest).read_text(encoding="utf-8"))
         return
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = FlagParser(add_help=False, allow_abbrev=False)
     if command in _DISTRIBUTED:
         parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
     launch, rest = parser.parse_known_args(rest)

@@ -27,6 +27,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..checks import did_you_mean
 from ..trainers.argument_names import in_terms_of
+from .recipe_files import FlagParser
 
 
 def _boolean(text: str) -> bool:
@@ -116,7 +117,7 @@ class Option:
         return f"{self.help}{shown}".replace("%%", "%").replace("%", "%%").strip()
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(FlagParser):
     """Parser of one command, from the options by the title of their group. The first option of a name counts.
 
     The help does not show `hidden` ones. `owner` returns a sentence that says where an unknown name belongs.
@@ -176,9 +177,6 @@ class Parser(argparse.ArgumentParser):
             if option.default is REQUIRED and values.get(option.name) is None:
                 raise ValueError(f"`{option.name}` is missing: {option.help} Give --{option.name}.")
         return values
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(re.sub(r"^argument --(\w+)[^:]*:", r"`\1`", message).strip())
 
 
 def options_of(

@@ -3,7 +3,7 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -11,6 +11,13 @@ from ..checks import did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors are a `ValueError` that names the field."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub(r"^argument --(\w+)[^:]*:", r"`\1`", message).strip())
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -77,7 +84,7 @@ def read_config(arguments: list[str], variant: str, default: str) -> tuple[str |
 
     `variant` decides which other fields there are: "method" of pretraining, "head" of fine-tuning.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = FlagParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument(f"--{variant}")
     given, _ = parser.parse_known_args(arguments)

@@ -112,6 +112,8 @@ def test_an_unknown_command_or_field_names_the_nearest(line, name, nearest):
 @pytest.mark.parametrize(
     ("line", "field"),
     [
+        ("pretrain --config", "config"),
+        ("finetune --num_processes few", "num_processes"),
         ("convert --input /no/such --output {out}", "input"),
         ("convert --input {file} --output {file}", "output"),
         ("convert --input {file} --export_backbone {file}", "export_backbone"),
