@@ -75,8 +75,10 @@ class CollapseCallback(TrainerCallback):
             entropy_of_mean = torch.special.entr(targets.mean(dim=0)).sum()
             logged["target_information"] = entropy_of_mean - torch.special.entr(targets).sum(dim=-1).mean()
             values = {**logged, "targets_in_use": entropy_of_mean.exp()}
-            limits["target_information"] = MIN_SHARE_OF_INFORMATION * math.log(min(targets.shape))
-            limits["targets_in_use"] = max(1.5, 0.05 * min(targets.shape))
+            most = min(targets.shape)
+            limits["target_information"] = MIN_SHARE_OF_INFORMATION * math.log(most)
+            # Where there are few classes, most images may be of one.
+            limits["targets_in_use"] = min(max(1.5, 0.05 * most), 1 + 0.1 * (most - 1))
         if len(outputs.features) >= MIN_ROWS:
             self._sums = {name: self._sums.get(name, 0.0) + value.float() for name, value in values.items()}
             self._limits, self._features = limits, outputs.features[:MAX_ROWS]
