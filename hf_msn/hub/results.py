@@ -47,7 +47,16 @@ def read_low_shot(path: str | os.PathLike, checkpoint: str | os.PathLike) -> Low
     """Read a file of `LowShotResults.save`, which must have measured the weights of a checkpoint."""
     results = read_results(path)
     measured = results.model.get("weights_sha256")
-    weights = weights_of(checkpoint, results.settings.get("features", "backbone"))
+    features = results.settings.get("features", "backbone")
+    try:
+        weights = weights_of(checkpoint, features)
+    except ValueError as error:
+        if features == "backbone":
+            raise
+        raise ValueError(
+            f"'{path}' must have measured what is published, but measured the {features} head. Publish the heads too: "
+            f'`what="pretraining"` (`--what pretraining`). {error}'
+        ) from error
     if measured != weights:
         raise ValueError(
             f"'{path}' must have measured the weights of this checkpoint, {weights}, but measured {measured}. Measure "

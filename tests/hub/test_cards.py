@@ -284,6 +284,8 @@ def test_projections_are_compared_with_the_whole_model(made, tmp_path):
         next(head.target_projection_head.parameters()).add_(1)
     with pytest.raises(ValueError, match=checkpoint_weights_sha256(made["checkpoint"], "projection")):
         create_model_card(save(head, tmp_path / "head"), made["projection"])
+    with pytest.raises(ValueError, match=r"projection\.json.*--what pretraining"):
+        create_model_card(made["export"], made["projection"])
 
 
 def test_results_of_other_weights_are_refused_with_both_hashes(made, tmp_path):
