@@ -166,7 +166,6 @@ class Gossip(LocalUpdate):
     @torch.no_grad()
     def _begin_local_steps(self) -> None:
         self._reset()
-        self.local_steps = 0
         if self._momentum is not None:
             self._momentum.reset()
 

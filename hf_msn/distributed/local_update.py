@@ -300,6 +300,8 @@ class LocalUpdate:
         self._parameters = trainable_parameters(self.model, self.optimizer)
         self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
         self._num_groups = len(self.optimizer.param_groups)
+        if not self._restored:
+            self.local_steps = 0  # an error may have ended a period early, and not on all ranks
         tensors = [p for _, p, _ in self._parameters]
         for exchange in self._exchanges:
             exchange.check_devices([*tensors, *frozen_and_buffers(self.model)])

@@ -48,6 +48,19 @@ def test_an_error_leaves_without_an_outer_step_and_frees_the_model():
         pass
 
 
+def test_after_an_error_a_period_begins_anew_for_the_base_too():
+    model = make_model()
+    optimizer = sgd(model)
+    base = LocalSGD(model, optimizer, sync_every=3)
+    sync = SlowMo(model, optimizer, sync_every=4, base=base)
+    with pytest.raises(KeyError), sync:
+        sync.step()
+        raise KeyError
+    with sync:
+        sync.step()
+        assert (sync.local_steps, base.local_steps) == (1, 1)
+
+
 @pytest.mark.parametrize(
     "method, options",
     [
