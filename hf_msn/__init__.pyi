@@ -96,6 +96,7 @@ from .models.modeling_head_classifier import HeadForImageClassification as HeadF
 from .models.modeling_msn import MSNForPreTraining as MSNForPreTraining
 from .models.modeling_paws import PAWSForPreTraining as PAWSForPreTraining
 from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
+from .optim.critical_gradients import CriticalGradients as CriticalGradients
 from .optim.lars import LARS as LARS
 from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
 from .trainers.callbacks.local_update import (

@@ -64,6 +64,11 @@ class PretrainingArguments(TrainingArguments):
         help="When features or assignments no longer depend on the image: warn; stop: warn and end the run with a "
         "checkpoint; ignore.",
     )
+    critical_gradients: int = HfArg(
+        default=0,
+        help="Largest gradients of earlier steps that take part in each update, around any `optim`; 0: none. Each "
+        "needs the memory of the parameters.",
+    )
     compile_encoder: bool = HfArg(
         default=False, help="torch.compile the encoders. (`torch_compile` would take the whole model.)"
     )
@@ -121,6 +126,7 @@ class PretrainingArguments(TrainingArguments):
             check_number("final_weight_decay", self.final_weight_decay, minimum=0)
         if self.learning_rate_batch_size is not None:
             check_integer("learning_rate_batch_size", self.learning_rate_batch_size)
+        check_integer("critical_gradients", self.critical_gradients, minimum=0, remedy="The paper has 5.")
         check_choice("on_collapse", self.on_collapse, ("warn", "stop", "ignore"))
         check_number("lars_momentum", self.lars_momentum, minimum=0, below=1, remedy="PAWS has 0.9.")
         if self.remove_unused_columns:

@@ -23,6 +23,7 @@ from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
+from ..optim.critical_gradients import CriticalGradients
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
 from .callbacks.collapse import CollapseCallback
@@ -245,6 +246,9 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
             decayed["always_adapt"] = True  # also with a weight decay of 0
         for group in others:
             group["scheduled_weight_decay"] = False
+        if self.args.critical_gradients and "critical_gradients" not in optimizer.state_dict():
+            rule = "sum" if isinstance(optimizer, (torch.optim.SGD, LARS)) else "mean"  # as in the paper
+            CriticalGradients(optimizer, self.args.critical_gradients, aggregate=rule)
         return optimizer
 
     @staticmethod

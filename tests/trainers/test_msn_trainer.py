@@ -259,3 +259,15 @@ def test_views_must_be_of_the_models_size_and_whole_patches(tmp_path, name, size
 def test_an_argument_outside_of_its_range_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"`{name}` .*({value}|must be False)"):
         MSNTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_critical_gradients_take_part_in_every_update_but_the_first(tmp_path):
+    settings = {"save_strategy": "no", "max_steps": 3}
+    plain = make_trainer(tmp_path, **settings)
+    trainer = make_trainer(tmp_path, critical_gradients=5, **settings)
+    for one in (plain, trainer):
+        one.train()
+    losses, expected = ([*logged(one).values()] for one in (trainer, plain))
+    assert losses[:2] == expected[:2]
+    assert losses[2] != expected[2]
+    assert len(trainer.optimizer.state_dict()["critical_gradients"]["priorities"]) == 3

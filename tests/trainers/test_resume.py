@@ -44,6 +44,7 @@ def drawn_views(streamed: bool = False):
         (RandomViews, 4, {}),
         (RandomViews, 5, {}),  # between two epochs
         (RandomViews, 4, {"gradient_accumulation_steps": 2}),
+        (RandomViews, 4, {"gradient_accumulation_steps": 2, "critical_gradients": 3}),
         pytest.param(drawn_views, 7, {"dataloader_num_workers": 2}, marks=pytest.mark.slow),
         (lambda: drawn_views(streamed=True), 5, {}),  # beyond the first pass
     ],
