@@ -25,6 +25,7 @@ from ..finetuning.result import FinetuningResult
 from ..finetuning.tuning import finetune_classifier, finetune_suncet
 from ..hub.publish import HubRepository, publish_checkpoint
 from ..models.configuration_suncet import SuNCEtConfig
+from ..trainers.argument_names import in_terms_of
 from ..trainers.semi_supervised_trainer import LABELLED_IMAGES_FILE
 from .arguments import LABEL_SOURCES, DataArguments, LabelArguments, check_encoder_fields, read_fields
 from .parser import Option, Parser, build, check_output_dir, options_of, own_values
@@ -107,7 +108,8 @@ class FinetuningRecipe:
             start, fields = SuNCEtConfig(**self.config_fields), {}
         fields |= {"image_processor": self.image_processor, "on_broken_image": self.data.on_broken_image}
         _, tune = HEADS[self.start.head]
-        result = tune(start, labelled, rows, self.views, self.training, **fields)
+        with in_terms_of({"start": "model"}):
+            result = tune(start, labelled, rows, self.views, self.training, **fields)
         result.run.pop("arguments")  # the recipe has them
         result.run["recipe"] = self.given
         return result

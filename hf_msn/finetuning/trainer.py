@@ -16,7 +16,7 @@ from ..distributed.collectives import all_reduce_sum
 from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossCallback
-from ..trainers.checkpoints import WholeCheckpointMixin
+from ..trainers.checkpoints import CheckpointError, WholeCheckpointMixin
 from .arguments import FinetuningArguments
 from .models import unshared_weights
 
@@ -101,6 +101,11 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         best = Path(resume_from_checkpoint, BEST_EPOCH_FILE)
+        if not best.is_file():
+            raise CheckpointError(
+                f"'{resume_from_checkpoint}' is no checkpoint of a fine-tuning: it has no '{BEST_EPOCH_FILE}'. "
+                "Give another one."
+            )
         self.best.load_state_dict(torch.load(best, map_location="cpu", weights_only=True))
         self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
 
@@ -148,10 +153,11 @@ class BestEpochCallback(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, after a check that the settings are the same."""
         there, here = json.loads(state.pop("settings")), json.loads(self.settings)
-        for name in {**there, **here}:
+        for name in sorted({**there, **here}, key="start".__eq__):  # last: other settings change its weights
             if there.get(name) != here.get(name):
+                saved, given = (f"{settings.get(name, 'the default')!s:.80}" for settings in (there, here))
                 raise ValueError(
-                    f"`{name}` must be that of the checkpoint to resume from, {there.get(name, 'the default')}, but "
-                    f"is {here.get(name, 'the default')}. Start again by `overwrite_output_dir`."
+                    f"`{name}` must be that of the checkpoint to resume from, {saved}, but is {given}. Start again by "
+                    "`overwrite_output_dir`."
                 )
         vars(self).update(state)

@@ -1,6 +1,7 @@
 """A stopped fine-tuning goes on bit for bit, also where it was stopped while it trained again on all labels."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from launch import run_ranks
 from transformers import TrainerCallback
 
 from hf_msn import SuNCEtForPreTraining, finetune_classifier, finetune_suncet
+from hf_msn.finetuning.trainer import BestEpochCallback, FinetuningTrainer
 from hf_msn.trainers.checkpoints import CheckpointError
 
 RESNET = suncet_config(timm_model="test_resnet")
@@ -50,6 +52,16 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(name, tmp_path):
     assert resumed.best_epoch == whole.best_epoch and resumed.accuracy_by_epoch == whole.accuracy_by_epoch
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in resumed.model.state_dict().items())
+
+
+def test_the_setting_that_differs_is_named_before_the_weights_that_it_changes():
+    trainer = SimpleNamespace(train_dataset=[])
+    saved = BestEpochCallback(trainer, settings={"start": "some weights", "images": "0" * 1000}).state_dict()
+    other = BestEpochCallback(trainer, settings={"start": "others", "images": "0" * 1000, "seed": 1})
+    with pytest.raises(ValueError, match="`seed`"):
+        other.load_state_dict(saved)
+    with pytest.raises(CheckpointError, match="'checkpoint-3'"):
+        FinetuningTrainer._load_from_checkpoint(trainer, "checkpoint-3")
 
 
 @pytest.mark.slow
