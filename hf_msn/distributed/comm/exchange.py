@@ -193,9 +193,11 @@ class Exchange:
         store.set(f"{self._store_key}/{self.rank}", f"{self._count} {name}")  # returns at once, as `add` does not
 
     def _peer_error(self, name: str, error: RuntimeError) -> PeerError:
-        missing = self._missing_ranks()
+        missing, how = self._missing_ranks(), "had not arrived"
         if missing == []:
-            # A rank that stopped during the exchange had arrived, too, but does not come here.
+            # A rank that stopped during the exchange had arrived, too, but does not come here, nor do those that still
+            # wait for it.
+            how = "had arrived and not ended it"
             self._note_arrival("error")
             deadline = time.monotonic() + _STORE_SECONDS / 2
             while (missing := self._missing_ranks()) and time.monotonic() < deadline:
@@ -203,9 +205,10 @@ class Exchange:
         message = f"The {name} over the ranks {self.global_ranks} failed on rank {dist.get_rank()}: "
         if missing:
             setting = "" if self.timeout_seconds is None else f" (`timeout_seconds={self.timeout_seconds}`)"
+            which = "it" if len(missing) == 1 else "one of them"
             message += (
-                f"rank {', '.join(map(str, missing))} had not arrived, or stopped in it{setting}, so it has died, "
-                "hangs or is slow. See its log; if it is only slow, allow more seconds."
+                f"rank {', '.join(map(str, missing))} {how}{setting}, so {which} has died, hangs or is slow. See the "
+                "log; if it is only slow, allow more seconds."
             )
         elif missing is None:
             message += "the store that knows who is missing does not answer, so look at its host, rank 0, first."
