@@ -1,6 +1,7 @@
 """The result of fine-tuning: the model of the best epoch, and how it was chosen."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from .models import unshared_weights
 
 RESULT_FILE = "finetune.json"
 RESULT_FORMAT = "hf_msn fine-tuning 1"
+_STAGING = ".incomplete-"
 
 
 @dataclass
@@ -163,7 +165,9 @@ class FinetuningResult:
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as staging:
+        for left in folder.glob(f"{_STAGING}*"):  # by a killed run
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as staging:
             staging = Path(staging)
             self.model.save_pretrained(staging, state_dict=unshared_weights(self.model))
             self.image_processor.save_pretrained(staging)

@@ -63,7 +63,9 @@ def test_a_network_with_tensors_under_two_names_is_saved_in_checkpoint_and_resul
 
 def test_the_file_says_what_was_chosen_and_by_which_rows(tuned, tmp_path):
     result = tuned["vit_msn"]
+    (tmp_path / ".incomplete-of-a-killed-run").mkdir()
     result.save(tmp_path)
+    assert not list(tmp_path.glob(".*"))
     recorded = json.loads((tmp_path / "finetune.json").read_text())
     assert recorded["best_epoch"] == result.best_epoch and recorded["seed"] == 3 and recorded["head"] == "linear"
     assert recorded["accuracy_by_epoch"] == {str(epoch): v for epoch, v in result.accuracy_by_epoch.items()}
