@@ -170,6 +170,8 @@ def read_fields(arguments: list[str], variant: str, default: str, make_parser: C
     parser = make_parser(kind)
     given = parser.read(arguments)
     in_file = parser.read_values(in_file, f"'{config}'")
+    if "config" in in_file:
+        raise ValueError(f"`config` must be a flag, but '{config}' has it: a recipe takes no fields of another one.")
     if set(LABEL_SOURCES) & set(given):
         in_file = {name: value for name, value in in_file.items() if name not in (*LABEL_SOURCES, "labelled_split")}
     given.pop("config", None)

@@ -51,6 +51,8 @@ def test_the_command_line_overrides_the_file(tmp_path, out):
     assert recipe.config_fields["num_prototypes"] == 32 and recipe.training.learning_rate == 0.01
     given = {"mask_ratio": 0.5, "num_prototypes": 32, "learning_rate": 0.01, "output_dir": out, "report_to": "none"}
     assert recipe.given == given
+    with pytest.raises(ValueError, match="`config`"):
+        parse_recipe(["--config", write(tmp_path, config="digits"), "--output_dir", out])
 
 
 @pytest.mark.parametrize(
