@@ -42,7 +42,7 @@ def load_images(
     | `"digits"` | scikit-learn's 1,797 digits, 8 x 8, gray: 1,437 train and 360 test (a folder is `./digits`) |
     | folder made by `save_to_disk` | that `Dataset` or `DatasetDict` |
     | folder with images | folders `train`, `val`, `test`, ... are splits, those below classes |
-    | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by file names |
+    | folder, glob or file of `.parquet` or `.tar` | `parquet` or `webdataset`; a folder's splits by words of paths |
     | anything else | a Hub id for `datasets.load_dataset` |
 
     A folder of images is labelled if, in the requested split, every image lies in a folder at the same depth (one
