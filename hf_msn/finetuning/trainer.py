@@ -153,6 +153,7 @@ class BestEpochCallback(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, after a check that the settings are the same."""
         there, here = json.loads(state.pop("settings")), json.loads(self.settings)
+        there.pop("per_device_train_batch_size", None)  # earlier versions saved it
         for name in sorted({**there, **here}, key="start".__eq__):  # last: other settings change its weights
             if there.get(name) != here.get(name):
                 saved, given = (f"{settings.get(name, 'the default')!s:.80}" for settings in (there, here))

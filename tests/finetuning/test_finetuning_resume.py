@@ -1,5 +1,6 @@
 """A stopped fine-tuning goes on bit for bit, also where it was stopped while it trained again on all labels."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -57,6 +58,8 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(name, tmp_path):
 def test_the_setting_that_differs_is_named_before_the_weights_that_it_changes():
     trainer = SimpleNamespace(train_dataset=[])
     saved = BestEpochCallback(trainer, settings={"start": "some weights", "images": "0" * 1000}).state_dict()
+    of_earlier_version = {**saved, "settings": saved["settings"].replace("{", '{"per_device_train_batch_size": 8, ')}
+    BestEpochCallback(trainer, settings=json.loads(saved["settings"])).load_state_dict(of_earlier_version)
     other = BestEpochCallback(trainer, settings={"start": "others", "images": "0" * 1000, "seed": 1})
     with pytest.raises(ValueError, match="`seed`"):
         other.load_state_dict(saved)

@@ -95,7 +95,8 @@ class CollapseCallback(TrainerCallback):
         if (callback := find_per_rank_callback(self.trainer)) is not None:
             callback.wait_for_all()
         if all_reduce_sum(torch.tensor(float(self._num_bad >= CHECKS), device=args.device)) > 0:
-            logger.warning(f"The run ends at step {state.global_step} with a checkpoint: `on_collapse` is stop.")
+            if state.is_world_process_zero:
+                logger.warning(f"The run ends at step {state.global_step} with a checkpoint: `on_collapse` is stop.")
             control.should_save = control.should_training_stop = True
 
     def _judge(self, step: int) -> None:
