@@ -59,11 +59,13 @@ class ComparisonArguments:
         if "ddp" not in self.methods:
             raise ValueError(f"`methods` must have ddp, the baseline, but is {self.methods}.")
         check_integer("ranks", self.ranks, 2)
-        for name in ("steps", "seeds", "hidden_size", "batch_size"):
+        for name in ("steps", "seeds", "hidden_size", "batch_size", "exchange_every"):
             check_integer(name, getattr(self, name))
         if self.batch_size % self.ranks:
             raise ValueError(f"`batch_size` must be a multiple of `ranks`, {self.ranks}, but is {self.batch_size}.")
-        check_number("learning_rate", self.learning_rate, above=0.0)
+        for name in ("learning_rate", "temperature"):
+            check_number(name, getattr(self, name), above=0.0)
+        check_number("alpha", self.alpha, minimum=0.0)
         for value in self.weight_decays or [None]:
             check_number("weight_decays", value, minimum=0.0)
 

@@ -28,6 +28,8 @@ def script(monkeypatch):
         ({"methods": ["checkpoints"]}, "methods.*ddp"),
         ({"batch_size": 63}, "batch_size.*63"),
         ({"weight_decays": []}, "weight_decays"),
+        ({"exchange_every": 0}, "exchange_every.*0"),
+        ({"alpha": -1.0}, "alpha.*-1"),
     ],
 )
 def test_arguments_outside_of_their_rule_are_refused(script, arguments, words):
