@@ -27,6 +27,7 @@ from slow_network import SlowNetwork
 from sync_workload import METHODS
 from transformers import HfArgumentParser
 
+from hf_msn.checks import check_integer
 from hf_msn.cli.main import run_script
 
 
@@ -53,6 +54,8 @@ class BenchmarkArguments:
         check_known("methods", self.methods, METHODS)
         if "ddp" not in self.methods:
             raise ValueError("`methods` must have ddp, the baseline.")
+        for name in ("steps", "repeats"):
+            check_integer(name, getattr(self, name))
         if min(self.ranks) < 2 or not 0.0 < self.waiting < 1.0 or self.straggler < 1.0:
             raise ValueError(
                 f"`ranks` must be >= 2, `waiting` in (0, 1) and `straggler` >= 1, but they are {self.ranks}, "

@@ -32,6 +32,12 @@ def test_ratios_are_of_the_same_run_and_leave_the_slowest_rank_out():
     assert "3.00 (3.00 - 3.00) | 2.00" in sync.as_table([ddp, slowmo])
 
 
+@pytest.mark.parametrize("arguments", [{"methods": ["sgp"]}, {"ranks": [1]}, {"steps": 0}, {"repeats": 0}])
+def test_arguments_outside_of_their_rule_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        sync.BenchmarkArguments(**arguments)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_make_a_table_and_a_picture(run, tmp_path):
