@@ -3,7 +3,6 @@
 A release that breaks one of them fails here, by name. Two tests hold the lists complete: a new use must be entered.
 """
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -95,12 +94,15 @@ ATTRIBUTES = {
     "_buffers": "torch.nn.Module",
     "_comm_hooks": "DistributedDataParallel",
     "_current_graph_task_id": "torch._C",
+    "_foreach_add_": "torch",
     "_foreach_copy_": "torch",
     "_foreach_div": "torch",
     "_foreach_div_": "torch",
     "_foreach_lerp_": "torch",
+    "_foreach_mul": "torch",
     "_foreach_mul_": "torch",
-    "_format_args": "argparse.HelpFormatter",
+    "_foreach_norm": "torch",
+    "_foreach_sub_": "torch",
     "_forward_hooks": "torch.nn.Module",
     "_forward_pre_hooks": "torch.nn.Module",
     "_get_default_store": "torch.distributed.distributed_c10d",
@@ -208,7 +210,7 @@ def test_private_attributes_exist():
     assert ViTMSNConfig(attn_implementation="eager")._attn_implementation == "eager"
     tied = inspect.getsource(PreTrainedModel.get_expanded_tied_weights_keys)
     assert "_tied_weights_keys" in tied and PreTrainedModel._tied_weights_keys is None
-    assert datasets.IterableDataset._resolve_features and argparse.HelpFormatter._format_args
+    assert datasets.IterableDataset._resolve_features
     assert "self._train_batch_size = batch_size" in inspect.getsource(Trainer)  # auto_find_batch_size
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(module.parameters(), lr=0.5), lambda step: 1.0)
     assert scheduler._last_lr == scheduler.get_last_lr() == [0.5]
@@ -221,6 +223,9 @@ def test_private_attributes_exist():
     torch._foreach_lerp_(two, one, 0.5)
     torch._foreach_div_(two, 5.0)
     assert [tensor.tolist() for tensor in torch._foreach_div(two, 0.5)] == [[1.0] * 2, [1.0] * 3]
+    torch._foreach_add_(two, torch._foreach_mul(one, 2.5))
+    torch._foreach_sub_(two, one)
+    assert [norm.item() for norm in torch._foreach_norm(two)] == pytest.approx([2.0 * 2**0.5, 2.0 * 3**0.5])
 
 
 class Recorder(TrainerCallback):

@@ -95,7 +95,7 @@ class CriticalGradients(Optimizer):
     def _clear(self) -> None:
         self.priorities: list[float] = []
         self._replacements = 0
-        self._buffers: dict[int, torch.Tensor] = {}  # (capacity, *shape) by the position of the parameter
+        self._kept: dict[int, torch.Tensor] = {}  # (capacity, *shape) by the position of the parameter
         self._sums: dict[int, torch.Tensor] = {}
 
     def _parameters(self) -> list[torch.Tensor]:
@@ -142,19 +142,19 @@ class CriticalGradients(Optimizer):
                 return
             self.priorities[slot] = priority
         for place, gradient in gradients.items():
-            if place not in self._buffers:
+            if place not in self._kept:
                 dtype = self.dtype or gradient.dtype
-                self._buffers[place] = gradient.new_zeros(self.capacity, *gradient.shape, dtype=dtype)
+                self._kept[place] = gradient.new_zeros(self.capacity, *gradient.shape, dtype=dtype)
                 self._sums[place] = torch.zeros_like(gradient, dtype=torch.promote_types(dtype, torch.float32))
-        slots = [buffer[slot] for buffer in self._buffers.values()]
+        slots = [buffer[slot] for buffer in self._kept.values()]
         sums = list(self._sums.values())
         torch._foreach_sub_(sums, [kept.to(total.dtype) for kept, total in zip(slots, sums)])
-        for place, kept in zip(self._buffers, slots):
+        for place, kept in zip(self._kept, slots):
             kept.copy_(gradients[place]) if place in gradients else kept.zero_()
         torch._foreach_add_(sums, [kept.to(total.dtype) for kept, total in zip(slots, sums)])
         self._replacements += 1
         if self._replacements % _REPLACEMENTS_PER_SUM == 0:
-            for place, buffer in self._buffers.items():
+            for place, buffer in self._kept.items():
                 self._sums[place] = buffer.sum(dim=0, dtype=self._sums[place].dtype)
 
     def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class CriticalGradients(Optimizer):
                 "capacity": self.capacity,
                 "priorities": list(self.priorities),
                 "replacements": self._replacements,
-                "buffers": dict(self._buffers),
+                "buffers": dict(self._kept),
                 "sums": dict(self._sums),
             }
         }
@@ -178,6 +178,6 @@ class CriticalGradients(Optimizer):
         if saved is not None:
             parameters = self._parameters()
             self.priorities, self._replacements = list(saved["priorities"]), saved["replacements"]
-            for own, tensors in ((self._buffers, saved["buffers"]), (self._sums, saved["sums"])):
+            for own, tensors in ((self._kept, saved["buffers"]), (self._sums, saved["sums"])):
                 own |= {place: tensor.to(parameters[place].device, copy=True) for place, tensor in tensors.items()}
         return {name: value for name, value in state_dict.items() if name != _STATE}

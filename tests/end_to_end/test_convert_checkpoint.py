@@ -38,5 +38,5 @@ def test_arguments_of_the_other_way_are_refused(run, tmp_path):
         run("--input", tmp_path, "--output", tmp_path / "a", "--target_only", "true")
     with pytest.raises(ValueError, match="`output` is missing"):
         run("--to_original", "--input", tmp_path)
-    with pytest.raises(ValueError, match="`output_dir`"):
+    with pytest.raises(ValueError, match="`output` and"):
         run("--input", tmp_path / "a")
