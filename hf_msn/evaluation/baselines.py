@@ -48,7 +48,10 @@ def untrained_like(model: nn.Module, features: FeatureSpace = "backbone", seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(made, PreTrainedModel):
-            return type(made)(copy.deepcopy(made.config)).eval()
+            try:
+                return type(made)(copy.deepcopy(made.config)).eval()
+            except (TypeError, ValueError):  # a class of the user's own that takes more than a configuration
+                return None
         architecture = made.pretrained_cfg.get("architecture") if is_timm_model(made) else None
         if architecture is None:
             return None

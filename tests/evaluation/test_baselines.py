@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 from tiny_semi_supervised import RESNET18, tiny_paws
-from transformers import TimmWrapperConfig, TimmWrapperModel
+from transformers import TimmWrapperConfig, TimmWrapperModel, ViTMSNConfig, ViTMSNModel
 
 from hf_msn import (
     KNNProbe,
@@ -113,7 +113,15 @@ def test_the_untrained_network_has_the_same_architecture_and_other_weights(kind)
     assert not fresh.training
 
 
+class Scaled(ViTMSNModel):
+    def __init__(self, config, scale):
+        super().__init__(config)
+
+
 def test_a_network_that_cannot_be_made_again_has_no_untrained_baseline(digits):
+    assert (
+        untrained_like(Scaled(ViTMSNConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1), 2.0)) is None
+    )
     model = timm.create_model("test_vit", num_classes=0)
     model.blocks = model.blocks[:1]
     evaluator = LowShotEvaluator(*digits, images_per_class=(1,), num_splits=1, baselines=low_shot.BASELINES)
