@@ -9,9 +9,10 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ViTMSNModel
 
 from ..models.configuration_pretraining import PretrainingConfig
+from ..models.encoder import PatchDroppingViTMSNModel
 from .backbones import FeatureSpace, find_backbone, is_timm_model, unwrapped
 from .features import Features, pixel_features, process_image
 
@@ -48,8 +49,10 @@ def untrained_like(model: nn.Module, features: FeatureSpace = "backbone", seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(made, PreTrainedModel):
+            # transformers starts a ViTMSN without positions, too weak a baseline
+            cls = PatchDroppingViTMSNModel if type(made) is ViTMSNModel else type(made)
             try:
-                return type(made)(copy.deepcopy(made.config)).eval()
+                return cls(copy.deepcopy(made.config)).eval()
             except (TypeError, ValueError):  # a class of the user's own that takes more than a configuration
                 return None
         architecture = made.pretrained_cfg.get("architecture") if is_timm_model(made) else None

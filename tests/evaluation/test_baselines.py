@@ -113,6 +113,13 @@ def test_the_untrained_network_has_the_same_architecture_and_other_weights(kind)
     assert not fresh.training
 
 
+def test_an_untrained_vit_msn_tells_positions_apart():
+    config = ViTMSNConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=16, patch_size=4)
+    fresh = untrained_like(ViTMSNModel(config))
+    assert fresh.embeddings.position_embeddings.std().item() == pytest.approx(0.02, rel=0.2)
+    assert fresh(torch.randn(1, 3, 16, 16)).last_hidden_state.shape == (1, 17, 16)
+
+
 class Scaled(ViTMSNModel):
     def __init__(self, config, scale):
         super().__init__(config)
