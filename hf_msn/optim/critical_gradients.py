@@ -63,13 +63,16 @@ class CriticalGradients(Optimizer):
         self.dtype = dtype
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("`optimizer` must not need a closure, but is LBFGS: it evaluates several gradients.")
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"`optimizer` must be an optimizer of torch, but is {optimizer!r:.80}. Make one first.")
         if _STATE in optimizer.state_dict():
             raise ValueError("`optimizer` has a buffer of critical gradients already. Wrap it once.")
         self.optimizer = optimizer
         self._clear()
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_state_dict_post_hook(self._add_state)
-        optimizer.register_load_state_dict_pre_hook(self._take_state)
+        hooked = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks
+        hooked.register_step_pre_hook(self._before_step)
+        hooked.register_state_dict_post_hook(self._add_state)
+        hooked.register_load_state_dict_pre_hook(self._take_state)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # before it is set, as in copying
@@ -79,6 +82,10 @@ class CriticalGradients(Optimizer):
     def step(self, closure=None):
         """Take one step of the optimizer, by its gradients and the buffer."""
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the optimizer does."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer and, as `critical_gradients`, that of the buffer."""
@@ -115,7 +122,7 @@ class CriticalGradients(Optimizer):
         priority = float(sum(torch._foreach_norm(list(gradients.values()))))
         scale, of_sum = self._coefficients()
         places = [place for place in gradients if place in self._sums]
-        past = torch._foreach_mul([self._sums[place] for place in places], of_sum) if self.priorities else []
+        past = torch._foreach_mul([self._sums[place] for place in places], of_sum) if places else []
         self._insert(gradients, priority)
         torch._foreach_mul_(list(gradients.values()), scale)
         if past:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hf_msn import CriticalGradients
 
@@ -198,6 +199,41 @@ def test_a_parameter_without_gradient_counts_as_zero():
     assert torch.allclose(b.grad, own + gradients(0)[1] / 2)
 
 
+def test_the_first_gradient_of_another_parameter_is_used_as_it_is():
+    a, b = parameters()
+    optimizer = CriticalGradients(torch.optim.SGD([a, b], lr=0.1))
+    a.grad = gradients(0)[0]
+    optimizer.step()
+    a.grad, b.grad = None, gradients(1)[1]
+    optimizer.step()
+    assert torch.equal(b.grad, gradients(1)[1])
+    assert len(optimizer.priorities) == 2
+
+
+@pytest.mark.parametrize("is_prepared_first", [True, False])
+def test_with_accelerate_and_accumulation_it_equals_whole_batches(is_prepared_first):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accumulated, whole = torch.nn.Linear(3, 1, dtype=torch.float64), torch.nn.Linear(3, 1, dtype=torch.float64)
+    accumulated.load_state_dict(whole.state_dict())
+    optimizer = torch.optim.SGD(accumulated.parameters(), lr=0.1)
+    if is_prepared_first:
+        optimizer = CriticalGradients(accelerator.prepare(optimizer))
+    else:
+        optimizer = accelerator.prepare(CriticalGradients(optimizer))
+    expected = CriticalGradients(torch.optim.SGD(whole.parameters(), lr=0.1))
+    rows = torch.randn(6, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for batch in rows:
+        for half in batch.chunk(2):
+            with accelerator.accumulate(accumulated):
+                accelerator.backward(accumulated(half).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        whole(batch).square().mean().backward()
+        expected.step()
+        expected.zero_grad()
+    assert torch.allclose(accumulated.weight, whole.weight, rtol=1e-12)
+
+
 def test_the_running_sum_does_not_drift():
     optimizer = CriticalGradients(torch.optim.SGD(parameters(torch.float32), lr=0.0), capacity=2, decay=0.01)
     run(optimizer, 250)  # each gradient is greater than the last one's decayed priority
@@ -230,6 +266,8 @@ def test_misuse_is_refused():
         CriticalGradients(torch.optim.LBFGS(parameters()))
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(lambda: None)
+    with pytest.raises(ValueError, match="`optimizer`"):
+        CriticalGradients(parameters())
     other = CriticalGradients(torch.optim.SGD(parameters(), lr=0.1), capacity=3)
     with pytest.raises(ValueError, match=r"`capacity` .* 5, but is 3"):
         other.load_state_dict(optimizer.state_dict())
