@@ -20,9 +20,9 @@ MAX_PIXEL_SIZE = 64
 
 
 def raw_pixel_features(
-    model: None, dataset: datasets.Dataset | datasets.IterableDataset, image_processor: Any, **extraction: Any
+    dataset: datasets.Dataset | datasets.IterableDataset, image_processor: Any, **extraction: Any
 ) -> Features:
-    """Return the RGB values in [0, 1] of whole images as features, with the arguments of `extract_features`.
+    """Return the RGB values in [0, 1] of whole images as features, with the arguments of `pixel_features`.
 
     The images are resized, where they differ, to the size that `image_processor` gives, but at most 64 x 64: 12,288
     values, 49 kB per image.

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,9 +28,9 @@ from .features import Features, extract_features
 from .gathering import run_on_every_rank
 from .metrics import TopKAccuracy, rank_classes
 from .probes import KNNProbe, LogisticProbe, Probe
-from .results import LowShotResults, SplitResult, TaskResult, package_versions
+from .results import BASELINE_NAMES, LowShotResults, SplitResult, TaskResult, package_versions
 
-BASELINES = ("knn", "untrained", "pixels")
+BASELINES = tuple(BASELINE_NAMES)
 _PACKAGES = ("hf_msn", "torch", "transformers", "datasets", "scikit-learn", "numpy", "pillow")
 
 logger = logging.get_logger(__name__)
@@ -127,7 +128,7 @@ class LowShotEvaluator:
         self.probe = LogisticProbe() if probe is None else probe
         self.baselines = tuple(check_choice("baselines", baseline, BASELINES) for baseline in baselines)
         self.results: LowShotResults | None = None
-        self._known_baselines: dict[str, list[TaskResult]] = {}  # of earlier calls, by what they depend on
+        self._known_baselines: dict[str, list[TaskResult] | None] = {}  # of earlier calls, by what they depend on
         self._extraction = {
             "batch_size": batch_size,
             "num_workers": num_workers,
@@ -175,7 +176,9 @@ class LowShotEvaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Evaluate a model, one that `extract_features` takes. See the class for the metrics."""
         image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
-        train, test = self._extract(extract_features, model, image_processor, self._extraction)
+        train, test = self._extract(
+            partial(extract_features, model, image_processor=image_processor, **self._extraction)
+        )
         about = {
             "class": type(model).__name__,
             "backbone": type(find_backbone(model)).__name__,
@@ -191,15 +194,12 @@ class LowShotEvaluator:
         self.results.baselines = self._measure_baselines(model, image_processor, train, test)
         return {**metrics, **self.results.metrics}
 
-    def _extract(
-        self, extract: Callable[..., Features], model: nn.Module, image_processor: Any, settings: dict[str, Any]
-    ) -> tuple[Features, Features]:
+    def _extract(self, extract: Callable[..., Features]) -> tuple[Features, Features]:
         """Return the features of the labelled rows that the splits need, and of all test images."""
         rows = None
         if self._splits is not None:
             rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
-        train = extract(model, self.train_dataset, image_processor, rows=rows, **settings)
-        return train, extract(model, self.test_dataset, image_processor, **settings)
+        return extract(dataset=self.train_dataset, rows=rows), extract(dataset=self.test_dataset)
 
     def _measure_baselines(
         self, model: nn.Module, image_processor: Any, train: Features, test: Features
@@ -207,22 +207,27 @@ class LowShotEvaluator:
         found = {}
         if "knn" in self.baselines and not isinstance(self.probe, KNNProbe):
             found["knn"] = self._measure(train, test, KNNProbe())
-        if "untrained" in self.baselines:
-            fresh = untrained_like(model, self._extraction["features"], self.seed)
-            if fresh is not None:
-                device = next((parameter.device for parameter in model.parameters()), None)
-                settings = {**self._extraction, "device": self._extraction["device"] or device}
-                found["untrained"] = self._once("untrained", extract_features, fresh, image_processor, settings)
-        if "pixels" in self.baselines:
-            settings = {name: self._extraction[name] for name in ("batch_size", "num_workers", "on_broken_image")}
-            found["pixels"] = self._once("pixels", raw_pixel_features, None, image_processor, settings)
+        about = describe_image_processor(image_processor)
+        for name in ("untrained", "pixels"):
+            if name not in self.baselines:
+                continue
+            key = f"{name} {about}" + (f" {getattr(model, 'config', '')} {model}" if name == "untrained" else "")
+            if key not in self._known_baselines:
+                extract = self._extraction_of(name, model, image_processor)
+                self._known_baselines[key] = None if extract is None else self._measure(*self._extract(extract))
+            if self._known_baselines[key] is not None:
+                found[name] = self._known_baselines[key]
         return found
 
-    def _once(self, name: str, extract, model: nn.Module | None, image_processor: Any, settings: dict):
-        key = f"{name} {getattr(model, 'config', model)} {describe_image_processor(image_processor)}"
-        if key not in self._known_baselines:
-            self._known_baselines[key] = self._measure(*self._extract(extract, model, image_processor, settings))
-        return self._known_baselines[key]
+    def _extraction_of(self, baseline: str, model: nn.Module, image_processor: Any) -> Callable[..., Features] | None:
+        settings = {**self._extraction, "image_processor": image_processor}
+        if baseline == "pixels":
+            names = ("image_processor", "batch_size", "num_workers", "on_broken_image")
+            return partial(raw_pixel_features, **{name: settings[name] for name in names})
+        fresh = untrained_like(model, settings["features"], self.seed)
+        device = next((parameter.device for parameter in model.parameters()), None)
+        settings["device"] = settings["device"] or device
+        return None if fresh is None else partial(extract_features, fresh, **settings)
 
     def evaluate_features(
         self,

@@ -56,7 +56,7 @@ def test_baselines_are_measured_on_the_same_splits(digits):
         alone = evaluator_of(digits, seed=3, probe=probe, baselines=())(network)
         for task in ("1_per_class", "2_per_class"):
             assert metrics[f"low_shot/{task}/{name}_top1"] == alone[f"low_shot/{task}/top1"]
-    features = [raw_pixel_features(None, data, PROCESSOR) for data in digits]
+    features = [raw_pixel_features(data, PROCESSOR) for data in digits]
     alone = evaluator_of(digits, seed=3, baselines=()).evaluate_features(*features)
     assert metrics["low_shot/2_per_class/pixels_top1"] == alone["low_shot/2_per_class/top1"]
     assert [split.seed for split in evaluator.results.baselines["pixels"][0].splits] == [3, 4]
@@ -64,10 +64,10 @@ def test_baselines_are_measured_on_the_same_splits(digits):
 
 def test_raw_pixels_are_the_whole_image_at_the_size_of_the_processor_but_at_most_64(digits):
     image = decode_image(digits[0][5]["image"])
-    same = raw_pixel_features(None, digits[0], evaluation_image_processor(8)).features[5]
+    same = raw_pixel_features(digits[0], evaluation_image_processor(8)).features[5]
     assert np.array_equal(same, np.array(image, dtype=np.float32).transpose(2, 0, 1).ravel() / 255)
     for size, expected in ((16, 16), (96, 64)):
-        features = raw_pixel_features(None, digits[0], evaluation_image_processor(size)).features
+        features = raw_pixel_features(digits[0], evaluation_image_processor(size)).features
         resized = np.array(image.resize((expected, expected), Image.Resampling.BICUBIC), dtype=np.float32)
         assert np.array_equal(features[5], resized.transpose(2, 0, 1).ravel() / 255)
 
@@ -79,11 +79,14 @@ def test_models_that_do_not_change_are_measured_once(digits, monkeypatch):
         calls.append(model)
         return extract_features(model, *args, **kwargs)
 
+    made = []
     monkeypatch.setattr(low_shot, "extract_features", counted)
+    monkeypatch.setattr(low_shot, "untrained_like", lambda *args: made.append(untrained_like(*args)) or made[-1])
     evaluator, model = evaluator_of(digits), tiny_model()
     first = evaluator(model)
     second = evaluator(trained(model))
     assert [call is model for call in calls] == [True, True, False, False, True, True]
+    assert len(made) == 1
     names = ("low_shot/1_per_class/untrained_top1", "low_shot/1_per_class/pixels_top1")
     assert all(first[name] == second[name] for name in names)
 
