@@ -1,9 +1,13 @@
 import io
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
@@ -43,5 +47,33 @@ def image_rows(encoded):
         ]
         features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
         return datasets.Dataset.from_dict({"image": rows, "label": list(range(count))}, features)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path, picture):
+    """Make image files: `{"train/cat/1.png": 5}` stores picture 5 there."""
+
+    def make(files: dict[str, int], name: str = "photos [1]") -> str:
+        for path, number in files.items():
+            target = tmp_path / name / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture(number).save(target)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def parquet(tmp_path, image_rows):
+    def make(path: str, count: int = 3, **columns) -> str:
+        dataset = image_rows(count)
+        for name, values in columns.items():
+            dataset = dataset.add_column(name, values)
+        target = tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        dataset.to_parquet(str(target))
+        return str(target)
 
     return make
