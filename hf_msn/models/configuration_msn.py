@@ -5,7 +5,6 @@ from transformers.hf_argparser import HfArg
 
 from ..checks import check_integer, check_number
 from .configuration_pretraining import PretrainingConfig
-from .masking import num_kept_patches
 
 
 @strict
@@ -51,12 +50,7 @@ class MSNConfig(PretrainingConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_vit()
-        check_number("mask_ratio", self.mask_ratio, minimum=0, below=1, remedy="The paper has 0.15 to 0.7.")
-        if num_kept_patches(self.num_patches, self.mask_ratio) < 1:
-            raise ValueError(
-                f"`mask_ratio` {self.mask_ratio} leaves none of the {self.num_patches} patches of an image. Lower it, "
-                "or choose a smaller `patch_size`."
-            )
+        self._check_masks()
         check_integer("num_prototypes", self.num_prototypes)
         check_number("sharpen_temperature", self.sharpen_temperature, above=0, remedy="The paper uses 0.25.")
         check_number("me_max_weight", self.me_max_weight, minimum=0)

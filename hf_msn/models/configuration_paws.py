@@ -12,7 +12,7 @@ class PAWSConfig(SemiSupervisedConfig):
     """Configuration of a [`PAWSForPreTraining`] (arXiv 2104.13963).
 
     The encoder is a ViTMSN, described by the fields of `ViTMSNConfig`, or a network of timm: see
-    [`SemiSupervisedConfig`], also for the projection head. The paper has a prediction head for ImageNet, none for
+    [`AnyEncoderConfig`], also for the projection head. The paper has a prediction head for ImageNet, none for
     CIFAR-10.
 
     Raises:

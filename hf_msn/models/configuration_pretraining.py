@@ -1,4 +1,4 @@
-"""Bases of the configurations: an encoder and a projection head; for methods with labels also networks of timm."""
+"""Bases of the configurations: an encoder and a projection head; networks of timm; labels."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
+from .masking import num_kept_patches
 
 # Fields of the ViT that a network of timm does not have.
 VIT_FIELDS = (
@@ -92,6 +93,14 @@ class PretrainingConfig(ViTMSNConfig):
                 f"{self.num_attention_heads}. ViTs have 64 dimensions per head."
             )
 
+    def _check_masks(self) -> None:
+        check_number("mask_ratio", self.mask_ratio, minimum=0, below=1, remedy="The paper has 0.15 to 0.7.")
+        if num_kept_patches(self.num_patches, self.mask_ratio) < 1:
+            raise ValueError(
+                f"`mask_ratio` {self.mask_ratio} leaves none of the {self.num_patches} patches of an image. Lower it, "
+                "or choose a smaller `patch_size`."
+            )
+
     def _check_prediction_head(self) -> None:
         if self.prediction_head and self.prediction_width < 1:
             raise ValueError(
@@ -102,14 +111,13 @@ class PretrainingConfig(ViTMSNConfig):
 
 
 @strict
-class SemiSupervisedConfig(PretrainingConfig):
-    """Base of [`PAWSConfig`] and [`SuNCEtConfig`].
+class AnyEncoderConfig(PretrainingConfig):
+    """Base of the configurations with any encoder.
 
     The encoder is a ViTMSN, described by the fields of `ViTMSNConfig`, or, with `timm_model`, any network of timm;
     also "paws_wide_resnet" (WideResNet-28-2) and "paws_resnet" (a widened ResNet). A ViT of timm needs
     `timm_options={"dynamic_img_size": True}` for small crops. `small_image_stem` replaces a ResNet's stem, which
-    divides the sides by 4, as is usual for images of 32 pixels. `label_smoothing` is eps in [0, 1): a fraction eps of
-    each support's label is spread evenly over the classes of the support.
+    divides the sides by 4, as is usual for images of 32 pixels.
 
     Raises:
         ValueError: If a value is out of range.
@@ -125,7 +133,6 @@ class SemiSupervisedConfig(PretrainingConfig):
         default=False, help="For timm ResNets and small images: a 3x3 stem of stride 1 without pooling."
     )
     projection_activation: str = HfArg(default="relu", help="Activation of the heads: relu or gelu.")
-    label_smoothing: float | int = HfArg(default=0.0, help="Smoothing of the supports' labels, eps.")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -137,4 +144,21 @@ class SemiSupervisedConfig(PretrainingConfig):
                     f"{self.small_image_stem} without it. Set `timm_model`, or leave them out."
                 )
         check_choice("projection_activation", self.projection_activation, ("relu", "gelu"))
+
+
+@strict
+class SemiSupervisedConfig(AnyEncoderConfig):
+    """Base of [`PAWSConfig`] and [`SuNCEtConfig`]. The encoder is described as in [`AnyEncoderConfig`].
+
+    `label_smoothing` is eps in [0, 1): a fraction eps of each support's label is spread evenly over the classes of the
+    support.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    label_smoothing: float | int = HfArg(default=0.0, help="Smoothing of the supports' labels, eps.")
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
         check_number("label_smoothing", self.label_smoothing, minimum=0, below=1, remedy="PAWS uses 0.1.")

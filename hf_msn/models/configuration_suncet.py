@@ -11,7 +11,7 @@ class SuNCEtConfig(SemiSupervisedConfig):
     """Configuration of a [`SuNCEtForPreTraining`] (arXiv 2006.10803).
 
     The encoder is a ViTMSN, described by the fields of `ViTMSNConfig`, or a network of timm: see
-    [`SemiSupervisedConfig`], which has the other fields.
+    [`AnyEncoderConfig`], which has the other fields.
     """
 
     model_type = "suncet"

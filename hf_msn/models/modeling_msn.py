@@ -1,7 +1,6 @@
 """Masked Siamese Networks (arXiv 2204.07141) as a transformers model."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,14 +8,11 @@ from transformers import AutoConfig, AutoModelForPreTraining
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from ..checks import check_number
-from ..distributed.collectives import rank
 from ..losses.msn import msn_loss
 from .configuration_msn import MSNConfig
 from .encoder import PatchDroppingViTMSNModel
 from .heads import PredictionHead, ProjectionHead
-from .masking import draw_kept_patches
-from .modeling_pretraining import PretrainingModel
+from .modeling_pretraining import TargetModel
 
 
 @dataclass
@@ -42,7 +38,7 @@ class MSNForPreTrainingOutput(ModelOutput):
     projections: torch.Tensor | None = None
 
 
-class MSNForPreTraining(PretrainingModel):
+class MSNForPreTraining(TargetModel):
     """Online and target encoder, their projection heads and the prototypes, with the loss of MSN.
 
     Two calls are enough for any loop: `model(**batch).loss`, and after the optimizer step
@@ -73,14 +69,8 @@ class MSNForPreTraining(PretrainingModel):
             self.prediction_head = PredictionHead(dim, config.prediction_width, batch_norm, "gelu")
             self.target_prediction_head = PredictionHead(dim, config.prediction_width, batch_norm, "gelu")
         self.prototypes = nn.Parameter(torch.empty(config.num_prototypes, dim))
-        # Seed of the masks and number of draws so far. In the state dict, so that a resumed run draws what comes next.
-        self.register_buffer("mask_state", torch.zeros(2, dtype=torch.int64))
-        # The host's copy of mask_state, read on demand: reading a GPU tensor at each step would stall it.
-        self._mask_draw = None
-        self.register_load_state_dict_post_hook(_forget_mask_draw)
         self.post_init()
-        self.update_target(0.0)
-        self._after_loading()
+        self.start_target()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -88,14 +78,6 @@ class MSNForPreTraining(PretrainingModel):
         if isinstance(module, MSNForPreTraining):
             bound = self.config.projection_dim**-0.5
             init.uniform_(module.prototypes, -bound, bound)
-            init.zeros_(module.mask_state)
-
-    @classmethod
-    def from_backbone(cls, name_or_path: str | Path, **config_fields) -> "MSNForPreTraining":
-        """Start from a pretrained ViTMSN, as `PretrainingModel.from_backbone`: both encoders get its weights."""
-        model = super().from_backbone(name_or_path, **config_fields)
-        model.update_target(0.0)
-        return model
 
     def forward(
         self,
@@ -128,7 +110,7 @@ class MSNForPreTraining(PretrainingModel):
         for name, view in views.items():
             images = view.transpose(0, 1).flatten(0, 1)  # view-major
             kept_patches = self._draw_kept_patches(images) if name == "anchor_pixel_values" else None
-            rows.append(self._cls(self.encoder, images, kept_patches))
+            rows.append(self._features(self.encoder, images, kept_patches))
         features = rows[0][:batch_size].detach()
         if len({view.shape[-2:] for view in views.values()}) == 1:
             rows = [torch.cat(rows)]
@@ -169,77 +151,7 @@ class MSNForPreTraining(PretrainingModel):
 
     def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return projections of the target: `(B, C, H, W)` -> `(B, projection_dim)`."""
-        return self.target_projection_head(self._cls(self.target_encoder, pixel_values))
-
-    @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """theta_target <- momentum * theta_target + (1 - momentum) * theta, for encoder and heads.
-
-        Parameters only: the running statistics of batch normalisation follow the target's own forward passes.
-
-        Raises:
-            ValueError: If `momentum` is outside [0, 1], or the weights have 16 bits, which would lose most of a step.
-        """
-        check_number("momentum", momentum, minimum=0, maximum=1, remedy="The paper goes from 0.996 to 1.")
-        online = [self.encoder, self.projection_head, self.prediction_head]
-        target = _parameters(self._target_modules())
-        if 0 < momentum < 1 and any(torch.finfo(parameter.dtype).bits < 32 for parameter in target):
-            raise ValueError(
-                f"The weights of the target must have at least 32 bits for a moving average, but are {target[0].dtype}"
-                f": steps of 1 - momentum = {1 - momentum:.3g} would be lost to rounding. Load the model with "
-                "`dtype=torch.float32`; `bf16` of the training arguments computes in 16 bits all the same."
-            )
-        torch._foreach_lerp_(target, _parameters(online), 1.0 - momentum)
-
-    def _after_loading(self) -> None:
-        for parameter in _parameters(self._target_modules()):
-            parameter.requires_grad_(False)
-
-    def _target_modules(self) -> list[nn.Module | None]:
-        return [self.target_encoder, self.target_projection_head, self.target_prediction_head]
-
-    @torch.no_grad()
-    def seed_masks(self, seed: int) -> None:
-        """Restart the sequence of mask draws from `seed`. Each rank draws its own."""
-        self.mask_state.copy_(torch.tensor([seed, 0]))
-        self._mask_draw = None
-
-    def compile_encoders(self, **kwargs) -> None:
-        """Compile both encoders in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
-        self.encoder.compile(**kwargs)
-        self.target_encoder.compile(**kwargs)
-
-    @staticmethod
-    def _cls(encoder: nn.Module, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None = None) -> torch.Tensor:
-        return encoder(pixel_values, kept_patches=kept_patches, cls_only=True).last_hidden_state[:, 0]
-
-    def _draw_kept_patches(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        if self.config.mask_ratio == 0:
-            return None
-        if self._mask_draw is None:
-            self._mask_draw = tuple(self.mask_state.tolist())
-        seed, draw = self._mask_draw
-        patch_size = self.config.patch_size
-        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        kept = draw_kept_patches(
-            pixel_values.shape[0],
-            num_patches,
-            self.config.mask_ratio,
-            seed=(seed, 0 if self.config.shared_mask else rank(), draw),
-            shared=self.config.shared_mask,
-        )
-        if self.training:  # an evaluation does not advance the sequence
-            self._mask_draw = (seed, draw + 1)
-            self.mask_state[1].fill_(draw + 1)
-        return kept.to(pixel_values.device, non_blocking=True)
-
-
-def _parameters(modules: list[nn.Module | None]) -> list[nn.Parameter]:
-    return [parameter for module in modules if module is not None for parameter in module.parameters()]
-
-
-def _forget_mask_draw(model: MSNForPreTraining, incompatible_keys) -> None:
-    model._mask_draw = None
+        return self.target_projection_head(self._features(self.target_encoder, pixel_values))
 
 
 AutoConfig.register(MSNConfig.model_type, MSNConfig)

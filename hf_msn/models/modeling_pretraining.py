@@ -1,4 +1,4 @@
-"""Bases of the pretraining models: initial weights and loading; for methods with labels also support sets."""
+"""Bases of the pretraining models: initial weights and loading; moving averages; any encoder; support sets."""
 
 import math
 from pathlib import Path
@@ -9,11 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..checks import check_number
 from ..distributed.batch_norm import track_statistics_once
-from ..distributed.collectives import all_gather_cat
-from .configuration_pretraining import PretrainingConfig, SemiSupervisedConfig
+from ..distributed.collectives import all_gather_cat, rank
+from .configuration_pretraining import AnyEncoderConfig, PretrainingConfig, SemiSupervisedConfig
 from .encoder import PatchDroppingViTMSNModel
 from .heads import PredictionHead, ProjectionHead
+from .masking import draw_kept_patches
 from .pretrained_encoders import build_encoder, copy_encoder, load_encoder, select_fields
 
 # arguments of `from_pretrained` that locate a checkpoint
@@ -48,10 +50,12 @@ class PretrainingModel(PreTrainedModel):
         if self.config.head_initializer_range is None:
             bound = module.in_features**-0.5
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         else:
             init.trunc_normal_(module.weight, std=self.config.head_initializer_range)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -109,6 +113,21 @@ class PretrainingModel(PreTrainedModel):
             )
         return head(self.project(pixel_values))
 
+    def compile_encoders(self, **kwargs) -> None:
+        """Compile the encoders in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
+        for encoder in (self.encoder, getattr(self, "target_encoder", None)):
+            if encoder is not None:
+                encoder.compile(**kwargs)
+
+    @staticmethod
+    def _features(
+        encoder: nn.Module, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the features (B, D) of an encoder: the [CLS] of a ViTMSN, the output of a network of timm."""
+        if isinstance(encoder, PatchDroppingViTMSNModel):
+            return encoder(pixel_values, kept_patches=kept_patches, cls_only=True).last_hidden_state[:, 0]
+        return encoder(pixel_values)
+
     def _apply_head(self, head: nn.Module, resolutions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Apply a head to the rows of each resolution: its batch statistics are theirs, or those of all rows."""
         if self.config.batch_norm_per_resolution:
@@ -119,8 +138,99 @@ class PretrainingModel(PreTrainedModel):
         """Called after `from_pretrained`, which makes every floating-point parameter trainable."""
 
 
-class SemiSupervisedModel(PretrainingModel):
-    """Base of [`PAWSForPreTraining`] and [`SuNCEtForPreTraining`]: any encoder, its heads, a support set.
+class TargetModel(PretrainingModel):
+    """Base of [`MSNForPreTraining`] and [`BYOLForPreTraining`]: views that lose patches, a moving average as target.
+
+    The target of the module `encoder` or of a head is the module `target_encoder`, `target_projection_head`,
+    `target_prediction_head`, where the method makes one.
+    """
+
+    def __init__(self, config: PretrainingConfig):
+        super().__init__(config)
+        # Seed of the masks and number of draws so far. In the state dict, so that a resumed run draws what comes next.
+        self.register_buffer("mask_state", torch.zeros(2, dtype=torch.int64))
+        # The host's copy of mask_state, read on demand: reading a GPU tensor at each step would stall it.
+        self._mask_draw = None
+        self.register_load_state_dict_post_hook(_forget_mask_draw)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, TargetModel):
+            init.zeros_(module.mask_state)
+
+    @classmethod
+    def from_backbone(cls, name_or_path: str | Path, **config_fields):
+        """As [`PretrainingModel.from_backbone`]: online and target encoder get its weights."""
+        model = super().from_backbone(name_or_path, **config_fields)
+        model.start_target()
+        return model
+
+    def start_target(self) -> None:
+        """Make the target a copy of the online encoder and heads, buffers included, without gradient."""
+        for online, target in self._online_and_target():
+            target.load_state_dict(online.state_dict())
+        self._after_loading()
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """theta_target <- momentum * theta_target + (1 - momentum) * theta, for encoder and heads.
+
+        Parameters only: the running statistics of batch normalisation follow the target's own forward passes.
+
+        Raises:
+            ValueError: If `momentum` is outside [0, 1], or the weights have 16 bits, which would lose most of a step.
+        """
+        check_number("momentum", momentum, minimum=0, maximum=1, remedy="The paper goes from 0.996 to 1.")
+        pairs = self._online_and_target()
+        online, target = ([p for modules in pairs for p in modules[side].parameters()] for side in (0, 1))
+        if 0 < momentum < 1 and any(torch.finfo(parameter.dtype).bits < 32 for parameter in target):
+            raise ValueError(
+                f"The weights of the target must have at least 32 bits for a moving average, but are {target[0].dtype}"
+                f": steps of 1 - momentum = {1 - momentum:.3g} would be lost to rounding. Load the model with "
+                "`dtype=torch.float32`; `bf16` of the training arguments computes in 16 bits all the same."
+            )
+        if target:
+            torch._foreach_lerp_(target, online, 1.0 - momentum)
+
+    def _after_loading(self) -> None:
+        for _, target in self._online_and_target():
+            target.requires_grad_(False)
+
+    def _online_and_target(self) -> list[tuple[nn.Module, nn.Module]]:
+        names = ("encoder", "projection_head", "prediction_head")
+        pairs = [(getattr(self, name), getattr(self, f"target_{name}", None)) for name in names]
+        return [(online, target) for online, target in pairs if target is not None]
+
+    @torch.no_grad()
+    def seed_masks(self, seed: int) -> None:
+        """Restart the sequence of mask draws from `seed`. Each rank draws its own."""
+        self.mask_state.copy_(torch.tensor([seed, 0]))
+        self._mask_draw = None
+
+    def _draw_kept_patches(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        if self.config.mask_ratio == 0:
+            return None
+        if self._mask_draw is None:
+            self._mask_draw = tuple(self.mask_state.tolist())
+        seed, draw = self._mask_draw
+        patch_size = self.config.patch_size
+        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        kept = draw_kept_patches(
+            pixel_values.shape[0],
+            num_patches,
+            self.config.mask_ratio,
+            seed=(seed, 0 if self.config.shared_mask else rank(), draw),
+            shared=self.config.shared_mask,
+        )
+        if self.training:  # an evaluation does not advance the sequence
+            self._mask_draw = (seed, draw + 1)
+            self.mask_state[1].fill_(draw + 1)
+        return kept.to(pixel_values.device, non_blocking=True)
+
+
+class AnyEncoderModel(PretrainingModel):
+    """Base of the models with any encoder, and its heads.
 
     Attributes:
         encoder ([`PatchDroppingViTMSNModel`] or a network of timm): f.
@@ -128,9 +238,9 @@ class SemiSupervisedModel(PretrainingModel):
         prediction_head ([`PredictionHead`] or `None`): After it, if `prediction_head` of the configuration is on.
     """
 
-    config: SemiSupervisedConfig
+    config: AnyEncoderConfig
 
-    def __init__(self, config: SemiSupervisedConfig):
+    def __init__(self, config: AnyEncoderConfig):
         super().__init__(config)
         self.encoder, width = build_encoder(config)
         self._timm_modules = set() if config.timm_model is None else set(self.encoder.modules())
@@ -164,16 +274,12 @@ class SemiSupervisedModel(PretrainingModel):
 
     @property
     def evaluation_encoder(self) -> nn.Module:
-        """The encoder whose features are evaluated: there is only one."""
+        """The encoder whose features are evaluated: the one that is trained."""
         return self.encoder
 
     def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return projections, in which images are compared: `(B, C, H, W)` -> `(B, projection_dim)`."""
-        return self.projection_head(self._features(pixel_values))
-
-    def compile_encoders(self, **kwargs) -> None:
-        """Compile the encoder in place: the state dict does not change. `kwargs` go to `torch.nn.Module.compile`."""
-        self.encoder.compile(**kwargs)
+        return self.projection_head(self._features(self.encoder, pixel_values))
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
         if self.config.timm_model is None:
@@ -188,11 +294,6 @@ class SemiSupervisedModel(PretrainingModel):
         if enable:
             track_statistics_once(self.encoder)
 
-    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.encoder, PatchDroppingViTMSNModel):
-            return self.encoder(pixel_values, cls_only=True).last_hidden_state[:, 0]
-        return self.encoder(pixel_values)
-
     def _apply_heads(self, groups: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Apply the encoder and then the heads, one after the other, to groups of images.
 
@@ -204,7 +305,8 @@ class SemiSupervisedModel(PretrainingModel):
         """
         sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
         order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
-        rows = [self._features(torch.cat([group for group in groups if group.shape[-2:] == size])) for size in sizes]
+        images = [torch.cat([group for group in groups if group.shape[-2:] == size]) for size in sizes]
+        rows = [self._features(self.encoder, views) for views in images]
         stages = [rows]
         heads = [self.projection_head] + ([] if self.prediction_head is None else [self.prediction_head])
         for head in heads:
@@ -214,6 +316,12 @@ class SemiSupervisedModel(PretrainingModel):
             parts = torch.cat(rows).split([len(groups[place]) for place in order])
             outputs.append([part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])])
         return outputs
+
+
+class SemiSupervisedModel(AnyEncoderModel):
+    """Base of [`PAWSForPreTraining`] and [`SuNCEtForPreTraining`]: any encoder, its heads, a support set."""
+
+    config: SemiSupervisedConfig
 
     def _label_rows(self, support_labels: torch.Tensor) -> torch.Tensor:
         """Return smoothed one-hot rows of this rank's supports, one column per class in the support of **all** ranks.
@@ -236,6 +344,10 @@ class SemiSupervisedModel(PretrainingModel):
         rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # keeps a float64 model in float64
         smoothing = self.config.label_smoothing
         return rows * (1 - smoothing) + smoothing / len(classes)
+
+
+def _forget_mask_draw(model: TargetModel, incompatible_keys) -> None:
+    model._mask_draw = None
 
 
 def _names_of_shared_tensors(module: nn.Module, prefix: str) -> dict[str, str]:

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, TimmWrapperModel, ViTMSNModel
 
 from ..checks import did_you_mean
-from .configuration_pretraining import VIT_FIELDS, PretrainingConfig, SemiSupervisedConfig
+from .configuration_pretraining import VIT_FIELDS, AnyEncoderConfig, PretrainingConfig
 from .encoder import PatchDroppingViTMSNModel
 
 
-def build_encoder(config: SemiSupervisedConfig) -> tuple[nn.Module, int]:
+def build_encoder(config: AnyEncoderConfig) -> tuple[nn.Module, int]:
     """Return a new encoder as `config` describes it, and the width of its features."""
     if config.timm_model is None:
         return PatchDroppingViTMSNModel(config), config.hidden_size
@@ -71,7 +71,7 @@ def select_fields(config_class: type[PreTrainedConfig], fields: dict, name_or_pa
     if fields.get("timm_model") and not hasattr(config_class, "timm_model"):
         raise ValueError(
             f"The encoder of '{name_or_path}' is '{fields['timm_model']}' of timm, but a {config_class.__name__} has "
-            "a ViTMSN. Use PAWS or SuNCEt for it."
+            "a ViTMSN. Use BYOL, PAWS or SuNCEt for it."
         )
     of_heads = "head_initializer_range"  # the heads are fresh, and each method starts them in its own way
     return {key: value for key, value in fields.items() if hasattr(config_class, key) and key != of_heads}

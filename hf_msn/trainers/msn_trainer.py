@@ -68,9 +68,4 @@ class MSNTrainer(PretrainingTrainer):
     def check_before_training(self) -> None:
         super().check_before_training()
         self.check_view_sizes()
-        if self.model.config.projection_batch_norm and self._train_batch_size < 2:
-            raise ValueError(
-                f"`per_device_train_batch_size` is {self._train_batch_size}, but batch normalisation "
-                "in the projection head needs at least 2 images per batch. Raise it, or set `projection_batch_norm` "
-                "to False."
-            )
+        self.check_batch_norm()

@@ -179,14 +179,49 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         return {name: getattr(transform, name) for name in names if hasattr(transform, name)}
 
     def check_view_sizes(self) -> None:
-        """Raise a `ValueError` if a view is not a whole number of patches of the model."""
-        patch_size = self.model.config.patch_size
+        """Raise a `ValueError` if a view is not a whole number of patches of the model, or its network refuses it."""
+        patch_size, timm_model = self.model.config.patch_size, getattr(self.model.config, "timm_model", None)
         for name, size in self.view_sizes().items():
-            if size < patch_size or size % patch_size:
+            if timm_model is not None:
+                self._check_size_by_trying(name, size)
+            elif size < patch_size or size % patch_size:
                 raise ValueError(
                     f"`{name}` of the views must be a multiple of the model's `patch_size` {patch_size}, but is "
                     f"{size} pixels. Choose another size."
                 )
+
+    @torch.no_grad()
+    def _check_size_by_trying(self, name: str, size: int) -> None:
+        encoder, weight = self.model.encoder, next(self.model.encoder.parameters())
+        was_training = encoder.training
+        try:
+            encoder.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+        except (AssertionError, RuntimeError, ValueError) as error:  # networks of timm differ in how they refuse
+            raise ValueError(
+                f"`{name}` of the views is {size} pixels, but '{self.model.config.timm_model}' of timm does not take "
+                f"them: {error} Choose another size; a ViT of timm takes any with `timm_options` "
+                '{"dynamic_img_size": true}.'
+            ) from error
+        finally:
+            encoder.train(was_training)
+
+    def check_two_global_views(self) -> None:
+        """Raise a `ValueError` if the views have not one target and one anchor."""
+        anchor_views = getattr(getattr(self.train_dataset, "transform", None), "anchor_views", 1)
+        if anchor_views != 1:
+            raise ValueError(
+                f"`anchor_views` of the views must be 1, but is {anchor_views}: {type(self).__name__} compares two "
+                "global views of each image, the target and one anchor."
+            )
+
+    def check_batch_norm(self) -> None:
+        """Raise a `ValueError` if batch normalisation in the projection head gets single images."""
+        if self.model.config.projection_batch_norm and self._train_batch_size < 2:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {self._train_batch_size}, but batch normalisation "
+                "in the projection head needs at least 2 images per batch. Raise it, or set `projection_batch_norm` "
+                "to False."
+            )
 
     # Data
 

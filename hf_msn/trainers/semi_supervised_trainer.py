@@ -159,32 +159,8 @@ class SemiSupervisedTrainer(PretrainingTrainer):
     def check_before_training(self) -> None:
         super().check_before_training()
         check_class_names(self.support_dataset, self.train_dataset)
-        if self.model.config.timm_model is None:
-            self.check_view_sizes()
-        else:
-            for name, size in self.view_sizes().items():
-                self._check_size_by_trying(name, size)
-        anchor_views = getattr(getattr(self.train_dataset, "transform", None), "anchor_views", 1)
-        if anchor_views != 1:
-            raise ValueError(
-                f"`anchor_views` of the views must be 1, but is {anchor_views}: {type(self).__name__} compares two "
-                "global views of each image, the target and one anchor."
-            )
-
-    @torch.no_grad()
-    def _check_size_by_trying(self, name: str, size: int) -> None:
-        encoder, weight = self.model.encoder, next(self.model.encoder.parameters())
-        was_training = encoder.training
-        try:
-            encoder.eval()(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
-        except (AssertionError, RuntimeError, ValueError) as error:  # networks of timm differ in how they refuse
-            raise ValueError(
-                f"`{name}` of the views is {size} pixels, but '{self.model.config.timm_model}' of timm does not take "
-                f"them: {error} Choose another size; a ViT of timm takes any with `timm_options` "
-                '{"dynamic_img_size": true}.'
-            ) from error
-        finally:
-            encoder.train(was_training)
+        self.check_view_sizes()
+        self.check_two_global_views()
 
     def check_checkpoint(self, checkpoint: str) -> None:
         super().check_checkpoint(checkpoint)

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 from hf_msn import MSNForPreTraining
-from hf_msn.models import modeling_msn
+from hf_msn.models import modeling_pretraining
 from hf_msn.models.masking import draw_kept_patches, num_kept_patches
 
 
@@ -80,7 +80,7 @@ def losses(model, steps) -> list[float]:
 def test_every_image_view_step_and_rank_has_its_own_mask(watched, monkeypatch):
     model, masks = watched(mask_ratio=0.5)
     for rank in range(3):
-        monkeypatch.setattr(modeling_msn, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(modeling_pretraining, "rank", lambda rank=rank: rank)
         model.seed_masks(5)
         for _ in range(2):
             model(**tiny_batch(anchor_views=2))
@@ -91,7 +91,7 @@ def test_every_image_view_step_and_rank_has_its_own_mask(watched, monkeypatch):
 def test_a_shared_mask_is_one_for_all_images_and_ranks_but_another_at_each_step(watched, monkeypatch):
     model, masks = watched(mask_ratio=0.5, shared_mask=True)
     for rank in range(2):
-        monkeypatch.setattr(modeling_msn, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(modeling_pretraining, "rank", lambda rank=rank: rank)
         model.seed_masks(5)
         model(**tiny_batch(anchor_views=2))
         model(**tiny_batch(anchor_views=2))

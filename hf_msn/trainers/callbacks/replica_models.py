@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...distributed.codistillation import call_model, logits_of
 from ...models.modeling_msn import MSNForPreTraining
 from ...models.modeling_paws import PAWSForPreTraining
+from ...models.modeling_pretraining import TargetModel
 from ...models.modeling_suncet import SuNCEtForPreTraining
 
 
@@ -36,7 +37,7 @@ def log_assignments_of(output: Any) -> torch.Tensor:
 
 def forward_for(model: nn.Module) -> Callable[[nn.Module, Any], Any]:
     """Return the function (copy, batch) -> output. A copy of MSN drops the patches that the model has dropped."""
-    if not isinstance(model, MSNForPreTraining):
+    if not isinstance(model, TargetModel):
         return call_model
 
     def forward(copy: nn.Module, batch: Any) -> Any:
@@ -71,5 +72,5 @@ def reinitialize(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.copy_(fresh[name])
-    if isinstance(model, MSNForPreTraining):
+    if isinstance(model, TargetModel):
         model.update_target(0.0)
