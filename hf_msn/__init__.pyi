@@ -92,6 +92,7 @@ from .losses.suncet import suncet_loss as suncet_loss
 from .models.configuration_msn import MSNConfig as MSNConfig
 from .models.configuration_paws import PAWSConfig as PAWSConfig
 from .models.configuration_suncet import SuNCEtConfig as SuNCEtConfig
+from .models.gradient_cache import GradientCache as GradientCache
 from .models.modeling_head_classifier import HeadForImageClassification as HeadForImageClassification
 from .models.modeling_msn import MSNForPreTraining as MSNForPreTraining
 from .models.modeling_paws import PAWSForPreTraining as PAWSForPreTraining

@@ -108,9 +108,8 @@ class MSNForPreTraining(TargetModel):
 
         rows = []
         for name, view in views.items():
-            images = view.transpose(0, 1).flatten(0, 1)  # view-major
-            kept_patches = self._draw_kept_patches(images) if name == "anchor_pixel_values" else None
-            rows.append(self._features(self.encoder, images, kept_patches))
+            kept_patches = self._draw_kept_patches(view) if name == "anchor_pixel_values" else None
+            rows.append(self._features(self.encoder, view.unbind(1), kept_patches))  # view-major
         features = rows[0][:batch_size].detach()
         if len({view.shape[-2:] for view in views.values()}) == 1:
             rows = [torch.cat(rows)]

@@ -78,7 +78,7 @@ class PAWSForPreTraining(SemiSupervisedModel):
         views = [pixel_values, anchor_pixel_values[:, 0]]
         num_small_crops = 0 if focal_pixel_values is None else focal_pixel_values.shape[1]
         if num_small_crops:
-            views.append(focal_pixel_values.transpose(0, 1).flatten(0, 1))
+            views += focal_pixel_values.unbind(1)
 
         features, *outputs = self._apply_heads([support_pixel_values, *views])
         target_supports, first, second, *_ = outputs[0]

@@ -1,6 +1,8 @@
 """Bases of the pretraining models: initial weights and loading; moving averages; any encoder; support sets."""
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from ..distributed.batch_norm import track_statistics_once
 from ..distributed.collectives import all_gather_cat, rank
 from .configuration_pretraining import AnyEncoderConfig, PretrainingConfig, SemiSupervisedConfig
 from .encoder import PatchDroppingViTMSNModel
+from .gradient_cache import EncoderChunks, concatenate
 from .heads import PredictionHead, ProjectionHead
 from .masking import draw_kept_patches
 from .pretrained_encoders import build_encoder, copy_encoder, load_encoder, select_fields
@@ -40,6 +43,7 @@ class PretrainingModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     trunk_from: str | None = None  # the argument of `from_backbone`
+    encoder_chunks: EncoderChunks | None = None  # set by a GradientCache
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -119,14 +123,22 @@ class PretrainingModel(PreTrainedModel):
             if encoder is not None:
                 encoder.compile(**kwargs)
 
-    @staticmethod
     def _features(
-        encoder: nn.Module, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None = None
+        self,
+        encoder: nn.Module,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        kept_patches: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the features (B, D) of an encoder: the [CLS] of a ViTMSN, the output of a network of timm."""
-        if isinstance(encoder, PatchDroppingViTMSNModel):
-            return encoder(pixel_values, kept_patches=kept_patches, cls_only=True).last_hidden_state[:, 0]
-        return encoder(pixel_values)
+        """Return the features (N, D) of images of one size: the [CLS] of a ViTMSN, the output of a network of timm.
+
+        Every method calls its encoders here, where a [`GradientCache`] cuts the images into chunks. Several tensors
+        count as one; it costs a copy only without chunks.
+        """
+        parts = [images] if isinstance(images, torch.Tensor) else list(images)
+        encode = partial(_encode, encoder)
+        if self.encoder_chunks is None:
+            return encode(concatenate(parts), kept_patches)
+        return self.encoder_chunks.encode(encoder, encode, parts, kept_patches)
 
     def _apply_head(self, head: nn.Module, resolutions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Apply a head to the rows of each resolution: its batch statistics are theirs, or those of all rows."""
@@ -217,7 +229,7 @@ class TargetModel(PretrainingModel):
         patch_size = self.config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         kept = draw_kept_patches(
-            pixel_values.shape[0],
+            pixel_values.shape[:-3].numel(),
             num_patches,
             self.config.mask_ratio,
             seed=(seed, 0 if self.config.shared_mask else rank(), draw),
@@ -305,9 +317,8 @@ class AnyEncoderModel(PretrainingModel):
         """
         sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
         order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
-        images = [torch.cat([group for group in groups if group.shape[-2:] == size]) for size in sizes]
-        rows = [self._features(self.encoder, views) for views in images]
-        stages = [rows]
+        groups_of_size = ([group for group in groups if group.shape[-2:] == size] for size in sizes)
+        stages = [[self._features(self.encoder, images) for images in groups_of_size]]
         heads = [self.projection_head] + ([] if self.prediction_head is None else [self.prediction_head])
         for head in heads:
             stages.append(self._apply_head(head, stages[-1]))
@@ -344,6 +355,12 @@ class SemiSupervisedModel(AnyEncoderModel):
         rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # keeps a float64 model in float64
         smoothing = self.config.label_smoothing
         return rows * (1 - smoothing) + smoothing / len(classes)
+
+
+def _encode(encoder: nn.Module, images: torch.Tensor, kept_patches: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(encoder, PatchDroppingViTMSNModel):
+        return encoder(images, kept_patches=kept_patches, cls_only=True).last_hidden_state[:, 0]
+    return encoder(images)
 
 
 def _forget_mask_draw(model: TargetModel, incompatible_keys) -> None:

@@ -69,6 +69,11 @@ class PretrainingArguments(TrainingArguments):
         help="Largest gradients of earlier steps that take part in each update, around any `optim`; 0: none. Each "
         "needs the memory of the parameters.",
     )
+    encoder_chunk_size: int | None = HfArg(
+        default=None,
+        help="Gradient cache: encode this many images at a time, so that a batch needs the memory of one such chunk; "
+        "heads and loss see the whole batch. Costs one more forward pass. none: all at once.",
+    )
     compile_encoder: bool = HfArg(
         default=False, help="torch.compile the encoders. (`torch_compile` would take the whole model.)"
     )
@@ -127,6 +132,8 @@ class PretrainingArguments(TrainingArguments):
         if self.learning_rate_batch_size is not None:
             check_integer("learning_rate_batch_size", self.learning_rate_batch_size)
         check_integer("critical_gradients", self.critical_gradients, minimum=0, remedy="The paper has 5.")
+        if self.encoder_chunk_size is not None:
+            check_integer("encoder_chunk_size", self.encoder_chunk_size, remedy="Leave it out for one pass.")
         check_choice("on_collapse", self.on_collapse, ("warn", "stop", "ignore"))
         check_number("lars_momentum", self.lars_momentum, minimum=0, below=1, remedy="PAWS has 0.9.")
         if self.remove_unused_columns:

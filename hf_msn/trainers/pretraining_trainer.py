@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
+from ..models.gradient_cache import GradientCache
 from ..optim.critical_gradients import CriticalGradients
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
@@ -65,6 +66,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
     arguments_class: type[PretrainingArguments] = PretrainingArguments
     model_class: type[nn.Module] = nn.Module
     _checked_batch: int | None = None
+    _gradient_cache: GradientCache | None = None
 
     def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
         if not isinstance(args, self.arguments_class):
@@ -384,10 +386,20 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        with self._encoder_in_chunks():
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training:
+            if self._gradient_cache is not None and len(inputs["pixel_values"]) == self._train_batch_size:
+                self._gradient_cache.chunks.check_effect()
             self.record(**self.values_to_log(outputs), **self.collapse.observe(outputs))
         return (loss, outputs) if return_outputs else loss
+
+    def _encoder_in_chunks(self) -> AbstractContextManager:
+        if self.args.encoder_chunk_size is None:
+            return nullcontext()
+        if self._gradient_cache is None or self._gradient_cache.model is not self.model:  # `model_init` makes another
+            self._gradient_cache = GradientCache(self.model, self.args.encoder_chunk_size)
+        return self._gradient_cache
 
     # Log
 
