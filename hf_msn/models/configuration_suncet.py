@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.hf_argparser import HfArg
 
+from ..checks import check_integer
 from .configuration_pretraining import SemiSupervisedConfig
 
 
@@ -21,6 +22,11 @@ class SuNCEtConfig(SemiSupervisedConfig):
         help="Gradient of SimCLR's loss also through the views that one is compared with, as in its equation. The "
         "authors' code of SuNCEt has none there.",
     )
+    nt_xent_tile_size: int | None = HfArg(
+        default=None,
+        help="Rows and columns of a tile of the similarities in SimCLR's loss, such as 1024: one tile at a time is in "
+        "memory. null: all similarities at once, a row per view and a column per view of all ranks.",
+    )
     prediction_head: bool = HfArg(
         default=False,
         help="A prediction head, as of PAWS, after which images are compared. Fine-tuning keeps that of a checkpoint "
@@ -32,4 +38,6 @@ class SuNCEtConfig(SemiSupervisedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.nt_xent_tile_size is not None:
+            check_integer("nt_xent_tile_size", self.nt_xent_tile_size, remedy="Leave it out for one matrix.")
         self._check_prediction_head()

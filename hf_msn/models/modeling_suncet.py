@@ -99,6 +99,7 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
                 torch.cat(projections),
                 temperature=self.config.temperature,
                 full_gradient=self.config.full_gradient,
+                tile_size=self.config.nt_xent_tile_size,
             )
         return SuNCEtForPreTrainingOutput(
             loss=sum(part for part in (nt_xent, suncet) if part is not None),

@@ -44,7 +44,9 @@ def losses(tensors: dict[str, torch.Tensor], support_labels: torch.Tensor) -> di
     )
     results = {"paws": paws.loss}
     for name, full_gradient in (("nt_xent", True), ("nt_xent of the authors", False)):
-        results[name] = nt_xent_loss(leaves["anchors"][:2].flatten(0, 1), full_gradient=full_gradient)
+        views = leaves["anchors"][:2].flatten(0, 1)
+        results[name] = nt_xent_loss(views, full_gradient=full_gradient)
+        results[f"{name}, in tiles"] = nt_xent_loss(views, full_gradient=full_gradient, tile_size=3)
     results["suncet"] = suncet_loss(leaves["anchor_supports"], support_labels)
     found = {"values": torch.stack(list(results.values())).detach(), "me_max": paws.me_max.detach()}
     for name, loss in results.items():
@@ -69,7 +71,8 @@ def test_ranks_equal_one_rank_with_everything(num_ranks):
     torch.testing.assert_close(sum(result["values"] for result in ranks) / num_ranks, one["values"], **close)
     for result in ranks:
         torch.testing.assert_close(result["me_max"], one["me_max"], **close)
-    for name in ("paws", "nt_xent", "nt_xent of the authors", "suncet"):
+    torch.testing.assert_close(one["values"][[2, 4]], one["values"][[1, 3]], **close)  # with and without tiles
+    for name in set(one) - {"values", "me_max"}:
         for place, dimension in ((0, 1), (1, 0)):  # of the anchors, of the supports
             if one[name][place] is None:
                 continue

@@ -157,6 +157,14 @@ def test_with_gradient_checkpointing(make):
     assert_same_step(steps[1], steps[0])
 
 
+@pytest.mark.slow
+def test_with_a_compiled_encoder():
+    model, batch = tiny_suncet(**{**VIT, "num_hidden_layers": 1}), semi_supervised_batch(small_crops=0)
+    expected = take(copy.deepcopy(model), batch)
+    model.compile_encoders(backend="aot_eager")
+    assert_same_step(take_cached(model, batch, 4), expected)
+
+
 def test_accumulated_gradients_are_those_of_plain_steps():
     plain, cached = msn(), msn()
     with GradientCache(cached, chunk_size=4) as cache:
@@ -168,15 +176,15 @@ def test_accumulated_gradients_are_those_of_plain_steps():
 
 
 def test_in_bfloat16_the_gradients_of_the_chunks_add_up_in_float32():
-    model, batch = msn(torch.float32), msn_views(torch.float32)
-    batch = {name: views.repeat(32, *[1] * (views.ndim - 1)) for name, views in batch.items()}
+    model, batch = msn(torch.float32, num_hidden_layers=1), msn_views(torch.float32)
+    batch = {name: views.repeat(16, *[1] * (views.ndim - 1)) for name, views in batch.items()}
     gradients = []
     for step in (take, lambda *of: take_cached(*of, chunk_size=1)):
         with torch.autocast("cpu", torch.bfloat16):
             found = step(copy.deepcopy(model), batch)[1]
         gradients.append(torch.cat([g.flatten() for name, g in found.items() if name.endswith("fc1.weight")]))
     difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert 1e-4 < difference < 0.03  # it is 0.1 if 640 chunks add up in 16 bits
+    assert 1e-4 < difference < 0.02  # more if the sum over 320 chunks is in 16 bits
 
 
 def test_a_chunk_is_encoded_again_when_the_backward_pass_of_the_one_before_has_ended():
