@@ -120,9 +120,9 @@ def saved_bytes(function, *inputs: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = function(*inputs)
+        function(*inputs)
     own = {tensor.untyped_storage()._cdata for tensor in inputs}
-    return sum(s.nbytes() for place, s in storages.items() if place not in own) if output is not None else 0
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
 
 
 def count_bytes(args: MemoryArguments, batch_size: int, optimizer_states: int = 1) -> dict[str, int]:

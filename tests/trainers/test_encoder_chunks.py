@@ -21,7 +21,7 @@ def weights(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def assert_same_training(trainers, tolerance: float = 1e-6) -> None:
+def assert_same_training(trainers, tolerance: float = 1e-5) -> None:
     plain, cached = trainers
     start = weights(plain).clone()
     plain.train()
@@ -104,7 +104,7 @@ def test_two_ranks_train_as_without_chunks(tmp_path):
             losses, start, plain = result[name, None]
             cached_losses, _, cached = result[name, 3]
             assert cached_losses == pytest.approx(losses, rel=1e-6), name
-            assert (cached - plain).norm() < 1e-6 * (plain - start).norm(), name
+            assert (cached - plain).norm() < 1e-5 * (plain - start).norm(), name
 
 
 @pytest.mark.parametrize("size", [0, -3])
