@@ -82,6 +82,7 @@ from .hub.figures import plot_low_shot as plot_low_shot
 from .hub.publish import Publication as Publication
 from .hub.publish import PublishingError as PublishingError
 from .hub.publish import publish_checkpoint as publish_checkpoint
+from .losses.byol import byol_loss as byol_loss
 from .losses.msn import msn_loss as msn_loss
 from .losses.paws import paws_loss as paws_loss
 from .losses.simclr import nt_xent_loss as nt_xent_loss
@@ -89,16 +90,20 @@ from .losses.sinkhorn import sinkhorn as sinkhorn
 from .losses.soft_nearest_neighbor import sharpen as sharpen
 from .losses.soft_nearest_neighbor import soft_nearest_neighbor as soft_nearest_neighbor
 from .losses.suncet import suncet_loss as suncet_loss
+from .models.configuration_byol import BYOLConfig as BYOLConfig
 from .models.configuration_msn import MSNConfig as MSNConfig
 from .models.configuration_paws import PAWSConfig as PAWSConfig
 from .models.configuration_suncet import SuNCEtConfig as SuNCEtConfig
 from .models.gradient_cache import GradientCache as GradientCache
+from .models.modeling_byol import BYOLForPreTraining as BYOLForPreTraining
 from .models.modeling_head_classifier import HeadForImageClassification as HeadForImageClassification
 from .models.modeling_msn import MSNForPreTraining as MSNForPreTraining
 from .models.modeling_paws import PAWSForPreTraining as PAWSForPreTraining
 from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
 from .optim.critical_gradients import CriticalGradients as CriticalGradients
 from .optim.lars import LARS as LARS
+from .trainers.byol_arguments import BYOLTrainingArguments as BYOLTrainingArguments
+from .trainers.byol_trainer import BYOLTrainer as BYOLTrainer
 from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
 from .trainers.callbacks.local_update import (
     AsyncGossipCallback as AsyncGossipCallback,
@@ -122,6 +127,7 @@ from .trainers.callbacks.local_update import (
     bring_to_consensus as bring_to_consensus,
 )
 from .trainers.callbacks.low_shot import LowShotCallback as LowShotCallback
+from .trainers.callbacks.set_predictor import SetPredictorCallback as SetPredictorCallback
 from .trainers.local_update_mixin import LocalUpdateTrainerMixin as LocalUpdateTrainerMixin
 from .trainers.msn_arguments import MSNTrainingArguments as MSNTrainingArguments
 from .trainers.msn_trainer import MSNTrainer as MSNTrainer

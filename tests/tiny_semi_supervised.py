@@ -1,8 +1,15 @@
-"""Tiny models of PAWS and SimCLR + SuNCEt with a batch."""
+"""Tiny models of PAWS, SimCLR + SuNCEt and BYOL with a batch."""
 
 import torch
 
-from hf_msn import PAWSConfig, PAWSForPreTraining, SuNCEtConfig, SuNCEtForPreTraining
+from hf_msn import (
+    BYOLConfig,
+    BYOLForPreTraining,
+    PAWSConfig,
+    PAWSForPreTraining,
+    SuNCEtConfig,
+    SuNCEtForPreTraining,
+)
 
 HEADS = {"projection_hidden_dim": 16, "projection_dim": 8}
 VIT = {
@@ -33,6 +40,11 @@ def tiny_paws(seed: int = 0, **fields) -> PAWSForPreTraining:
 def tiny_suncet(seed: int = 0, **fields) -> SuNCEtForPreTraining:
     torch.manual_seed(seed)
     return _spread(SuNCEtForPreTraining(SuNCEtConfig(**{**_encoder(fields), **HEADS, **fields})))
+
+
+def tiny_byol(seed: int = 0, **fields) -> BYOLForPreTraining:
+    torch.manual_seed(seed)
+    return _spread(BYOLForPreTraining(BYOLConfig(**{**_encoder(fields), **HEADS, **fields})))
 
 
 def _spread(model):

@@ -56,7 +56,7 @@ class StartArguments:
     )
     model: str | None = HfArg(
         default=None,
-        help="Folder or Hub id of MSN, PAWS, SuNCEt or a plain ViTMSN, or timm:ARCHITECTURE. Without it: from "
+        help="Folder or Hub id of a pretraining model or a plain ViTMSN, or timm:ARCHITECTURE. Without it: from "
         "scratch, with the fields of the model below.",
     )
     labelled_from_checkpoint: bool | None = HfArg(

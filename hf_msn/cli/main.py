@@ -16,7 +16,7 @@ HELP = Path(__file__).parent / "help"
 # The field of a command that decides which other fields there are, and its default.
 VARIANTS = {"pretrain": ("method", "msn"), "finetune": ("head", "linear")}
 COMMANDS = {
-    "pretrain": "Pretrain an image encoder: MSN without labels, PAWS and SimCLR + SuNCEt with a few.",
+    "pretrain": "Pretrain an image encoder: MSN and BYOL without labels, PAWS and SimCLR + SuNCEt with a few.",
     "finetune": "Fine-tune on labelled images: a linear classifier, or encoder and projection head by SuNCEt.",
     "evaluate": "Measure the accuracy of a frozen model with a few labelled images per class.",
     "publish": "Publish a checkpoint on the Hugging Face Hub, with a card of measured numbers.",

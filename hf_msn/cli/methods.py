@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
+from ..trainers.byol_trainer import BYOLTrainer
 from ..trainers.msn_trainer import MSNTrainer
 from ..trainers.paws_trainer import PAWSTrainer
 from ..trainers.pretraining_trainer import PretrainingTrainer
@@ -39,6 +40,11 @@ class Method:
 
 METHODS = {
     "msn": Method("Masked Siamese Networks, without labels", MSNTrainer),
+    "byol": Method(
+        "BYOL or SimSiam, without labels",
+        BYOLTrainer,
+        {"global_scale": (0.08, 1.0), "focal_scale": (0.05, 0.14), "focal_views": 0},
+    ),
     "paws": Method(
         "PAWS, with a few labelled images",
         PAWSTrainer,

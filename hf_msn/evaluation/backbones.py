@@ -25,8 +25,8 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
 
     Args:
         name (`str`):
-            - a folder or Hub id of an `MSNForPreTraining`, `PAWSForPreTraining` or `SuNCEtForPreTraining`, whose
-              `evaluation_encoder` is evaluated;
+            - a folder or Hub id of a pretraining model, such as an `MSNForPreTraining`, whose `evaluation_encoder` is
+              evaluated;
             - a folder or Hub id of any vision model of transformers, or of timm in timm's form: `AutoModel`;
             - `"timm:resnet18"`: a timm architecture with its released weights;
             - `"timm:/folder"` or `"timm:./folder"`: a folder written by `timm.models.save_for_hf`.

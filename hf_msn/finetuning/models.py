@@ -100,7 +100,8 @@ def load_for_classification(
 
 def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadForImageClassification:
     source, encoder, fields, name = (None, None, {}, "") if isinstance(start, PreTrainedConfig) else _source(start)
-    head = getattr(source, "target_projection_head", getattr(source, "projection_head", None))
+    is_msn = isinstance(source, MSNForPreTraining)
+    head = source.target_projection_head if is_msn else getattr(source, "projection_head", None)
     if head is None:
         raise _no_head(name)
     standard = HeadClassifierConfig()
@@ -109,7 +110,7 @@ def _head_classifier(start: Start, labels: dict, config_fields: dict) -> HeadFor
             hint = did_you_mean(field, vars(standard)) or "Leave it out."
             raise ValueError(f"`{field}` must be a field of the encoder or of its head, but neither has it. {hint}")
     fields = select_fields(HeadClassifierConfig, fields, name)
-    if isinstance(source, MSNForPreTraining):
+    if is_msn:
         fields["projection_activation"] = "gelu"
     model = HeadForImageClassification(HeadClassifierConfig(**{**fields, **config_fields, **labels}))
     copy_encoder(encoder, model.encoder, model.config, fields, name)
@@ -159,7 +160,7 @@ def check_start_layer(name: str | None, start_layer: str) -> None:
 
 def _no_head(name: str | None) -> ValueError:
     return ValueError(
-        "`start_layer` 'fc1' is the first layer of the projection head of MSN, PAWS or SuNCEt, but "
+        "`start_layer` 'fc1' is the first layer of the projection head of a pretraining model, but "
         f"{f'{name!r} has no such head' if name else 'there is no checkpoint to start from'}. Give such a checkpoint "
         "as the model, or `start_layer` 'backbone'."
     )

@@ -25,7 +25,13 @@ CARD_FILE = "README.md"
 EVAL_RESULTS_FILE = ".eval_results/hf_msn.yaml"
 _MARKER = "Made by hf_msn from measured results; make it again rather than editing numbers."
 _PRETRAINING_CLASSES = {"msn": "MSNForPreTraining", "paws": "PAWSForPreTraining", "suncet": "SuNCEtForPreTraining"}
-_LEARNING = {"msn": "self-supervised", "paws": "semi-supervised", "suncet": "semi-supervised"}
+_PRETRAINING_CLASSES |= {"byol": "BYOLForPreTraining"}
+_LEARNING = {
+    "msn": "self-supervised",
+    "byol": "self-supervised",
+    "paws": "semi-supervised",
+    "suncet": "semi-supervised",
+}
 _SYNC_PAPERS = {"LocalSGD": "local_sgd", "SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip"}
 _SYNC_PAPERS |= {"AsyncGossip": "ad_psgd", "Codistillation": "codistillation"}
 
@@ -193,7 +199,8 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
         "codistillation": codistillation,
         "run": record,
         "settings": _fenced(record.get("recipe") or record.get("arguments")),
-        "papers": _papers(model_type, method, finetuning, codistillation, record.get("sync") or {}),
+        "papers": _papers(model_type, method, finetuning, codistillation, record.get("sync") or {})
+        | _byol_papers(method, {**config, **(record.get("recipe") or {})}),
     }
 
 
@@ -304,6 +311,12 @@ def _papers(model_type, method, finetuning, codistillation, sync) -> set[str]:
     if codistillation is not None:
         papers.add("codistillation")
     return papers - {""}
+
+
+def _byol_papers(method: str | None, settings: dict[str, Any]) -> set[str]:
+    if method != "byol":
+        return set()
+    return {"simsiam" if settings.get("ema") is False else "byol", settings.get("predictor")}
 
 
 # Content of the template

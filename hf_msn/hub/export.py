@@ -18,18 +18,17 @@ from ..checks import check_choice
 from ..data.transforms import evaluation_image_processor
 from ..evaluation.backbones import is_timm_model, resolve_image_processor, unwrapped, weights_sha256
 from ..files import check_new_folder, whole_folder, write_json
-from ..models.configuration_pretraining import PretrainingConfig, SemiSupervisedConfig
-from ..models.modeling_msn import MSNForPreTraining
-from ..models.modeling_pretraining import PretrainingModel, SemiSupervisedModel
+from ..models.configuration_pretraining import AnyEncoderConfig, PretrainingConfig
+from ..models.modeling_pretraining import PretrainingModel
 from ..models.paws_resnets import PAWS_NETWORKS
 
 logger = logging.get_logger(__name__)
 
 
 def export_backbone(
-    model: MSNForPreTraining | SemiSupervisedModel,
+    model: PretrainingModel,
     path: str | Path,
-    which: Literal["target", "online"] = "target",
+    which: Literal["target", "online"] | None = None,
     image_processor: BaseImageProcessor | None = None,
 ) -> Path:
     """Write one encoder in a form that loads where hf_msn is not installed, with its image processor.
@@ -39,11 +38,11 @@ def export_backbone(
     by `AutoModel` as a `TimmWrapperModel`.
 
     Args:
-        model ([`MSNForPreTraining`], [`PAWSForPreTraining`] or [`SuNCEtForPreTraining`]): The pretrained model, also
-            in `DistributedDataParallel` or `torch.compile`. Heads and prototypes are left out.
+        model (a pretraining model, such as [`MSNForPreTraining`]): The pretrained model, also in
+            `DistributedDataParallel` or `torch.compile`. Heads and prototypes are left out.
         path (`str` or `Path`): Folder to write. It must not exist or be empty.
-        which (`str`, *optional*, defaults to `"target"`): Of MSN: `"target"`, which the paper evaluates, or
-            `"online"`. The others have one encoder.
+        which (`str`, *optional*): Of MSN and BYOL: `"target"` or `"online"`; by default the one that their papers
+            evaluate, MSN's target and BYOL's online encoder. The others have one encoder.
         image_processor (`BaseImageProcessor`, *optional*): Saved beside it; it must normalise as in training:
             `MultiViewTransform.evaluation_image_processor()`. By default the one saved with the model, else the
             paper's (shortest edge 256, centre crop 224, scaled to the model's size), with a warning.
@@ -55,10 +54,12 @@ def export_backbone(
         ValueError: If `model` is no pretraining model, `which` is neither, the folder is not empty, the image
             processor does not fit, or timm cannot make the encoder without hf_msn.
     """
-    check_choice("which", which, ("target", "online"))
+    check_choice("which", which, (None, "target", "online"))
     model = pretraining_model(model)
     path = check_new_folder(path, "path")
-    encoder = model.evaluation_encoder if which == "target" else model.encoder
+    encoder = model.evaluation_encoder if which is None else model.encoder
+    if which == "target":
+        encoder = getattr(model, "target_encoder", None) or encoder
     image_processor = image_processor_for(model, encoder, image_processor)
     with whole_folder(path, "path") as folder:
         write_backbone(encoder, model.config, image_processor, folder)
@@ -80,13 +81,13 @@ def write_backbone(
     image_processor.save_pretrained(folder)
 
 
-def pretraining_model(model: nn.Module) -> MSNForPreTraining | SemiSupervisedModel:
+def pretraining_model(model: nn.Module) -> PretrainingModel:
     """Return `model` without wrappers."""
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(model, PretrainingModel):
         plain = " `save_pretrained` writes it for plain transformers." if hasattr(model, "save_pretrained") else ""
         raise ValueError(
-            "`model` must be an MSNForPreTraining, PAWSForPreTraining or SuNCEtForPreTraining, but is "
+            "`model` must be a pretraining model of hf_msn, such as an MSNForPreTraining, but is "
             f"{type(model).__name__}.{plain} Load a folder with `MSNForPreTraining.from_pretrained(folder)`."
         )
     if any(parameter.is_meta or hasattr(parameter, "full_tensor") for parameter in model.parameters()):
@@ -139,7 +140,7 @@ def check_timm_can_make(config: PretrainingConfig) -> None:
 
 def save_timm_network(
     network: nn.Module,
-    config: SemiSupervisedConfig,
+    config: AnyEncoderConfig,
     image_processor: BaseImageProcessor,
     folder: Path,
     class_names: Sequence[str] | None = None,

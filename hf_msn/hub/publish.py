@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..checks import check_choice
 from ..evaluation.weights_hash import file_sha256
 from ..files import CHECKSUMS_FILE, format_checksums, public_name, read_checksums, read_json, write_json
+from ..models.configuration_byol import BYOLConfig
 from ..models.configuration_msn import MSNConfig
 from ..models.configuration_paws import PAWSConfig
 from ..models.configuration_suncet import SuNCEtConfig
@@ -30,7 +31,7 @@ from .run_record import RUN_FILE, public_run
 logger = logging.get_logger(__name__)
 
 FORMS = ("backbone", "classifier", "pretraining")
-_PRETRAINING_TYPES = (MSNConfig.model_type, PAWSConfig.model_type, SuNCEtConfig.model_type)
+_PRETRAINING_TYPES = tuple(c.model_type for c in (BYOLConfig, MSNConfig, PAWSConfig, SuNCEtConfig))
 _IMAGE_PROCESSOR = "preprocessor_config.json"
 # The only records that are published, and the only fields of them. Those of run.json are in run_record.py.
 _RECORDS: dict[str, tuple[str, ...]] = {

@@ -28,7 +28,7 @@ _FIELDS = (
 _SETTINGS = ("arguments", "recipe", "settings", "resumes")
 _TEXT_SETTINGS = {
     *("method", "head", "start_layer", "model", "from_backbone", "timm_model", "hidden_act", "projection_activation"),
-    *("data_sample_sha256", "split", "transform"),
+    *("predictor", "data_sample_sha256", "split", "transform"),
     *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
     *("labelled_dataset", "labelled_split", "labelled_list_file", "labelled_rows_file", "on_broken_image"),
     *("interpolation", "attn_implementation", "support_shard", "support_on_small_class"),

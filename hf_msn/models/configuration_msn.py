@@ -30,6 +30,7 @@ class MSNConfig(PretrainingConfig):
         default=False, help="One mask for the whole batch and all ranks, instead of one per image."
     )
     num_prototypes: int = HfArg(default=1024, help="Number of prototypes, K.")
+    temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")
     sharpen_temperature: float | int = HfArg(
         default=0.25, help="T of the targets, unless it is scheduled (see training)."
     )
@@ -52,6 +53,7 @@ class MSNConfig(PretrainingConfig):
         self._check_vit()
         self._check_masks()
         check_integer("num_prototypes", self.num_prototypes)
+        check_number("temperature", self.temperature, above=0, remedy="The papers use 0.1.")
         check_number("sharpen_temperature", self.sharpen_temperature, above=0, remedy="The paper uses 0.25.")
         check_number("me_max_weight", self.me_max_weight, minimum=0)
         check_number("entropy_weight", self.entropy_weight, minimum=0)

@@ -36,7 +36,6 @@ class PretrainingConfig(ViTMSNConfig):
         help="Batch statistics of the heads for the views of each size by themselves, as in the authors' code; false: "
         "for all views together.",
     )
-    temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")
     patch_initializer_range: float | int | None = HfArg(
         default=None,
         help="Standard deviation of a ViT's initial patch embedding; by default sqrt(2 / inputs of a patch), for 16 "
@@ -51,7 +50,6 @@ class PretrainingConfig(ViTMSNConfig):
         super().__post_init__(**kwargs)
         check_integer("projection_dim", self.projection_dim)
         check_integer("projection_hidden_dim", self.projection_hidden_dim)
-        check_number("temperature", self.temperature, above=0, remedy="The papers use 0.1.")
         for name in ("patch_initializer_range", "head_initializer_range"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0, remedy="MSN's authors have 0.02 in the head.")
@@ -157,8 +155,10 @@ class SemiSupervisedConfig(AnyEncoderConfig):
         ValueError: If a value is out of range.
     """
 
+    temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")
     label_smoothing: float | int = HfArg(default=0.0, help="Smoothing of the supports' labels, eps.")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        check_number("temperature", self.temperature, above=0, remedy="The papers use 0.1.")
         check_number("label_smoothing", self.label_smoothing, minimum=0, below=1, remedy="PAWS uses 0.1.")

@@ -256,14 +256,8 @@ class AnyEncoderModel(PretrainingModel):
         super().__init__(config)
         self.encoder, width = build_encoder(config)
         self._timm_modules = set() if config.timm_model is None else set(self.encoder.modules())
-        self._tied_weights_keys = _names_of_shared_tensors(self.encoder, "encoder.")  # left out of files
-        self.projection_head = ProjectionHead(
-            width,
-            config.projection_hidden_dim,
-            config.projection_dim,
-            config.projection_batch_norm,
-            config.projection_activation,
-        )
+        self._tied_weights_keys = names_of_shared_tensors(self.encoder, "encoder.")  # left out of files
+        self.projection_head = self._make_projection_head(width)
         self.prediction_head = None
         if getattr(config, "prediction_head", False):
             self.prediction_head = PredictionHead(
@@ -272,6 +266,16 @@ class AnyEncoderModel(PretrainingModel):
                 config.projection_batch_norm,
                 config.projection_activation,
             )
+
+    def _make_projection_head(self, width: int) -> ProjectionHead:
+        config = self.config
+        return ProjectionHead(
+            width,
+            config.projection_hidden_dim,
+            config.projection_dim,
+            config.projection_batch_norm,
+            config.projection_activation,
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -367,7 +371,7 @@ def _forget_mask_draw(model: TargetModel, incompatible_keys) -> None:
     model._mask_draw = None
 
 
-def _names_of_shared_tensors(module: nn.Module, prefix: str) -> dict[str, str]:
+def names_of_shared_tensors(module: nn.Module, prefix: str) -> dict[str, str]:
     """Map each further name of a tensor in the state dict to its first name."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in module.state_dict(keep_vars=True).items()}

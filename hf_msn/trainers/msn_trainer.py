@@ -2,38 +2,26 @@
 
 import torch
 
-from ..data.datasets import MultiViewCollator
 from ..distributed.collectives import all_reduce_sum
 from ..models.modeling_msn import MSNForPreTraining, MSNForPreTrainingOutput
 from ..schedules import linear
-from .callbacks.update_target import UpdateTargetCallback
 from .msn_arguments import MSNTrainingArguments
-from .pretraining_trainer import PretrainingTrainer
+from .target_trainer import TargetTrainer
 
 
-class MSNTrainer(PretrainingTrainer):
+class MSNTrainer(TargetTrainer):
     """Train an [`MSNForPreTraining`] with the schedules, decay and clip groups, moving average and log of the paper.
 
     With gradient accumulation, mean-entropy maximisation and Sinkhorn see one micro-batch of all ranks at a time.
 
-    Args:
-        model ([`MSNForPreTraining`]): The model to train.
-        args ([`MSNTrainingArguments`]): The settings that change over training.
-        train_dataset (`torch.utils.data.Dataset`): Items are dicts of views, as [`MultiViewDataset`] returns them.
-        data_collator (`Callable`, *optional*): By default [`MultiViewCollator`].
-        kwargs: As in `transformers.Trainer`. A `processing_class` (the evaluation image processor) is saved with each
-            checkpoint.
+    The arguments are those of [`TargetTrainer`].
     """
 
     arguments_class = MSNTrainingArguments
     model_class = MSNForPreTraining
 
     def __init__(self, model: MSNForPreTraining, args: MSNTrainingArguments, data_collator=None, **kwargs):
-        super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
-        self.model.seed_masks(args.seed)
-        if args.compile_encoder:
-            self.model.compile_encoders()
-        self.add_callback(UpdateTargetCallback(self.ema_momentum_now))
+        super().__init__(model, args, data_collator=data_collator, **kwargs)
         self._prototypes_used = torch.zeros(model.config.num_prototypes, dtype=torch.bool, device=args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -64,8 +52,3 @@ class MSNTrainer(PretrainingTrainer):
             "ema_momentum": self.ema_momentum_now(),
             "sharpen_temperature": self.sharpen_temperature_now(),
         }
-
-    def check_before_training(self) -> None:
-        super().check_before_training()
-        self.check_view_sizes()
-        self.check_batch_norm()

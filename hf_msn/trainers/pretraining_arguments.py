@@ -145,6 +145,23 @@ class PretrainingArguments(TrainingArguments):
             )
 
 
+@dataclass
+class TargetArguments(PretrainingArguments):
+    """[`PretrainingArguments`] with the momentum of a target that is a moving average."""
+
+    ema_momentum: float = HfArg(default=0.996, help="Momentum of the target at the first step, in [0, 1].")
+    final_ema_momentum: float = HfArg(
+        default=1.0,
+        help="Momentum of the target at the end of its schedule, in [0, 1]: MSN's is linear, BYOL's a cosine.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("ema_momentum", "final_ema_momentum"):
+            remedy = "The papers go from 0.996 to 1."
+            check_number(name, getattr(self, name), minimum=0, maximum=1, remedy=remedy)
+
+
 def uses_accelerator(use_cpu: bool) -> bool:
     """Return whether training will run on an accelerator such as a GPU."""
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")

@@ -216,15 +216,6 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
                 "global views of each image, the target and one anchor."
             )
 
-    def check_batch_norm(self) -> None:
-        """Raise a `ValueError` if batch normalisation in the projection head gets single images."""
-        if self.model.config.projection_batch_norm and self._train_batch_size < 2:
-            raise ValueError(
-                f"`per_device_train_batch_size` is {self._train_batch_size}, but batch normalisation "
-                "in the projection head needs at least 2 images per batch. Raise it, or set `projection_batch_norm` "
-                "to False."
-            )
-
     # Data
 
     def finishes_views_of(self, dataset) -> bool:

@@ -8,19 +8,24 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from finetuning_runs import ENCODER, PROCESSOR
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from huggingface_hub.utils._http import close_session
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, ViTMSNConfig, ViTMSNForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMSNConfig, ViTMSNForImageClassification
 
 from hf_msn import (
+    BYOLConfig,
+    BYOLForPreTraining,
     MSNForPreTraining,
     PAWSConfig,
     PAWSForPreTraining,
     PublishingError,
+    convert_to_original,
     evaluation_image_processor,
+    export_backbone,
     publish_checkpoint,
 )
 
@@ -78,6 +83,31 @@ def test_a_network_of_timm_is_published_in_the_form_of_timm(hub, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     loaded = timm.create_model(f"hf-hub:{NAME}", pretrained=True, num_classes=0, cache_dir=tmp_path / "cache").eval()
     torch.testing.assert_close(loaded(images), model.encoder(images))
+
+
+def test_byol_is_published_by_its_online_encoder_and_on_demand_with_its_heads(hub, tmp_path):
+    fields = {**ENCODER, "ema": True, "predictor": "direct_pred"}
+    model = BYOLForPreTraining(BYOLConfig(**fields)).eval()
+    torch.nn.init.ones_(model.target_encoder.layernorm.bias)
+    model.save_pretrained(tmp_path / "byol")
+    PROCESSOR.save_pretrained(tmp_path / "byol")
+    publish(tmp_path / "byol")
+    assert sorted(hub.files(NAME)) == BACKBONE
+    card = hub.files(NAME)["README.md"].decode()
+    for part in ("BYOL with DirectPred", "2006.07733", "2102.06810", "self-supervised"):
+        assert part in card
+    loaded = AutoModel.from_pretrained(NAME)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.encoder.state_dict()[name]), name
+    target = AutoModel.from_pretrained(
+        export_backbone(model, tmp_path / "target", "target", image_processor=PROCESSOR)
+    )
+    assert torch.equal(target.layernorm.bias, model.target_encoder.layernorm.bias)
+    publish(tmp_path / "byol", what="pretraining", update=True)
+    again = BYOLForPreTraining.from_pretrained(NAME)
+    assert all(torch.equal(*pair) for pair in zip(again.state_dict().values(), model.state_dict().values()))
+    with pytest.raises(ValueError, match="BYOLForPreTraining"):
+        convert_to_original(model, tmp_path / "original.pth.tar")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Short runs of PAWSTrainer and SuNCEtTrainer on the bundled digits, 8 pixels wide."""
+"""Short runs of PAWSTrainer, SuNCEtTrainer and BYOLTrainer on the bundled digits, 8 pixels wide."""
 
 import functools
 
@@ -7,6 +7,10 @@ from short_runs import SHORT
 from tiny_semi_supervised import HEADS
 
 from hf_msn import (
+    BYOLConfig,
+    BYOLForPreTraining,
+    BYOLTrainer,
+    BYOLTrainingArguments,
     MultiViewDataset,
     MultiViewTransform,
     PAWSConfig,
@@ -24,6 +28,7 @@ from hf_msn import (
 METHODS = {
     "paws": (PAWSConfig, PAWSForPreTraining, PAWSTrainingArguments, PAWSTrainer),
     "suncet": (SuNCEtConfig, SuNCEtForPreTraining, SuNCEtTrainingArguments, SuNCEtTrainer),
+    "byol": (BYOLConfig, BYOLForPreTraining, BYOLTrainingArguments, BYOLTrainer),
 }
 SMALL_VIT = {
     "image_size": 8,
@@ -61,17 +66,19 @@ def make_run(
     changes=None,
     **arguments,
 ):
-    """Return a trainer of a tiny model: 4 images per batch, 8 updates, supports of 3 classes x 2 images.
+    """Return a trainer of a tiny model: 4 images per batch, 8 updates; supports of 3 classes x 2 images but for BYOL.
 
     `changes` are further arguments of the trainer.
     """
     config, model, training_arguments, trainer = METHODS[method]
-    arguments = {**SHORT, "global_support_images_per_class": 2, "save_strategy": "no", **arguments}
+    arguments = {**SHORT, "save_strategy": "no", **arguments}
+    if method != "byol":
+        arguments = {"global_support_images_per_class": 2, **arguments}
     torch.manual_seed(0)
     images = digits().select(range(num_images))
     settings = {
         "train_dataset": MultiViewDataset(images, transform(method), seed=3),
-        "support_dataset": support(rows, method, views_per_image),
+        **({} if method == "byol" else {"support_dataset": support(rows, method, views_per_image)}),
         **(changes or {}),
     }
     return trainer(

