@@ -93,9 +93,6 @@ def test_byol_is_published_by_its_online_encoder_and_on_demand_with_its_heads(hu
     PROCESSOR.save_pretrained(tmp_path / "byol")
     publish(tmp_path / "byol")
     assert sorted(hub.files(NAME)) == BACKBONE
-    card = hub.files(NAME)["README.md"].decode()
-    for part in ("BYOL with DirectPred", "2006.07733", "2102.06810", "self-supervised"):
-        assert part in card
     loaded = AutoModel.from_pretrained(NAME)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.encoder.state_dict()[name]), name
@@ -103,8 +100,11 @@ def test_byol_is_published_by_its_online_encoder_and_on_demand_with_its_heads(hu
         export_backbone(model, tmp_path / "target", "target", image_processor=PROCESSOR)
     )
     assert torch.equal(target.layernorm.bias, model.target_encoder.layernorm.bias)
-    publish(tmp_path / "byol", what="pretraining", update=True)
-    again = BYOLForPreTraining.from_pretrained(NAME)
+    publish(tmp_path / "byol", "alice/whole", what="pretraining")
+    card = hub.files("alice/whole")["README.md"].decode()
+    for part in ("BYOL with DirectPred", "2006.07733", "2102.06810", "self-supervised"):
+        assert part in card
+    again = BYOLForPreTraining.from_pretrained("alice/whole")
     assert all(torch.equal(*pair) for pair in zip(again.state_dict().values(), model.state_dict().values()))
     with pytest.raises(ValueError, match="BYOLForPreTraining"):
         convert_to_original(model, tmp_path / "original.pth.tar")
