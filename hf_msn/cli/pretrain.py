@@ -39,9 +39,9 @@ from .sync import SyncArguments, sync_options
 # The fields of transformers.TrainingArguments that nearly every run sets; --help_all shows the others too.
 _COMMON_TRAINING_FIELDS = {
     *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16", "use_cpu", "seed"),
+    *("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args", "bf16", "fp16"),
     *("activation_checkpointing", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "report_to"),
-    *("run_name", "dataloader_num_workers", "resume_from_checkpoint"),
+    *("run_name", "dataloader_num_workers", "resume_from_checkpoint", "use_cpu", "seed"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo"),
 }
 

@@ -39,6 +39,8 @@ class LocalSGD(LocalUpdate):
         ValueError: If `wire_dtype` is unknown, and as [`LocalUpdate`] raises.
     """
 
+    _only_averages = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -72,9 +72,9 @@ class LocalUpdate:
             between the ranks. By default the group's deadline holds, and the error cannot name the missing rank.
 
     Raises:
-        ValueError: If a setting is outside of its rule, the optimizer is of another model, another sync object runs on
-            the model or the optimizer, the ranks' parameters or settings differ, or the group's backend cannot reach
-            the tensors.
+        ValueError: If a setting is outside of its rule, the optimizer is of another model, or is schedule-free and
+            not all of its weights are averaged, another sync object runs on the model or the optimizer, the ranks'
+            parameters or settings differ, or the group's backend cannot reach the tensors.
         TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
         RuntimeError: At an outer step, a `sync()` or when leaving, if `step` was not called once after each
             `optimizer.step()`.
@@ -83,6 +83,7 @@ class LocalUpdate:
     """
 
     can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
+    _only_averages = False  # whether nothing but means moves parameters and moments
     _acts_alone = False  # whether one rank alone trains otherwise than without the method
 
     def __init__(
@@ -104,6 +105,11 @@ class LocalUpdate:
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
         refuse_unsupported(self.model, self.optimizer)
+        if hasattr(self.optimizer, "eval") and not (self._only_averages and self.base_buffers == "average"):
+            raise ValueError(
+                f"The two sets of weights of a schedule-free optimizer must move together, but {type(self).__name__} "
+                f"with `base_buffers` '{self.base_buffers}' moves one. Use LocalSGD with 'average'."
+            )
         self._exchange = Exchange(group, timeout_seconds)
         self._inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
         self.steps = 0

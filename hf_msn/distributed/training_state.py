@@ -14,8 +14,9 @@ _SHARDED = {
     "DTensor": "tensor parallelism",
 }
 
-# Of each parameter, beside its moments, in the optimizers of torch (NAdam, ASGD, Rprop), and where they begin.
-_SCALARS = {"step": 0.0, "mu_product": 1.0, "mu": 1.0, "eta": 0.0}
+# Of each parameter, beside its moments, in the optimizers of torch (NAdam, ASGD, Rprop) and transformers (Adafactor), and
+# where they begin.
+_SCALARS = {"step": 0.0, "mu_product": 1.0, "mu": 1.0, "eta": 0.0, "RMS": 0.0}
 
 
 def trainable_parameters(
@@ -89,30 +90,45 @@ def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 def moments(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], torch.Tensor]:
     """Return the optimizer's moments, by position of the parameter and name.
 
-    They are the tensors of the shape of their parameter, or of rows and columns of it (Adafactor), but no scalars.
+    They are the tensors of its state, of any shape: of the parameter, of its rows and columns (Adafactor, Shampoo) or
+    one number (NovoGrad). Those of a whole parameter group (DoG) have negative positions. Counts are none.
     """
     places = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {place: optimizer.state.get(parameter, {}) for place, parameter in enumerate(places)}
+    settings = {"params", *optimizer.defaults}
+    for index, group in enumerate(optimizer.param_groups):
+        states[-1 - index] = {name: value for name, value in group.items() if name not in settings}
     found = {}
-    for place, parameter in enumerate(places):
-        for name, value in sorted(optimizer.state.get(parameter, {}).items()):
-            is_scalar = not torch.is_tensor(value) or value.dim() < min(parameter.dim(), 1)
-            if is_scalar or name in _SCALARS:
-                continue
-            if not (value.is_floating_point() or value.is_complex()):
+    for place, state in states.items():
+        for name, value in sorted(state.items()):
+            is_list = isinstance(value, (list, tuple)) and any(map(torch.is_tensor, value))
+            if (is_list and place >= 0) or (torch.is_tensor(value) and value.dim() > 0 and not _has_mean(value)):
+                kind = f"a list in {type(optimizer).__name__}" if is_list else f"{value.dtype}"
                 raise ValueError(
-                    f"`base_buffers` 'reset' and 'average' need moments of floating-point numbers, but `{name}` of "
-                    f"{type(optimizer).__name__} is {value.dtype}. Use 'maintain'."
+                    "`base_buffers` 'reset' and 'average' need moments that are tensors of floating-point numbers, "
+                    f"but `{name}` is {kind}. Use 'maintain'."
                 )
-            found[place, name] = value
+            if torch.is_tensor(value) and _has_mean(value) and name not in _SCALARS:
+                found[place, name] = value
     return found
+
+
+def _has_mean(value: torch.Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 @torch.no_grad()
 def reset_moments(optimizer: torch.optim.Optimizer) -> None:
     """Set the state to that of a new optimizer: moments to zero, counts and step sizes to their first values."""
+    if type(optimizer).__module__.startswith("pytorch_optimizer."):
+        optimizer.state.clear()  # it makes what is missing, and not all of it begins at zero
+    if hasattr(optimizer, "_first_step"):  # so does DoG
+        optimizer._first_step = True
     for moment in moments(optimizer).values():
         moment.zero_()
     for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] *= 0
         first_values = {
             **_SCALARS,
             "eta": group.get("lr"),

@@ -7,13 +7,14 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
+from ..optim.by_name import NamedOptimizerMixin, check_optimizer
 from ..trainers.pretraining_arguments import check_counts
 
 START_LAYERS = ("backbone", "fc1")
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
+class FinetuningArguments(NamedOptimizerMixin, TrainingArguments):
     """`transformers.TrainingArguments` with the fields that both heads share.
 
     The learning rate falls in a cosine from `learning_rate` to `final_learning_rate`. `optim="sgd"` has Nesterov
@@ -23,7 +24,14 @@ class FinetuningArguments(TrainingArguments):
     learning_rate: float = HfArg(default=0.02, help="Learning rate at the first update.")
     final_learning_rate: float = HfArg(default=0.0, help="Learning rate where the cosine ends.")
     num_train_epochs: float = HfArg(default=50, help="Passes over the labelled images; the best one is kept.")
-    optim: str = HfArg(default="sgd", help="sgd (with Nesterov momentum), or another of transformers: adamw_torch.")
+    optim: str = HfArg(
+        default="sgd",
+        help="sgd (with Nesterov momentum), adamw_torch or another of transformers; timm:lion, "
+        "pytorch_optimizer:AdEMAMix, dog:DoG, or any other package.module:Class. See docs/optimizers.md.",
+    )
+    optim_args: str | None = HfArg(
+        default=None, help="Its arguments, as in a call: betas=(0.95,0.99),weight_decouple=true."
+    )
     momentum: float = HfArg(default=0.9, help="Momentum of sgd and LARS, in [0, 1).")
     use_lars: bool = HfArg(default=False, help="LARS in place of `optim`.")
     lars_trust_coefficient: float = HfArg(default=0.001, help="Trust coefficient of LARS.")
@@ -87,6 +95,7 @@ class FinetuningArguments(TrainingArguments):
                 "holds none out. Leave out one of the two."
             )
         check_choice("save_strategy", self.save_strategy, ("no", "epoch"), remedy="A checkpoint ends an epoch.")
+        check_optimizer(self)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
+from ..optim.by_name import optimizer_class_and_settings, show_averages
 from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossCallback
@@ -79,7 +80,7 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
         if args.optim == "sgd":
             settings = {"momentum": args.momentum, "nesterov": args.momentum > 0}
             return torch.optim.SGD, {"lr": args.learning_rate, **settings}
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_class_and_settings(args, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._head is not None:  # running means of batch normalisation stay too, and nothing is dropped
@@ -129,6 +130,7 @@ class BestEpochCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         epoch = round(state.epoch)
+        show_averages(self.trainer.optimizer)
         self.trainer.non_finite.check()
         is_broken = self.is_broken | self.trainer.train_dataset.is_broken
         self.is_broken = all_reduce_sum(is_broken.to(args.device, torch.float32)).cpu() > 0

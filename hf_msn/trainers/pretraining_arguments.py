@@ -10,10 +10,11 @@ from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
 from ..data.spare_cores import spare_cores
+from ..optim.by_name import NamedOptimizerMixin, check_optimizer
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
     """`transformers.TrainingArguments` with the schedules of pretraining, and with defaults that fit it.
 
     Learning rate: linear from `start_learning_rate` to `learning_rate` during `warmup_epochs`, then a cosine to
@@ -54,6 +55,14 @@ class PretrainingArguments(TrainingArguments):
     )
     max_grad_norm: float = HfArg(default=3.0, help="Gradients of encoder and head are clipped to this norm; 0: never.")
     num_train_epochs: float = HfArg(default=100.0, help="Passes over the training images.")
+    optim: str = HfArg(
+        default=TrainingArguments.default_optim,
+        help="adamw_torch_fused or another of transformers; timm:lion, pytorch_optimizer:AdEMAMix, dog:DoG, or any "
+        "other package.module:Class. See docs/optimizers.md.",
+    )
+    optim_args: str | None = HfArg(
+        default=None, help="Its arguments, as in a call: betas=(0.95,0.99),weight_decouple=true."
+    )
     use_lars: bool = HfArg(
         default=False, help="LARS with momentum in place of `optim`: for convnets and large batches."
     )
@@ -143,6 +152,7 @@ class PretrainingArguments(TrainingArguments):
                 "`torch_compile` must be False: it would compile the drawing of masks and the collectives of the loss "
                 "too, which break the graph. Use `compile_encoder`."
             )
+        check_optimizer(self)
 
 
 @dataclass

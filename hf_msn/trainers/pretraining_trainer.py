@@ -24,6 +24,7 @@ from ..distributed.collectives import all_reduce_mean, all_reduce_sum
 from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
 from ..models.gradient_cache import GradientCache
+from ..optim.by_name import optimizer_class_and_settings, show_averages
 from ..optim.critical_gradients import CriticalGradients
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
@@ -126,7 +127,9 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
             # It describes the model of an earlier run.
             Path(args.output_dir, "codistillation.json").unlink(missing_ok=True)
         self.run_record.begin(checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        show_averages(self.optimizer)
+        return output
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # Trainer takes one step more if that is within an epoch
@@ -283,7 +286,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
     def get_optimizer_cls_and_kwargs(args: PretrainingArguments, model: nn.Module | None = None):
         """Return LARS with `use_lars`, else the optimizer that `optim` names."""
         if not args.use_lars:
-            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+            return optimizer_class_and_settings(args, model)
         return LARS, {
             "lr": args.learning_rate,
             "momentum": args.lars_momentum,
@@ -440,7 +443,8 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
             return super().evaluate(*args, **kwargs)
 
     def clock_stopped(self) -> AbstractContextManager[None]:
-        """Leave the time inside out of the images per second, which are those of training alone."""
+        """Leave the time inside, in which the model is used and not trained, out of the images per second."""
+        show_averages(self.optimizer)
         return self.throughput.paused()
 
     # Checkpoints
@@ -468,6 +472,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
 
     def _load_best_model(self) -> None:
+        show_averages(self.optimizer)  # whose next switch would change the weights that are loaded
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -3,13 +3,17 @@
 import copy
 
 import pytest
+import pytorch_optimizer
+import schedulefree
+import timm.optim
 import torch
+from dog import DoG
 from launch import run_ranks
 from local_runs import backward, make_model
 from torch import nn
 from transformers.optimization import Adafactor
 
-from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn import Gossip, LocalSGD, SlowMo
 from hf_msn.distributed.training_state import moments, reset_moments
 
 OPTIMIZERS = {
@@ -20,10 +24,33 @@ OPTIMIZERS = {
     "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.02),
     "nadam": torch.optim.NAdam,
     "adamax": torch.optim.Adamax,
+    "lion": timm.optim.Lion,
+    "lamb": timm.optim.Lamb,
+    "novograd": timm.optim.NvNovoGrad,
+    "mars": timm.optim.Mars,
+    "ademamix": pytorch_optimizer.AdEMAMix,
+    "grams": pytorch_optimizer.Grams,
+    "diffgrad": pytorch_optimizer.DiffGrad,
+    "shampoo": lambda parameters: pytorch_optimizer.Shampoo(parameters, momentum=0.9),
+    "nero": pytorch_optimizer.Nero,
+    "dog": lambda parameters: DoG(parameters, reps_rel=0.01),
 }
-FACTORED = {
+
+
+def schedule_free(parameters):
+    optimizer = schedulefree.AdamWScheduleFree(parameters, lr=0.01)
+    optimizer.train()
+    return optimizer
+
+
+SHAMPOO = {"momentum_buffer", "pre_cond_0", "inv_pre_cond_0"}
+AVERAGED = {  # moments of a matrix and of a vector
     "adafactor": ({"row_var", "col_var"}, {"variance"}),
     "adafactor of transformers": ({"exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"}, {"exp_avg", "exp_avg_sq"}),
+    "novograd": ({"exp_avg", "exp_avg_sq"}, {"exp_avg", "exp_avg_sq"}),
+    "shampoo": (SHAMPOO | {"pre_cond_1", "inv_pre_cond_1"}, SHAMPOO),
+    "dog": (set(), set()),
+    "schedule-free": ({"z", "exp_avg_sq"}, {"z", "exp_avg_sq"}),
 }
 
 
@@ -61,28 +88,54 @@ def test_complex_moments_count_and_integer_ones_are_refused():
 
 def _average(rank):
     results = {}
-    for name in FACTORED:
+    for name in AVERAGED:
         model = make_model()
-        optimizer = OPTIMIZERS[name](model.parameters())
+        optimizer = {**OPTIMIZERS, "schedule-free": schedule_free}[name](model.parameters())
         sync = LocalSGD(model, optimizer, sync_every=2, base_buffers="average").start()
         for step in range(2):
             backward(model, optimizer, rank, step)
             optimizer.step()
             before = {key: value.clone() for key, value in moments(optimizer).items()}
             sync.step()
-        steps = [state["step"] for state in optimizer.state.values()]
+        steps = [state["step"] for state in optimizer.state.values() if "step" in state]
         results[name] = before, moments(optimizer), {float(step) for step in steps}
     return results
 
 
+def test_moments_in_bases_of_each_rank_are_reset_but_not_averaged():
+    model = make_model()
+    optimizer = pytorch_optimizer.SOAP(model.parameters(), lr=0.1)
+    for step in range(3):
+        backward(model, optimizer, 0, step)
+        optimizer.step()
+    with pytest.raises(ValueError, match="`GG`"):
+        moments(optimizer)
+    reset_moments(optimizer)
+    weight = model[0].weight.detach().clone()
+    backward(model, optimizer, 0, 3)
+    optimizer.step()
+    assert torch.equal(model[0].weight, weight)  # the first step makes the bases alone
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(LocalSGD, {}), (LocalSGD, {"base_buffers": "reset"}), (SlowMo, {"base_buffers": "average"}), (Gossip, {})],
+)
+def test_a_schedule_free_optimizer_is_refused_unless_both_of_its_weights_are_averaged(method, settings):
+    model = make_model()
+    with pytest.raises(ValueError, match=method.__name__):
+        method(model, schedule_free(model.parameters()), **settings)
+
+
 @pytest.mark.distributed
-def test_factored_moments_are_averaged():
+def test_moments_of_every_shape_are_averaged():
     results = run_ranks(_average, 2)
-    for name, (of_matrices, of_vectors) in FACTORED.items():
+    for name, (of_matrices, of_vectors) in AVERAGED.items():
         (first, now, steps), (second, also_now, _) = (result[name] for result in results)
         assert {key for place, key in now if place == 0} == of_matrices
         assert {key for place, key in now if place == 1} == of_vectors
-        assert steps == {2.0}
+        assert steps <= {2.0}
+        assert now if name != "dog" else now.keys() == {(-1, "G"), (-1, "rbar")}
         for key, value in now.items():
             assert not torch.equal(first[key], second[key])
             torch.testing.assert_close(value, (first[key] + second[key]) / 2)
