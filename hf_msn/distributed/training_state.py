@@ -14,8 +14,8 @@ _SHARDED = {
     "DTensor": "tensor parallelism",
 }
 
-# Of each parameter, beside its moments, in the optimizers of torch (NAdam, ASGD, Rprop) and transformers (Adafactor), and
-# where they begin.
+# Of each parameter, beside its moments, in the optimizers of torch (NAdam, ASGD, Rprop) and transformers (Adafactor),
+# and where they begin.
 _SCALARS = {"step": 0.0, "mu_product": 1.0, "mu": 1.0, "eta": 0.0, "RMS": 0.0}
 
 
