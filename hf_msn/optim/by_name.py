@@ -223,14 +223,14 @@ def _try(name: str, cls: type[Optimizer], settings: dict[str, Any]) -> str:
                 f"`optim` must step by gradients alone, for tensors of every shape, but '{name}' does not: {error}"
             ) from error
         _check_resume(name, own, _Trial(cls, settings, _Trial.decay))
-        ignored, in_gradient = _Trial(cls, settings, 0.0), _Trial(cls, settings, 0.0)
+        start, ignored, in_gradient = (_Trial(cls, settings, 0.0) for _ in range(3))
         for step in range(3, _STEPS):
             own.step(step)
         for step in range(_STEPS):
             ignored.step(step)
             in_gradient.step(step, with_decay=True)
     effect = own.distance(ignored)
-    if effect == 0:
+    if effect == 0 and own.distance(start) != 0:
         return "none"
     return "l2" if own.distance(in_gradient) < 0.05 * effect else "decoupled"
 

@@ -147,6 +147,7 @@ def test_what_cannot_train_or_resume_here_is_refused_before_it_begins(name):
         ("pytorch_optimizer:AdEMAMix", "weight_decouple=true"),
         ("pytorch_optimizer:SOAP", None),
         ("mine:Plain", None),
+        ("pytorch_optimizer:Shampoo", "preconditioning_compute_steps=20"),  # unknown: it moves at the 20th step only
     ],
 )
 def test_a_schedule_of_decoupled_weight_decay_is_let_through(name, text):
