@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from dog import DoG
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     DefaultFlowCallback,
@@ -215,6 +216,7 @@ def test_private_attributes_exist():
     scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(module.parameters(), lr=0.5), lambda step: 1.0)
     assert scheduler._last_lr == scheduler.get_last_lr() == [0.5]
     assert torch.compile(torch.nn.Linear(1, 1))._orig_mod is not None
+    assert DoG(module.parameters())._first_step is True
     assert callable(dist.distributed_c10d._get_default_store) and dist.distributed_c10d._world.pg_map is not None
     one = [torch.ones(2), torch.ones(3)]
     two = [torch.zeros(2), torch.zeros(3)]

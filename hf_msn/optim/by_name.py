@@ -66,12 +66,17 @@ def check_optimizer(args: TrainingArguments) -> None:
         ImportError: If its package is not installed.
     """
     name = str(getattr(args.optim, "value", args.optim))
+    if args.use_lars:
+        if ":" in name or args.optim_args:
+            raise ValueError(
+                f"`use_lars` takes the place of `optim`, which must not be given, but is '{name}' with `optim_args` "
+                f"{args.optim_args!r}. Set `use_lars` to False, or leave them out."
+            )
+        return
     if name in _REFUSED_OF_TRANSFORMERS:
         raise ValueError(f"`optim` must not be '{name}': {_REFUSED_OF_TRANSFORMERS[name]}.")
     is_schedule_free = name.startswith("schedule_free")
     if ":" in name:
-        if args.use_lars:
-            raise ValueError(f"`optim` is '{name}', but `use_lars` takes its place. Set `use_lars` to False.")
         cls, settings = find_optimizer(name, args.optim_args)
         is_schedule_free = hasattr(cls, "eval")
         _check_weight_decay(name, _try(name, cls, settings), args)

@@ -496,6 +496,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer.save_model` does, but each file appears whole or not at all."""
+        show_averages(self.optimizer)
         if _internal_call:  # into a folder that is renamed as a whole
             self.run_record.num_broken = self.num_broken()
             return super().save_model(output_dir, _internal_call=True)

@@ -178,8 +178,9 @@ def test_schedule_free_is_refused_with_a_cosine(name):
 
 
 def test_lars_takes_no_other_optimizer_in_its_place():
-    with pytest.raises(ValueError, match="use_lars"):
-        arguments("timm:lion", use_lars=True)
+    for optim, text in (("timm:lion", None), ("sgd", "momentum=0.9")):
+        with pytest.raises(ValueError, match="use_lars"):
+            arguments(optim, text, use_lars=True)
 
 
 def test_the_trial_leaves_the_random_numbers_as_they_are():
