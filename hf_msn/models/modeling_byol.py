@@ -75,16 +75,8 @@ class BYOLForPreTraining(TargetModel, AnyEncoderModel):
         self.start_target()
 
     def _make_projection_head(self, width: int) -> ProjectionHead:
-        config = self.config
-        return ProjectionHead(
-            width,
-            config.projection_hidden_dim,
-            config.projection_dim,
-            config.projection_batch_norm,
-            config.projection_activation,
-            config.projection_layers,
-            config.projection_output_batch_norm,
-        )
+        layers, output_batch_norm = self.config.projection_layers, self.config.projection_output_batch_norm
+        return super()._make_projection_head(width, num_layers=layers, output_batch_norm=output_batch_norm)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -267,7 +267,7 @@ class AnyEncoderModel(PretrainingModel):
                 config.projection_activation,
             )
 
-    def _make_projection_head(self, width: int) -> ProjectionHead:
+    def _make_projection_head(self, width: int, **settings) -> ProjectionHead:
         config = self.config
         return ProjectionHead(
             width,
@@ -275,6 +275,7 @@ class AnyEncoderModel(PretrainingModel):
             config.projection_dim,
             config.projection_batch_norm,
             config.projection_activation,
+            **settings,
         )
 
     @torch.no_grad()

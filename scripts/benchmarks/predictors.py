@@ -12,7 +12,6 @@ over seeds, in per cent.
 import tempfile
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
-from typing import Any
 
 import datasets
 import numpy as np
@@ -21,6 +20,7 @@ from report import check_known, machine, markdown_table, option, save
 from transformers import HfArgumentParser, PrinterCallback
 
 from hf_msn import LowShotEvaluator, load_images, read_recipe
+from hf_msn.checks import check_integer
 from hf_msn.cli.main import run_script
 from hf_msn.cli.pretrain import make_recipe
 from hf_msn.models.configuration_byol import PREDICTORS
@@ -43,12 +43,14 @@ class BenchmarkArguments:
     encoders: list[str] = option("Which of vit, resnet.", ENCODERS)
     predictors: list[str] = option("Which predictors.", PREDICTORS)
     seeds: int = option("Runs of each setting.", 3)
-    steps: int = option("Updates of a run.", 150)
+    steps: int = option("Updates of a run.", 120)
     batch_size: int = option("Images per update.", 32)
     threads: int = option("CPU threads.", 1)
     output: str | None = option("JSON file for settings and accuracies.")
 
     def __post_init__(self):
+        check_integer("seeds", self.seeds, 2, remedy="A deviation needs two.")
+        check_integer("steps", self.steps, 10)
         check_known("encoders", self.encoders, ENCODERS)
         check_known("predictors", self.predictors, PREDICTORS)
 
@@ -68,7 +70,7 @@ def load(name: str) -> tuple[datasets.Dataset, datasets.Dataset]:
 
 
 def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predictor: str, seed: int) -> dict[str, float]:
-    """Pretrain once, and return the accuracies with 5 labels per class and with all, and the last logged values."""
+    """Pretrain once. Return the accuracies with 5 labels per class and with all, and the last logged values."""
     train, test = data
     recipe = {**read_recipe("byol_digits"), "image_size": args.image_size, "patch_size": args.patch_size}
     recipe |= {"ema": ema, "predictor": predictor, "seed": seed, "max_steps": args.steps}
@@ -110,16 +112,13 @@ def main() -> None:
             for predictor in args.predictors:
                 runs = [accuracies(args, data, encoder, ema, predictor, seed) for seed in range(args.seeds)]
                 results.append({"encoder": encoder, "ema": ema, "predictor": predictor, "runs": runs})
-                cells: list[Any] = [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in by_labels(runs)]
+                values = ([run[labels] for run in runs] for labels in ("5 per class", "all labels"))
+                cells = [f"{mean(one):.1f} ± {stdev(one):.1f}" for one in values]
                 rows.append([encoder, "BYOL" if ema else "SimSiam", predictor, *cells])
                 print(*rows[-1], flush=True)
     print(f"\n{args.dataset}, {args.steps} updates of {args.batch_size} images, {args.seeds} seeds\n")
     print(markdown_table(["encoder", "method", "predictor", "5 labels per class", "all labels"], rows))
     save({"arguments": asdict(args), "machine": machine(), "results": results}, args.output)
-
-
-def by_labels(runs: list[dict[str, float]]) -> list[list[float]]:
-    return [[run[name] for run in runs] for name in ("5 per class", "all labels")]
 
 
 if __name__ == "__main__":
