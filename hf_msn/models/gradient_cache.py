@@ -87,7 +87,7 @@ class EncoderChunks:
     """What a [`GradientCache`] sets in the model. It holds no model, so that a model can be copied inside."""
 
     def __init__(self, chunk_size: int):
-        remedy = "Memory holds the activations of one chunk; 64 fits most GPUs."
+        remedy = "Memory holds the activations of one chunk."
         self.chunk_size = check_integer("chunk_size", chunk_size, meaning="counts images", remedy=remedy)
         self.largest_pass = 0
         self._warned = self._compared = False
@@ -119,13 +119,11 @@ class EncoderChunks:
         ends = [num_images * chunk // num_chunks for chunk in range(num_chunks + 1)]
         features = []
         for start, stop in pairwise(ends):
-            # Not cut here: a copy of the images would be kept for the backward pass.
+            is_compared = start == 0 and not self._compared
+            run = self._compare_two_passes(module, encode_rows) if is_compared else encode_rows
+            # The parts are not cut here: a copy of the images would be kept for the backward pass.
             arguments = (start, stop, kept_patches, *parts)
-            if start == 0 and not self._compared:
-                compared = self._compare_two_passes(module, encode_rows)
-                features.append(checkpoint(compared, *arguments, use_reentrant=False, early_stop=False))
-            else:
-                features.append(checkpoint(encode_rows, *arguments, use_reentrant=False))
+            features.append(checkpoint(run, *arguments, use_reentrant=False, early_stop=not is_compared))
         return torch.cat(features)
 
     def _compare_two_passes(self, module: nn.Module, encode_rows: Callable) -> Callable:

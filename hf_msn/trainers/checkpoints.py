@@ -232,6 +232,7 @@ def find_config_differences(folder: str | Path, config: PreTrainedConfig) -> str
         return f"model_type {model_type} there, {config.model_type} here"
     there = type(config).from_pretrained(folder)
     names = (set(there.to_dict()) & set(config.to_dict())) - {"transformers_version", "dtype", "architectures"}
+    names -= {"nt_xent_tile_size"}  # the same loss
     differing = sorted(name for name in names if getattr(there, name) != getattr(config, name))
     return ", ".join(f"{n} {getattr(there, n)} there, {getattr(config, n)} here" for n in differing[:5]) or None
 

@@ -39,7 +39,7 @@ class MemoryArguments:
     small_crops: int = option("Small crops per image, of PAWS.", 2)
     timm_model: str | None = option("Encoder; by default a ViT.")
     hidden_size: int = option("Of the ViT.", 192)
-    num_hidden_layers: int = option("Of the ViT.", 6)
+    num_hidden_layers: int = option("Of the ViT.", 3)
     patch_size: int = option("Of the ViT.", 4)
     projection_hidden_dim: int = option("Hidden width of the head.", 256)
     projection_dim: int = option("Width of the projections.", 128)
