@@ -105,7 +105,7 @@ class BYOLForPreTraining(TargetModel, AnyEncoderModel):
         views = [pixel_values, anchor_pixel_values[:, 0]]
         features = [self._features(self.encoder, view, self._draw_kept_patches(view)) for view in views]
         if focal_pixel_values is not None and focal_pixel_values.shape[1]:
-            features.append(self._features(self.encoder, focal_pixel_values.transpose(0, 1).flatten(0, 1)))
+            features.append(self._features(self.encoder, focal_pixel_values.unbind(1)))
         projections = self._apply_head(self.projection_head, features)
         self.input_correlation.observe(torch.cat(projections))
         predictions = self._apply_head(self.prediction_head, projections)

@@ -10,6 +10,7 @@ from tiny_semi_supervised import (
     VIT,
     assert_same_gradients,
     semi_supervised_batch,
+    tiny_byol,
     tiny_paws,
     tiny_suncet,
 )
@@ -36,10 +37,15 @@ def msn_views(dtype=torch.float64):
     return {name: views.to(dtype) for name, views in tiny_batch(batch_size=5, anchor_views=2).items()}
 
 
+def byol_views():
+    return {name: views for name, views in semi_supervised_batch().items() if "support" not in name}
+
+
 CASES = {  # (model, batch, chunk sizes)
     "msn": (msn, msn_views, (1, 3, 9)),  # passes of 10 anchors, 10 focal views and 5 targets
     "paws": (lambda: tiny_paws(**VIT, prediction_head=True), semi_supervised_batch, (1, 5, 11)),
     "paws, timm's ViT": (lambda: tiny_paws(**TIMM_VIT), lambda: semi_supervised_batch(small_crops=0), (4,)),
+    "byol": (lambda: tiny_byol(**VIT, mask_ratio=0.25), byol_views, (2,)),
     "suncet": (lambda: tiny_suncet(**VIT), lambda: semi_supervised_batch(small_crops=0), (5,)),
 }
 
