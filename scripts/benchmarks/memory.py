@@ -13,7 +13,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,19 +111,18 @@ def in_own_process(batch_size: int, chunk_size: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def saved_bytes(function, *inputs: torch.Tensor) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, inputs and parameters left out."""
+def saved_bytes(module: nn.Module, function: Callable, inputs: torch.Tensor) -> int:
+    """Return the bytes that `function(inputs)` keeps for the backward pass, without those of inputs and `module`."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function(*inputs)
-    own = {tensor.untyped_storage()._cdata for tensor in inputs}
+        function(inputs)
+    own = {t.untyped_storage()._cdata for t in (inputs, *module.parameters(), *module.buffers())}
     return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
 
 
@@ -148,9 +149,9 @@ def count_bytes(args: MemoryArguments, batch_size: int, optimizer_states: int = 
         if not count:
             continue
         images = torch.empty(min(count, args.chunk_size), 3, sizes[name], sizes[name], device="meta")
-        chunks.append(saved_bytes(lambda x: model._features(model.encoder, x), images))
+        chunks.append(saved_bytes(model, partial(model._features, model.encoder), images))
         features = torch.empty(count, model.projection_head.fc1.in_features, device="meta", requires_grad=True)
-        heads += saved_bytes(model.projection_head, features) + 2 * features.nbytes
+        heads += saved_bytes(model, model.projection_head, features) + 2 * features.nbytes
     anchors = (2 + args.small_crops) * batch_size
     counted = {
         "weights": (2 + optimizer_states) * sum(p.nbytes for p in model.parameters()),

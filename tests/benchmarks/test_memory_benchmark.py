@@ -17,7 +17,7 @@ def test_what_a_forward_pass_keeps_is_counted_once():
     layers = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2), nn.Tanh())
     x = torch.randn(5, 4, requires_grad=True)
     # The inputs of GELU and of the second layer, and the output of tanh; not the weights, nor the input itself.
-    assert memory.saved_bytes(layers, x) == 4 * 5 * (6 + 6 + 2)
+    assert memory.saved_bytes(layers, layers, x) == 4 * 5 * (6 + 6 + 2)
 
 
 def test_bytes_of_paws_by_the_batch():
