@@ -74,7 +74,7 @@ def check_optimizer(args: TrainingArguments) -> None:
             )
         return
     if name in _REFUSED_OF_TRANSFORMERS:
-        raise ValueError(f"`optim` must not be '{name}': {_REFUSED_OF_TRANSFORMERS[name]}.")
+        raise ValueError(f"`optim` must not be '{name}': {_REFUSED_OF_TRANSFORMERS[name]}. See docs/optimizers.md.")
     is_schedule_free = name.startswith("schedule_free")
     if ":" in name:
         cls, settings = find_optimizer(name, args.optim_args)
@@ -132,7 +132,7 @@ def find_optimizer(name: str, arguments: str | None = None) -> tuple[type[Optimi
         raise ValueError(f"`optim` must name a subclass of torch.optim.Optimizer, but '{name}' is {cls!r:.80}.")
     reason = _REFUSED.get(cls.__module__.partition(".")[0], {}).get(cls.__name__)
     if reason is not None:
-        raise ValueError(f"`optim` must not be '{name}': {reason}.")
+        raise ValueError(f"`optim` must not be '{name}': {reason}. See docs/optimizers.md.")
     given = _parse(arguments)
     for argument, field in _OWN_FIELDS.items():
         if argument in given:
