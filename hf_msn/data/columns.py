@@ -20,7 +20,7 @@ def image_and_label(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Return a dataset with the columns `image`, undecoded, and, if it is labelled, `label` (`ClassLabel` or `int64`).
+    """Return a dataset with the columns `image`, undecoded, and, if labelled, `label`: `ClassLabel`, `int64` or text.
 
     `source` names its origin in errors. For the columns see [`~hf_msn.load_images`].
     """
@@ -56,7 +56,17 @@ def image_and_label(
         dataset = _take_label(dataset, image_column, label_column)
     if image_column != "image":
         dataset = dataset.rename_column(image_column, "image")
-    return _number_labels(dataset, label_column, feature)
+    is_number = label_column is not None and not isinstance(feature, datasets.ClassLabel) and not _is_text(feature)
+    if is_number and feature.dtype != "int64":
+        dataset = dataset.cast_column("label", datasets.Value("int64"))
+    return dataset
+
+
+def number_labels(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return a dataset whose labels are numbers: of texts, by their alphabetical order."""
+    return dataset.class_encode_column("label") if _is_text(dataset.features.get("label")) else dataset
 
 
 def undecoded(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
@@ -152,14 +162,6 @@ def _take_label(dataset, image_column: str, label_column: str):
         return {"label": [None if row is None else row[inner] for row in batch[outer]]}
 
     return dataset.map(lift, batched=True, remove_columns=outer, features=features)
-
-
-def _number_labels(dataset, label_column: str | None, feature):
-    if label_column is None or isinstance(feature, datasets.ClassLabel):
-        return dataset
-    if _is_text(feature):
-        return dataset.class_encode_column("label")
-    return dataset if feature.dtype == "int64" else dataset.cast_column("label", datasets.Value("int64"))
 
 
 def _is_text(feature) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
+from PIL import Image
 
 from .columns import LABEL_NAMES, find_image_column, find_label_column
 from .folders import SPLIT_NAMES, check_file_names, is_image_file
@@ -58,6 +59,13 @@ def check_shards(files: Sequence[str]) -> None:
 
 def read_parquet(files: Sequence[str], *, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """Return the rows of parquet files."""
+    names = {path: set(pyarrow.parquet.read_schema(path).names) for path in files}
+    for path in files:
+        if names[path] != names[files[0]]:
+            raise ValueError(
+                f"The shards of a split must have the same columns, but '{files[0]}' has {sorted(names[files[0]])}, "
+                f"and '{path}' has {sorted(names[path])}. Write them alike, or give one kind as a glob."
+            )
     escaped = [glob.escape(path) for path in files]
     try:
         return datasets.load_dataset("parquet", data_files=escaped, split="train", streaming=streaming)
@@ -94,6 +102,11 @@ def read_tars(
     with _sample_named(path, name, sample):
         columns |= {"json": json.loads(sample["json"])} if "json" in sample else {}
     image = find_image_column(columns, image_column, path)
+    if image not in _images_of(sample) and not _is_image(sample[image]):
+        raise ValueError(
+            f"`image_column` must hold images, but '{image}' of '{name}' in '{path}' is none. It has "
+            f"{', '.join(map(repr, sample))}."
+        )
     label = find_label_column(columns, image, label_column, path)
     names = image_column or "image", label_column or "label"
     features = datasets.Features({names[0]: datasets.Image(decode=False)})
@@ -169,6 +182,14 @@ def _samples(files: Sequence[str]) -> Iterator[tuple[str, str, dict[str, bytes]]
 
 def _images_of(sample: dict[str, bytes]) -> list[str]:
     return [extension for extension in sample if is_image_file(f"image.{extension}")]
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Exception:  # Pillow raises nearly every built-in error on other bytes
+        return False
+    return True
 
 
 def _label_of(sample: dict[str, bytes], column: str) -> int | str:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from .columns import image_and_label
+from .columns import image_and_label, number_labels
 from .folders import image_files, is_image_file, read_folder
 from .shards import SHARD_EXTENSIONS, check_shards, read_parquet, read_tars, shards_by_split
 
@@ -83,22 +83,23 @@ def load_images(
         raise ValueError("`source` is empty. Give a folder, shards, a Hub id such as 'owner/name', or 'digits'.")
     columns = {"image_column": image_column, "label_column": label_column}
     if source == "digits":
-        name, dataset = source, _select_split(_digits(), split, source)
+        name, parts = source, _select_split(_digits(), split, source)
     elif os.path.isdir(source) and (config is not None or data_files is not None):
-        name, dataset = _local_name(source), _load(source, split, streaming, name=config, data_files=data_files)
+        name, parts = _local_name(source), [_load(source, split, streaming, name=config, data_files=data_files)]
     elif os.path.exists(source) or glob.glob(source, recursive=True):
-        name, dataset = _local_name(source), _select_split(_local_splits(source, streaming, columns), split, source)
+        name, parts = _local_name(source), _select_split(_local_splits(source, streaming, columns), split, source)
     else:
         _check_hub_id(source)
         settings = {"name": config, "revision": revision, "data_files": data_files, "token": token}
-        name, dataset = source, _load(source, split, streaming, **settings)
-    if streaming and isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
-    dataset = image_and_label(dataset, source, **columns)
+        name, parts = source, [_load(source, split, streaming, **settings)]
+    if streaming:
+        parts = [_stream(part) for part in parts]
+    parts = [image_and_label(part, source, **columns) for part in parts]
+    dataset = number_labels(_concatenate(parts, split, source))
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise _no_images(split, source)
     dataset.info.dataset_name = name
-    dataset._split = datasets.NamedSplit(split)
+    dataset._split = datasets.NamedSplit(re.sub(r"\s*\+\s*", "+", split.strip()))
     return dataset
 
 
@@ -180,22 +181,39 @@ def _splits_of_shards(
     return {name: partial(read, shards, streaming=streaming) for name, shards in by_split.items()}
 
 
-def _select_split(splits: dict[str, Callable], split: str, source: str) -> datasets.Dataset | datasets.IterableDataset:
-    """Load the splits that `split` names, such as "train[:10%]+test", and select from them."""
+def _select_split(
+    splits: dict[str, Callable], split: str, source: str
+) -> list[datasets.Dataset | datasets.IterableDataset]:
+    """Load the splits that `split` names, such as "train[:10%]+test", and return its parts."""
     names = dict.fromkeys(part.strip().split("[")[0] for part in split.split("+"))
     if not names.keys() <= splits.keys():
         raise _unknown_split(split, source, splits)
     loaded = {name: splits[name]() for name in names}
     try:
         if any(isinstance(dataset, datasets.IterableDataset) for dataset in loaded.values()):
-            chosen = [loaded[part.strip()] for part in split.split("+")]  # a stream has no parts
-        else:
-            instruction = datasets.ReadInstruction.from_spec(split)
-            parts = instruction.to_absolute({name: len(dataset) for name, dataset in loaded.items()})
-            chosen = [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
+            return [loaded[part.strip()] for part in split.split("+")]  # a stream has no parts
+        instruction = datasets.ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute({name: len(dataset) for name, dataset in loaded.items()})
+        return [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
     except (KeyError, ValueError) as error:
         raise _unknown_split(split, source, splits) from error
-    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
+
+
+def _concatenate(parts: list, split: str, source: str) -> datasets.Dataset | datasets.IterableDataset:
+    for name, part in zip(split.split("+"), parts):
+        if part.features != parts[0].features:
+            first, other = ({**features} for features in (parts[0].features, part.features))
+            raise ValueError(
+                f"The parts of `split` '{split}' must have images and labels of the same kinds, but of '{source}' the "
+                f"first has {first}, and '{name.strip()}' has {other}. Write them alike, or load one of them."
+            )
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _stream(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.IterableDataset:
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    return dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
 
 
 def _load(source: str, split: str, streaming: bool, **settings) -> datasets.Dataset | datasets.IterableDataset:

@@ -1,7 +1,7 @@
 import datasets
 import pytest
 
-from hf_msn.data.columns import image_and_label
+from hf_msn.data.columns import image_and_label, number_labels
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_ambiguous_label_columns_are_listed(table):
 
 def test_text_labels_are_numbered_in_alphabetical_order_and_left_out_of_a_stream(table, caplog):
     named = table(label=(TEXT, ["dog", "cat"]))
-    dataset = image_and_label(named, "x")
+    dataset = number_labels(image_and_label(named, "x"))
     assert dataset.features["label"].names == ["cat", "dog"]
     assert dataset["label"][:] == [1, 0]
     for column in (None, "label"):

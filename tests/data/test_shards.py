@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -147,3 +148,21 @@ def test_parquet_with_broken_pages_is_named(parquet, tmp_path):
     files[1].write_bytes(whole[:4] + bytes(2000) + whole[2004:])
     with pytest.raises(ValueError, match=r"1\.parquet' is broken"):
         load_images(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_with_other_columns_are_named(parquet, tmp_path, streaming):
+    parquet("shards/0.parquet")
+    parquet("shards/1.parquet", extra=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"0\.parquet.*1\.parquet.*'extra'"):
+        load_images(tmp_path / "shards", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["cls", "txt", "npy"])
+def test_a_file_of_samples_that_is_no_image_cannot_be_the_image(tmp_path, encoded, picture, streaming, column):
+    samples = [{"jpg": encoded(0), "img": encoded(0), "cls": b"1", "txt": b"a", "npy": b"\x93NUMPY"}]
+    load = partial(load_images, write_tar(tmp_path / "a.tar", samples), label_column="cls", streaming=streaming)
+    assert_pictures(load(image_column="img"), [0], picture)  # an image under another extension
+    with pytest.raises(ValueError, match=f"`image_column` .*'{column}'.*00000.*'jpg'"):
+        load(image_column=column, label_column=None)

@@ -1,4 +1,5 @@
 import os
+from functools import partial
 
 import datasets
 import numpy as np
@@ -95,6 +96,31 @@ def test_unknown_split_is_refused(folder, split):
         load_images(root, split=split)
     with pytest.raises(ValueError, match="'train', 'test' of 'digits'"):
         load_images("digits", split=split)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parts_of_a_split_need_equal_images_and_labels_and_no_more(parquet, tmp_path, streaming, image_rows, picture):
+    parquet("shards/train.parquet", note=["a", "b", "c"])
+    parquet("shards/test.parquet", 2, note=[1, 2], score=[0.5, 0.5])
+    load = partial(load_images, tmp_path / "shards", streaming=streaming)
+    both = load(split="train + test")
+    assert [row["label"] for row in both] == [0, 1, 2, 0, 1]
+    assert_pictures(both, [0, 1, 2, 0, 1], picture)
+    image_rows(2).remove_columns("label").to_parquet(str(tmp_path / "shards" / "test.parquet"))
+    with pytest.raises(ValueError, match=r"'train\+test'.*Value.*'test'"):
+        load(split="train+test")
+    named = image_rows(2).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    named.to_parquet(str(tmp_path / "shards" / "test.parquet"))
+    with pytest.raises(ValueError, match=r"'train\+test'.*'test' has.*ClassLabel"):
+        load(split="train+test")
+
+
+def test_text_labels_are_numbered_over_all_parts(tmp_path, encoded):
+    for split, names in (("train", ["dog", "cat"]), ("test", ["ant", "dog"])):
+        rows = {"image": [encoded(0), encoded(1)], "label": names}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / f"{split}.parquet"))
+    both = load_images(tmp_path, split="train+test[:1]")
+    assert both.features["label"].names == ["ant", "cat", "dog"] and both["label"][:] == [2, 1, 0]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
