@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -64,9 +65,16 @@ def show_message(kind: type[BaseException], error: BaseException, traceback: Tra
     if is_input and str(error):
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(_PRECEDENCE_SECONDS)
-        print(error, file=sys.stderr)
+        print(_message_of(error), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+def _message_of(error: BaseException) -> str:
+    """Return the message of an error, without the traceback that torch adds to one of a loader's worker."""
+    in_worker = r"Caught \w+ in DataLoader worker .*Traceback[^\n]*\n(?: [^\n]*\n)+[\w.]+: (.*)"
+    found = re.fullmatch(in_worker, str(error), re.DOTALL)
+    return str(error) if found is None else found[1].rstrip()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,12 @@ _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser whose errors are a `ValueError` that names the field."""
+    """A parser whose errors are a `ValueError` that names the field. A negative number is a value, never a flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # argparse's own knows neither -1e-3 (before Python 3.14) nor -inf
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(re.sub(r"^argument --(\w+)[^:]*:", r"`\1`", message).strip())

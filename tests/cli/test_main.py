@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tiny import tiny_model
 
@@ -69,6 +70,25 @@ def test_a_fault_of_ours_keeps_its_traceback(capsys):
     assert "KeyError" in capsys.readouterr().err
 
 
+class _Refused(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        try:
+            raise OSError("the cause")
+        except OSError as error:
+            raise ValueError("image 3 is broken:\nremove it") from error
+
+    def __len__(self):
+        return 1
+
+
+def test_an_error_in_a_worker_of_a_loader_shows_its_message_alone(capsys):
+    with pytest.raises(ValueError) as caught:
+        next(iter(torch.utils.data.DataLoader(_Refused(), num_workers=1)))
+    assert "the cause" in str(caught.value)
+    show_message(caught.type, caught.value, caught.tb)
+    assert capsys.readouterr().err == "image 3 is broken:\nremove it\n"
+
+
 def test_the_help_files_are_those_of_the_parsers():
     """After a change of a field or docstring: python -m hf_msn.cli.help"""
     texts = help_texts()
@@ -114,6 +134,10 @@ def test_an_unknown_command_or_field_names_the_nearest(line, name, nearest):
     [
         ("pretrain --config", "config"),
         ("finetune --num_processes few", "num_processes"),
+        ("finetune --num_processes -1e3", "num_processes"),
+        ("pretrain --output_dir {out} --learning_rate -1e-3", "learning_rate"),
+        ("pretrain --output_dir {out} --weight_decay -.5", "weight_decay"),
+        ("pretrain --output_dir {out} --final_learning_rate -inf", "final_learning_rate"),
         ("convert --input /no/such --output {out}", "input"),
         ("convert --input {file} --output {file}", "output"),
         ("convert --input {file} --export_backbone {file}", "export_backbone"),

@@ -1,5 +1,6 @@
 """Options made from annotations and docstrings, and the values of a command line and of YAML as their types."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,10 @@ def read(annotation, *texts):
         (Literal["a", "b"] | None, ["none"], None),
         (str, ["12"], "12"),
         (str, ["-1"], "-1"),
+        (float, ["-1e-3"], -0.001),
+        (float, ["-.5"], -0.5),
+        (float, ["-inf"], -math.inf),
+        (tuple[float, ...], ["-.2", "-1E+2", "-Infinity"], (-0.2, -100.0, -math.inf)),
     ],
     ids=str,
 )
@@ -52,6 +57,7 @@ def test_a_value_has_the_type_of_its_annotation(annotation, texts, expected):
     [
         (int, ["1.5"], "'1.5'"),
         (float, ["much"], "'much'"),
+        (int, ["-1e3"], "'-1e3'"),
         (bool, ["maybe"], "'maybe'"),
         (int, ["1", "2"], "'2'"),
         (int, ["none"], "'none'"),
