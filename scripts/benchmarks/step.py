@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from plain_step import PlainStep
 from report import check_known, machine, markdown_table, now, option, save, summarize
 from torch.profiler import ProfilerActivity, profile
@@ -24,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_msn import MSNConfig, MSNForPreTraining, MSNTrainer, MSNTrainingArguments
 from hf_msn.cli.main import run_script
+from hf_msn.models import onednn_linear
 
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "mask_ratio")
 MODELS = {
@@ -110,6 +112,24 @@ def flops_per_image(model: MSNForPreTraining, batch: dict[str, torch.Tensor]) ->
     with FlopCounterMode(display=False) as counter:
         model.train()(**{name: views[:2] for name, views in batch.items()}).loss.backward()
     return counter.get_total_flops() / 2
+
+
+def product_rates(repeats: int = 7) -> dict[str, float]:
+    """Return GFLOP/s of torch's products and of oneDNN's on the CPU, for the first layer of an S/16's MLP."""
+    rates, (rows, inputs, outputs) = {}, (1576, 384, 1536)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, weight = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+        libraries = {"torch": F.linear}
+        if onednn_linear._PRODUCT is not None and (precision == "fp32" or onednn_linear.HAS_BFLOAT16):
+            libraries["oneDNN"] = onednn_linear._product
+        for library, product in libraries.items():
+            seconds = []
+            for _ in range(repeats):
+                started = now()
+                product(a, weight)
+                seconds.append(now() - started)
+            rates[f"{library} {precision}"] = 2 * rows * inputs * outputs / sorted(seconds)[repeats // 2] / 1e9
+    return rates
 
 
 class Stopwatch(TrainerCallback):
@@ -251,7 +271,10 @@ def report(args: BenchmarkArguments, measured: dict[str, dict[str, Any]], ranks:
             print(f"\n{precision}\n" + markdown_table(["operator", "calls", "share of the step"], shares))
     if args.compile_encoder:
         print(f"\nfirst step, with compilation: {max(max(found['warmup']) for found in measured.values()):.1f} s")
-    return {"arguments": asdict(args), "machine": {**machine(), "ranks": ranks}, "results": results}
+    rates = product_rates() if args.cpu or not torch.cuda.is_available() else None
+    if rates:
+        print("\nGFLOP/s of a product: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+    return {"arguments": asdict(args), "machine": {**machine(), "ranks": ranks, "gflops": rates}, "results": results}
 
 
 def main() -> None:
