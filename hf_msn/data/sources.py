@@ -54,8 +54,8 @@ def load_images(
     Args:
         source (`str` or `os.PathLike`): The source, see above.
         split (`str`, *optional*, defaults to `"train"`):
-            The split, or a part of it (`"train[:10%]"`) unless the data is streamed. Sources without splits have one,
-            `"train"`.
+            The split, or a part of it (`"train[:10%]"`) unless the data is streamed; several (`"train+test"`) if their
+            images and labels are of one kind. Sources without splits have one, `"train"`.
         config (`str`, *optional*): Configuration of a Hub dataset that has several.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         streaming (`bool`, *optional*, defaults to `False`): Read while iterating, and keep nothing on disk.

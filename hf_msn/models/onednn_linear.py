@@ -15,12 +15,12 @@ class OneDNNLinear(nn.Linear):
     """`nn.Linear` with the same weights under the same names, faster in training on the CPU.
 
     In float32 torch uses MKL for products, which knows no AVX-512 on AMD: there oneDNN, which torch contains for
-    convolutions and 16 bits, is up to twice as fast. Without AVX-512 it is slower than MKL, and is not used. In both
+    convolutions and 16 bits, is up to twice as fast. Without AVX-512 MKL is faster, and is left in place. In both
     precisions the bias is added in the product, without the copy into the output that `nn.Linear` needs. The order of
     the sums differs: results agree to rounding.
 
-    Elsewhere (evaluation, other devices and dtypes, float32 on a CPU without AVX-512, bfloat16 on one without it,
-    torch.compile) it is `nn.Linear`.
+    Elsewhere (evaluation, other devices and dtypes, float32 by MKL on a CPU without AVX-512, bfloat16 on one
+    without it, torch.compile) it is `nn.Linear`.
     """
 
     @classmethod
@@ -65,7 +65,7 @@ def _product_dtype(layer: nn.Linear, input: torch.Tensor) -> torch.dtype | None:
     if not input.device.type == layer.weight.device.type == "cpu" or layer.weight.dtype != torch.float32:
         return None
     if not torch.is_autocast_enabled("cpu"):
-        return torch.float32 if _HAS_AVX512 and input.dtype == torch.float32 else None
+        return torch.float32 if _FASTER_IN_FLOAT32 and input.dtype == torch.float32 else None
     return torch.bfloat16 if HAS_BFLOAT16 and torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
 
 
@@ -122,7 +122,7 @@ def _flops_of_product(input_shape, weight_shape, *args, **kwargs) -> int:
 
 # The switch: the operator that torch.compile uses. `None`, as in a build of torch without oneDNN, turns it off.
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_FASTER_IN_FLOAT32 = torch.backends.cpu.get_cpu_capability() == "AVX512" or not torch.backends.mkl.is_available()
 HAS_BFLOAT16 = _PRODUCT is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 if _PRODUCT is not None and _PRODUCT not in flop_registry:
     register_flop_formula(_PRODUCT)(_flops_of_product)  # without it FlopCounterMode counts 0
