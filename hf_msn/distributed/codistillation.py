@@ -18,6 +18,7 @@ from .step_calls import StepCalls
 from .training_state import (
     compare_ranks,
     frozen_and_buffers,
+    of_this_version,
     plain_optimizer,
     refuse_unsupported,
     trainable_parameters,
@@ -435,15 +436,17 @@ class Codistillation:
                 f"A state must come from {self._origin}, but comes from {found}. To resume otherwise, load the models "
                 "only."
             )
-        self.steps, self._state = state["steps"], state
+        with of_this_version():
+            self.steps, self._state = state["steps"], state
         if self._gradients is not None:
             self._restore()
 
     def _restore(self) -> None:
         state, self._state = self._state, None
-        self._initial_weight_decay = state["initial_weight_decay"]
-        if self._checkpoints is not None:
-            self._checkpoints.load_state(state["checkpoints"])
+        with of_this_version():
+            self._initial_weight_decay = state["initial_weight_decay"]
+            if self._checkpoints is not None:
+                self._checkpoints.load_state(state["checkpoints"])
 
     # Internals
 

@@ -16,6 +16,7 @@ from .step_calls import StepCalls
 from .training_state import (
     compare_ranks,
     frozen_and_buffers,
+    of_this_version,
     plain_optimizer,
     refuse_unsupported,
     reset_moments,
@@ -283,15 +284,16 @@ class LocalUpdate:
         Raises:
             ValueError: If it is of another method, rank or number of ranks.
         """
-        if state["method"] != type(self).__name__ or tuple(state["ranks"]) != self._place:
-            raise ValueError(
-                f"A state must be of this method, rank and number of ranks, here {type(self).__name__} on rank, "
-                f"number of ranks = {self._place}, but is of {state['method']} on {tuple(state['ranks'])}. Otherwise "
-                "load a model saved after `sync()`, and no state."
-            )
-        self.steps, self.local_steps = state["steps"], state["local_steps"]
-        self._learning_rates = list(state["learning_rates"])
-        self._load_method_state(state)
+        with of_this_version():
+            if state["method"] != type(self).__name__ or tuple(state["ranks"]) != self._place:
+                raise ValueError(
+                    f"A state must be of this method, rank and number of ranks, here {type(self).__name__} on rank, "
+                    f"number of ranks = {self._place}, but is of {state['method']} on {tuple(state['ranks'])}. "
+                    "Otherwise load a model saved after `sync()`, and no state."
+                )
+            self.steps, self.local_steps = state["steps"], state["local_steps"]
+            self._learning_rates = list(state["learning_rates"])
+            self._load_method_state(state)
         if self._gradients is None:
             self._restored = True
         elif self.steps < self.sync_start_step:

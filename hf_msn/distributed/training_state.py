@@ -1,5 +1,7 @@
 """The tensors of a model and its optimizer that take part in an exchange."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,6 +154,18 @@ def shared_moments(optimizer: torch.optim.Optimizer, exchange: Exchange, device:
         shared = set.intersection(*(set(text.split("\n")) for text in texts))
         names = {name: value for name, value in names.items() if name in shared}
     return list(names.values())
+
+
+@contextmanager
+def of_this_version() -> Iterator[None]:
+    """Say what is wrong with a state that lacks an entry which the block reads."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"A state must be one of this version of hf_msn, but has no {error}: another version saved it. Go on with "
+            "that version, or load the model and no state."
+        ) from error
 
 
 def compare_ranks(exchange: Exchange, description: list[str], device: torch.device) -> None:

@@ -20,14 +20,16 @@ from transformers.utils import ModelOutput, logging
 from ..data.datasets import MultiViewCollator, MultiViewDataset, StreamingMultiViewDataset, as_crops
 from ..data.transforms import gives_crops
 from ..distributed.batch_norm import synchronize_batch_norm
-from ..distributed.collectives import all_reduce_mean, all_reduce_sum
+from ..distributed.collectives import all_reduce_mean, all_reduce_sum, is_distributed
 from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
 from ..models.gradient_cache import GradientCache
+from ..models.onednn_linear import HAS_BFLOAT16
 from ..optim.by_name import optimizer_class_and_settings, show_averages
 from ..optim.critical_gradients import CriticalGradients
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
+from .argument_names import in_terms_of
 from .callbacks.collapse import CollapseCallback
 from .callbacks.dataset_epoch import DatasetEpochCallback
 from .callbacks.non_finite import NonFiniteLossCallback
@@ -115,6 +117,11 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         """
         args = self.args
         self.check_before_training()
+        if args.bf16 and args.device.type == "cpu" and not HAS_BFLOAT16 and self.is_world_process_zero():
+            logger.warning(
+                "`bf16` is True, but this processor has no bfloat16: torch emulates it, many times slower than "
+                "float32. Leave it off."
+            )
         if resume_from_checkpoint is None:
             resume_from_checkpoint = args.resume_from_checkpoint
         checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir)
@@ -411,6 +418,8 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
 
     def extra_logs(self) -> dict[str, float]:
         """Return further values for each log of the loss. All ranks call it. Methods add to it."""
+        if is_distributed():
+            self.collapse.report(self.args, self.state.global_step)
         rank = self.collapse.feature_rank
         ranks = {} if rank is None else {"feature_rank": rank}
         return {"weight_decay": self.weight_decay_now(), **ranks, **self.num_broken()}
@@ -486,7 +495,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
                     f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
                     f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
                 )
-        with own_settings_kept(self):
+        with own_settings_kept(self), in_terms_of({"capacity": "critical_gradients"}):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:

@@ -523,6 +523,11 @@ def test_one_replica_trains_as_without_codistillation_and_misuse_is_refused():
         codistillation.step()
     with pytest.raises(ValueError, match=r"'checkpoints'.*'predictions'"):
         make_alone(exchange="checkpoints").load_state_dict(state)
+    for name in ("steps", "initial_weight_decay"):
+        with pytest.raises(ValueError, match=f"no '{name}'"):
+            other = make_alone()
+            other.load_state_dict({key: state[key] for key in state if key != name})
+            other.start()
 
     class FSDPModule(torch.nn.Linear):
         pass

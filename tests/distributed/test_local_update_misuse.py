@@ -33,6 +33,17 @@ def test_every_call_of_step_counts():
     assert (sync.steps, sync.local_steps) == (7, 0)  # leaving ends the period
 
 
+@pytest.mark.parametrize("method", [LocalSGD, SlowMo, Gossip, OverlapGossip, AsyncGossip])
+def test_a_state_of_another_version_is_refused_by_the_entry_that_it_lacks(method):
+    model = make_model()
+    with method(model, sgd(model)) as sync:
+        state = sync.state_dict()
+    for name in state.keys() - {"base"}:  # SlowMo's base, if there is one, has a state of its own
+        other = make_model()
+        with pytest.raises(ValueError, match=f"no '{name}'"):
+            method(other, sgd(other)).load_state_dict({key: state[key] for key in state if key != name})
+
+
 def test_an_error_leaves_without_an_outer_step_and_frees_the_model():
     model = make_model()
     optimizer = sgd(model)

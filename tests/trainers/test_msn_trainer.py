@@ -20,6 +20,7 @@ from hf_msn import (
     PAWSTrainingArguments,
     load_images,
 )
+from hf_msn.trainers import pretraining_trainer
 from hf_msn.trainers.checkpoints import CheckpointError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["schedule"]
@@ -271,3 +272,16 @@ def test_critical_gradients_take_part_in_every_update_but_the_first(tmp_path):
     assert losses[:2] == expected[:2]
     assert losses[2] != expected[2]
     assert len(trainer.optimizer.state_dict()["critical_gradients"]["priorities"]) == 3
+
+
+def test_another_number_of_critical_gradients_is_refused_by_the_name_of_its_argument(tmp_path):
+    make_trainer(tmp_path, critical_gradients=2, max_steps=2, save_steps=2).train()
+    with pytest.raises(ValueError, match=r"`critical_gradients` .* 2, but is 3"):
+        make_trainer(tmp_path, critical_gradients=3).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_bf16_is_warned_of_where_the_processor_has_none(tmp_path, monkeypatch, caplog, has_bfloat16):
+    monkeypatch.setattr(pretraining_trainer, "HAS_BFLOAT16", has_bfloat16)
+    make_trainer(tmp_path, bf16=True, max_steps=1, save_strategy="no").train()
+    assert ("`bf16` is True" in caplog.text) != has_bfloat16

@@ -4,10 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput, logging
 
-from ...distributed.collectives import all_reduce_sum
+from ...distributed.collectives import all_reduce_sum, is_distributed, rank, world_size
 from .local_update import find_per_rank_callback
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,8 @@ class CollapseCallback(TrainerCallback):
     - `targets_in_use`: exp(H(mean_i p_i)), the effective number of prototypes or classes. Not logged.
 
     The means of 20 updates are judged, in micro-batches of 8 rows and more. A collapse is three of them in a row below
-    a limit. With `on_collapse="stop"` all ranks meet once in 20 updates, and end the run together.
+    a limit. Rank 0 warns once, with the number of ranks that have collapsed: of several ranks at the next log. With
+    `on_collapse="stop"` all ranks meet once in 20 updates, and end the run together.
 
     Args:
         trainer (`Trainer`): It calls [`observe`] with each output of its model in training.
@@ -60,6 +61,7 @@ class CollapseCallback(TrainerCallback):
         self.feature_rank: float | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._count = self._num_bad = 0
+        self._symptom: tuple[str, float, float] | None = None  # name, value, limit
         self._reported = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -89,17 +91,41 @@ class CollapseCallback(TrainerCallback):
         if args.on_collapse == "ignore" or state.global_step % UPDATES_PER_CHECK:
             return
         if self._count:
-            self._judge(state.global_step)
+            self._judge()
         if args.on_collapse != "stop":
+            if not is_distributed():
+                self.report(args, state.global_step)
             return
         if (callback := find_per_rank_callback(self.trainer)) is not None:
             callback.wait_for_all()
-        if all_reduce_sum(torch.tensor(float(self._num_bad >= CHECKS), device=args.device)) > 0:
+        if self.report(args, state.global_step):
             if state.is_world_process_zero:
                 logger.warning(f"The run ends at step {state.global_step} with a checkpoint: `on_collapse` is stop.")
             control.should_save = control.should_training_stop = True
 
-    def _judge(self, step: int) -> None:
+    def report(self, args: TrainingArguments, step: int) -> int:
+        """Return the number of ranks that have collapsed; rank 0 warns once. All ranks call it, as at a log."""
+        if args.on_collapse == "ignore":
+            return 0
+        own = torch.zeros(3, len(SYMPTOMS), device=args.device)
+        if self._symptom is not None:
+            name, *numbers = self._symptom
+            own[:, [*SYMPTOMS].index(name)] = torch.tensor([1.0, *numbers])
+        counts, values, limits = all_reduce_sum(own).tolist()
+        num_ranks = int(sum(counts))
+        if num_ranks and not self._reported:
+            self._reported = True
+            place = counts.index(max(counts))
+            name, value, limit = [*SYMPTOMS][place], values[place] / counts[place], limits[place] / counts[place]
+            where = f" on {num_ranks} of {world_size()} ranks" if is_distributed() else ""
+            if rank() == 0:
+                logger.warning(
+                    f"At step {step}: the run has collapsed{where}: {SYMPTOMS[name]} `{name}` was {value:.2g}, in "
+                    f"{CHECKS * UPDATES_PER_CHECK} updates below {limit:.2g}."
+                )
+        return num_ranks
+
+    def _judge(self) -> None:
         """Compare the means since the last time with the limits."""
         sums = torch.stack([*self._sums.values(), self._count * effective_rank(self._features)])
         means = dict(zip([*self._sums, "feature_rank"], (sums / self._count).tolist()))
@@ -108,12 +134,8 @@ class CollapseCallback(TrainerCallback):
         found = [name for name in SYMPTOMS if name in means and means[name] < limits[name]]
         found = found if math.isfinite(means["feature_std"]) else []
         self._num_bad = self._num_bad + 1 if found else 0
-        if self._num_bad >= CHECKS and not self._reported:
-            self._reported = True
-            logger.warning(
-                f"At step {step}: the run has collapsed: {SYMPTOMS[found[0]]} `{found[0]}` was "
-                f"{means[found[0]]:.2g}, in {CHECKS * UPDATES_PER_CHECK} updates below {limits[found[0]]:.2g}."
-            )
+        has_collapsed = self._num_bad >= CHECKS
+        self._symptom = (found[0], means[found[0]], limits[found[0]]) if has_collapsed else None
 
 
 def scaled_std(rows: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from ..checkpoints import own_settings_kept
 
 logger = logging.get_logger(__name__)
 
+_ENTRIES = ("world_size", "global_step", "settings", "sync", "model", "optimizer", "lr_scheduler", "scaler")
+
 
 def save_rank_state(
     trainer: Trainer, sync: Any, settings: dict[str, str], folder: str | Path, with_model: bool
@@ -140,4 +142,6 @@ def _read(checkpoint: Path, rank: int) -> tuple[dict[str, Any] | None, tuple[boo
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many ways to fail on half a file
         return None, (True, None, f"is damaged ({str(error).splitlines()[0]})")
-    return state, (True, state["world_size"], None)
+    missing = [name for name in _ENTRIES if name not in state]
+    damage = f"is of another version of hf_msn: it has no {', '.join(missing)}" if missing else None
+    return state, (True, state.get("world_size"), damage)

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.models import modeling_byol
+from hf_msn.trainers.callbacks import collapse
 from hf_msn.trainers.callbacks.collapse import CollapseCallback, effective_rank, scaled_std
 from hf_msn.trainers.callbacks.local_update import PerRankCallback
 
@@ -186,6 +187,28 @@ def _stop_of(rank: int) -> list[int]:
 
 def test_all_ranks_stop_when_one_has_collapsed():
     assert run_ranks(_stop_of, 2) == [[60], [60]]
+
+
+def _warnings_of(rank: int) -> tuple[list[str], list[int]]:
+    messages = []
+    module_logger = collapse.logger
+    collapse.logger = SimpleNamespace(warning=messages.append)
+    callback, args = CollapseCallback(trainer=None), SimpleNamespace(on_collapse="warn", device="cpu")
+    numbers = []
+    for step in range(1, 121):
+        callback.observe(outputs("healthy" if rank == 0 else "feature_std"))
+        callback.on_step_end(args, TrainerState(global_step=step), TrainerControl())
+        if step % 50 == 0:  # a log
+            numbers.append(callback.report(args, step))
+    collapse.logger = module_logger
+    return messages, numbers
+
+
+def test_rank_0_alone_warns_once_with_the_number_of_collapsed_ranks():
+    (warnings, numbers), *others = run_ranks(_warnings_of, 3)
+    assert numbers == [0, 2] and others == [([], [0, 2])] * 2
+    (warning,) = warnings
+    assert "At step 100" in warning and "2 of 3 ranks" in warning and "`feature_std` was" in warning
 
 
 def test_measures_equal_loops_in_float64():

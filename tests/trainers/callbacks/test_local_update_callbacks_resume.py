@@ -98,7 +98,14 @@ def _broken(rank, folder):
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
+    def drop(copy):
+        file = copy / "sync_state_1.pt"
+        state = torch.load(file, weights_only=True)
+        del state["settings"]
+        torch.save(state, file)
+
     try_it("same", lambda copy: None)
+    try_it("older", drop)
     try_it("missing", lambda copy: (copy / "sync_state_1.pt").unlink())
     try_it("half", halve)
     try_it("flipped", flip_a_bit)
@@ -113,6 +120,7 @@ def _broken(rank, folder):
 def test_a_checkpoint_that_a_rank_cannot_resume_is_refused_by_all_ranks(tmp_path):
     for errors in run_ranks(_broken, 2, str(tmp_path)):
         assert errors["same"] is None and errors["none"] is None
+        assert "'sync_state_1.pt'" in errors["older"] and "no settings" in errors["older"]
         for name, fault in (("missing", "is missing"), ("half", "is damaged"), ("flipped", "is damaged")):
             assert "'sync_state_1.pt'" in errors[name] and fault in errors[name]
         assert "method LocalSGD there, SlowMo here" in errors["other_method"]
