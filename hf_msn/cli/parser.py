@@ -263,6 +263,11 @@ def own_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
+def is_resumed(values: Mapping[str, Any]) -> bool:
+    """Return whether the fields of a run ask to go on from a checkpoint."""
+    return str(values.get("resume_from_checkpoint") or False).lower() != "false"
+
+
 def check_output_dir(values: Mapping[str, Any]) -> None:
     """Check that `output_dir` is a folder, and new or empty unless a run in it is resumed or overwritten."""
     output_dir = values.get("output_dir")
@@ -272,8 +277,7 @@ def check_output_dir(values: Mapping[str, Any]) -> None:
     for path in (folder, *folder.parents):
         if path.is_file():
             raise ValueError(f"`output_dir` '{output_dir}' must be a folder, but '{path}' is a file. Give another.")
-    is_resumed = str(values.get("resume_from_checkpoint") or False).lower() != "false"
-    if not is_resumed and not values.get("overwrite_output_dir") and folder.is_dir() and any(folder.iterdir()):
+    if not is_resumed(values) and not values.get("overwrite_output_dir") and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"`output_dir` '{output_dir}' is not empty. Continue its run by `--resume_from_checkpoint true`, start "
             "again by `--overwrite_output_dir`, or choose another."

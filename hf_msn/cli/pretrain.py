@@ -5,24 +5,41 @@ TrainingArguments for what changes over training; `arguments.py` and `sync.py` h
 the views and the model.
 """
 
+import copy
 import gc
+import json
 import sys
+import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
-from transformers import BaseImageProcessor, PreTrainedModel, TrainingArguments, set_seed
+import numpy as np
+import yaml
+from accelerate.utils import broadcast_object_list
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from ..data.datasets import multi_view_dataset
-from ..data.labels import check_class_names
+from ..data.labels import check_class_names, class_numbers
 from ..data.support import SupportDataset
 from ..data.transforms import MultiViewTransform
 from ..evaluation.backbones import evaluated_module
 from ..evaluation.low_shot import LowShotEvaluator
+from ..files import write_text
 from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.low_shot import LowShotCallback
+from ..trainers.pretraining_arguments import uses_accelerator
 from .arguments import (
     DataArguments,
     LabelArguments,
@@ -31,11 +48,13 @@ from .arguments import (
     check_encoder_fields,
     read_fields,
 )
+from .defaults import ImageSummary, default_fields, summarize_images
 from .methods import METHODS, Method
-from .parser import Option, Parser, build, check_output_dir, options_of, own_values
-from .recipe_files import find_recipe, read_yaml
+from .parser import Option, Parser, build, check_output_dir, is_resumed, options_of, own_values
+from .recipe_files import find_recipe, read_config, read_yaml
 from .sync import SyncArguments, sync_options
 
+RECIPE_FILE = "recipe.yaml"
 # The fields of transformers.TrainingArguments that nearly every run sets; --help_all shows the others too.
 _COMMON_TRAINING_FIELDS = {
     *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -48,7 +67,11 @@ _COMMON_TRAINING_FIELDS = {
 
 @dataclass
 class Recipe:
-    """All settings of a run, each in the object that uses it. `given` holds the fields as they were given."""
+    """All settings of a run, each in the object that uses it.
+
+    `given` holds the fields that are not the defaults of these objects. `is_complete`: some of them follow from the
+    images.
+    """
 
     method: Method
     data: DataArguments
@@ -59,7 +82,9 @@ class Recipe:
     training: TrainingArguments
     low_shot: LowShotArguments
     sync: SyncArguments
+    max_minutes: float | None = None
     given: dict[str, Any] = field(default_factory=dict)
+    is_complete: bool = False
 
     def build_model(self) -> PreTrainedModel:
         """Return the model, from scratch or on the encoder of `from_backbone`. New weights depend on `seed` alone."""
@@ -98,7 +123,14 @@ class Recipe:
         return self.views.evaluation_image_processor(crop_fraction=self.low_shot.crop_fraction)
 
     def build_trainer(self, **kwargs):
-        """Return the trainer of the method with all of the above. `kwargs` are arguments of the trainer."""
+        """Return the trainer of the method with all of the above. `kwargs` are arguments of the trainer.
+
+        With `max_minutes` a few updates are measured first, and `max_steps` is set to the number that fits.
+        """
+        if self.max_minutes is not None:
+            self.training.max_steps = max(1, int(60 * self.max_minutes / self.measure_update(self.max_minutes)))
+            self.given = {**self.given, "max_steps": self.training.max_steps}
+            self.max_minutes = None
         trainer = self.method.trainer(
             self.build_model(),
             self.training,
@@ -110,6 +142,20 @@ class Recipe:
         self._add_low_shot_callback(trainer)
         self.sync.add_callback(trainer)
         return trainer
+
+    def measure_update(self, max_minutes: float) -> float:
+        """Train a model that is then thrown away for 3 % of the time, and return the seconds per update."""
+        timer = _UpdateTimer(0.03 * 60 * max_minutes)
+        with tempfile.TemporaryDirectory() as folder:
+            args = copy.copy(self.training)
+            args.output_dir, args.max_steps = folder, 10**6
+            args.save_strategy = args.logging_strategy = "no"
+            args.report_to, args.disable_tqdm, args.push_to_hub, args.on_collapse = [], True, False, "ignore"
+            args.resume_from_checkpoint = None
+            trainer = self.method.trainer(self.build_model(), args, **self.build_datasets(), callbacks=[timer])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return timer.seconds_per_update
 
     def _add_low_shot_callback(self, trainer) -> None:
         """Evaluate every `low_shot_every_epochs` epochs. A method with labels is evaluated with those alone."""
@@ -146,6 +192,27 @@ class Recipe:
         trainer.add_callback(LowShotCallback(trainer, evaluator, settings.low_shot_every_epochs))
 
 
+class _UpdateTimer(TrainerCallback):
+    """Measure updates, without the first ones, and end training on all ranks when rank 0 has measured long enough."""
+
+    NUM_WARM, NUM_LEAST = 3, 8
+
+    def __init__(self, max_seconds: float):
+        self.max_seconds = max_seconds
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+        is_long = self.ends[-1] - self.ends[0] > self.max_seconds
+        [control.should_training_stop] = broadcast_object_list([is_long and len(self.ends) >= self.NUM_LEAST])
+
+    @property
+    def seconds_per_update(self) -> float:
+        ends = self.ends[self.NUM_WARM - 1 :]
+        [seconds] = broadcast_object_list([(ends[-1] - ends[0]) / (len(ends) - 1)])
+        return seconds
+
+
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """Read `--config RECIPE` and the fields on the command line, which override those of the file.
 
@@ -156,12 +223,32 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
         ValueError: For an unknown field, with the nearest known one; for a value of the wrong type; for an
             `output_dir` that is not empty where neither a resume nor an overwrite is asked for.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return make_recipe(_read_values(sys.argv[1:] if arguments is None else arguments))
+
+
+def recipe_of_run(arguments: list[str]) -> Recipe:
+    """Return the recipe of `hf-msn pretrain`: that of [`parse_recipe`] if there is a `--config`.
+
+    Without one, the fields that are not given follow from the images, the labels and the processor. A resumed run
+    takes them from the recipe that it has written.
+    """
+    values = _read_values(arguments)
+    has_config = read_config(arguments, "method", "msn")[0] is not None
+    written = Path(values.get("output_dir") or "", RECIPE_FILE)
+    if is_resumed(values) and written.is_file():
+        fields = read_recipe(written, values.get("method"))
+        if values.pop("max_minutes", None) is not None:  # measured when it began
+            values["max_steps"] = fields["max_steps"]
+        return make_recipe(values if has_config else {**fields, **values})
+    return make_recipe(values) if has_config else complete_recipe(values)
+
+
+def _read_values(arguments: list[str]) -> dict[str, Any]:
     parser_of = make_parser
     if {"--help_all", "--help-all"} & set(arguments):
         parser_of = partial(make_parser, hidden=())
         arguments = ["--help", *arguments]
-    return make_recipe(read_fields(arguments, "method", "msn", parser_of))
+    return read_fields(arguments, "method", "msn", parser_of)
 
 
 def read_recipe(path: str, method: str | None = None) -> dict[str, Any]:
@@ -191,6 +278,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         method.config(**config_fields)  # names a wrong field before any data is read
     check_output_dir(values)
     names = {option.name for option in sync_options()}
+    if values.get("max_minutes") is not None:
+        check_number("max_minutes", values["max_minutes"], above=0, remedy="It is the length of training.")
     return Recipe(
         method=method,
         data=build(DataArguments, values),
@@ -201,8 +290,46 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         training=build(method.arguments, values),
         low_shot=build(LowShotArguments, values),
         sync=SyncArguments(**{name: value for name, value in values.items() if name in names}),
+        max_minutes=values.get("max_minutes"),
         given=values,
     )
+
+
+def complete_recipe(given: dict[str, Any]) -> Recipe:
+    """Return the recipe of the `given` fields and of the others that follow from images, labels and processor.
+
+    Raises:
+        ValueError: As [`parse_recipe`]. A wrong field is named before any image is read.
+    """
+
+    def completed(summary: ImageSummary, labels_per_class: np.ndarray | None = None) -> Recipe:
+        fields = default_fields(
+            method, summary, given, has_accelerator=has_accelerator, labels_per_class=labels_per_class
+        )
+        return make_recipe({**fields, **given})
+
+    method = check_choice("method", given.get("method", "msn"), METHODS)
+    has_accelerator = uses_accelerator(given.get("use_cpu", False))
+    if given.get("from_backbone") is not None:
+        return make_recipe(given)  # that encoder has its own sizes
+    recipe = completed(ImageSummary(num_images=1000))
+    images, labels_per_class = recipe.images, None
+    if recipe.labels is not None:
+        labelled, rows = recipe.labelled
+        labels_per_class = np.bincount(class_numbers(labelled, rows))
+    found = completed(summarize_images(images), labels_per_class)
+    found.images, found.is_complete = images, True
+    return found
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """Write the fields of a run to `recipe.yaml` in its `output_dir`, and return them."""
+    left_out = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "hub_token", "max_minutes")
+    fields = {name: value for name, value in recipe.given.items() if name not in left_out}
+    plain = json.loads(json.dumps({"method": recipe.given.get("method", "msn"), **fields}))  # tuples become lists
+    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+    write_text(Path(recipe.training.output_dir, RECIPE_FILE), text)
+    return text
 
 
 def make_parser(method: str, hidden: Iterable[str] | None = None) -> Parser:
@@ -234,6 +361,7 @@ def _groups(name: str) -> dict[str, list[Option]]:
     """Return the options of a method by the title of their group in the help."""
     method = METHODS[check_choice("method", name, METHODS)]
     recipe = "Path of a YAML file, or name of a recipe of the package: digits, msn_vits16_imagenet."
+    minutes = "Minutes of training, in place of epochs and steps. Some updates are measured first."
     views = [replace(o, default=method.views.get(o.name, o.default)) for o in options_of(MultiViewTransform)]
     return {
         "recipe": [
@@ -245,7 +373,10 @@ def _groups(name: str) -> dict[str, list[Option]]:
         "views": views,
         "model": options_of(method.config),
         "initial weights": options_of(ModelArguments),
-        "training": options_of(method.arguments),
+        "training": [
+            Option("max_minutes", float | None, None, minutes),
+            *options_of(method.arguments),
+        ],
         "low-shot evaluation during training": options_of(LowShotArguments),
         "training with little communication": sync_options(),
     }
@@ -253,7 +384,12 @@ def _groups(name: str) -> dict[str, list[Option]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn pretrain`: train, and save the model."""
-    trainer = parse_recipe(arguments).build_trainer()
+    recipe = recipe_of_run(sys.argv[1:] if arguments is None else arguments)
+    trainer = recipe.build_trainer()
+    if trainer.is_world_process_zero():
+        text = write_recipe(recipe)
+        if recipe.is_complete:
+            print(f"Without a recipe, settings follow from the images. They are in {RECIPE_FILE}:\n\n{text}")
     trainer.train()
     trainer.save_state()
     trainer.save_model()  # last, as with push_to_hub it can fail
