@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.decoding import BrokenImageError, decode_image
+from ..data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 _SAMPLED_IMAGES = 128
 _GRAY_DIFFERENCE = 2.0  # of the largest and the smallest channel, of 255
@@ -34,30 +35,38 @@ class ImageSummary:
         side (`int`): Median of the shorter sides, in pixels.
         is_gray (`bool`): Whether nearly all images are without colour.
         is_drawn (`bool`): Whether images have areas of a single colour, as digits and icons have and photographs not.
+        mean, std (`tuple[float, ...]`): Of the channels, in [0, 1].
     """
 
     num_images: int | None = None
     side: int = 256
     is_gray: bool = False
     is_drawn: bool = False
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 def summarize_images(images: datasets.Dataset | datasets.IterableDataset) -> ImageSummary:
     """Look at 128 images, evenly spaced or the first of a stream. Unreadable ones are left out."""
     num_images = len(images) if isinstance(images, datasets.Dataset) else None
-    sides, differences, equal_shares = [], [], []
+    sides, differences, equal_shares, moments = [], [], [], []
     for image in _sampled(images, num_images):
         pixels = np.asarray(image).astype(np.int16)
         sides.append(min(image.size))
         differences.append(np.ptp(pixels, axis=-1).mean())
+        moments.append([(pixels / 255).mean(axis=(0, 1)), ((pixels / 255) ** 2).mean(axis=(0, 1))])
         equal_shares.append((pixels[:, 1:] == pixels[:, :-1]).all(axis=-1).mean())
     if not sides:
         return ImageSummary(num_images)  # training says what is wrong with them
+    mean, square = np.mean(moments, axis=0)
+    std = np.sqrt(square - mean**2).clip(0.05)  # images of a single colour
     return ImageSummary(
         num_images,
         side=int(np.median(sides)),
         is_gray=bool(np.quantile(differences, 0.95) < _GRAY_DIFFERENCE),
         is_drawn=bool(np.median(equal_shares) > _DRAWN_SHARE),
+        mean=tuple(mean.round(3).tolist()),
+        std=tuple(std.round(3).tolist()),
     )
 
 
@@ -122,7 +131,8 @@ def _sizes(summary: ImageSummary, given: Mapping[str, Any], has_accelerator: boo
 
 
 def _views(method: str, summary: ImageSummary, image_size: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {"focal_views": 2 if method == "msn" else 0, "focal_scale": (0.15, 0.4)}
+    fields: dict[str, Any] = {"image_mean": summary.mean, "image_std": summary.std}
+    fields |= {"focal_views": 2 if method == "msn" else 0, "focal_scale": (0.15, 0.4)}
     if image_size < _LARGE_SIDE:
         # whole images: the subject of a small one fills it
         fields |= {"global_scale": (0.4, 1.0), "crop_fraction": 1.0, "blur_probability": 0.0}
@@ -134,8 +144,6 @@ def _views(method: str, summary: ImageSummary, image_size: int) -> dict[str, Any
     if summary.is_drawn and summary.is_gray:
         # characters: a mirrored one is another
         fields |= {"horizontal_flip": 0.0, "rotation": 10.0, "translation": 0.05}
-    if summary.is_gray or summary.is_drawn:
-        fields |= {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
     return fields
 
 
@@ -149,6 +157,7 @@ def _encoder(given: Mapping[str, Any], has_accelerator: bool) -> dict[str, Any]:
         "num_attention_heads": next(heads for heads in range(largest, 0, -1) if width % heads == 0),
         "intermediate_size": 4 * width if has_accelerator else 2 * width,
         "initializer_range": round(1 / math.sqrt(width), 3),
+        "position_initializer_range": 1.0,
     }
 
 

@@ -41,6 +41,11 @@ class PretrainingConfig(ViTMSNConfig):
         help="Standard deviation of a ViT's initial patch embedding; by default sqrt(2 / inputs of a patch), for 16 "
         "pixels 0.051.",
     )
+    position_initializer_range: float | int | None = HfArg(
+        default=None,
+        help="Standard deviation of a ViT's initial position embeddings; by default initializer_range. 1, as large as "
+        "what a patch shows, lets a small encoder learn where things are from the first step.",
+    )
     head_initializer_range: float | int | None = HfArg(
         default=None,
         help="Standard deviation of the heads' initial weights, with biases of 0; null: torch's own initialisation.",
@@ -50,7 +55,7 @@ class PretrainingConfig(ViTMSNConfig):
         super().__post_init__(**kwargs)
         check_integer("projection_dim", self.projection_dim)
         check_integer("projection_hidden_dim", self.projection_hidden_dim)
-        for name in ("patch_initializer_range", "head_initializer_range"):
+        for name in ("patch_initializer_range", "position_initializer_range", "head_initializer_range"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0, remedy="MSN's authors have 0.02 in the head.")
 
@@ -68,6 +73,8 @@ class PretrainingConfig(ViTMSNConfig):
         """Return the configuration of the encoder alone, which plain `transformers` can read."""
         own = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(ViTMSNConfig)}
         own |= {"model_type", "architectures", "transformers_version", "dtype"}
+        if self.position_initializer_range is not None:  # for the untrained network that results are compared with
+            own.remove("position_initializer_range")
         return ViTMSNConfig(**{name: value for name, value in self.to_dict().items() if name not in own})
 
     def _check_vit(self) -> None:

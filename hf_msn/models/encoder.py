@@ -51,7 +51,10 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         if isinstance(module, ViTMSNEmbeddings):
             # ViTMSNModel starts both at 0, where all patches look alike; the authors' code draws them.
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
-            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            if getattr(self.config, "position_initializer_range", None) is None:
+                init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            else:
+                init.normal_(module.position_embeddings, std=self.config.position_initializer_range)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -23,16 +23,20 @@ def noise(side, channels=3):
 
 
 def test_what_images_are_is_seen():
-    assert summarize_images(load_images("digits")) == ImageSummary(1437, 8, is_gray=True, is_drawn=True)
-    photographs = image_dataset([noise(side) for side in (30, 40, 50)])
-    assert summarize_images(photographs) == ImageSummary(3, 40)
-    gray = image_dataset([noise(20, 1).repeat(3, axis=2)])
-    assert summarize_images(gray) == ImageSummary(1, 20, is_gray=True)
     icon = noise(20)
     icon[:, 5:] = (200, 30, 30)
-    assert summarize_images(image_dataset([icon])) == ImageSummary(1, 20, is_drawn=True)
-    stream = photographs.to_iterable_dataset()
-    assert summarize_images(stream) == ImageSummary(None, 40)
+    photographs = image_dataset([noise(side) for side in (30, 40, 50)])
+    for images, *seen in (
+        (load_images("digits"), 1437, 8, True, True),
+        (photographs, 3, 40, False, False),
+        (photographs.to_iterable_dataset(), None, 40, False, False),
+        (image_dataset([noise(20, 1).repeat(3, axis=2)]), 1, 20, True, False),
+        (image_dataset([icon]), 1, 20, False, True),
+    ):
+        summary = summarize_images(images)
+        assert [summary.num_images, summary.side, summary.is_gray, summary.is_drawn] == seen
+    np.testing.assert_allclose(summary.mean, (icon / 255).mean(axis=(0, 1)), atol=1e-3)
+    np.testing.assert_allclose(summary.std, (icon / 255).std(axis=(0, 1)), atol=1e-3)
 
 
 def test_broken_images_are_left_out(tmp_path):
