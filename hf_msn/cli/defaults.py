@@ -180,7 +180,7 @@ def _training(method: str, summary: ImageSummary, given: Mapping[str, Any]) -> d
     }
     if not given.get("use_lars"):
         fields |= {"learning_rate": 1.5e-3, "final_weight_decay": 0.04}
-    if method == "msn":
+    if method in ("msn", "byol") and given.get("ema", True):
         fields["ema_momentum"] = 0.98
     if not {"num_train_epochs", "max_steps", "max_minutes"} & given.keys():
         num_epochs = _SEEN_IMAGES / (summary.num_images or _SEEN_IMAGES)

