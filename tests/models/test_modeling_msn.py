@@ -139,9 +139,14 @@ def test_initial_weights_are_those_of_the_authors():
 
 
 def test_initial_weights_can_be_set():
-    model = tiny_model(patch_initializer_range=0.12, head_initializer_range=None, projection_hidden_dim=256)
-    weight = model.encoder.embeddings.patch_embeddings.projection.weight
-    assert weight.std().item() == pytest.approx(0.12, rel=0.1)
+    ranges = {"patch_initializer_range": 0.12, "position_initializer_range": 1.0, "head_initializer_range": None}
+    model = tiny_model(**ranges, projection_hidden_dim=256)
+    embeddings = model.encoder.embeddings
+    assert embeddings.patch_embeddings.projection.weight.std().item() == pytest.approx(0.12, rel=0.1)
+    assert embeddings.position_embeddings.std().item() == pytest.approx(1, rel=0.1)
+    # the exported encoder says it too: an untrained network to compare with starts as this one did
+    assert model.config.to_vit_msn_config().position_initializer_range == 1.0
+    assert not hasattr(tiny_model().config.to_vit_msn_config(), "position_initializer_range")
     for weight, bound in ((model.projection_head.fc1.weight, 32**-0.5), (model.projection_head.fc2.bias, 256**-0.5)):
         assert weight.abs().max() <= bound  # as torch draws linear layers
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
