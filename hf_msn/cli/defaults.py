@@ -103,10 +103,10 @@ def default_fields(
     if has_accelerator and summary.side >= _IMAGENET_SIDE and (summary.num_images or math.inf) >= _IMAGENET_IMAGES:
         return {}  # the defaults of the fields
     fields = _sizes(summary, given, has_accelerator)
-    fields |= _views(method, summary, fields["image_size"])
+    fields |= _views(method, summary, fields["image_size"], has_accelerator)
     if "timm_model" not in given:
         fields |= _encoder(given, has_accelerator)
-    fields |= _head(method, summary) | _training(method, summary, given)
+    fields |= _head(method, summary) | _training(method, summary, {**fields, **given})
     if labels_per_class is not None:
         fields |= _support(labels_per_class)
     return {name: value for name, value in fields.items() if name not in given}
@@ -130,9 +130,9 @@ def _sizes(summary: ImageSummary, given: Mapping[str, Any], has_accelerator: boo
     return {"image_size": size, "patch_size": patch, "focal_size": max(1, size // patch // 2) * patch}
 
 
-def _views(method: str, summary: ImageSummary, image_size: int) -> dict[str, Any]:
+def _views(method: str, summary: ImageSummary, image_size: int, has_accelerator: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"image_mean": summary.mean, "image_std": summary.std}
-    fields |= {"focal_views": 2 if method == "msn" else 0, "focal_scale": (0.15, 0.4)}
+    fields |= {"focal_views": 4 if method == "msn" and has_accelerator else 0, "focal_scale": (0.15, 0.4)}
     if image_size < _LARGE_SIDE:
         # whole images: the subject of a small one fills it
         fields |= {"global_scale": (0.4, 1.0), "crop_fraction": 1.0, "blur_probability": 0.0}
@@ -142,8 +142,9 @@ def _views(method: str, summary: ImageSummary, image_size: int) -> dict[str, Any
         # colour is part of what a drawing shows
         fields |= {"color_jitter": 0.2, "grayscale": 0.0, "blur_probability": 0.0}
     if summary.is_drawn and summary.is_gray:
-        # characters: a mirrored one is another
+        # characters: a mirrored one, or a part of one, is another
         fields |= {"horizontal_flip": 0.0, "rotation": 10.0, "translation": 0.05}
+        fields |= {"global_scale": (0.65, 1.0), "color_jitter": 0.0, "color_jitter_probability": 0.0}
     return fields
 
 
@@ -164,9 +165,8 @@ def _encoder(given: Mapping[str, Any], has_accelerator: bool) -> dict[str, Any]:
 def _head(method: str, summary: ImageSummary) -> dict[str, Any]:
     fields: dict[str, Any] = {"projection_hidden_dim": 256, "projection_dim": 64}
     if method == "msn":
-        # a power of two, so that some 30 images share a prototype
-        prototypes = 2 ** round(math.log2((summary.num_images or _IMAGENET_IMAGES) / 30))
-        fields |= {"head_initializer_range": None, "num_prototypes": min(max(64, prototypes), 1024)}
+        prototypes = 2 ** round(math.log2((summary.num_images or _IMAGENET_IMAGES) / 60))
+        fields |= {"head_initializer_range": None, "num_prototypes": min(max(64, prototypes), 1024), "mask_ratio": 0.4}
     elif method == "paws":
         fields |= {"label_smoothing": 0.1, "projection_activation": "gelu"}
     return fields
@@ -179,7 +179,8 @@ def _training(method: str, summary: ImageSummary, given: Mapping[str, Any]) -> d
         "schedule_stretch": 1.0,
     }
     if not given.get("use_lars"):
-        fields |= {"learning_rate": 1.5e-3, "final_weight_decay": 0.04}
+        rate = 2e-3 * math.sqrt(128 / max(128, given.get("hidden_size", 512)))
+        fields |= {"learning_rate": round(rate, 5), "final_weight_decay": 0.04}
     if method in ("msn", "byol") and given.get("ema", True):
         fields["ema_momentum"] = 0.98
     if not {"num_train_epochs", "max_steps", "max_minutes"} & given.keys():
