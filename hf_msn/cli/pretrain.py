@@ -125,10 +125,12 @@ class Recipe:
     def build_trainer(self, **kwargs):
         """Return the trainer of the method with all of the above. `kwargs` are arguments of the trainer.
 
-        With `max_minutes` a few updates are measured first, and `max_steps` is set to the number that fits.
+        With `max_minutes` a few updates are measured first, and `max_steps` is lowered to the number that fits.
         """
         if self.max_minutes is not None:
-            self.training.max_steps = max(1, int(60 * self.max_minutes / self.measure_update(self.max_minutes)))
+            steps = max(1, int(60 * self.max_minutes / self.measure_update(self.max_minutes)))
+            given = self.training.max_steps
+            self.training.max_steps = min(steps, given) if given > 0 else steps
             self.given = {**self.given, "max_steps": self.training.max_steps}
             self.max_minutes = None
         trainer = self.method.trainer(
@@ -365,7 +367,7 @@ def _groups(name: str) -> dict[str, list[Option]]:
     """Return the options of a method by the title of their group in the help."""
     method = METHODS[check_choice("method", name, METHODS)]
     recipe = "Path of a YAML file, or name of a recipe of the package: digits, msn_vits16_imagenet."
-    minutes = "Minutes of training, in place of epochs and steps. Some updates are measured first."
+    minutes = "Minutes of training, in place of epochs and at most max_steps. Some updates are measured first."
     views = [replace(o, default=method.views.get(o.name, o.default)) for o in options_of(MultiViewTransform)]
     return {
         "recipe": [

@@ -120,6 +120,8 @@ def test_minutes_become_updates(tmp_path, monkeypatch):
     assert 0 < seconds < 5
     monkeypatch.setattr(Recipe, "measure_update", lambda self, max_minutes: 0.07)
     assert recipe.build_trainer().args.max_steps == 8
-    assert "max_steps" in recipe.given
+    assert recipe.given["max_steps"] == 8
+    least = recipe_of_run(["--output_dir", str(tmp_path / "run"), "--max_steps", "5", *arguments])
+    assert least.build_trainer().args.max_steps == 5
     with pytest.raises(ValueError, match=r"`max_minutes` .*-1"):
         recipe_of_run(["--output_dir", str(tmp_path / "other"), *arguments, "--max_minutes", "-1"])
