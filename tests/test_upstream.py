@@ -62,6 +62,7 @@ TRAINER = {
 SUBMODULES = """
 accelerate.commands.launch: launch_command launch_command_parser
 accelerate.state: AcceleratorState
+accelerate.utils: broadcast_object_list
 datasets.data_files: SPLIT_KEYWORDS
 datasets.packaged_modules.imagefolder.imagefolder: ImageFolder
 huggingface_hub.dataclasses: strict
