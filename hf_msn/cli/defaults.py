@@ -28,7 +28,7 @@ _SUPPORT_IMAGES = 160
 
 @dataclass(frozen=True)
 class ImageSummary:
-    """What the settings follow from.
+    """The properties of images that settings follow from.
 
     Attributes:
         num_images (`int`, *optional*): Number of training images; `None` for a stream.

@@ -239,7 +239,8 @@ def recipe_of_run(arguments: list[str]) -> Recipe:
     written = Path(values.get("output_dir") or "", RECIPE_FILE)
     if is_resumed(values) and written.is_file():
         fields = read_recipe(written, values.get("method"))
-        if values.pop("max_minutes", None) is not None:  # measured when it began
+        if "max_minutes" in values and "max_steps" in fields:  # measured when it began
+            del values["max_minutes"]
             values["max_steps"] = fields["max_steps"]
         return make_recipe(values if has_config else {**fields, **values})
     return make_recipe(values) if has_config else complete_recipe(values)
@@ -318,13 +319,17 @@ def complete_recipe(given: dict[str, Any], images=None) -> Recipe:
     has_accelerator = uses_accelerator(given.get("use_cpu", False))
     if given.get("from_backbone") is not None:
         return make_recipe(given)  # that encoder has its own sizes
-    recipe, labels_per_class = completed(ImageSummary(num_images=1000)), None
-    images = recipe.images if images is None else images
-    if recipe.labels is not None:
-        labelled, rows = recipe.labelled
-        labels_per_class = np.bincount(class_numbers(labelled, rows))
-    found = completed(summarize_images(images), labels_per_class)
-    found.images, found.is_complete = images, True
+    first = completed(ImageSummary(num_images=1000))
+    if images is not None:
+        first.images = images
+    summary = summarize_images(first.images)
+    if first.labels is None:
+        found = completed(summary)
+    else:
+        labelled, rows = first.labelled
+        found = completed(summary, np.bincount(class_numbers(labelled, rows)))
+        found.labelled = first.labelled
+    found.images, found.is_complete = first.images, True
     return found
 
 

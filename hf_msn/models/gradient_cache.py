@@ -84,7 +84,7 @@ class GradientCache:
 
 
 class EncoderChunks:
-    """What a [`GradientCache`] sets in the model. It holds no model, so that a model can be copied inside."""
+    """The encoding in chunks that a [`GradientCache`] puts into a model. It holds no model, which may be copied."""
 
     def __init__(self, chunk_size: int):
         remedy = "Memory holds the activations of one chunk."

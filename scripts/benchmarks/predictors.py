@@ -55,7 +55,7 @@ class BenchmarkArguments:
 
 
 def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predictor: str, seed: int) -> dict[str, float]:
-    """Pretrain once. Return the accuracies with 5 labels per class and with all, and the last logged values."""
+    """Pretrain once. Return accuracies with 5 labels per class and with all, also before, and the last log."""
     train, test = data
     recipe = {**read_recipe("byol_digits"), "image_size": args.image_size, "patch_size": args.patch_size}
     recipe |= {"ema": ema, "predictor": predictor, "seed": seed, "max_steps": args.steps}
@@ -70,7 +70,6 @@ def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predicto
         made.images = train
         trainer = made.build_trainer()
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
         evaluator = LowShotEvaluator(
             train,
             test,
@@ -78,12 +77,16 @@ def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predicto
             images_per_class=(5,),
             rows={"all": range(len(train))},
         )
+        before = evaluator(trainer.model)
+        trainer.train()
         found = evaluator(trainer.model)
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     names = ("loss", "feature_std", "correlation_rank", "predictor_alignment")
     return {
         "5 per class": found["low_shot/5_per_class/top1"],
         "all labels": found["low_shot/all/top1"],
+        "untrained, 5 per class": before["low_shot/5_per_class/top1"],
+        "untrained, all labels": before["low_shot/all/top1"],
         **{name: last[name] for name in names if name in last},
     }
 
@@ -97,10 +100,11 @@ def main() -> None:
             for predictor in args.predictors:
                 runs = [accuracies(args, data, encoder, ema, predictor, seed) for seed in range(args.seeds)]
                 results.append({"encoder": encoder, "ema": ema, "predictor": predictor, "runs": runs})
-                values = ([run[labels] for run in runs] for labels in ("5 per class", "all labels"))
-                cells = [f"{mean(one):.1f} ± {stdev(one):.1f}" for one in values]
-                rows.append([encoder, "BYOL" if ema else "SimSiam", predictor, *cells])
-                print(*rows[-1], flush=True)
+                for kind, name in (("", predictor), ("untrained, ", f"{predictor}, untrained")):
+                    values = ([run[kind + labels] for run in runs] for labels in ("5 per class", "all labels"))
+                    cells = [f"{mean(one):.1f} ± {stdev(one):.1f}" for one in values]
+                    rows.append([encoder, "BYOL" if ema else "SimSiam", name, *cells])
+                    print(*rows[-1], flush=True)
     print(f"\n{args.dataset}, {args.steps} updates of {args.batch_size} images, {args.seeds} seeds\n")
     print(markdown_table(["encoder", "method", "predictor", "5 labels per class", "all labels"], rows))
     save({"arguments": asdict(args), "machine": machine(), "results": results}, args.output)

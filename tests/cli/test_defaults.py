@@ -111,6 +111,9 @@ def test_a_run_without_a_recipe_writes_the_one_that_repeats_it(tmp_path, capsys)
     resumed = recipe_of_run(arguments)
     assert resumed.training.max_steps == 3 and resumed.max_minutes is None
     assert resumed.config_fields == recipe_of_run(["--config", str(first / "recipe.yaml"), *arguments]).config_fields
+    text = (first / "recipe.yaml").read_text()
+    (first / "recipe.yaml").write_text(text.replace("max_steps: 3\n", ""))  # of a run that began with epochs
+    assert recipe_of_run(arguments).max_minutes == 9
 
 
 def test_minutes_become_updates(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_ranks_equal_one_rank_with_everything():
         for result in ranks:
             assert_same_gradients(result[name]["gradients"], one["gradients"], 1e-8)
             torch.testing.assert_close(result[name]["state"], one["state"], rtol=1e-8, atol=1e-10)
-        # What the comparison is there for: a rank alone has another F.
+        # A rank alone has another F, so that the comparison could fail.
         part = {key: value.chunk(2)[0] for key, value in whole_batch(name).items()}
         alone = tiny_byol(**fields)
         two_updates(alone, alone, part)
