@@ -397,6 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn pretrain`: train, and save the model."""
     recipe = recipe_of_run(sys.argv[1:] if arguments is None else arguments)
     trainer = recipe.build_trainer()
+    trainer.accelerator.wait_for_everyone()  # each rank has found `output_dir` empty before one writes to it
     if trainer.is_world_process_zero():
         text = write_recipe(recipe)
         if recipe.is_complete:
