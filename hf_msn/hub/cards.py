@@ -179,7 +179,10 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
     finetuning = read_finetuning(folder)
     conversion, codistillation = (_optional_json(folder / f"{name}.json") for name in ("conversion", "codistillation"))
     model_type = config.get("model_type", "timm")
-    names = [str(name).lower() for name in (model_type, (conversion or {}).get("method"), record.get("method"))]
+    # also of an export, which has no other record
+    pretrained_by = config["pretrained_by"] if isinstance(config.get("pretrained_by"), dict) else {}
+    sources = ({"method": model_type}, pretrained_by, conversion or {}, record)
+    names = [str(source.get("method")).lower() for source in sources]
     method = next((name for name in names if name in _PRETRAINING_CLASSES), None)
     is_classifier = any("ForImageClassification" in name for name in config.get("architectures") or ())
     return {
@@ -199,8 +202,12 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
         "codistillation": codistillation,
         "run": record,
         "settings": _fenced(record.get("recipe") or record.get("arguments")),
-        "papers": _papers(model_type, method, finetuning, codistillation, record.get("sync") or {})
-        | _byol_papers(method, {**config, **(record.get("recipe") or {})}),
+        "papers": _papers(
+            _methods(model_type, method, {**config, **pretrained_by, **(record.get("recipe") or {})}),
+            finetuning,
+            codistillation,
+            record.get("sync") or {},
+        ),
     }
 
 
@@ -296,9 +303,16 @@ def _probe(results: LowShotResults) -> str:
     return name + ("" if space == "backbone" else f" on {space}s")
 
 
-def _papers(model_type, method, finetuning, codistillation, sync) -> set[str]:
+def _methods(model_type: str, method: str | None, settings: dict[str, Any]) -> set[str]:
+    """Return the names of a pretraining method in the template, of BYOL those of its variant."""
+    if method == "byol":
+        return {"simsiam" if settings.get("ema") is False else "byol", settings.get("predictor") or ""}
+    return {method or ("msn" if model_type == "vit_msn" else "")}
+
+
+def _papers(methods: set[str], finetuning, codistillation, sync) -> set[str]:
     """Return the methods to cite: of the model, and of how the ranks were trained together."""
-    papers = {method or ("msn" if model_type == "vit_msn" else "")}
+    papers = {*methods}
     if finetuning is not None and finetuning["head"] == "suncet":
         papers.add("suncet")
     for prefix in ("", "base "):
@@ -311,12 +325,6 @@ def _papers(model_type, method, finetuning, codistillation, sync) -> set[str]:
     if codistillation is not None:
         papers.add("codistillation")
     return papers - {""}
-
-
-def _byol_papers(method: str | None, settings: dict[str, Any]) -> set[str]:
-    if method != "byol":
-        return set()
-    return {"simsiam" if settings.get("ema") is False else "byol", settings.get("predictor")}
 
 
 # Content of the template

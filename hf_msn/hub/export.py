@@ -35,7 +35,7 @@ def export_backbone(
 
     A ViT becomes a plain `ViTMSNModel`: `AutoModel.from_pretrained(path)`, `AutoImageProcessor.from_pretrained(path)`.
     A network of timm gets timm's own form: `timm.create_model("local-dir:...")`, on the Hub `"hf-hub:user/name"`, and
-    by `AutoModel` as a `TimmWrapperModel`.
+    by `AutoModel` as a `TimmWrapperModel`. `pretrained_by` in `config.json` names the method, for the card.
 
     Args:
         model (a pretraining model, such as [`MSNForPreTraining`]): The pretrained model, also in
@@ -76,6 +76,7 @@ def write_backbone(
         return
     with torch.random.fork_rng(devices=[]):  # an export during training does not change its random numbers
         export = ViTMSNModel(config.to_vit_msn_config()).to(encoder.dtype)
+    export.config.pretrained_by = config.pretrained_by
     export.load_state_dict(encoder.state_dict())
     export.save_pretrained(folder)
     image_processor.save_pretrained(folder)
@@ -165,6 +166,7 @@ def save_timm_network(
         "num_classes": num_classes,
         "num_features": network.num_features,
         "model_args": options,
+        "pretrained_by": config.pretrained_by,
         # without it transformers takes timm's transform for a local folder, whose crops differ by a pixel
         "image_processor_type": image_processor.to_dict()["image_processor_type"],
         "pretrained_cfg": described,

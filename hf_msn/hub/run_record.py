@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..evaluation.results import package_versions
 from ..files import public_name, read_json, write_json
+from ..optim.by_name import name_of_optimizer
 
 RUN_FILE = "run.json"
 _FORMAT = "hf_msn run 1"
@@ -21,7 +22,7 @@ _PACKAGES = ("hf_msn", "torch", "transformers", "accelerate", "datasets", "timm"
 # The only fields of run.json.
 _FIELDS = (
     *("method", "data", "data_sample_sha256", "labelled", "start", "hardware", "steps", "planned_steps", "epochs"),
-    *("batch", "precision", "seed", "arguments", "recipe", "sync", "settings", "resumes", "versions"),
+    *("batch", "precision", "optimizer", "seed", "arguments", "recipe", "sync", "settings", "resumes", "versions"),
     "wall_time_seconds",
 )
 # In these fields, such as a recipe, numbers have any name, and text only one of these names.
@@ -32,16 +33,19 @@ _TEXT_SETTINGS = {
     *("dataset", "dataset_config", "dataset_revision", "train_split", "test_split", "image_column", "label_column"),
     *("labelled_dataset", "labelled_split", "labelled_list_file", "labelled_rows_file", "on_broken_image"),
     *("interpolation", "attn_implementation", "support_shard", "support_on_small_class"),
-    *("optim", "lr_scheduler_type", "save_strategy", "eval_strategy", "logging_strategy", "metric_for_best_model"),
+    *("optim", "optim_args", "lr_scheduler_type", "metric_for_best_model"),
+    *("save_strategy", "eval_strategy", "logging_strategy", "low_shot_baselines"),
     *("low_shot_train_split", "low_shot_test_split", "low_shot_test_dataset", "low_shot_probe", "low_shot_features"),
     *("sync", "sync_base", "sync_base_buffers", "sync_topology", "sync_wire_dtype", "async_method"),
     *("codistillation_exchange", "codistillation_distance", "codistillation_initialization", "codistillation_publish"),
+    *("codistillation_copies_dtype", "on_collapse"),
 }
 # The arguments of transformers.TrainingArguments that concern the training; those of hf_msn all do.
 _TRAINING_FIELDS = {
     *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "optim"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "seed"),
     *("gradient_checkpointing", "torch_compile", "average_tokens_across_devices", "label_smoothing_factor"),
+    "optim_args",
 }
 # Settings with fields of their own: what precedes their names among the differences of two records.
 _VIEWS = {"views": "", "support_views": "support_"}
@@ -72,6 +76,7 @@ def describe_training(trainer: Trainer) -> dict[str, Any]:
             "images_per_update": images * accumulated * args.world_size,
         },
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "optimizer": None if trainer.optimizer is None else name_of_optimizer(trainer.optimizer),
         "seed": args.seed,
         "arguments": changed_arguments(args),
         "settings": describe_settings(trainer),

@@ -100,3 +100,7 @@ class BYOLConfig(AnyEncoderConfig):
     def prediction_width(self) -> int:
         """Hidden width of the predictor `"mlp"`."""
         return self.projection_hidden_dim if self.prediction_hidden_dim is None else self.prediction_hidden_dim
+
+    @property
+    def pretrained_by(self) -> dict[str, str | bool]:
+        return {**super().pretrained_by, "ema": self.ema, "predictor": self.predictor}

@@ -69,6 +69,11 @@ class PretrainingConfig(ViTMSNConfig):
         """Hidden width of the prediction head, in methods that have one."""
         return self.projection_dim // 4 if self.prediction_hidden_dim is None else self.prediction_hidden_dim
 
+    @property
+    def pretrained_by(self) -> dict[str, str | bool]:
+        """Method and variant, which an exported encoder has in its `config.json` for its card."""
+        return {"method": self.model_type}
+
     def to_vit_msn_config(self) -> ViTMSNConfig:
         """Return the configuration of the encoder alone, which plain `transformers` can read."""
         own = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(ViTMSNConfig)}

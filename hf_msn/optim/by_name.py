@@ -98,6 +98,27 @@ def optimizer_class_and_settings(args: TrainingArguments, model: Any) -> tuple[t
     return cls, settings
 
 
+def name_of_optimizer(optimizer: Any) -> str:
+    """Return package and class of an optimizer, such as "timm.Lion", without wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__qualname__}"
+
+
+def missing_in_state(args: TrainingArguments, saved: dict[str, Any]) -> set[str]:
+    """Return what the optimizer that `args` name by package keeps of parameters and a saved state does not have."""
+    if args.use_lars or ":" not in args.optim:
+        return set()
+    with torch.random.fork_rng(devices=[]):
+        trial = _Trial(*find_optimizer(args.optim, args.optim_args), args.weight_decay)
+        trial.step(0)
+    here, there = (
+        {name for entry in state.values() if isinstance(entry, dict) for name in entry}
+        for state in (trial.optimizer.state, saved["state"])
+    )
+    return here - there
+
+
 def show_averages(optimizer: Optimizer | None) -> None:
     """Let the model hold the averages of a schedule-free optimizer, until Trainer calls its `train` for a batch."""
     if callable(getattr(optimizer, "eval", None)):
@@ -137,7 +158,7 @@ def find_optimizer(name: str, arguments: str | None = None) -> tuple[type[Optimi
     for argument, field in _OWN_FIELDS.items():
         if argument in given:
             raise ValueError(f"`optim_args` must not have '{argument}', but is {arguments!r}. Set `{field}`.")
-    check_known(given, _parameters(cls) - _OWN_FIELDS.keys(), f"argument of '{name}'")
+    check_known(given, names_of_settings(cls) - _OWN_FIELDS.keys(), f"argument of '{name}'")
     return cls, settings | given
 
 
@@ -175,7 +196,7 @@ def _parse(arguments: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _parameters(cls: type) -> set[str]:
+def names_of_settings(cls: type) -> set[str]:
     """Return the named parameters of a class, and of the bases that its **kwargs may reach."""
     names: set[str] = set()
     for base in cls.__mro__:

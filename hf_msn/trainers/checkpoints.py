@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..evaluation.weights_hash import file_sha256
 from ..files import CHECKSUMS_FILE, format_checksums, read_checksums, read_json, write_text
+from ..optim.by_name import names_of_settings
 
 logger = logging.get_logger(__name__)
 
@@ -102,7 +103,7 @@ def own_settings_kept(trainer: Trainer) -> Iterator[None]:
     The states hold them too, and would silently replace those of this run.
     """
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
-    names = set(trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)[1]) - {"lr"}
+    names = names_of_settings(type(getattr(optimizer, "optimizer", optimizer))) - {"lr"}
     settings = [{name: group[name] for name in names & set(group)} for group in optimizer.param_groups]
     learning_rates = [*scheduler.base_lrs] if isinstance(scheduler, LambdaLR) else None
     yield

@@ -25,7 +25,7 @@ from ..distributed.gradient_sync import find_wrapper
 from ..hub.cards import save_model_card
 from ..models.gradient_cache import GradientCache
 from ..models.onednn_linear import HAS_BFLOAT16
-from ..optim.by_name import optimizer_class_and_settings, show_averages
+from ..optim.by_name import missing_in_state, name_of_optimizer, optimizer_class_and_settings, show_averages
 from ..optim.critical_gradients import CriticalGradients
 from ..optim.lars import LARS
 from ..schedules import cosine, warmup_cosine
@@ -486,17 +486,23 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            # torch loads any state whose groups have as many tensors, and the first update then lacks its settings.
-            state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
-            missing = sorted(set(self.optimizer.param_groups[0]).difference(state["param_groups"][0]))
-            if missing:
-                here = "LARS (`use_lars`)" if self.args.use_lars else f"`optim` {self.args.optim}"
-                raise CheckpointError(
-                    f"'{checkpoint}' was trained with another optimizer: its state has no {', '.join(missing)}, which "
-                    f"{here} needs. Give the same `use_lars` and `optim`, or start a new run in another `output_dir`."
-                )
+            self._check_optimizer_of(checkpoint)
         with own_settings_kept(self), in_terms_of({"capacity": "critical_gradients"}):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_optimizer_of(self, checkpoint: str) -> None:
+        # torch loads any state whose groups have as many tensors.
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
+        missing = set(self.optimizer.param_groups[0]).difference(state["param_groups"][0])
+        missing |= missing_in_state(self.args, state)
+        here = name_of_optimizer(self.optimizer)
+        there = self.run_record.saved.get("optimizer", here)
+        if there != here or missing:
+            lacks = "" if there != here else f", but its state has no {', '.join(sorted(missing))}"
+            raise CheckpointError(
+                f"'{checkpoint}' must have the state of {here}{lacks or f', but was trained with {there}'}. Give the "
+                "same `use_lars`, `optim` and `optim_args`, or start a new run in another `output_dir`."
+            )
 
     def _save_checkpoint(self, model, trial) -> None:
         self.non_finite.check(weights=True)

@@ -1,5 +1,6 @@
 """Model cards contain measured numbers of the very weights, and lines that load them."""
 
+import itertools
 import json
 import math
 import re
@@ -12,17 +13,23 @@ import pytest
 import torch
 import yaml
 from card_runs import edited, measure, msn, save, table, with_value
-from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments
+from finetuning_runs import ENCODER, PROCESSOR, VIEWS, classifier_arguments
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_msn import (
+    BYOLConfig,
+    BYOLForPreTraining,
     LogisticProbe,
+    MSNConfig,
+    MSNForPreTraining,
     MultiViewTransform,
     PAWSConfig,
     PAWSForPreTraining,
+    SuNCEtConfig,
+    SuNCEtForPreTraining,
     create_model_card,
     export_backbone,
     export_classifier,
@@ -249,6 +256,35 @@ def test_exports_of_a_network_of_timm_are_used_through_transformers_and_timm(tmp
     assert [card.data.pipeline_tag for card in cards.values()] == ["image-feature-extraction", "image-classification"]
     assert "It has a classifier." in cards["classifier"].text
     assert cards["encoder"].data.library_name == "timm" and "`test_resnet` of timm" in cards["encoder"].text
+
+
+KINDS = [  # method, variant, and what the card says and cites
+    (MSNConfig, MSNForPreTraining, {"num_prototypes": 8}, "Masked Siamese Networks", ["assran2022masked"]),
+    (PAWSConfig, PAWSForPreTraining, {}, "by PAWS", ["assran2021semi"]),
+    (SuNCEtConfig, SuNCEtForPreTraining, {}, "SimCLR + SuNCEt", ["assran2020supervision"]),
+    (BYOLConfig, BYOLForPreTraining, {}, "by BYOL:", ["grill2020bootstrap"]),
+    (
+        BYOLConfig,
+        BYOLForPreTraining,
+        {"ema": False, "predictor": "direct_copy"},
+        "by SimSiam with DirectCopy:",
+        ["chen2020exploring", "wang2021towards"],
+    ),
+]
+
+
+TIMM = {"timm_model": "test_resnet", "image_size": 32}
+
+
+@pytest.mark.parametrize(("network", "kind"), [(ENCODER, KINDS[0]), *itertools.product((ENCODER, TIMM), KINDS[1:])])
+def test_an_export_without_a_record_names_its_method(network, kind, tmp_path):
+    config, model, fields, said, cited = kind
+    made = model(config(**{**network, "projection_hidden_dim": 16, "projection_dim": 8, **fields}))
+    processor = MultiViewTransform(image_size=network["image_size"]).evaluation_image_processor()
+    export_backbone(made, tmp_path / "encoder", image_processor=processor)
+    card = create_model_card(tmp_path / "encoder", without_results=True)
+    assert said in card.text and re.findall(r"@article{(\w+),", card.text) == cited
+    assert config.model_type in card.data.tags
 
 
 def test_markup_in_names_shows_as_text(tuned, tmp_path):

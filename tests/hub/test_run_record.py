@@ -108,6 +108,7 @@ def test_only_known_text_and_numbers_are_written(tmp_path):
         "dataset": "/home/alice/data/imagenet",
         "from_backbone": "timm:/home/alice/net",
         "optim": OptimizerNames.ADAMW_TORCH,
+        "optim_args": "betas=(0.9,0.99)",
         "start_layer": "fc1",
         "timm_options": {"drop_path_rate": 0.1, "note": "/root/secret"},
         "global_scale": (0.3, 1.0),
@@ -117,6 +118,7 @@ def test_only_known_text_and_numbers_are_written(tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert {"torch", "hf_msn"} <= record.pop("versions").keys()
     kept = {"dataset": "imagenet", "from_backbone": "net", "optim": "adamw_torch", "start_layer": "fc1"}
+    kept |= {"optim_args": "betas=(0.9,0.99)"}
     kept |= {"timm_options": {"drop_path_rate": 0.1}, "global_scale": [0.3, 1.0]}
     assert record == {"format": "hf_msn run 1", "start": "small", "steps": 3, "recipe": kept}
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

@@ -6,6 +6,7 @@ from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_config
 from short_runs import assert_same_weights, make_trainer
 
 from hf_msn import CriticalGradients, MSNForPreTraining, finetune_classifier
+from hf_msn.trainers.checkpoints import CheckpointError
 
 CONSTANT = {"start_learning_rate": 0.01, "learning_rate": 0.01, "final_learning_rate": 0.01}
 FREE = {"optim": "schedulefree:AdamWScheduleFree", **CONSTANT}
@@ -45,6 +46,44 @@ def test_a_run_trains_keeps_its_groups_and_resumes_bit_exactly(tmp_path, name):
     resumed = make_trainer(tmp_path / "resumed", save_strategy="no", **RUNS[name])
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_same_weights(resumed.model, whole.model)
+
+
+NADAMW = {"optim": "timm:nadamw", "optim_args": "betas=(0.5,0.6)"}
+RESUMES = [  # what a run was trained with, what it goes on with, and what the error names; None: it goes on
+    ({"optim": "adamw_torch"}, {"optim": "timm:lion"}, r"timm\.Lion.*torch\.AdamW"),
+    ({"optim": "timm:lion"}, {"optim": "adamw_torch"}, r"torch\.AdamW.*timm\.Lion"),
+    ({"optim": "torch.optim:AdamW"}, {"optim": "torch.optim:Adam", **NO_SCHEDULE}, r"torch\.Adam, .*torch\.AdamW"),
+    ({"optim": "torch.optim:AdamW"}, {"optim": "torch.optim:AdamW", "optim_args": "amsgrad=true"}, "max_exp_avg_sq"),
+    ({"critical_gradients": 3}, {"critical_gradients": 4}, "`critical_gradients`.*3.*4"),
+    ({"optim": "torch.optim:AdamW", "optim_args": "amsgrad=true"}, {"optim": "adamw_torch"}, None),
+    ({"critical_gradients": 3}, {"critical_gradients": 0}, None),
+    ({"critical_gradients": 0}, {"critical_gradients": 3}, None),
+    (NADAMW, {**NADAMW, "optim_args": "betas=(0.7,0.8)"}, None),
+    (NADAMW, {**NADAMW, "optim_args": None}, None),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("there", "here", "named"), RESUMES)
+def test_a_resume_with_another_optimizer_is_refused_and_other_settings_of_it_hold(
+    tmp_path, there, here, named, caplog
+):
+    make_trainer(tmp_path, max_steps=2, save_steps=2, **there).train()
+    trainer = make_trainer(tmp_path, max_steps=3, save_strategy="no", **here)
+    if named is not None:
+        with pytest.raises((CheckpointError, ValueError), match=named):
+            trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 2
+        return
+    trainer.train(resume_from_checkpoint=True)
+    for name, value in there.items():
+        assert value == here.get(name) or f"{name} {value} there, {here.get(name)} here" in caplog.text
+    if there is NADAMW:
+        expected = (0.7, 0.8) if here["optim_args"] else (0.9, 0.999)
+        assert all(tuple(group["betas"]) == expected for group in trainer.optimizer.param_groups)
+    assert len(trainer.optimizer.state_dict().get("critical_gradients", {}).get("priorities", ())) == (
+        1 if here.get("critical_gradients") else 0
+    )
 
 
 @pytest.mark.parametrize("fields", [{"critical_gradients": 3}, {}])

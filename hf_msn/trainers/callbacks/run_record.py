@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class RunRecordCallback(TrainerCallback):
         recipe (`Mapping[str, Any]`, *optional*): The fields of the recipe as they were given.
         sync (`Mapping[str, Any]`, *optional*): `method` and settings of training with little communication.
         num_broken (`Mapping[str, int]`): The images found broken on all ranks, by the names of the log.
+        saved (`Mapping[str, Any]`): The record of the checkpoint that the training goes on from.
         resumes (`list`): Each earlier resume with other settings: its step, and the settings before and after.
     """
 
@@ -40,6 +42,7 @@ class RunRecordCallback(TrainerCallback):
         self.sync: Mapping[str, Any] | None = None
         self.num_broken: Mapping[str, int] = {}
         self.resumes: list[dict[str, Any]] = []
+        self.saved: Mapping[str, Any] = {}
         self._seconds_before: float | None = 0.0
         self._started: float | None = None
 
@@ -56,14 +59,13 @@ class RunRecordCallback(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint is of another data set, unless `resume_on_other_data` is set.
         """
-        self.resumes, self._seconds_before = [], 0.0
+        self.resumes, self.saved, self._seconds_before = [], {}, 0.0
         here = public_run(describe_training(self.trainer))
         if checkpoint is None:
             return
-        try:
-            saved = read_run(checkpoint) or {}
-        except ValueError:  # a damaged record must not prevent a resume
-            saved = {}
+        with suppress(ValueError):  # a damaged record must not prevent a resume
+            self.saved = read_run(checkpoint) or {}
+        saved = self.saved
         self.resumes, self._seconds_before = [*saved.get("resumes", ())], saved.get("wall_time_seconds")
         differing = self._compare_data(checkpoint, saved, here)
         if "settings" in saved:
