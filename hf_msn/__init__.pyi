@@ -100,6 +100,12 @@ from .models.modeling_head_classifier import HeadForImageClassification as HeadF
 from .models.modeling_msn import MSNForPreTraining as MSNForPreTraining
 from .models.modeling_paws import PAWSForPreTraining as PAWSForPreTraining
 from .models.modeling_suncet import SuNCEtForPreTraining as SuNCEtForPreTraining
+from .models.sequence_compression import (
+    SequenceCompression as SequenceCompression,
+)
+from .models.sequence_compression import (
+    compression_stages as compression_stages,
+)
 from .optim.critical_gradients import CriticalGradients as CriticalGradients
 from .optim.lars import LARS as LARS
 from .trainers.byol_arguments import BYOLTrainingArguments as BYOLTrainingArguments
@@ -127,6 +133,7 @@ from .trainers.callbacks.local_update import (
     bring_to_consensus as bring_to_consensus,
 )
 from .trainers.callbacks.low_shot import LowShotCallback as LowShotCallback
+from .trainers.callbacks.sequence_compression import SequenceCompressionCallback as SequenceCompressionCallback
 from .trainers.callbacks.set_predictor import SetPredictorCallback as SetPredictorCallback
 from .trainers.local_update_mixin import LocalUpdateTrainerMixin as LocalUpdateTrainerMixin
 from .trainers.msn_arguments import MSNTrainingArguments as MSNTrainingArguments

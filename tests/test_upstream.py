@@ -69,7 +69,7 @@ huggingface_hub.dataclasses: strict
 huggingface_hub.errors: HTTPError HfHubHTTPError OfflineModeIsEnabled
 huggingface_hub.utils: validate_repo_id
 huggingface_hub.utils.sha: sha_fileobj
-timm.layers: DropPath
+timm.layers: DropPath resample_patch_embed
 timm.models: build_model_with_cfg generate_default_cfgs register_model
 timm.models.resnet: BasicBlock Bottleneck ResNet
 transformers.activations: ACT2FN

@@ -318,8 +318,8 @@ def _load_model(model: nn.Module, original: _Original, path: Path) -> list[str]:
         names = key_maps.key_map(model, section)
         unknown = {name: [f"{section}.{name}"] for name in weights if name not in names}
         state.update(key_maps.to_ours(weights, names | unknown))
+    state["mask_state"] = torch.zeros(2, dtype=torch.int64)
     if original.method == "msn":
-        state["mask_state"] = torch.zeros(2, dtype=torch.int64)
         state["prototypes"] = original.prototypes
     _load_strictly(model, state, path)
     model._after_loading()

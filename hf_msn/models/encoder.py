@@ -21,14 +21,17 @@ from transformers.models.vit_msn.modeling_vit_msn import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .masking import patches_per_side
 from .onednn_linear import OneDNNLinear, joint_linear
+from .patch_resampling import resample_patch_weight
 
 
 class PatchDroppingViTMSNModel(ViTMSNModel):
     """`ViTMSNModel` with the same weights under the same names, that can drop patches and takes images of any size.
 
     A dropped patch costs nothing after the patch embedding: the layers see shorter sequences. Position embeddings are
-    interpolated (bicubic) where the number of patches differs from that of `config.image_size`.
+    interpolated (bicubic) where the number of patches differs from that of `config.image_size`. Patches of another
+    size are embedded with the same weights, see [`resample_patch_weight`].
     """
 
     _no_split_modules = ("ViTMSNEmbeddings", "PatchDroppingViTMSNLayer")
@@ -65,27 +68,31 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         cls_only: bool = False,
+        patch_size: int | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         r"""
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): H and W are multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): H and W are multiples of `config.patch_size`.
             kept_patches (`torch.LongTensor` of shape `(B, K)`, *optional*): Indices of the patches to keep, one row
                 per image, row-major over the grid of patches. By default all are kept.
             interpolate_pos_encoding (`bool`, *optional*): Ignored; part of the signature of `ViTMSNModel`.
             attention_mask (`torch.Tensor`, *optional*): As in `ViTMSNModel`, over the [CLS] and the kept patches.
             cls_only (`bool`, *optional*, defaults to `False`): Compute only the [CLS] in the last layer.
+            patch_size (`int`, *optional*): Pixels of a patch, by default `config.patch_size`. With another size the
+                images may have any sides: they are resized (bicubic, antialiased) to the nearest multiples of it.
 
         Returns:
             `BaseModelOutput`: `last_hidden_state` of shape `(B, 1 + K, D)`, or `(B, 1, D)` with `cls_only`, after the
             final LayerNorm. `hidden_states[-1]`, if requested, is the output of the last layer before it.
 
         Raises:
-            ValueError: If H or W is not a multiple of the patch size, or `cls_only` comes with an `attention_mask`.
+            ValueError: If H or W is not a multiple of `config.patch_size`, a side has less than half of a patch of
+                `patch_size`, or `cls_only` comes with an `attention_mask`.
         """
         if cls_only and attention_mask is not None:
             raise ValueError("`cls_only` takes no `attention_mask`. Leave out one of them.")
-        tokens = self._embed(pixel_values.to(self.embeddings.cls_token.dtype), kept_patches)
+        tokens = self._embed(pixel_values.to(self.embeddings.cls_token.dtype), kept_patches, patch_size)
         if attention_mask is not None:  # under torch.compile the function makes a mask of N x N, also for the [CLS]
             attention_mask = create_bidirectional_mask(self.config, tokens, attention_mask)
         for layer in self.layers[:-1]:
@@ -93,15 +100,22 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
         tokens = self.layers[-1](tokens, attention_mask, cls_only, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layernorm(tokens))
 
-    def _embed(self, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self, pixel_values: torch.Tensor, kept_patches: torch.Tensor | None, patch_size: int | None
+    ) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
-        patch_size = self.config.patch_size
-        if height % patch_size or width % patch_size or not height or not width:
+        own_size = self.config.patch_size
+        if patch_size is not None and patch_size != own_size:
+            rows, columns = (patches_per_side(side, patch_size) for side in (height, width))
+            patches = self._embed_patches(pixel_values, patch_size, rows, columns)
+            height, width = rows * own_size, columns * own_size  # by which the positions are interpolated
+        elif height % own_size or width % own_size or not height or not width:
             raise ValueError(
                 f"The images are {height} x {width} pixels, but both sides must be multiples of `patch_size`, which "
-                f"is {patch_size}. Resize or crop them, or choose another `image_size` or `focal_size`."
+                f"is {own_size}. Resize or crop them, or choose another `image_size` or `focal_size`."
             )
-        patches = self.embeddings.patch_embeddings(pixel_values)
+        else:
+            patches = self.embeddings.patch_embeddings(pixel_values)
         num_patches, hidden_size = patches.shape[1:]
         # interpolate_pos_encoding reads only the shape of its first argument
         positions = self.embeddings.interpolate_pos_encoding(
@@ -112,6 +126,15 @@ class PatchDroppingViTMSNModel(ViTMSNModel):
             patches = patches.gather(1, kept_patches.unsqueeze(-1).expand(-1, -1, hidden_size))
         cls_tokens = (self.embeddings.cls_token + positions[:, :1]).expand(batch_size, -1, -1)
         return self.embeddings.dropout(torch.cat([cls_tokens, patches], dim=1))
+
+    @torch.compiler.disable  # torch.compile would trace the pseudo-inverse in place of reading it from the cache
+    def _embed_patches(self, pixel_values: torch.Tensor, patch_size: int, rows: int, columns: int) -> torch.Tensor:
+        sides = (rows * patch_size, columns * patch_size)
+        if pixel_values.shape[-2:] != sides:
+            pixel_values = F.interpolate(pixel_values, sides, mode="bicubic", antialias=True)
+        projection = self.embeddings.patch_embeddings.projection
+        weight = resample_patch_weight(projection.weight, patch_size)
+        return F.conv2d(pixel_values, weight, projection.bias, stride=patch_size).flatten(2).transpose(1, 2)
 
 
 class PatchDroppingViTMSNLayer(ViTMSNLayer):

@@ -11,6 +11,21 @@ def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
     return math.floor(num_patches * (1.0 - mask_ratio) + 1e-9)
 
 
+def patches_per_side(side: int, patch_size: int) -> int:
+    """Return the number of patches of `patch_size` pixels nearest to `side` pixels.
+
+    Raises:
+        ValueError: If it is 0.
+    """
+    number = (2 * side + patch_size) // (2 * patch_size)
+    if number < 1:
+        raise ValueError(
+            f"`patch_size` {patch_size} leaves no patch of a side of {side} pixels, which must have at least half of "
+            "it. Choose a smaller one, or larger views."
+        )
+    return number
+
+
 def draw_kept_patches(
     batch_size: int, num_patches: int, mask_ratio: float, *, seed: tuple[int, ...], shared: bool = False
 ) -> torch.Tensor:
@@ -22,8 +37,8 @@ def draw_kept_patches(
     num_kept = num_kept_patches(num_patches, mask_ratio)
     if num_kept < 1:
         raise ValueError(
-            f"`mask_ratio` {mask_ratio} leaves none of the {num_patches} patches of a view. Lower it, or choose "
-            "larger views or a smaller `patch_size`."
+            f"`mask_ratio` {mask_ratio:g} (with token dropout) leaves none of the {num_patches} patches of a view. "
+            "Lower it, or choose larger views or a smaller `patch_size`."
         )
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     keys = torch.rand(1 if shared else batch_size, num_patches, generator=generator)

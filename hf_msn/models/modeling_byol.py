@@ -52,7 +52,9 @@ class BYOLForPreTraining(TargetModel, AnyEncoderModel):
     def __init__(self, config: BYOLConfig):
         super().__init__(config)
         self.target_encoder = self.target_projection_head = None
-        if config.ema:
+        if not config.ema:
+            self.view_kinds = ("global", "focal")
+        else:
             self.target_encoder, width = build_encoder(config)
             self.target_projection_head = self._make_projection_head(width)
             if config.timm_model is not None:
@@ -103,9 +105,9 @@ class BYOLForPreTraining(TargetModel, AnyEncoderModel):
         """
         check_two_views(pixel_values, anchor_pixel_values)
         views = [pixel_values, anchor_pixel_values[:, 0]]
-        features = [self._features(self.encoder, view, self._draw_kept_patches(view)) for view in views]
+        features = [self._features(self.encoder, view, "global") for view in views]
         if focal_pixel_values is not None and focal_pixel_values.shape[1]:
-            features.append(self._features(self.encoder, focal_pixel_values.unbind(1)))
+            features.append(self._features(self.encoder, focal_pixel_values.unbind(1), "focal"))
         projections = self._apply_head(self.projection_head, features)
         self.input_correlation.observe(torch.cat(projections))
         predictions = self._apply_head(self.prediction_head, projections)
@@ -113,7 +115,7 @@ class BYOLForPreTraining(TargetModel, AnyEncoderModel):
             first, second = projections[:2]
         else:
             with torch.no_grad():
-                whole = [self._features(self.target_encoder, view) for view in views]
+                whole = [self._features(self.target_encoder, view, "target") for view in views]
                 first, second = self._apply_head(self.target_projection_head, whole)
         return BYOLForPreTrainingOutput(
             loss=byol_loss(torch.cat(predictions), torch.cat([second, first])),

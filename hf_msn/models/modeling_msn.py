@@ -108,8 +108,8 @@ class MSNForPreTraining(TargetModel):
 
         rows = []
         for name, view in views.items():
-            kept_patches = self._draw_kept_patches(view) if name == "anchor_pixel_values" else None
-            rows.append(self._features(self.encoder, view.unbind(1), kept_patches))  # view-major
+            kind = "global" if name == "anchor_pixel_values" else "focal"
+            rows.append(self._features(self.encoder, view.unbind(1), kind))  # view-major
         features = rows[0][:batch_size].detach()
         if len({view.shape[-2:] for view in views.values()}) == 1:
             rows = [torch.cat(rows)]
@@ -150,7 +150,7 @@ class MSNForPreTraining(TargetModel):
 
     def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return projections of the target: `(B, C, H, W)` -> `(B, projection_dim)`."""
-        return self.target_projection_head(self._features(self.target_encoder, pixel_values))
+        return self.target_projection_head(self._features(self.target_encoder, pixel_values, "target"))
 
 
 AutoConfig.register(MSNConfig.model_type, MSNConfig)

@@ -49,6 +49,7 @@ class PAWSForPreTraining(SemiSupervisedModel):
 
     config_class = PAWSConfig
     config: PAWSConfig
+    view_kinds = ("global", "focal", "support")
 
     def __init__(self, config: PAWSConfig):
         super().__init__(config)
@@ -76,11 +77,13 @@ class PAWSForPreTraining(SemiSupervisedModel):
         check_two_views(pixel_values, anchor_pixel_values)
         check_support(support_pixel_values, support_labels)
         views = [pixel_values, anchor_pixel_values[:, 0]]
+        kinds = ["support", "global", "global"]
         num_small_crops = 0 if focal_pixel_values is None else focal_pixel_values.shape[1]
         if num_small_crops:
             views += focal_pixel_values.unbind(1)
+            kinds += ["focal"] * num_small_crops
 
-        features, *outputs = self._apply_heads([support_pixel_values, *views])
+        features, *outputs = self._apply_heads([support_pixel_values, *views], kinds)
         target_supports, first, second, *_ = outputs[0]
         anchor_supports, *anchors = outputs[-1]
 

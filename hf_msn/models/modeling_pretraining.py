@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -18,8 +21,9 @@ from .configuration_pretraining import AnyEncoderConfig, PretrainingConfig, Semi
 from .encoder import PatchDroppingViTMSNModel
 from .gradient_cache import EncoderChunks, concatenate
 from .heads import PredictionHead, ProjectionHead
-from .masking import draw_kept_patches
+from .masking import draw_kept_patches, patches_per_side
 from .pretrained_encoders import build_encoder, copy_encoder, load_encoder, select_fields
+from .sequence_compression import SequenceCompression, ViewCompression
 
 # arguments of `from_pretrained` that locate a checkpoint
 _LOCATION = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
@@ -44,11 +48,24 @@ class PretrainingModel(PreTrainedModel):
     _supports_attention_backend = True
     trunk_from: str | None = None  # the argument of `from_backbone`
     encoder_chunks: EncoderChunks | None = None  # set by a GradientCache
+    view_kinds: tuple[str, ...] = ("global", "focal", "target")  # that a SequenceCompression can compress
+    _compression: SequenceCompression | None = None
+
+    def __init__(self, config: PretrainingConfig):
+        super().__init__(config)
+        # Seed of the kept patches and number of draws so far. In the state dict, so that a resumed run draws what
+        # comes next.
+        self.register_buffer("mask_state", torch.zeros(2, dtype=torch.int64))
+        # The host's copy of mask_state, read on demand: reading a GPU tensor at each step would stall it.
+        self._mask_draw = None
+        self.register_load_state_dict_post_hook(_forget_mask_draw)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         # Called for the layers of the heads: a ViTMSN initialises its own layers.
         super()._init_weights(module)
+        if isinstance(module, PretrainingModel):
+            init.zeros_(module.mask_state)
         if not isinstance(module, nn.Linear):
             return
         if self.config.head_initializer_range is None:
@@ -123,22 +140,90 @@ class PretrainingModel(PreTrainedModel):
             if encoder is not None:
                 encoder.compile(**kwargs)
 
+    @property
+    def compression(self) -> SequenceCompression | None:
+        """What the views lose in training mode, or `None`. A `ValueError` if the model cannot lose it."""
+        return self._compression
+
+    @compression.setter
+    def compression(self, compression: SequenceCompression | None) -> None:
+        if compression is not None:
+            compression.check(self)
+        self._compression = compression
+
+    def mask_ratio_of(self, kind: str | None) -> float:
+        """Return the fraction of the patches that the method itself masks in a kind of view."""
+        return getattr(self.config, "mask_ratio", 0.0) if kind == "global" else 0.0
+
+    @torch.no_grad()
+    def seed_masks(self, seed: int) -> None:
+        """Restart the sequence of draws of kept patches from `seed`. Each rank draws its own."""
+        self.mask_state.copy_(torch.tensor([seed, 0]))
+        self._mask_draw = None
+
     def _features(
         self,
         encoder: nn.Module,
         images: torch.Tensor | Sequence[torch.Tensor],
-        kept_patches: torch.Tensor | None = None,
+        kinds: str | Sequence[str] | None = None,
     ) -> torch.Tensor:
         """Return the features (N, D) of images of one size: the [CLS] of a ViTMSN, the output of a network of timm.
 
-        Every method calls its encoders here, where a [`GradientCache`] cuts the images into chunks. Several tensors
-        count as one; it costs a copy only without chunks.
+        Every method calls its encoders here, where views are masked and compressed, and a [`GradientCache`] cuts the
+        images into chunks. Several tensors count as one, which costs a copy only without chunks; `kinds` is the kind
+        of all views, or one per tensor. Kinds that lose the same share a pass.
         """
         parts = [images] if isinstance(images, torch.Tensor) else list(images)
-        encode = partial(_encode, encoder)
+        kinds = [kinds] * len(parts) if kinds is None or isinstance(kinds, str) else kinds
+        settings = [(self._compression_of(kind), self.mask_ratio_of(kind)) for kind in kinds]
+        features = []
+        for (view, mask_ratio), group in groupby(zip(settings, parts), key=itemgetter(0)):
+            rows = [part for _, part in group]
+            kept_patches = self._draw_kept_patches(rows, view.drop_ratio(mask_ratio), view.patch_size)
+            if self.compression is not None and self.training:
+                self.compression.count(self.config, view, rows, mask_ratio)
+            features.append(self._encode(encoder, rows, kept_patches, view.patch_size))
+        return concatenate(features)
+
+    def _encode(
+        self,
+        encoder: nn.Module,
+        parts: Sequence[torch.Tensor],
+        kept_patches: torch.Tensor | None,
+        patch_size: int | None,
+    ) -> torch.Tensor:
+        encode = partial(_encode, encoder, patch_size=patch_size)
         if self.encoder_chunks is None:
             return encode(concatenate(parts), kept_patches)
         return self.encoder_chunks.encode(encoder, encode, parts, kept_patches)
+
+    def _compression_of(self, kind: str | None) -> ViewCompression:
+        if self.compression is None or kind is None or not self.training:
+            return ViewCompression()
+        view = self.compression.views[kind]
+        return replace(view, patch_size=None) if view.patch_size == self.config.patch_size else view
+
+    def _draw_kept_patches(
+        self, parts: Sequence[torch.Tensor], ratio: float, patch_size: int | None = None
+    ) -> torch.Tensor | None:
+        if ratio == 0:
+            return None
+        if self._mask_draw is None:
+            self._mask_draw = tuple(self.mask_state.tolist())
+        seed, draw = self._mask_draw
+        shared = getattr(self.config, "shared_mask", False)
+        sides = [patches_per_side(side, patch_size or self.config.patch_size) for side in parts[0].shape[-2:]]
+        kept = draw_kept_patches(
+            sum(map(len, parts)),
+            math.prod(sides),
+            ratio,
+            seed=(seed, 0 if shared else rank(), draw),
+            shared=shared,
+        )
+        if self.training:  # an evaluation does not advance the sequence
+            self._mask_draw = (seed, draw + 1)
+            self.mask_state[1].fill_(draw + 1)
+        return kept.to(parts[0].device, non_blocking=True)
 
     def _apply_head(self, head: nn.Module, resolutions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Apply a head to the rows of each resolution: its batch statistics are theirs, or those of all rows."""
@@ -156,20 +241,6 @@ class TargetModel(PretrainingModel):
     The target of the module `encoder` or of a head is the module `target_encoder`, `target_projection_head`,
     `target_prediction_head`, where the method makes one.
     """
-
-    def __init__(self, config: PretrainingConfig):
-        super().__init__(config)
-        # Seed of the masks and number of draws so far. In the state dict, so that a resumed run draws what comes next.
-        self.register_buffer("mask_state", torch.zeros(2, dtype=torch.int64))
-        # The host's copy of mask_state, read on demand: reading a GPU tensor at each step would stall it.
-        self._mask_draw = None
-        self.register_load_state_dict_post_hook(_forget_mask_draw)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, TargetModel):
-            init.zeros_(module.mask_state)
 
     @classmethod
     def from_backbone(cls, name_or_path: str | Path, **config_fields):
@@ -213,32 +284,6 @@ class TargetModel(PretrainingModel):
         names = ("encoder", "projection_head", "prediction_head")
         pairs = [(getattr(self, name), getattr(self, f"target_{name}", None)) for name in names]
         return [(online, target) for online, target in pairs if target is not None]
-
-    @torch.no_grad()
-    def seed_masks(self, seed: int) -> None:
-        """Restart the sequence of mask draws from `seed`. Each rank draws its own."""
-        self.mask_state.copy_(torch.tensor([seed, 0]))
-        self._mask_draw = None
-
-    def _draw_kept_patches(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        if self.config.mask_ratio == 0:
-            return None
-        if self._mask_draw is None:
-            self._mask_draw = tuple(self.mask_state.tolist())
-        seed, draw = self._mask_draw
-        patch_size = self.config.patch_size
-        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        kept = draw_kept_patches(
-            pixel_values.shape[:-3].numel(),
-            num_patches,
-            self.config.mask_ratio,
-            seed=(seed, 0 if self.config.shared_mask else rank(), draw),
-            shared=self.config.shared_mask,
-        )
-        if self.training:  # an evaluation does not advance the sequence
-            self._mask_draw = (seed, draw + 1)
-            self.mask_state[1].fill_(draw + 1)
-        return kept.to(pixel_values.device, non_blocking=True)
 
 
 class AnyEncoderModel(PretrainingModel):
@@ -311,8 +356,8 @@ class AnyEncoderModel(PretrainingModel):
         if enable:
             track_statistics_once(self.encoder)
 
-    def _apply_heads(self, groups: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Apply the encoder and then the heads, one after the other, to groups of images.
+    def _apply_heads(self, groups: list[torch.Tensor], kinds: list[str]) -> list[list[torch.Tensor]]:
+        """Apply the encoder and then the heads, one after the other, to groups of images, each of a kind of view.
 
         Images of one size share a pass of the encoder and, with `batch_norm_per_resolution`, of the heads.
 
@@ -320,10 +365,15 @@ class AnyEncoderModel(PretrainingModel):
             `list[list[torch.Tensor]]`: The features of each group, then for each head its outputs for each group:
                 projections first, predictions last.
         """
-        sizes = list(dict.fromkeys(group.shape[-2:] for group in groups))
-        order = [place for size in sizes for place, group in enumerate(groups) if group.shape[-2:] == size]
-        groups_of_size = ([group for group in groups if group.shape[-2:] == size] for size in sizes)
-        stages = [[self._features(self.encoder, images) for images in groups_of_size]]
+        sizes = dict.fromkeys(group.shape[-2:] for group in groups)
+        of_size = [[place for place, group in enumerate(groups) if group.shape[-2:] == size] for size in sizes]
+        order = [place for places in of_size for place in places]
+        stages = [
+            [
+                self._features(self.encoder, [groups[i] for i in places], [kinds[i] for i in places])
+                for places in of_size
+            ]
+        ]
         heads = [self.projection_head] + ([] if self.prediction_head is None else [self.prediction_head])
         for head in heads:
             stages.append(self._apply_head(head, stages[-1]))
@@ -338,6 +388,11 @@ class SemiSupervisedModel(AnyEncoderModel):
     """Base of [`PAWSForPreTraining`] and [`SuNCEtForPreTraining`]: any encoder, its heads, a support set."""
 
     config: SemiSupervisedConfig
+    _keys_to_ignore_on_load_missing = ("mask_state",)  # which older checkpoints lack
+
+    def __init__(self, config: SemiSupervisedConfig):
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(_add_mask_state)
 
     def _label_rows(self, support_labels: torch.Tensor) -> torch.Tensor:
         """Return smoothed one-hot rows of this rank's supports, one column per class in the support of **all** ranks.
@@ -362,14 +417,21 @@ class SemiSupervisedModel(AnyEncoderModel):
         return rows * (1 - smoothing) + smoothing / len(classes)
 
 
-def _encode(encoder: nn.Module, images: torch.Tensor, kept_patches: torch.Tensor | None) -> torch.Tensor:
+def _encode(
+    encoder: nn.Module, images: torch.Tensor, kept_patches: torch.Tensor | None, patch_size: int | None
+) -> torch.Tensor:
     if isinstance(encoder, PatchDroppingViTMSNModel):
-        return encoder(images, kept_patches=kept_patches, cls_only=True).last_hidden_state[:, 0]
+        settings = {} if patch_size is None else {"patch_size": patch_size}
+        return encoder(images, kept_patches=kept_patches, cls_only=True, **settings).last_hidden_state[:, 0]
     return encoder(images)
 
 
-def _forget_mask_draw(model: TargetModel, incompatible_keys) -> None:
+def _forget_mask_draw(model: PretrainingModel, incompatible_keys) -> None:
     model._mask_draw = None
+
+
+def _add_mask_state(model: SemiSupervisedModel, state_dict: dict, prefix: str, *args) -> None:
+    state_dict.setdefault(f"{prefix}mask_state", torch.zeros_like(model.mask_state))
 
 
 def names_of_shared_tensors(module: nn.Module, prefix: str) -> dict[str, str]:

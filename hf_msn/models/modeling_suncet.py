@@ -45,6 +45,7 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
 
     config_class = SuNCEtConfig
     config: SuNCEtConfig
+    view_kinds = ("global", "support")
 
     def __init__(self, config: SuNCEtConfig):
         super().__init__(config)
@@ -80,14 +81,15 @@ class SuNCEtForPreTraining(SemiSupervisedModel):
                 "`pixel_values` and `support_pixel_values` are both None, or a support comes alone with "
                 "`supervised=False`: there is no loss. Give two views, a support, or both."
             )
-        groups = []
+        groups, kinds = [], []
         if support_pixel_values is not None or support_labels is not None:
             check_support(support_pixel_values, support_labels)
-            groups.append(support_pixel_values)
+            groups, kinds = [support_pixel_values], ["support"]
         if pixel_values is not None:
             check_two_views(pixel_values, anchor_pixel_values)
             groups += [pixel_values, anchor_pixel_values[:, 0]]
-        features, *_, projections = self._apply_heads(groups)
+            kinds += ["global", "global"]
+        features, *_, projections = self._apply_heads(groups, kinds)
         watched = torch.cat(features[-2:]).detach(), torch.cat(projections[-2:]).detach()
         suncet = nt_xent = None
         if support_labels is not None:

@@ -83,6 +83,11 @@ class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
         help="Gradient cache: encode this many images at a time, so that a batch needs the memory of one such chunk; "
         "heads and loss see the whole batch. Costs one more forward pass. none: all at once.",
     )
+    compression: str | None = HfArg(
+        default=None,
+        help="Sequence compression: constant:0.5@24, drop half of the patches, of 24 pixels; linear:0.75, fewer and "
+        "fewer in 5 stages; or a JSON file of find-compression. See docs/compression.md.",
+    )
     compile_encoder: bool = HfArg(
         default=False, help="torch.compile the encoders. (`torch_compile` would take the whole model.)"
     )

@@ -35,6 +35,7 @@ from .callbacks.dataset_epoch import DatasetEpochCallback
 from .callbacks.non_finite import NonFiniteLossCallback
 from .callbacks.push import PushCallback
 from .callbacks.run_record import RunRecordCallback
+from .callbacks.sequence_compression import SequenceCompressionCallback
 from .callbacks.throughput import ThroughputCallback, ThroughputProgressCallback
 from .checkpoints import (
     CheckpointError,
@@ -86,6 +87,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         if args.sync_batch_norm and args.world_size > 1:
             model = synchronize_batch_norm(model, args.device)
         super().__init__(model=model, args=args, **kwargs)
+        self.model.seed_masks(args.seed)
         self.loss_is_scaled_for_ga = False  # every micro-batch returns a mean
         self.can_return_loss = True  # without labels: an eval_dataset of views gives eval_loss
         if isinstance(self.train_dataset, StreamingMultiViewDataset):
@@ -98,6 +100,8 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         epoch = DatasetEpochCallback(self.train_dataset)
         for callback in (epoch, self.throughput, self.non_finite, self.run_record, self.collapse):
             self.add_callback(callback)
+        if args.compression is not None:
+            self.add_callback(SequenceCompressionCallback(self, args.compression))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ThroughputProgressCallback)

@@ -21,7 +21,6 @@ class TargetTrainer(PretrainingTrainer):
 
     def __init__(self, model: TargetModel, args: TargetArguments, data_collator=None, **kwargs):
         super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
-        self.model.seed_masks(args.seed)
         if args.compile_encoder:
             self.model.compile_encoders()
         self.add_callback(UpdateTargetCallback(self.ema_momentum_now))

@@ -108,7 +108,7 @@ def test_the_whole_model_under_ddp_gets_the_gradients_of_the_concatenated_batch(
 def _masks(rank, shared):
     model = tiny_model(shared_mask=shared)
     model.seed_masks(3)
-    return model._draw_kept_patches(torch.zeros(2, 3, 16, 16))
+    return model._draw_kept_patches([torch.zeros(2, 3, 16, 16)], 0.25)
 
 
 def test_every_rank_draws_its_own_masks_unless_they_are_shared():

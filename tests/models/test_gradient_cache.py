@@ -75,14 +75,14 @@ def assert_same_step(found, expected, tolerance=1e-12):
 
 
 def encode_in_chunks(chunk_sizes):
-    """Return the reference in place of `_features`: a loop over the chunks, all of whose activations are kept."""
-    whole = PretrainingModel._features
+    """Return the reference in place of `_encode`: a loop over the chunks, all of whose activations are kept."""
+    whole = PretrainingModel._encode
 
-    def encode(self, encoder, images, kept_patches=None):
-        images = torch.cat([images] if torch.is_tensor(images) else list(images))
+    def encode(self, encoder, images, kept_patches, patch_size):
+        images = torch.cat(images)
         sizes = chunk_sizes(len(images))
         kept = [None] * len(sizes) if kept_patches is None else kept_patches.split(sizes)
-        return torch.cat([whole(self, encoder, [rows], k) for rows, k in zip(images.split(sizes), kept)])
+        return torch.cat([whole(self, encoder, [rows], k, patch_size) for rows, k in zip(images.split(sizes), kept)])
 
     return encode
 
@@ -112,7 +112,7 @@ def test_random_draws_of_a_chunk_are_the_same_in_both_passes(make, batch, monkey
     found = take_cached(copy.deepcopy(model), batch, 4)
     after = torch.rand(1)
     sizes = {12: [4, 4, 4], 10: [3, 3, 4], 6: [3, 3], 5: [2, 3]}
-    monkeypatch.setattr(PretrainingModel, "_features", encode_in_chunks(sizes.__getitem__))
+    monkeypatch.setattr(PretrainingModel, "_encode", encode_in_chunks(sizes.__getitem__))
     torch.manual_seed(5)
     expected = take(copy.deepcopy(model), batch)
     assert_same_step(found, expected)
@@ -226,7 +226,7 @@ def test_batch_norm_in_an_encoder_is_per_chunk_with_statistics_of_one_pass(monke
 
     plain = take(copy.deepcopy(model), batch)
     assert (found[0] - plain[0]).abs() > 1e-4
-    monkeypatch.setattr(PretrainingModel, "_features", encode_in_chunks({12: [6, 6], 6: [6]}.__getitem__))
+    monkeypatch.setattr(PretrainingModel, "_encode", encode_in_chunks({12: [6, 6], 6: [6]}.__getitem__))
     assert_same_step(found, take(model, batch))
 
 
