@@ -135,6 +135,12 @@ from .trainers.callbacks.local_update import (
 from .trainers.callbacks.low_shot import LowShotCallback as LowShotCallback
 from .trainers.callbacks.sequence_compression import SequenceCompressionCallback as SequenceCompressionCallback
 from .trainers.callbacks.set_predictor import SetPredictorCallback as SetPredictorCallback
+from .trainers.find_compression import (
+    compare_gradients as compare_gradients,
+)
+from .trainers.find_compression import (
+    find_compression as find_compression,
+)
 from .trainers.local_update_mixin import LocalUpdateTrainerMixin as LocalUpdateTrainerMixin
 from .trainers.msn_arguments import MSNTrainingArguments as MSNTrainingArguments
 from .trainers.msn_trainer import MSNTrainer as MSNTrainer

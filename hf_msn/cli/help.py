@@ -15,7 +15,7 @@ def help_texts() -> dict[str, str]:
     choices = {"pretrain": METHODS, "finetune": HEADS}
     texts = {}
     for command in COMMANDS:
-        make_parser = importlib.import_module(f".{command}", __package__).make_parser
+        make_parser = importlib.import_module(f".{command.replace('-', '_')}", __package__).make_parser
         if command in VARIANTS:
             texts |= {f"{command}_{variant}.txt": make_parser(variant).format_help() for variant in choices[command]}
         else:

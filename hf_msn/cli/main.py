@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "Pretrain an image encoder: MSN and BYOL without labels, PAWS and SimCLR + SuNCEt with a few.",
     "finetune": "Fine-tune on labelled images: a linear classifier, or encoder and projection head by SuNCEt.",
     "evaluate": "Measure the accuracy of a frozen model with a few labelled images per class.",
+    "find-compression": "Measure which sequence compression makes a run cheapest, and write its schedule.",
     "publish": "Publish a checkpoint on the Hugging Face Hub, with a card of measured numbers.",
     "convert": "Convert the papers' checkpoints of MSN and PAWS, and back.",
     "card": "Write the model card of a checkpoint.",
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     if command in ("-h", "--help"):
         print("usage: hf-msn COMMAND [--FIELD VALUE ...]\n")
         for name, text in COMMANDS.items():
-            print(f"  {name:<10}{text}")
+            print(f"  {name:<18}{text}")
         print("\n`hf-msn COMMAND --help` lists the fields of a command.")
         return
     check_choice("command", command, COMMANDS)
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         rest = without_debug(rest)
         if command in VARIANTS and int(os.environ.get("RANK", 0)) == 0:
             show_info_lines()
-        importlib.import_module(f".{command}", __package__).main(rest)
+        importlib.import_module(f".{command.replace('-', '_')}", __package__).main(rest)
 
 
 def show_info_lines() -> None:

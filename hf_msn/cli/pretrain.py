@@ -37,6 +37,7 @@ from ..data.transforms import MultiViewTransform
 from ..evaluation.backbones import evaluated_module
 from ..evaluation.low_shot import LowShotEvaluator
 from ..files import write_text
+from ..models.sequence_compression import compression_stages
 from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.low_shot import LowShotCallback
 from ..trainers.pretraining_arguments import uses_accelerator
@@ -154,6 +155,8 @@ class Recipe:
             args.save_strategy = args.logging_strategy = "no"
             args.report_to, args.disable_tqdm, args.push_to_hub, args.on_collapse = [], True, False, "ignore"
             args.resume_from_checkpoint = None
+            if args.compression is not None and len(compression_stages(args.compression, 1)) > 1:
+                args.compression = None  # sequences may grow, and the run must not be longer than asked for
             trainer = self.method.trainer(self.build_model(), args, **self.build_datasets(), callbacks=[timer])
             trainer.remove_callback(PrinterCallback)
             trainer.train()

@@ -90,8 +90,11 @@ class SequenceCompression:
             check_known(settings, ("dropout", "patch_size"), f"setting of the {kind} views")
             self.views[kind] = ViewCompression(**settings)
 
-    def check(self, model) -> None:
-        """Raise a `ValueError` if a pretraining model cannot be compressed like this, or has no such view."""
+    def check(self, model, view_sizes: Mapping[str, int] | None = None) -> None:
+        """Raise a `ValueError` if a pretraining model cannot be compressed like this, or has no such view.
+
+        `view_sizes` are those of a transform, in pixels; by default global views of `config.image_size` are checked.
+        """
         config = model.config
         remedy = f"This model has {', '.join(model.view_kinds)}."
         check_known(self.named, model.view_kinds, "kind of view", remedy=remedy)
@@ -100,18 +103,17 @@ class SequenceCompression:
                 "Sequence compression needs a ViT of this package, whose patches can be dropped, but `timm_model` is "
                 f"'{config.timm_model}'. Leave one of them out."
             )
-        for kind in set(model.view_kinds) - {"focal"}:
-            self.check_size(kind, config.image_size, model)
-
-    def check_size(self, kind: str, size: int, model) -> None:
-        """Raise a `ValueError` if no patch is left of views of `size` pixels."""
-        config, view = model.config, self.views[kind]
-        num_patches = patches_per_side(size, view.patch_size or config.patch_size) ** 2
-        if num_kept_patches(num_patches, view.drop_ratio(model.mask_ratio_of(kind))) < 1:
-            raise ValueError(
-                f"`dropout` {view.dropout} leaves none of the {num_patches} patches of the {kind} views of {size} "
-                "pixels. Lower it, or choose a smaller `patch_size`."
-            )
+        view_sizes = {"image_size": config.image_size, **(view_sizes or {})}
+        for kind in model.view_kinds:
+            size = view_sizes.get("focal_size" if kind == "focal" else "image_size")
+            if size is not None:
+                view = self.views[kind]
+                num_patches = patches_per_side(size, view.patch_size or config.patch_size) ** 2
+                if num_kept_patches(num_patches, view.drop_ratio(model.mask_ratio_of(kind))) < 1:
+                    raise ValueError(
+                        f"`dropout` {view.dropout} leaves none of the {num_patches} patches of the {kind} views of "
+                        f"{size} pixels. Lower it, or choose a smaller `patch_size`."
+                    )
 
     def count(
         self, config: ViTMSNConfig, view: ViewCompression, images: Sequence[torch.Tensor], mask_ratio: float

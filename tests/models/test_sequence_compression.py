@@ -213,7 +213,7 @@ def test_a_compiled_encoder_is_compiled_once_for_each_shape():
     for patch_size in (4, 8, 5, 8, 4, 5):
         losses = []
         for one in (model, compiled):
-            one.compression = SequenceCompression(0.5, patch_size)
+            one.compression = SequenceCompression(0.5, patch_size, {"focal": {"patch_size": patch_size}})
             losses.append(one(**batch).loss.item())
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         graphs.append(counter.frame_count)
@@ -232,7 +232,7 @@ def flops_of(step) -> int:
 @pytest.mark.parametrize(("dropout", "patch_size"), [(0.0, 4), (0.5, 4), (0.0, 8), (0.75, 3)])
 def test_counted_flops_of_an_encoder_are_those_of_the_formula(dropout, patch_size):
     config = tiny_config(image_size=24, num_hidden_layers=3, hidden_size=64)
-    encoder, images = PatchDroppingViTMSNModel(config), torch.randn(32, 3, 24, 24)
+    encoder, images = PatchDroppingViTMSNModel(config).double(), torch.randn(32, 3, 24, 24)
     encoder.set_attn_implementation("eager")  # the counter does not know the CPU's own attention
     num_patches = (24 // patch_size) ** 2
     kept = torch.stack([torch.randperm(num_patches)[: int(num_patches * (1 - dropout))] for _ in range(32)])

@@ -47,9 +47,7 @@ class SequenceCompressionCallback(TrainerCallback):
         self.counts: Counter[str] = Counter()
         sizes = trainer.view_sizes() if hasattr(trainer, "view_sizes") else {}
         for _, stage in self.stages:
-            stage.check(model)
-            if "focal" in model.view_kinds and "focal_size" in sizes:
-                stage.check_size("focal", sizes["focal_size"], model)
+            stage.check(model, sizes)
             stage.counts = self.counts
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -136,7 +136,8 @@ def test_with_a_gradient_cache_a_run_is_the_compressed_one(tmp_path):
 
 
 def _train_on_a_rank(rank, folder):
-    trainer = compressed(folder, method="suncet", schedule="constant:0.5", model_fields={"patch_size": 2})
+    model = {"patch_size": 2}
+    trainer = compressed(folder, method="suncet", schedule="constant:0.5", model_fields=model, support_shard="images")
     draws = []
     draw = trainer.model._draw_kept_patches
     trainer.model._draw_kept_patches = lambda *args: draws.append(draw(*args)) or draws[-1]
