@@ -35,12 +35,10 @@ class ViewCompression:
     patch_size: int | None = None
 
     def __post_init__(self):
-        remedy = "It is the fraction of the patches to drop; the paper has 0.25 to 0.75."
+        remedy = "It is the fraction of the patches to drop."
         check_number("dropout", self.dropout, minimum=0, below=1, remedy=remedy)
         if self.patch_size is not None:
-            check_integer(
-                "patch_size", self.patch_size, meaning="counts pixels", remedy="Leave it out for the model's."
-            )
+            check_integer("patch_size", self.patch_size, meaning="counts pixels", remedy="None is the model's.")
 
     def drop_ratio(self, mask_ratio: float) -> float:
         """Return the fraction of the patches that mask and dropout take together."""
@@ -87,6 +85,11 @@ class SequenceCompression:
         self.named = tuple(views)
         self.counts: Counter[str] = Counter()
         for kind, settings in views.items():
+            if not isinstance(settings, Mapping):
+                raise ValueError(
+                    f"The {kind} views must have a mapping of settings, but have {settings!r}. Give dropout, "
+                    "patch_size or both."
+                )
             check_known(settings, ("dropout", "patch_size"), f"setting of the {kind} views")
             self.views[kind] = ViewCompression(**settings)
 
@@ -148,7 +151,7 @@ def compression_stages(
             range, or they do not begin at 0 in order.
     """
     if isinstance(schedule, (str, os.PathLike)):
-        named = re.fullmatch(r"none|(constant|linear)(?::([^@]*))?(?:@(\d+))?", os.fspath(schedule))
+        named = re.fullmatch(r"none|(constant(?=[:@])|linear)(?::([^@]*))?(?:@(\d+))?", os.fspath(schedule))
         schedule = _read_stages(schedule) if named is None else _named_stages(*named.groups(), patch_size)
     stages = []
     if not isinstance(schedule, Sequence) or not schedule:
@@ -173,8 +176,10 @@ def compression_stages(
 def _named_stages(name: str | None, rate: str | None, patch_size: str | None, own_size: int) -> list[dict[str, Any]]:
     if name is None:
         return [{"progress": 0}]
+    if rate is None:
+        rate = "0.75" if name == "linear" and patch_size is None else "0"
     try:
-        dropout = float(rate) if rate else (0.75 if name == "linear" and patch_size is None else 0.0)
+        dropout = float(rate)
     except ValueError:
         dropout = rate  # which is then named
     first = {"progress": 0, "dropout": dropout, "patch_size": None if patch_size is None else int(patch_size)}

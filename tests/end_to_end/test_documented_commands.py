@@ -13,7 +13,7 @@ from hf_msn import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README", "docs/pretraining", "docs/few_labels", "docs/evaluation", "docs/publishing", "docs/communication"]
-PAGES += ["model_cards/README"]
+PAGES += ["docs/compression", "model_cards/README"]
 # They need the network, root or minutes; the scripts among them have tests of their own.
 LEFT_OUT = ("pip ", "make ", "hf auth ", "sudo ", "python scripts/compare_codistillation.py", "accelerate ")
 SHORT = {
@@ -21,6 +21,7 @@ SHORT = {
     "--num_processes 1 --dataloader_num_workers 0 --report_to none --disable_tqdm true --overwrite_output_dir true",
     "finetune": "--use_cpu true --num_train_epochs 1 --disable_tqdm true --overwrite_output_dir true",
     "evaluate": "--num_splits 1",
+    "find-compression": "--batches 3 --dropouts 0 0.5",
     "publish": "--dry_run true",
     "card": "--plot false",
     "convert": "--num_attention_heads 4",
