@@ -21,7 +21,9 @@ _COLUMNS = 2**20  # of the gradients that are multiplied at a time in float64
 
 @dataclass
 class GradientEstimate:
-    """Estimates for the gradient of a strategy against the plain one, each with its standard error (jackknife).
+    """Estimates for the gradient of a strategy against the plain one, each with its standard error.
+
+    The errors are those of the jackknife over mini-batches; of a bias of 0 they are about 1.5 times too large.
 
     Attributes:
         bias2 (`float`): |E g_s - E g|^2, unbiased, so that it can be below 0 where there is no bias.
@@ -192,9 +194,8 @@ def _mini_batches(trainer: PretrainingTrainer, count: int) -> list[dict[str, tor
     while len(inputs) < count:
         before = len(inputs)
         for batch in trainer.get_train_dataloader():
-            inputs.append(trainer._prepare_inputs(batch))
-            if getattr(trainer, "needs_support", lambda: False)():
-                inputs[-1] |= trainer._load_support()
+            support = trainer._load_support() if getattr(trainer, "needs_support", lambda: False)() else {}
+            inputs.append(trainer._prepare_inputs({**batch, **support}))
             if len(inputs) == count:
                 break
         if len(inputs) == before:

@@ -51,7 +51,8 @@ def test_estimates_and_standard_errors_against_the_closed_form(num_kept):
     values, errors = np.array(found)[:, ::2], np.array(found)[:, 1::2]
     spread = values.std(axis=0)
     assert np.all(np.abs(values.mean(axis=0) - expected) < 4 * spread / np.sqrt(repeats))
-    assert np.sqrt((errors**2).mean(axis=0)) == pytest.approx(spread, rel=0.35)
+    ratio = np.sqrt((errors**2).mean(axis=0)) / spread
+    assert np.all(ratio > 0.75) and np.all(ratio < 1.7)  # the jackknife is too large where there is no bias
 
 
 def test_estimates_equal_the_loops_of_the_equation():
@@ -87,13 +88,14 @@ def test_the_search_measures_each_strategy_and_leaves_the_run_as_it_was(tmp_path
     make = make_trainer if method == "msn" else lambda folder, **settings: make_run(folder, method, **settings)
     trainer = make(tmp_path / "run", max_steps=4, save_strategy="no")
     trainer.state.max_steps = 4
+    if method == "msn":
+        trainer.view_sizes = lambda: {"image_size": 16, "focal_size": 8}
     state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     patch_size = trainer.model.config.patch_size
     found = find_compression(trainer, {0: None}, (0, 0.5), [patch_size, 2 * patch_size], batches=3)
     strategies = [(row["dropout"], row["patch_size"]) for row in found["measured"]]
-    # half of the one patch of a large patch size is none
-    expected = [(0, patch_size), (0.5, patch_size), (0, 2 * patch_size), (0.5, 2 * patch_size)]
-    assert strategies == expected[: 4 if method == "msn" else 3]
+    # half of the one patch of the smallest view is none
+    assert strategies == [(0, patch_size), (0.5, patch_size), (0, 2 * patch_size)]
     costs = [row["cost"] for row in found["measured"]]
     assert costs[0] == 1 and max(costs[1:]) < 1
     best = min(found["measured"], key=lambda row: row["ca_mse"])
