@@ -153,10 +153,10 @@ def find_compression(
             folder = checkpoints[progress]
             weights = state if folder is None else type(model).from_pretrained(folder).state_dict()
             trainer.state.global_step = round(progress * trainer.state.max_steps)
-            plain, _ = _gradients(trainer, weights, SequenceCompression(), inputs[batches:])
+            plain, _ = _gradients(trainer, weights, SequenceCompression(), inputs[batches:], mask_seed=1)
             estimates = []
             for settings, compression in strategies:
-                gradients, cost = _gradients(trainer, weights, compression, inputs[:batches])
+                gradients, cost = _gradients(trainer, weights, compression, inputs[:batches], mask_seed=0)
                 estimates.append(compare_gradients(gradients, plain, cost, budget))
                 measured.append({"progress": progress, **settings, "cost": cost, **asdict(estimates[-1])})
                 logger.info(" ".join(f"{name} {value:.4g}" for name, value in measured[-1].items()))
@@ -190,17 +190,18 @@ def _strategies(
 
 
 def _mini_batches(trainer: PretrainingTrainer, count: int) -> list[dict[str, torch.Tensor]]:
-    inputs: list[dict[str, torch.Tensor]] = []
-    while len(inputs) < count:
-        before = len(inputs)
-        for batch in trainer.get_train_dataloader():
+    loader, inputs = trainer.get_train_dataloader(), []
+    for epoch in range(count):
+        for part in (trainer.train_dataset, loader):  # other views in another order
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        for batch in loader:
+            trainer.state.global_step = len(inputs)  # each has a support of its own
             support = trainer._load_support() if getattr(trainer, "needs_support", lambda: False)() else {}
             inputs.append(trainer._prepare_inputs({**batch, **support}))
             if len(inputs) == count:
-                break
-        if len(inputs) == before:
-            raise ValueError("The training set does not fill one batch. Lower `per_device_train_batch_size`.")
-    return inputs
+                return inputs
+    raise ValueError("The training set does not fill one batch. Lower `per_device_train_batch_size`.")
 
 
 def _gradients(
@@ -208,10 +209,12 @@ def _gradients(
     weights: Mapping[str, torch.Tensor],
     compression: SequenceCompression,
     inputs: list[dict[str, torch.Tensor]],
+    mask_seed: int,
 ) -> tuple[torch.Tensor, float]:
     """Return the gradients (K, P) of mini-batches on the CPU, and their cost relative to that without compression."""
     model = trainer.model.train()
     model.load_state_dict(weights)  # running statistics included
+    model.seed_masks(mask_seed)
     model.compression = compression
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows = []

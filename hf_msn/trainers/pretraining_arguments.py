@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
 from ..data.spare_cores import spare_cores
+from ..models.sequence_compression import compression_stages
 from ..optim.by_name import NamedOptimizerMixin, check_optimizer
 
 
@@ -148,6 +149,8 @@ class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
         check_integer("critical_gradients", self.critical_gradients, minimum=0, remedy="The paper has 5.")
         if self.encoder_chunk_size is not None:
             check_integer("encoder_chunk_size", self.encoder_chunk_size, remedy="Leave it out for one pass.")
+        if self.compression is not None:
+            compression_stages(self.compression, patch_size=1)  # names a wrong schedule before any data is read
         check_choice("on_collapse", self.on_collapse, ("warn", "stop", "ignore"))
         check_number("lars_momentum", self.lars_momentum, minimum=0, below=1, remedy="PAWS has 0.9.")
         if self.remove_unused_columns:

@@ -23,8 +23,9 @@ from hf_msn import LowShotEvaluator
 from hf_msn.checks import check_choice, check_integer
 from hf_msn.cli.main import run_script
 from hf_msn.cli.methods import METHODS
-from hf_msn.cli.pretrain import complete_recipe, make_parser
+from hf_msn.cli.pretrain import Recipe, complete_recipe, make_parser
 from hf_msn.evaluation.results import BASELINE_NAMES
+from hf_msn.trainers.pretraining_trainer import PretrainingTrainer
 
 BASELINES = ("untrained", "pixels")
 
@@ -46,30 +47,33 @@ class BenchmarkArguments:
         check_integer("seeds", self.seeds, 2, remedy="A deviation needs two.")
 
 
-def accuracies(args: BenchmarkArguments, data, variant: str, seed: int) -> dict[str, float]:
-    """Pretrain once. Return top-1 by labelled images per class, of the features and of the baselines."""
-    train, test = data
-    flags = [word for setting in variant.split() for word in f"--{setting}".split("=", 1)]
+def make_trainer(train, folder: str, flags: list[str], **given: Any) -> tuple[Recipe, PretrainingTrainer]:
+    """Return recipe and trainer of a quiet run without a recipe file. `flags` are fields that differ: name=value."""
+    words = [word for setting in flags for word in f"--{setting}".split("=", 1)]
+    given |= {"output_dir": folder, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    recipe = complete_recipe(given | make_parser(given["method"]).read(words), train)
+    trainer = recipe.build_trainer()
+    trainer.remove_callback(PrinterCallback)
+    return recipe, trainer
+
+
+def accuracies(recipe: Recipe, trainer: PretrainingTrainer, data, images_per_class: list[int]) -> dict[str, float]:
+    """Return top-1 by labelled images per class, of the features and of the baselines."""
+    evaluator = LowShotEvaluator(
+        *data,
+        image_processor=recipe.build_image_processor(),
+        images_per_class=tuple(images_per_class),
+        baselines=BASELINES,
+    )
+    return evaluator(trainer.model)
+
+
+def pretrain(args: BenchmarkArguments, data, variant: str, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        given: dict[str, Any] = {
-            "method": args.method,
-            "output_dir": folder,
-            "seed": seed,
-            "max_steps": args.max_steps,
-        }
-        given |= {"max_steps": args.max_steps, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-        recipe = complete_recipe(given | make_parser(args.method).read(flags), train)
-        trainer = recipe.build_trainer()
-        trainer.remove_callback(PrinterCallback)
+        settings = {"method": args.method, "seed": seed, "max_steps": args.max_steps}
+        recipe, trainer = make_trainer(data[0], folder, variant.split(), **settings)
         trainer.train()
-        evaluator = LowShotEvaluator(
-            train,
-            test,
-            image_processor=recipe.build_image_processor(),
-            images_per_class=tuple(args.images_per_class),
-            baselines=BASELINES,
-        )
-        return evaluator(trainer.model)
+        return accuracies(recipe, trainer, data, args.images_per_class)
 
 
 def main() -> None:
@@ -77,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data, rows, results = load(args.dataset), [], []
     for variant in args.variants:
-        runs = [accuracies(args, data, variant, seed) for seed in range(args.seeds)]
+        runs = [pretrain(args, data, variant, seed) for seed in range(args.seeds)]
         results.append({"variant": variant, "runs": runs})
         for name in ("", *BASELINES):
             prefix = f"{name}_" if name else ""

@@ -17,22 +17,24 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from accuracy import BASELINES, accuracies, make_trainer
 from report import check_known, machine, markdown_table, option, save
 from small_images import load
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import HfArgumentParser
 
-from hf_msn import LowShotEvaluator, SequenceCompressionCallback
+from hf_msn import SequenceCompressionCallback
 from hf_msn.checks import check_integer
 from hf_msn.cli.main import run_script
-from hf_msn.cli.pretrain import complete_recipe, make_parser
 from hf_msn.evaluation.results import BASELINE_NAMES
 
-METHODS = {"msn": {}, "simclr": {"method": "suncet", "supervised_epochs": 0, "labelled_images_per_class": 5}}
-BASELINES = ("untrained", "pixels")
+METHODS = {
+    "msn": {"method": "msn"},
+    "simclr": {"method": "suncet", "supervised_epochs": 0, "labelled_images_per_class": 5},
+}
 
 
-def stages(until: float, dropout: float = 0.0, scale: int = 1):
+def compressed(until: float, dropout: float = 0.0, scale: int = 1):
     """Return a schedule by method and patch size: compressed before `until`, then plain. Targets lose half."""
 
     def make(method: str, patch_size: int) -> list[dict[str, Any]]:
@@ -45,11 +47,11 @@ def stages(until: float, dropout: float = 0.0, scale: int = 1):
 
 
 SCHEDULES = {
-    "plain": stages(1),
-    "half": stages(1),
-    "dropout 0.6": stages(1, 0.6),
-    "dropout 0.75, then plain": stages(0.85, 0.75),
-    "patches x 2, then plain": stages(0.85, scale=2),
+    "plain": compressed(1),
+    "half": compressed(1),
+    "dropout 0.6": compressed(1, 0.6),
+    "dropout 0.75, then plain": compressed(0.85, 0.75),
+    "patches x 2, then plain": compressed(0.85, scale=2),
 }
 
 
@@ -72,26 +74,15 @@ class BenchmarkArguments:
         check_known("schedules", self.schedules, SCHEDULES)
 
 
-def make_trainer(args: BenchmarkArguments, train, method: str, seed: int, max_steps: int, folder: str):
-    """Return recipe and trainer of a run."""
-    given = {"output_dir": folder, "seed": seed, "max_steps": max_steps, "report_to": "none", **METHODS[method]}
-    given |= {"disable_tqdm": True, "save_strategy": "no"}
-    flags = [word for setting in args.flags for word in f"--{setting}".split("=", 1)]
-    recipe = complete_recipe(given | make_parser(given.get("method", "msn")).read(flags), train)
-    trainer = recipe.build_trainer()
-    trainer.remove_callback(PrinterCallback)
-    return recipe, trainer
-
-
 def count_flops(args: BenchmarkArguments, train, method: str, schedule: str) -> float:
     """Return the FLOPs of a mean update of a schedule."""
-    total, steps = 0.0, []
+    total = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        _, trainer = make_trainer(args, train, method, 0, 1, folder)
-        steps = SCHEDULES[schedule](method, trainer.model.config.patch_size)
-    for stage, following in pairwise([*steps, {"progress": 1}]):
+        _, trainer = make_trainer(train, folder, args.flags, **METHODS[method], max_steps=1)
+        stages = SCHEDULES[schedule](method, trainer.model.config.patch_size)
+    for stage, following in pairwise([*stages, {"progress": 1}]):
         with tempfile.TemporaryDirectory() as folder:
-            _, trainer = make_trainer(args, train, method, 0, 1, folder)
+            _, trainer = make_trainer(train, folder, args.flags, **METHODS[method], max_steps=1)
             # The counter knows neither the CPU's own attention nor oneDNN's products, which are for 16 and 32 bits.
             trainer.model.double().set_attn_implementation("eager")
             trainer.add_callback(SequenceCompressionCallback(trainer, [{**stage, "progress": 0}]))
@@ -103,23 +94,19 @@ def count_flops(args: BenchmarkArguments, train, method: str, schedule: str) -> 
 
 def measure(args: BenchmarkArguments, data, method: str, schedule: str, seed: int) -> dict[str, float]:
     """Pretrain once. Return top-1 by labelled images per class, of the features and of the baselines, and seconds."""
-    train, test = data
-    max_steps = args.max_steps // 2 if schedule == "half" else args.max_steps
+    settings = {**METHODS[method], "seed": seed, "max_steps": updates(args, schedule)}
     with tempfile.TemporaryDirectory() as folder:
-        recipe, trainer = make_trainer(args, train, method, seed, max_steps, folder)
-        steps = SCHEDULES[schedule](method, trainer.model.config.patch_size)
-        trainer.add_callback(SequenceCompressionCallback(trainer, steps))
+        recipe, trainer = make_trainer(data[0], folder, args.flags, **settings)
+        stages = SCHEDULES[schedule](method, trainer.model.config.patch_size)
+        trainer.add_callback(SequenceCompressionCallback(trainer, stages))
         began = time.process_time()
         trainer.train()
         seconds = time.process_time() - began
-        evaluator = LowShotEvaluator(
-            train,
-            test,
-            image_processor=recipe.build_image_processor(),
-            images_per_class=tuple(args.images_per_class),
-            baselines=BASELINES,
-        )
-        return {**evaluator(trainer.model), "seconds": seconds}
+        return {**accuracies(recipe, trainer, data, args.images_per_class), "seconds": seconds}
+
+
+def updates(args: BenchmarkArguments, schedule: str) -> int:
+    return args.max_steps // 2 if schedule == "half" else args.max_steps
 
 
 def draw(args: BenchmarkArguments, results: list[dict[str, Any]]) -> Any:
@@ -160,8 +147,7 @@ def main() -> None:
     for method in args.methods:
         plain = count_flops(args, data[0], method, "plain")
         for schedule in args.schedules:
-            updates = args.max_steps // 2 if schedule == "half" else args.max_steps
-            flops = updates * count_flops(args, data[0], method, schedule)
+            flops = updates(args, schedule) * count_flops(args, data[0], method, schedule)
             runs = [measure(args, data, method, schedule, seed) for seed in range(args.seeds)]
             results.append({"method": method, "schedule": schedule, "teraflops": flops / 1e12, "runs": runs})
             seconds = [run["seconds"] for run in runs]

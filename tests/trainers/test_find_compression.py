@@ -1,6 +1,7 @@
 """Bias, cost-adjusted variance and CA-MSE of gradients, against a closed form; the search on a tiny run."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from short_runs import make_trainer
 from hf_msn import SequenceCompression, SequenceCompressionCallback, compare_gradients, find_compression
 from hf_msn.cli.find_compression import _find_checkpoints
 from hf_msn.cli.main import main
-from hf_msn.trainers.find_compression import _gradients
+from hf_msn.trainers.find_compression import _gradients, _mini_batches
 
 NUM_TOKENS, DIM, IMAGES = 8, 5, 4
 MEAN = torch.linspace(0.1, 0.5, DIM, dtype=torch.float64)
@@ -110,13 +111,21 @@ def test_gradients_are_those_of_the_loss(tmp_path):
     trainer.state.max_steps = 4
     batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()][:2]
     state = trainer.model.state_dict()
-    rows, cost = _gradients(trainer, state, SequenceCompression(), batches)
+    rows, cost = _gradients(trainer, state, SequenceCompression(), batches, 0)
     assert cost == 1
     for row, batch in zip(rows, batches):
         trainer.model.zero_grad()
         trainer.model(**batch).loss.backward()
         expected = [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]
         torch.testing.assert_close(row, torch.cat(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_every_mini_batch_has_views_and_a_support_of_its_own(tmp_path):
+    trainer = make_run(tmp_path, "paws", global_support_images_per_class=1)
+    batches = _mini_batches(trainer, 7)  # of 5 in an epoch
+    for name in ("support_pixel_values", "pixel_values"):
+        views = [batch[name] for batch in batches]
+        assert not any(torch.equal(first, second) for first, second in combinations(views, 2))
 
 
 def test_bad_searches_are_an_error(tmp_path):
