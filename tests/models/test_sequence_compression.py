@@ -202,6 +202,19 @@ def test_kept_patches_count_in_the_new_grid():
     torch.testing.assert_close(encoder(images, kept_patches=order, patch_size=8).last_hidden_state[:, 0], whole)
 
 
+def test_under_autocast_the_weights_are_resampled_in_float32():
+    model, batch = msn(torch.float32), msn_views(torch.float32)
+    model.compression = SequenceCompression(0.25, 6, {"focal": {"patch_size": 6}})
+    steps = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            steps.append(take(copy.deepcopy(model), batch))
+            weight = model.encoder.embeddings.patch_embeddings.projection.weight
+            assert resample_patch_weight(weight, 6).dtype == torch.float32
+    plain, low = (torch.cat([gradient.flatten() for gradient in step[1].values()]) for step in steps)
+    assert 1e-5 < (low - plain).norm() / plain.norm() < 0.1
+
+
 @pytest.mark.slow
 def test_a_compiled_encoder_is_not_compiled_again_for_a_shape_it_has_seen():
     from torch._dynamo.testing import CompileCounter
