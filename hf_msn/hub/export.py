@@ -76,7 +76,7 @@ def write_backbone(
         return
     with torch.random.fork_rng(devices=[]):  # an export during training does not change its random numbers
         export = ViTMSNModel(config.to_vit_msn_config()).to(encoder.dtype)
-    export.config.pretrained_by = config.pretrained_by
+    export.config.pretrained_by = config.describe_method()
     export.load_state_dict(encoder.state_dict())
     export.save_pretrained(folder)
     image_processor.save_pretrained(folder)
@@ -166,7 +166,7 @@ def save_timm_network(
         "num_classes": num_classes,
         "num_features": network.num_features,
         "model_args": options,
-        "pretrained_by": config.pretrained_by,
+        "pretrained_by": config.describe_method(),
         # without it transformers takes timm's transform for a local folder, whose crops differ by a pixel
         "image_processor_type": image_processor.to_dict()["image_processor_type"],
         "pretrained_cfg": described,

@@ -191,7 +191,7 @@ def _vit_classifier(
     model: nn.Module, encoder: nn.Module, weight: torch.Tensor, bias: torch.Tensor, names: list[str]
 ) -> ViTMSNForImageClassification:
     config = model.config.to_vit_msn_config()
-    config.pretrained_by = model.config.pretrained_by
+    config.pretrained_by = model.config.describe_method()
     config.id2label, config.label2id = dict(enumerate(names)), {name: column for column, name in enumerate(names)}
     with torch.random.fork_rng(devices=[]):
         classifier = ViTMSNForImageClassification(config).to(model.dtype)

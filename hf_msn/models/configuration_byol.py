@@ -101,6 +101,5 @@ class BYOLConfig(AnyEncoderConfig):
         """Hidden width of the predictor `"mlp"`."""
         return self.projection_hidden_dim if self.prediction_hidden_dim is None else self.prediction_hidden_dim
 
-    @property
-    def pretrained_by(self) -> dict[str, str | bool]:
-        return {**super().pretrained_by, "ema": self.ema, "predictor": self.predictor}
+    def describe_method(self) -> dict[str, str | bool]:
+        return {**super().describe_method(), "ema": self.ema, "predictor": self.predictor}

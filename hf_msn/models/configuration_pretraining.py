@@ -69,9 +69,8 @@ class PretrainingConfig(ViTMSNConfig):
         """Hidden width of the prediction head, in methods that have one."""
         return self.projection_dim // 4 if self.prediction_hidden_dim is None else self.prediction_hidden_dim
 
-    @property
-    def pretrained_by(self) -> dict[str, str | bool]:
-        """Method and variant, which an exported encoder has in its `config.json` for its card."""
+    def describe_method(self) -> dict[str, str | bool]:
+        """Return method and variant, which an exported encoder has as `pretrained_by` in its `config.json`."""
         return {"method": self.model_type}
 
     def to_vit_msn_config(self) -> ViTMSNConfig:

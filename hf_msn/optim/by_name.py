@@ -178,8 +178,8 @@ def _import(name: str, package: str, class_name: str) -> Any:
 
 
 def _parse(arguments: str | None) -> dict[str, Any]:
-    """Read keyword arguments as in a call. A bare word is true, false, none or a text."""
-    words = {"true": True, "false": False, "none": None}
+    """Read keyword arguments as in a call. A bare word is true (yes, on), false (no, off), none or a text."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None}
     try:
         call = ast.parse(f"f({arguments or ''})", mode="eval").body
         if call.args or any(keyword.arg is None for keyword in call.keywords):

@@ -285,6 +285,7 @@ def test_an_export_without_a_record_names_its_method(network, kind, tmp_path):
     card = create_model_card(tmp_path / "encoder", without_results=True)
     assert said in card.text and re.findall(r"@article{(\w+),", card.text) == cited
     assert config.model_type in card.data.tags
+    assert not hasattr(model.from_backbone(tmp_path / "encoder").config, "pretrained_by")
 
 
 def test_markup_in_names_shows_as_text(tuned, tmp_path):

@@ -85,6 +85,7 @@ def test_arguments_are_read_as_in_a_call():
     _, settings = find_optimizer("pytorch_optimizer:AdEMAMix", text)
     expected = {"betas": (0.95, 0.99, 0.9999), "weight_decouple": True, "t_alpha_beta3": None, "alpha": 5, "eps": 1e-8}
     assert settings == expected
+    assert find_optimizer("torch.optim:AdamW", "amsgrad=no,maximize=Yes")[1] == {"amsgrad": False, "maximize": True}
     assert find_optimizer("timm:mars", "mars_type=lion")[1] == {"mars_type": "lion"}
     assert find_optimizer("mine:LARS", "nesterov=True")[1] == {"nesterov": True}  # of the base, through its **kwargs
 
