@@ -227,13 +227,14 @@ def _gradients(
 
 def plot_compressions(measured: list[dict[str, Any]], path: str | os.PathLike) -> None:
     """Write a PNG with three panels, as figure 4 of the paper: bias^2, cost-adjusted variance and CA-MSE of each
-    strategy (row) by progress (column), relative to the CA-MSE of the first strategy. A cross marks the least.
+    strategy (row) by progress (column), relative to the CA-MSE of the first strategy. A frame marks the least.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
     except ImportError as error:
         raise ImportError("A plot needs matplotlib, which is not installed: pip install 'hf_msn[demo]'.") from error
     points = sorted({row["progress"] for row in measured})
@@ -245,12 +246,13 @@ def plot_compressions(measured: list[dict[str, Any]], path: str | os.PathLike) -
         values = np.array([row[key] / _first(measured, row)["ca_mse"] for row in measured])
         errors = np.array([row[f"{key}_error"] / _first(measured, row)["ca_mse"] for row in measured])
         values, errors = (numbers.reshape(len(points), len(names)).T for numbers in (values, errors))
-        axes.imshow(values, cmap="viridis_r", aspect="auto", vmin=0, vmax=np.percentile(values, 95))
+        axes.imshow(values, cmap="Oranges", alpha=0.6, aspect="auto", vmin=0, vmax=2)
         for row, column in np.ndindex(values.shape):
             text = f"{values[row, column]:.2f}\n±{errors[row, column]:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=6)
         if key == "ca_mse":
-            axes.plot(range(len(points)), values.argmin(axis=0), "rx", markersize=12)
+            for column, row in enumerate(values.argmin(axis=0)):
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2))
         axes.set(title=title, xlabel="progress", xticks=range(len(points)), yticks=range(len(names)))
         axes.set_xticklabels([f"{point:.0%}" for point in points])
         axes.set_yticklabels(names)
