@@ -16,6 +16,7 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(run, tmp_path, monkeypa
     shown = run(predictors, *arguments, "--output", tmp_path / "found.json")
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert [(entry["encoder"], entry["ema"], entry["predictor"]) for entry in results] == [
+        ("resnet", True, "untrained"),
         ("resnet", True, "direct_copy"),
         ("resnet", False, "direct_copy"),
     ]
