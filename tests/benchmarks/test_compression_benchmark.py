@@ -17,7 +17,7 @@ def test_cost_falls_and_the_table_has_every_run(run, tmp_path, monkeypatch):
     shown = run(compression, *arguments, "--output", tmp_path / "found.json")
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     plain, half, compressed = (entry["teraflops"] for entry in results)
-    assert half == pytest.approx(plain / 2) and compressed < 0.8 * plain
+    assert half == pytest.approx(plain / 2) and compressed < plain  # heads as large as the encoder
     for entry in results:
         first, second = (run["low_shot/2_per_class/top1"] for run in entry["runs"])
         assert f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}" in shown
