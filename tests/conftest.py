@@ -10,15 +10,15 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-import transformers
-from tiny import tiny_batch, tiny_model
-
-torch.set_num_threads(1)
-transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_collection_finish():
+    # Not at the top: the process that starts the workers of pytest-xdist would wait for these imports, too.
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # Trainer collects garbage: the modules of torch and transformers need not be searched each time
 
 
@@ -34,10 +34,14 @@ def info_lines_of_one_test():
 @pytest.fixture
 def msn_model():
     """A new tiny `MSNForPreTraining` in training mode, the same weights in every test."""
+    from tiny import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture
 def msn_batch():
     """The views of 4 images, for `msn_model(**msn_batch)`."""
+    from tiny import tiny_batch
+
     return tiny_batch()
