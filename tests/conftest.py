@@ -23,9 +23,12 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def info_lines_of_one_test():
-    """A command that ran in this process must not change where the next test finds the log."""
+def nothing_is_left_by_the_test_before():
+    """Reset the log that a command has set up, and accelerate's list of loaders that an error has ended."""
     yield
+    from accelerate.state import GradientState
+
+    GradientState().dataloader_references = [None]
     logger = logging.getLogger("hf_msn")
     logger.handlers, logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
