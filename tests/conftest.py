@@ -19,7 +19,13 @@ def pytest_collection_finish():
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    gc.freeze()  # Trainer collects garbage: the modules of torch and transformers need not be searched each time
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_collected_quickly():
+    """Each Trainer collects garbage: what is alive by now, such as modules, need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
