@@ -10,22 +10,31 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-import transformers
-from tiny import tiny_batch, tiny_model
-
-torch.set_num_threads(1)
-transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_collection_finish():
-    gc.freeze()  # Trainer collects garbage: the modules of torch and transformers need not be searched each time
+    # Not at the top: the process that starts the workers of pytest-xdist would wait for these imports, too.
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_collected_quickly():
+    """Each Trainer collects garbage: what is alive by now, such as modules, need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def info_lines_of_one_test():
-    """A command that ran in this process must not change where the next test finds the log."""
+def nothing_is_left_by_the_test_before():
+    """Reset the log that a command has set up, and accelerate's list of loaders that an error has ended."""
     yield
+    from accelerate.state import GradientState
+
+    GradientState().dataloader_references = [None]
     logger = logging.getLogger("hf_msn")
     logger.handlers, logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
@@ -34,10 +43,14 @@ def info_lines_of_one_test():
 @pytest.fixture
 def msn_model():
     """A new tiny `MSNForPreTraining` in training mode, the same weights in every test."""
+    from tiny import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture
 def msn_batch():
     """The views of 4 images, for `msn_model(**msn_batch)`."""
+    from tiny import tiny_batch
+
     return tiny_batch()

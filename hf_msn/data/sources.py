@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import datasets
@@ -109,6 +109,7 @@ def image_file_names(dataset: datasets.Dataset) -> list[str | None]:
     return dataset.select_columns("image").flatten()["image.path"][:]
 
 
+@cache  # the images are encoded once per process
 def _digits() -> dict[str, Callable]:
     digits = load_digits()
     values = np.round(digits.images * (255 / 16)).astype(np.uint8)

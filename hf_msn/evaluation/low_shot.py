@@ -393,7 +393,3 @@ def _describe_data(features: Features, dataset: datasets.Dataset | datasets.Iter
             for error in features.skipped[:20]
         ],
     }
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    return next((parameter.device for parameter in model.parameters()), None)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,12 @@ def mean_std_ci95(values: list[float]) -> tuple[float, float, float]:
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Return the version of each package; `None` if it is not installed."""
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
+    return {package: _version(package) for package in packages}
+
+
+@cache  # a look-up parses the metadata of the package
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
     }
 
 
+@cache
 def _template() -> Template:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {"md": _escaped, "code": _code, "listed": _listed, "span": _span, "duration": _duration}

@@ -1,8 +1,5 @@
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -99,13 +96,15 @@ def test_operators_in_any_order_equal_torchvision(kernel, side):
         torch.testing.assert_close(finished[number], expected, atol=1e-5, rtol=0)
 
 
-def test_neutral_parameters_only_normalise(kernel):
+def test_neutral_parameters_only_normalise(kernel, monkeypatch):
     crops = _crops(4, 6)
     expected = ((crops.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
     rows = torch.zeros(4, NUM_PARAMETERS)
     rows[2, FLIP] = 1
     expected[2] = expected[2].flip(-1)
     for colored in (True, False):
+        if not colored:
+            monkeypatch.setattr(augmentation, "_finish_views_on_cpu", None)
         finished = finish_views(crops, rows, MEAN, STD, colored=colored)
         torch.testing.assert_close(finished.double(), expected, atol=1e-6, rtol=0)
 
@@ -145,21 +144,14 @@ def test_missing_numba_is_logged_once(monkeypatch, caplog):
     assert ["numba" in record.message for record in caplog.records] == [True]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
-def test_numba_is_imported_lazily_and_compiles_without_a_cache_folder():
-    program = """
-import sys
-import torch
-import hf_msn
-from hf_msn.data.augmentation import finish_views
-crops, rows = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 12)
-finish_views(crops, rows, (0, 0, 0), (1, 1, 1), colored=False)
-assert "numba" not in sys.modules
-import numba.core.caching as caching
-caching.CacheImpl._locator_classes = []  # neither the package nor the home is writable
-assert finish_views(crops, rows, (0, 0, 0), (1, 1, 1)).abs().max() == 0
-"""
-    command, settings = [sys.executable, "-c", program], {**os.environ, "NUMBA_OPT": "0"}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+def test_views_are_compiled_where_no_folder_can_hold_the_result(monkeypatch):
+    from hf_msn.data import numba_augmentation
+
+    def finish(crops, parameters, multiplier, offset, finished, start, stop):
+        finished[start:stop] = 0.5
+
+    monkeypatch.setattr(numba_augmentation, "_finish", finish)
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])  # neither the package's nor the user's
+    monkeypatch.setattr(numba_augmentation, "compiled", numba_augmentation.compiled.__wrapped__)
+    assert torch.equal(finish_views(_crops(2, 8), _rows(2), MEAN, STD), torch.full((2, 3, 8, 8), 0.5))

@@ -15,7 +15,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 PROGRAM = """
 import json, sys
-from hf_msn import decode_image, load_images
+from hf_msn import MultiViewTransform, decode_image, load_images
 answers = {}
 for name, settings in json.loads(sys.argv[1]).items():
     rows = list(load_images("someone/photos", **settings))
@@ -25,6 +25,7 @@ for name, settings in json.loads(sys.argv[1]).items():
         "paths": [row["image"]["path"] for row in rows],
         "sums": [sum(decode_image(row["image"]).tobytes()) for row in rows],
     }
+assert "numba" not in sys.modules  # only views with colours or blur need it
 print(json.dumps(answers))
 """
 

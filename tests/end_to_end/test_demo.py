@@ -3,12 +3,14 @@
 import importlib
 import io
 import json
+import multiprocessing
 from concurrent.futures import Executor, Future
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import PRELOADED
 from PIL import Image
 from transformers import AutoConfig, AutoModel, logging
 
@@ -37,7 +39,10 @@ def demo():
 def finished(demo, tmp_path_factory):
     """The folder that a short demo made, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    with redirect_stdout(io.StringIO()) as printed:
+    context = multiprocessing.get_context("forkserver")  # the demo's two processes import nothing again
+    context.set_forkserver_preload(PRELOADED)
+    with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.demo_labels.multiprocessing, "get_context", lambda method: context)
         demo.main(["--output_dir", str(folder), *TINY])
     return folder, printed.getvalue()
 
