@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo card test test-fast test-distributed test-oldest quality clean
+.PHONY: help demo card test test-fast test-distributed test-oldest quality docs docs-serve clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -14,7 +14,7 @@ help:  ## Show this list
 # The stamp is written last: an interrupted installation is taken up again by the next call.
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality,docs]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## Pretrain on the bundled digits, evaluate at 1, 2, 5, 10 labels a class, draw: runs/demo/
@@ -53,5 +53,11 @@ quality: $(VENV)/.installed  ## Lint, check the format, and hold the layers
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_layers.py
 
+docs: $(VENV)/.installed  ## Build the documentation site into site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.installed  ## Show the documentation site on http://127.0.0.1:8000 and build it anew at each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 clean:  ## Remove the environment and what the demo made
-	rm -rf $(VENV) $(OLDEST) runs
+	rm -rf $(VENV) $(OLDEST) runs site

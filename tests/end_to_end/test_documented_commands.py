@@ -13,7 +13,7 @@ from hf_msn import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README", "docs/pretraining", "docs/few_labels", "docs/evaluation", "docs/publishing", "docs/communication"]
-PAGES += ["docs/compression", "model_cards/README"]
+PAGES += ["docs/compression", "docs/first_run", "model_cards/README"]
 # They need the network, root or minutes; the scripts among them have tests of their own.
 LEFT_OUT = ("pip ", "make ", "hf auth ", "sudo ", "python scripts/compare_codistillation.py", "accelerate ")
 SHORT = {

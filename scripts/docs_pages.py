@@ -1,0 +1,128 @@
+"""Pages of the documentation site that are made from the code: a hook of mkdocs, and an extension of griffe.
+
+README becomes the first page; the recipes' comments and the public names become pages of their own, so that the site
+cannot fall behind the package.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+CARD = "model_cards/msn-vit-digits"
+# Files outside docs/ by their place in the site.
+OUTSIDE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changes.md": "CHANGELOG.md",
+    "model_cards.md": "model_cards/README.md",
+    f"{CARD}/index.md": f"{CARD}/README.md",
+}
+# Public names by the folder of their module.
+AREAS = {
+    "models": "Models and configurations",
+    "trainers": "Trainers, arguments, callbacks",
+    "data": "Images, views, supports",
+    "losses": "Losses",
+    "distributed": "Little communication",
+    "optim": "Optimizers",
+    "evaluation": "Evaluation",
+    "finetuning": "Fine-tuning",
+    "hub": "Publishing and converting",
+    "cli": "Recipes",
+}
+
+
+def public_names() -> dict[str, list[str]]:
+    """Return the public names of hf_msn by area."""
+    names: dict[str, list[str]] = {area: [] for area in AREAS}
+    for node in ast.parse((ROOT / "hf_msn" / "__init__.pyi").read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            area = (node.module or "").split(".")[0]
+            names[area] += [alias.name for alias in node.names]
+    return {area: sorted(found, key=str.lower) for area, found in names.items() if found}
+
+
+def api_page(area: str, names: list[str]) -> str:
+    return f"# {AREAS[area]}\n\n" + "\n".join(f"::: hf_msn.{name}\n" for name in names)
+
+
+def recipes_page() -> str:
+    """Return a page with the comment and the settings of each recipe."""
+    text = "# Recipes\n\n`--config NAME` takes one of these; any field can be given on the command line beside it.\n"
+    for path in sorted((ROOT / "hf_msn" / "cli" / "recipes").glob("*.yaml")):
+        whole = path.read_text()
+        comment = whole.split("\n\n# data")[0] if "\n\n# data" in whole else re.match(r"(#.*\n)*", whole)[0]
+        lines = [re.sub(r"^# ?", "", line) for line in comment.splitlines()]
+        text += f"\n## {path.stem}\n\n" + "\n".join(_fence_commands(lines)) + "\n\n"
+        text += '??? note "Settings"\n\n' + "".join(
+            f"    {line}\n" for line in ["```yaml", *whole.splitlines(), "```"]
+        )
+    return text
+
+
+def _fence_commands(lines: list[str]) -> list[str]:
+    """Put commands, which may go on after a backslash, into code blocks."""
+    fenced, is_command = [], False
+    for line in lines:
+        starts = line.startswith(("hf-msn ", "accelerate launch "))
+        fenced += (["```bash"] if starts else []) + [line]
+        is_command = starts or is_command
+        if is_command and not line.endswith("\\"):
+            fenced.append("```")
+            is_command = False
+    return fenced
+
+
+def adapt_links(text: str, source: str) -> str:
+    """Let the links of a file of the repository lead to the pages of the site."""
+
+    def adapted(match: re.Match) -> str:
+        target, anchor = match[1], match[2] or ""
+        path = (ROOT / source).parent.joinpath(target).resolve().relative_to(ROOT).as_posix()
+        page = next((page for page, outside in OUTSIDE.items() if outside == path), None)
+        if page is None:
+            page = path.removeprefix("docs/")
+        depth = next((page for page, outside in OUTSIDE.items() if outside == source), source).count("/")
+        return f"]({'../' * (depth - source.startswith('docs/'))}{page}{anchor})"
+
+    return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", adapted, text)
+
+
+def on_files(files: Files, config) -> Files:
+    """Add the pages that are made."""
+    pages = {page: adapt_links((ROOT / source).read_text(), source) for page, source in OUTSIDE.items()}
+    pages[f"{CARD}/index.md"] = re.sub(r"\A---\n.*?\n---\n", "", pages[f"{CARD}/index.md"], flags=re.DOTALL)
+    pages["recipes.md"] = recipes_page()
+    pages |= {f"api/{area}.md": api_page(area, names) for area, names in public_names().items()}
+    for page, content in pages.items():
+        files.append(File.generated(config, page, content=content))
+    for path in (ROOT / CARD).rglob("*"):
+        if path.is_file() and path.suffix in (".png", ".json"):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Let links that leave docs/ lead to the pages of the site."""
+    if page.file.generated_by is not None:
+        return markdown
+    return adapt_links(markdown, f"docs/{page.file.src_uri}")
+
+
+class References(griffe.Extension):
+    """Make [`Name`] in a docstring a link if the name is public, and code if not."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"\[`([\w.]+)`\](?!\()", _reference, obj.docstring.value)
+
+
+_PUBLIC = {name for names in public_names().values() for name in names}
+
+
+def _reference(match: re.Match) -> str:
+    return f"[`{match[1]}`][hf_msn.{match[1]}]" if match[1] in _PUBLIC else f"`{match[1]}`"
