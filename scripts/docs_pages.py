@@ -114,11 +114,19 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 
 class References(griffe.Extension):
-    """Make [`Name`] in a docstring a link if the name is public, and code if not."""
+    """Make [`Name`] in a docstring a link if the name is public, and code if not; show types without markup."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"\[`([\w.]+)`\](?!\()", _reference, obj.docstring.value)
+            text = re.sub(r"^( +[\w, ]+) \((.+?)\):(?= |$)", _plain_type, obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(r"\[`~?([\w.]+)`\](?!\()", _reference, text)
+
+
+def _plain_type(match: re.Match) -> str:
+    """Return "name (type):" without markup and default, which the signature shows."""
+    plain = re.sub(r"\[`~?([\w.]+)`\]", r"\1", match[2])
+    plain = re.sub(r", defaults to `[^`]*`|[`]", "", plain).replace("*optional*", "optional")
+    return f"{match[1]} ({plain}):"
 
 
 _PUBLIC = {name for names in public_names().values() for name in names}
