@@ -142,7 +142,7 @@ class PretrainingModel(PreTrainedModel):
 
     @property
     def compression(self) -> SequenceCompression | None:
-        """What the views lose in training mode, or `None`. A `ValueError` if the model cannot lose it."""
+        """The compression of the views in training mode, or `None`. A `ValueError` if it does not fit the model."""
         return self._compression
 
     @compression.setter

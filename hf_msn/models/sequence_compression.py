@@ -46,7 +46,7 @@ class ViewCompression:
 
 
 class SequenceCompression:
-    """What the views of a pretraining model lose while it trains: `model.compression = SequenceCompression(0.5)`.
+    """Compress the views of a pretraining model while it trains: `model.compression = SequenceCompression(0.5)`.
 
     Patches are dropped at random, others for each image and at each step. They depend on the seed, the rank and the
     number of the draw alone (see [`~PretrainingModel.seed_masks`]), which are in the state dict. Larger patches are

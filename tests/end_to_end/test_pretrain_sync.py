@@ -13,6 +13,8 @@ from launch import run_ranks
 from pretrain_runs import ROOT, pretrain_on_rank
 from safetensors.torch import load_file
 
+from hf_msn.cli import pretrain
+
 LAUNCH = (
     "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     f"--dynamo_backend no --main_process_port 0 {ROOT / 'scripts' / 'pretrain.py'}"
@@ -53,3 +55,24 @@ def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path):
     steps = [{entry["step"]: entry["loss"] for entry in log if "loss" in entry} for log in logs]
     assert steps[0] == steps[1] and sorted(steps[0]) == list(range(1, 21))
     assert all("sync_megabytes_sent" in entry for entry in logs[0] if "loss" in entry)
+
+
+def pretrain_while_rank_1_is_slow(rank, output_dir) -> None:
+    summarize_images = pretrain.summarize_images
+
+    def summarize_late(images):
+        deadline = time.monotonic() + 3 * rank  # by then rank 0 has written its recipe, if it does not wait
+        while time.monotonic() < deadline and not (output_dir / "recipe.yaml").exists():
+            time.sleep(0.05)
+        return summarize_images(images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "summarize_images", summarize_late)
+        pretrain_on_rank(rank, output_dir, *ARGUMENTS, "--max_steps", "1")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_slow_rank_finds_the_folder_of_the_run_empty(tmp_path):
+    run_ranks(pretrain_while_rank_1_is_slow, 2, tmp_path / "run", timeout=120.0)
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
