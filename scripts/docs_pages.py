@@ -5,6 +5,7 @@ cannot fall behind the package.
 """
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 CARD = "model_cards/msn-vit-digits"
-# Files outside docs/ by their place in the site.
+# Files outside docs/, and their pages.
 OUTSIDE = {
-    "index.md": "README.md",
-    "contributing.md": "CONTRIBUTING.md",
-    "changes.md": "CHANGELOG.md",
-    "model_cards.md": "model_cards/README.md",
-    f"{CARD}/index.md": f"{CARD}/README.md",
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+    "model_cards/README.md": "model_cards.md",
+    f"{CARD}/README.md": f"{CARD}/index.md",
 }
 # Public names by the folder of their module.
 AREAS = {
@@ -77,24 +78,24 @@ def _fence_commands(lines: list[str]) -> list[str]:
     return fenced
 
 
+def page_of(path: str) -> str:
+    """Return the place in the site of a file of the repository."""
+    return OUTSIDE.get(path, path.removeprefix("docs/"))
+
+
 def adapt_links(text: str, source: str) -> str:
     """Let the links of a file of the repository lead to the pages of the site."""
 
     def adapted(match: re.Match) -> str:
-        target, anchor = match[1], match[2] or ""
-        path = (ROOT / source).parent.joinpath(target).resolve().relative_to(ROOT).as_posix()
-        page = next((page for page, outside in OUTSIDE.items() if outside == path), None)
-        if page is None:
-            page = path.removeprefix("docs/")
-        depth = next((page for page, outside in OUTSIDE.items() if outside == source), source).count("/")
-        return f"]({'../' * (depth - source.startswith('docs/'))}{page}{anchor})"
+        path = os.path.normpath(os.path.join(os.path.dirname(source), match[1]))
+        return f"]({os.path.relpath(page_of(path), os.path.dirname(page_of(source)) or '.')}{match[2] or ''})"
 
     return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", adapted, text)
 
 
 def on_files(files: Files, config) -> Files:
     """Add the pages that are made."""
-    pages = {page: adapt_links((ROOT / source).read_text(), source) for page, source in OUTSIDE.items()}
+    pages = {page: adapt_links((ROOT / source).read_text(), source) for source, page in OUTSIDE.items()}
     pages[f"{CARD}/index.md"] = re.sub(r"\A---\n.*?\n---\n", "", pages[f"{CARD}/index.md"], flags=re.DOTALL)
     pages["recipes.md"] = recipes_page()
     pages |= {f"api/{area}.md": api_page(area, names) for area, names in public_names().items()}
