@@ -59,7 +59,8 @@ class PeerCheckpoints:
     def connect(self) -> None:
         """Connect the replicas. All must call it together."""
         # Not `new_group`: its names and connections would be those of an earlier group of these ranks that failed.
-        name = torch.tensor([secrets.randbits(62)], device=next(self._model.parameters()).device)
+        device = next(self._model.parameters()).device
+        name = torch.tensor([secrets.randbits(62)], device=device)
         self._exchange.broadcast_([name])
         store = dist.PrefixStore(f"hf_msn/replicas/{name.item()}", dist.distributed_c10d._get_default_store())
         timeout = datetime.timedelta(seconds=self._seconds)
@@ -67,6 +68,8 @@ class PeerCheckpoints:
             self._group = dist.ProcessGroupGloo(store, self._exchange.rank, self._exchange.size, timeout)
         except RuntimeError as error:
             raise PeerError(f"The replicas must connect within {self._seconds} s, but do not. ({error})") from error
+        # A replica that leaves closes its connections, at which gloo fails in those that still connect to others.
+        self._exchange.meet("connected replicas", None, device)
 
     def send(self, step: int) -> None:
         """Send the model as it is after `step` updates, and prepare to receive those of the peers. Does not wait."""

@@ -334,6 +334,28 @@ def test_bytes_sent_replicas_alone_the_best_replica_and_equal_replicas():
     assert not same(results[0][1], results[1][1])
 
 
+def _enter_beside_a_slow_replica(rank):
+    store, connect = dist.distributed_c10d._get_default_store(), dist.ProcessGroupGloo
+
+    def connect_slowly(*args):
+        group = connect(*args)
+        time.sleep(1.0)
+        store.set("connected", "")
+        return group
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(dist, "ProcessGroupGloo", connect_slowly)
+        with make(rank, exchange="checkpoints", exchange_every=2)[2]:
+            return store.check(["connected"])
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_no_replica_can_leave_before_all_are_connected():
+    assert run_ranks(_enter_beside_a_slow_replica, 3) == [True, True, True]
+
+
 # Resuming
 
 RESUMED = [
