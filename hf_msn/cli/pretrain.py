@@ -37,9 +37,10 @@ from ..data.transforms import MultiViewTransform
 from ..evaluation.backbones import evaluated_module
 from ..evaluation.low_shot import LowShotEvaluator
 from ..files import write_text
-from ..models.sequence_compression import compression_stages
+from ..models.sequence_compression import SequenceCompression, compression_stages
 from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.low_shot import LowShotCallback
+from ..trainers.callbacks.sequence_compression import SequenceCompressionCallback
 from ..trainers.pretraining_arguments import uses_accelerator
 from .arguments import (
     DataArguments,
@@ -147,17 +148,32 @@ class Recipe:
         return trainer
 
     def measure_update(self, max_minutes: float) -> float:
-        """Train a model that is then thrown away for 3 % of the time, and return the seconds per update."""
-        timer = _UpdateTimer(0.03 * 60 * max_minutes)
+        """Train models that are then thrown away for 3 % of the time, and return the mean seconds per update.
+
+        The stages of a compression schedule are measured one by one.
+        """
+        stages: list[tuple[float, SequenceCompression | None]] = [(0.0, None)]
+        if self.training.compression is not None:
+            patch_size = self.build_model().config.patch_size
+            stages = compression_stages(self.training.compression, patch_size)
+        ends = [*(begins for begins, _ in stages[1:]), 1.0]
+        max_seconds = 0.03 * 60 * max_minutes / len(stages)
+        return sum(
+            (end - begins) * self._measure_stage(stage, max_seconds) for (begins, stage), end in zip(stages, ends)
+        )
+
+    def _measure_stage(self, stage: SequenceCompression | None, max_seconds: float) -> float:
+        timer = _UpdateTimer(max_seconds)
         with tempfile.TemporaryDirectory() as folder:
             args = copy.copy(self.training)
             args.output_dir, args.max_steps = folder, 10**6
             args.save_strategy = args.logging_strategy = "no"
             args.report_to, args.disable_tqdm, args.push_to_hub, args.on_collapse = [], True, False, "ignore"
             args.resume_from_checkpoint = None
-            if args.compression is not None and len(compression_stages(args.compression, 1)) > 1:
-                args.compression = None  # sequences may grow, and the run must not be longer than asked for
             trainer = self.method.trainer(self.build_model(), args, **self.build_datasets(), callbacks=[timer])
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, SequenceCompressionCallback):
+                    callback.stages = [(0.0, stage)]
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return timer.seconds_per_update

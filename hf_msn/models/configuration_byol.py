@@ -87,6 +87,13 @@ class BYOLConfig(AnyEncoderConfig):
         if self.predictor_eps is not None:
             check_number("predictor_eps", self.predictor_eps, minimum=0, remedy=remedy)
         check_integer("predictor_update_every", self.predictor_update_every, meaning="counts updates")
+        if self.predictor not in RULES:
+            for name, unset in (("predictor_eps", None), ("predictor_update_every", 1)):
+                if getattr(self, name) != unset:
+                    raise ValueError(
+                        f"`{name}` belongs to the predictors {', '.join(RULES)}, but `predictor` is "
+                        f"{self.predictor!r}. Leave it out, or choose one of these."
+                    )
         check_choice("projection_layers", self.projection_layers, (2, 3))
         if self.timm_model is None:
             self._check_masks()

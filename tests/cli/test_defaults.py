@@ -9,8 +9,9 @@ from hf_msn import load_images
 from hf_msn.cli.defaults import ImageSummary, default_fields, summarize_images
 from hf_msn.cli.main import main
 from hf_msn.cli.methods import METHODS
-from hf_msn.cli.pretrain import Recipe, make_recipe, read_recipe, recipe_of_run
+from hf_msn.cli.pretrain import Recipe, _UpdateTimer, make_recipe, read_recipe, recipe_of_run
 from hf_msn.data.map_style import image_dataset
+from hf_msn.trainers.pretraining_trainer import PretrainingTrainer
 
 TINY = (
     "--hidden_size 16 --num_hidden_layers 1 --projection_hidden_dim 16 --projection_dim 8 --use_cpu true "
@@ -114,6 +115,27 @@ def test_a_run_without_a_recipe_writes_the_one_that_repeats_it(tmp_path, capsys)
     text = (first / "recipe.yaml").read_text()
     (first / "recipe.yaml").write_text(text.replace("max_steps: 3\n", ""))  # of a run that began with epochs
     assert recipe_of_run(arguments).max_minutes == 9
+
+
+def test_minutes_are_shared_by_the_stages_of_a_compression(tmp_path, monkeypatch):
+    schedule = tmp_path / "schedule.json"
+    schedule.write_text('[{"progress": 0, "dropout": 0.5}, {"progress": 0.25, "patch_size": 4}, {"progress": 0.75}]')
+    arguments = ["--output_dir", str(tmp_path / "run"), "--dataset", "digits", "--max_minutes", "0.01", *TINY]
+    recipe = recipe_of_run([*arguments, "--compression", str(schedule)])
+    stages = []
+
+    def measure(trainer):
+        trainer.state.max_steps = trainer.args.max_steps
+        trainer.callback_handler.on_step_begin(trainer.args, trainer.state, trainer.control)
+        stages.append(trainer.model.compression)
+        [timer] = [c for c in trainer.callback_handler.callbacks if isinstance(c, _UpdateTimer)]
+        assert timer.max_seconds == pytest.approx(0.006)
+        timer.ends = [0.0, 0.0, 0.0, 0.5 ** len(stages)]
+
+    monkeypatch.setattr(PretrainingTrainer, "train", measure)
+    assert recipe.measure_update(0.01) == 0.25 * 0.5 + 0.5 * 0.25 + 0.25 * 0.125
+    views = [stage.views["global"] for stage in stages]
+    assert [(view.dropout, view.patch_size) for view in views] == [(0.5, None), (0.0, 4), (0.0, None)]
 
 
 def test_minutes_become_updates(tmp_path, monkeypatch):
