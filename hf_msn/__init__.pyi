@@ -63,6 +63,7 @@ from .evaluation.probes import (
 from .evaluation.probes import (
     SoftNearestNeighborProbe as SoftNearestNeighborProbe,
 )
+from .evaluation.report import save_report as save_report
 from .finetuning.arguments import (
     ClassifierFinetuningArguments as ClassifierFinetuningArguments,
 )

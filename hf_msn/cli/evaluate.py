@@ -1,7 +1,8 @@
 """`hf-msn evaluate`: low-shot evaluation of any vision model."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from ..evaluation.backbones import load_vision_model
 from ..evaluation.features import extract_features
 from ..evaluation.low_shot import BASELINES, LowShotEvaluator
 from ..evaluation.probes import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe
+from ..evaluation.report import save_report
 from ..files import whole_file
 from .parser import Option, Parser, call, options_of
 
@@ -47,6 +49,13 @@ def make_parser() -> Parser:
         "computation and output": [
             Option("bf16", bool, False, "Compute the features under bfloat16 autocast."),
             Option("output", str | None, None, "Write everything, down to each split, to this JSON file."),
+            Option(
+                "report",
+                str | None,
+                None,
+                "Write a page with table, curves, confusions, nearest images and a "
+                "map of the features to this HTML file, which needs no other file.",
+            ),
         ],
     }
     for title, (probe, names) in PROBES.items():
@@ -70,19 +79,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `hf-msn evaluate`."""
     values = make_parser().read_complete(arguments)
     _check_probe_options(values)
+    if values.get("report") and values.get("report") == values.get("output"):
+        raise ValueError(f"`report` and `output` must be two files, but both are '{values['report']}'. Rename one.")
     # processes on CPUs find each other only with cpu=True
     state = PartialState(cpu=not torch.accelerator.is_available())
-    output = values.get("output") if state.is_main_process else None
+    own = values if state.is_main_process else {}
     # opened first: a file that cannot be written is an error before minutes of work
-    with whole_file(output, "output", overwrite=True) if output else nullcontext() as path:
-        model = call(load_vision_model, values, _MODEL)
-        evaluator = make_evaluator(values, state.device)
-        evaluator(model)
-        if path is not None:
-            evaluator.results.save(path)
-    state.print(evaluator.results.table())
+    with _new_file(own, "report") as report:
+        with _new_file(own, "output") as output:
+            model = call(load_vision_model, values, _MODEL)
+            evaluator = make_evaluator(values, state.device)
+            features = evaluator.extract(model)
+            evaluator(model, features)
+            if output is not None:
+                evaluator.results.save(output)
+        state.print(evaluator.results.table())
+        if report is not None:
+            save_report(evaluator, features, report)
     if state.num_processes > 1:
         torch.distributed.destroy_process_group()
+
+
+def _new_file(values: dict[str, Any], name: str) -> AbstractContextManager[Path | None]:
+    return whole_file(values[name], name, overwrite=True) if values.get(name) else nullcontext()
 
 
 def _check_probe_options(values: dict[str, Any]) -> None:

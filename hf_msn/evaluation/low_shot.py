@@ -173,12 +173,21 @@ class LowShotEvaluator:
                 return f"{self.name}/{tasks[max(tasks)]}/top1"
         return f"{self.name}/{[*(self._list_files or self._rows)][-1]}/top1"
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Evaluate a model, one that `extract_features` takes. See the class for the metrics."""
+    def extract(self, model: nn.Module) -> tuple[Features, Features]:
+        """Return a model's features of the labelled rows that the splits need, and of all test images."""
         image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
-        train, test = self._extract(
-            partial(extract_features, model, image_processor=image_processor, **self._extraction)
-        )
+        return self._extract(partial(extract_features, model, image_processor=image_processor, **self._extraction))
+
+    def __call__(self, model: nn.Module, features: tuple[Features, Features] | None = None) -> dict[str, float]:
+        """Evaluate a model, one that `extract_features` takes. See the class for the metrics.
+
+        Args:
+            model (`nn.Module`): The model.
+            features (`tuple[Features, Features]`, *optional*): Those of `extract(model)`, if they are needed elsewhere
+                too, as for [`save_report`]. By default they are extracted here.
+        """
+        train, test = self.extract(model) if features is None else features
+        image_processor = resolve_image_processor(model) if self.image_processor is None else self.image_processor
         about = {
             "class": type(model).__name__,
             "backbone": type(find_backbone(model)).__name__,
@@ -195,7 +204,6 @@ class LowShotEvaluator:
         return {**metrics, **self.results.metrics}
 
     def _extract(self, extract: Callable[..., Features]) -> tuple[Features, Features]:
-        """Return the features of the labelled rows that the splits need, and of all test images."""
         rows = None
         if self._splits is not None:
             rows = np.unique(np.concatenate([split.rows for splits in self._splits.values() for split in splits]))
@@ -260,9 +268,13 @@ class LowShotEvaluator:
         )
         return self.results.metrics
 
+    def splits(self, train: Features) -> dict[str, list[Split]]:
+        """Return the splits of each task. Those of a stream are drawn from the labels that came with its features."""
+        return self._splits if self._splits is not None else self._draw_splits(train.labels, train.rows)
+
     def _measure(self, train: Features, test: Features, probe: Probe | None = None) -> list[TaskResult]:
         """Fit the probe on each split, shared among the ranks, and measure it on the test images."""
-        splits = self._splits if self._splits is not None else self._draw_splits(train.labels, train.rows)
+        splits = self.splits(train)
         jobs = [(task, split) for task, of_task in splits.items() for split in of_task]
 
         def fit_own_share() -> list[tuple[int, SplitResult, int]]:

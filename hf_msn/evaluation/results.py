@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from ..files import write_text
+from ..files import public_name, write_text
 
 # the format of the JSON file; the number changes with the meaning of a field
 RESULTS_FORMAT = "hf_msn low-shot results 1"
@@ -42,6 +43,27 @@ class TaskResult:
     name: str
     num_classes: int
     splits: list[SplitResult]
+
+    @property
+    def title(self) -> str:
+        """Return "5 images per class" for `5_per_class`."""
+        if found := re.fullmatch(r"(\d+)_per_class", self.name):
+            return f"{found[1]} image{'' if found[1] == '1' else 's'} per class"
+        found = re.fullmatch(r"([\d.]+)_percent", self.name)
+        return f"{found[1]} % of the labels" if found else public_name(self.name)
+
+    @property
+    def images_per_class(self) -> float:
+        """Labelled images per class: the number in the name, else the average over the splits."""
+        if found := re.fullmatch(r"(\d+)_per_class", self.name):
+            return float(found[1])
+        return sum(split.num_images for split in self.splits) / (len(self.splits) * self.num_classes)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean top-1 in percent. Student's may exceed an accuracy's bounds and is clipped."""
+        mean, half = self.summary["top1"], self.summary["top1_ci95"]
+        return max(0.0, mean - half), min(100.0, mean + half)
 
     @property
     def summary(self) -> dict[str, float]:
@@ -108,27 +130,26 @@ class LowShotResults:
         """
         rows = [("task", "top-1 [%]", "95 % interval", "top-5 [%]", "splits")]
         for number, task in enumerate(self.tasks):
-            rows.append((task.name.replace("_", " ") + _images_that_were_read(task.splits), *_cells(task)))
-            rows += [(f"  {BASELINE_NAMES[name]}", *_cells(tasks[number])) for name, tasks in self.baselines.items()]
+            rows.append((task.name.replace("_", " ") + images_that_were_read(task.splits), *cells(task)))
+            rows += [(f"  {BASELINE_NAMES[name]}", *cells(tasks[number])) for name, tasks in self.baselines.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _cells(task: TaskResult) -> tuple[str, str, str, str]:
+def cells(task: TaskResult) -> tuple[str, str, str, str]:
+    """Return top-1 ± standard deviation, its interval, top-5 and the number of splits as texts."""
     summary, several = task.summary, len(task.splits) > 1
-    half = summary["top1_ci95"]
-    # Student's interval may exceed the bounds of an accuracy
-    low, high = max(0.0, summary["top1"] - half), min(100.0, summary["top1"] + half)
     return (
         f"{summary['top1']:.1f}" + (f" ± {summary['top1_std']:.1f}" if several else ""),
-        f"{low:.1f} to {high:.1f}" if several else "-",
+        "{:.1f} to {:.1f}".format(*task.interval) if several else "-",
         f"{summary['top5']:.1f}" if "top5" in summary else "-",
         str(len(task.splits)),
     )
 
 
-def _images_that_were_read(splits: list[SplitResult]) -> str:
+def images_that_were_read(splits: list[SplitResult]) -> str:
+    """Return " (4 to 5 read per class)" if some labelled images could not be read."""
     if not any(split.num_skipped for split in splits):
         return ""
     fewest, most = min(split.fewest_per_class for split in splits), max(split.most_per_class for split in splits)

@@ -216,7 +216,7 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
 def _template() -> Template:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {"md": _escaped, "code": _code, "listed": _listed, "span": _span, "duration": _duration}
-    environment.filters |= {"public_name": public_name, "title": _task_title, "penalties": _penalties}
+    environment.filters |= {"public_name": public_name, "penalties": _penalties}
     environment.globals |= {"wilson_interval": _wilson_interval, "baseline_names": BASELINE_NAMES}
     return environment.from_string(files("hf_msn.hub").joinpath("card_template.md").read_text(encoding="utf-8"))
 
@@ -276,7 +276,7 @@ def _evaluations(card: dict[str, Any]) -> tuple[list[EvalResult], list[EvalResul
         test = one.data["test"]
         for task in one.tasks:
             splits = f"mean of {len(task.splits)} splits" if len(task.splits) > 1 else "1 split"
-            how = f"{_task_title(task)}, {_probe(one)}, {splits}"
+            how = f"{task.title}, {_probe(one)}, {splits}"
             for top in ("top1", "top5"):
                 if top in task.summary:
                     arguments = {"std": task.summary[f"{top}_std"], "ci95": task.summary[f"{top}_ci95"]}
@@ -379,14 +379,6 @@ def _listed(names: Any) -> Any:
 def _span(counts: Iterable[int]) -> str:
     counts = sorted(counts)
     return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
-
-
-def _task_title(task: TaskResult) -> str:
-    """Return "5 images per class" for `5_per_class`."""
-    if found := re.fullmatch(r"(\d+)_per_class", task.name):
-        return f"{found[1]} image{'' if found[1] == '1' else 's'} per class"
-    found = re.fullmatch(r"([\d.]+)_percent", task.name)
-    return f"{found[1]} % of the labels" if found else public_name(task.name)
 
 
 def _penalties(task: TaskResult) -> list[float]:

@@ -1,11 +1,10 @@
 """Figures of a model card: accuracy against labels, and given PNG files."""
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..evaluation.results import LowShotResults, TaskResult
+from ..evaluation.results import LowShotResults
 from .results import as_paths, read_results
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -53,17 +52,15 @@ def plot_low_shot(results: str | os.PathLike | Iterable[str | os.PathLike], path
     ticks: set[float] = set()
     for number, one in enumerate(measured):
         color = _COLORS[number % len(_COLORS)]
-        points = sorted(
-            (_images_per_class(task), task.summary["top1"], task.summary["top1_ci95"]) for task in one.tasks
-        )
-        places, means, halves = zip(*points)
+        points = sorted((task.images_per_class, task.summary["top1"], task.interval) for task in one.tasks)
+        places, means, intervals = zip(*points)
         ticks.update(places)
-        below = [min(half, mean) for mean, half in zip(means, halves)]
-        above = [min(half, 100 - mean) for mean, half in zip(means, halves)]
+        below = [mean - low for mean, (low, _) in zip(means, intervals)]
+        above = [high - mean for mean, (_, high) in zip(means, intervals)]
         axes.errorbar(places, means, yerr=[below, above], color=color, marker="o", capsize=4, label=_label(one))
-        for place, mean, half in zip(places, means, above):
+        for place, mean, (_, high) in zip(places, means, intervals):
             shift = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-            axes.annotate(f"{mean:.1f}", (place, mean + half), color=color, **shift)
+            axes.annotate(f"{mean:.1f}", (place, high), color=color, **shift)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axes.minorticks_off()
@@ -76,13 +73,6 @@ def plot_low_shot(results: str | os.PathLike | Iterable[str | os.PathLike], path
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return Path(path)
-
-
-def _images_per_class(task: TaskResult) -> float:
-    found = re.fullmatch(r"(\d+)_per_class", task.name)
-    if found:
-        return float(found[1])
-    return sum(split.num_images for split in task.splits) / (len(task.splits) * task.num_classes)
 
 
 def _label(results: LowShotResults) -> str:

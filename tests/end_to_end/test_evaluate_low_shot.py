@@ -67,8 +67,9 @@ def test_a_plain_transformers_folder_and_another_probe(run, tmp_path):
     ViTMSNModel(ViTMSNConfig(**SMALL)).save_pretrained(tmp_path)
     output = tmp_path / "out.json"
     settings = "--image_size 8 --probe knn --neighbors 3 --num_splits 1".split()
-    run("--model", tmp_path, *settings, "--output", output)
+    run("--model", tmp_path, *settings, "--output", output, "--report", tmp_path / "report.html")
     saved = json.loads(output.read_text())
+    assert f"{saved['metrics']['low_shot/5_per_class/top1']:.1f}" in (tmp_path / "report.html").read_text()
     assert saved["probe"]["k"] == 3
     assert [task["name"] for task in saved["tasks"]] == ["1_per_class", "2_per_class", "5_per_class"]
     with pytest.raises(ValueError, match=r"`neighbors` .*0"):
@@ -91,10 +92,13 @@ def test_the_revision_of_the_data_goes_to_both_splits(run, msn_folder, monkeypat
 def test_the_output_is_checked_before_the_model_is_loaded_and_an_existing_one_is_kept(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for output in (tmp_path, tmp_path / "file" / "r.json"):
-        with pytest.raises(ValueError, match=f"`output` .*'{output}'"):
-            run("--model", "/no/such/model", "--output", output)
+        for flag in ("output", "report"):
+            with pytest.raises(ValueError, match=f"`{flag}` .*'{output}'"):
+                run("--model", "/no/such/model", f"--{flag}", output)
     with pytest.raises(ValueError, match="/no/such/model"):
-        run("--model", "/no/such/model", "--output", tmp_path / "file")
+        run("--model", "/no/such/model", "--output", tmp_path / "file", "--report", tmp_path / "new.html")
+    with pytest.raises(ValueError, match=r"`report` and `output` .*'same'"):
+        run("--model", "/no/such/model", "--output", "same", "--report", "same")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "in the way")]
 
 
