@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo card test test-fast test-distributed test-oldest quality docs docs-serve clean
+.PHONY: help demo card test test-fast test-distributed test-oldest quality docs docs-serve dist clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -48,9 +48,10 @@ test-oldest:  ## Run the tests that are not slow with the oldest versions that p
 test-distributed: $(VENV)/.installed  ## Run only the tests that spawn several processes
 	$(BIN)/python -m pytest -m distributed
 
-quality: $(VENV)/.installed  ## Lint, check the format, and hold the layers
+quality: $(VENV)/.installed  ## Lint, check the format and the types, and hold the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
 docs: $(VENV)/.installed  ## Build the documentation site into site/; a broken link or reference is an error
@@ -59,5 +60,10 @@ docs: $(VENV)/.installed  ## Build the documentation site into site/; a broken l
 docs-serve: $(VENV)/.installed  ## Show the documentation site on http://127.0.0.1:8000 and build it anew at each change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
+dist: $(VENV)/.installed  ## Build the source distribution and the wheel into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:  ## Remove the environment and what the demo made
-	rm -rf $(VENV) $(OLDEST) runs site
+	rm -rf $(VENV) $(OLDEST) runs site build dist .mypy_cache

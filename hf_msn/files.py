@@ -37,7 +37,7 @@ def whole_folder(path: str | Path, name: str = "path") -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(path: str | Path, name: str = "path", *, overwrite: bool = False) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, name: str = "path", *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to. It becomes `path` if the block succeeds, and is removed if not.
 
     Args:
@@ -59,13 +59,13 @@ def whole_file(path: str | Path, name: str = "path", *, overwrite: bool = False)
         yield staging
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file. An existing file is replaced as a whole."""
     with whole_file(path, overwrite=True) as staging:
         staging.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON. An existing file is replaced as a whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

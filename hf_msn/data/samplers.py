@@ -86,8 +86,7 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
             )
         self._num_small = len(small)
 
-        places = np.arange(self.global_classes * global_images_per_class)
-        places = places.reshape(self.global_classes, global_images_per_class)
+        places = np.arange(self.global_classes * global_images_per_class).reshape(-1, global_images_per_class)
         self.places = np.array_split(places, self.world_size, axis=0 if shard == "classes" else 1)[self.rank].ravel()
 
     def __len__(self) -> int:

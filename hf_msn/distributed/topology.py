@@ -438,17 +438,17 @@ class RepairedTopology(Topology):
 
     def __init__(self, topology: Topology, alive: Iterable[int]):
         super().__init__(topology.world_size)
-        alive = {self._check_rank(rank) for rank in alive}
+        ranks = {self._check_rank(rank) for rank in alive}
         if isinstance(topology, RepairedTopology):
-            alive &= set(topology.alive)
+            ranks &= set(topology.alive)
             topology = topology.topology
-        if not alive:
+        if not ranks:
             raise ValueError(
                 f"`alive` must have at least one of the {self.world_size} ranks, but is empty. Add this rank."
             )
-        self.topology = topology
-        self._alive = sorted(alive)
-        self._among_alive = topology.resized(len(alive))
+        self.topology: Topology = topology
+        self._alive = sorted(ranks)
+        self._among_alive = topology.resized(len(ranks))
         self._position = {rank: position for position, rank in enumerate(self._alive)}
 
     @property

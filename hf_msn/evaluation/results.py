@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy import stats
 
 from ..files import public_name, write_text
 
@@ -165,7 +165,7 @@ def mean_std_ci95(values: list[float]) -> tuple[float, float, float]:
     if len(values) < 2:
         return mean, 0.0, 0.0
     std = float(np.std(values, ddof=1))
-    return mean, std, float(student_t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
+    return mean, std, float(stats.t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -226,8 +226,7 @@ def _line_search(
     first = torch.dot(gradient.flatten(), direction.flatten()).item()
     if not first < 0:
         return None
-    value = value.item()
-    allowed = value + objective.rounding * abs(value)
+    allowed = value.item() + objective.rounding * abs(value.item())
     short, short_slope, long = 0.0, first, None
     length = 1.0
     for _ in range(20):

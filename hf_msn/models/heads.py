@@ -33,7 +33,8 @@ class ProjectionHead(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(input_dim, hidden_dim)
         self.bn1 = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
-        self.fc2 = self.bn2 = None
+        self.fc2: nn.Module | None = None
+        self.bn2: nn.Module | None = None
         if num_layers == 3:
             self.fc2 = nn.Linear(hidden_dim, hidden_dim)
             self.bn2 = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
@@ -43,7 +44,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = self.activation(self.bn1(self.fc1(features)))
-        if self.fc2 is not None:
+        if self.fc2 is not None and self.bn2 is not None:
             hidden = self.activation(self.bn2(self.fc2(hidden)))
         return self.bn3(self.fc3(hidden))
 

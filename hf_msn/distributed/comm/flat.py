@@ -30,7 +30,8 @@ class FlatTensors:
         groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for tensor in tensors:
             groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        self._groups, self.buffers, self._views = [], [], []
+        self._groups, self._views = [], []
+        self.buffers: list[torch.Tensor] = []
         for (dtype, device), group in groups.items():
             if widen:
                 group = [torch.view_as_real(t.detach()) if t.is_complex() else t for t in group]
