@@ -12,7 +12,15 @@ from pretrain_runs import COLORS, write_color_images
 from hf_msn import parse_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README", "docs/pretraining", "docs/few_labels", "docs/evaluation", "docs/publishing", "docs/communication"]
+PAGES = [
+    "README",
+    "docs/pretraining",
+    "docs/methods/byol",
+    "docs/few_labels",
+    "docs/evaluation",
+    "docs/publishing",
+    "docs/communication",
+]
 PAGES += ["docs/compression", "docs/first_run", "model_cards/README"]
 # They need the network, root or minutes; the scripts among them have tests of their own.
 LEFT_OUT = ("pip ", "make ", "hf auth ", "sudo ", "python scripts/compare_codistillation.py", "accelerate ")
