@@ -85,15 +85,18 @@ def draw_low_shot(scores: dict[str, dict[str, dict[str, float]]], num_splits: in
             ((count, entry),) = by_count.items()
             place = int(count) * 1.18  # beside the points of the curves
             axes.errorbar([place], [entry["mean"]], yerr=[entry["std"]], color=COLORS[name], marker="D", capsize=4)
-            text = f"{NAMES[name]} {entry['mean']:.1f}"
+            name_and_value = f"{NAMES[name]} {entry['mean']:.1f}"
+            is_paws = name == "paws"
             axes.annotate(
-                text,
+                name_and_value if is_paws else name_and_value.replace(" ", "\n", 1),
                 (place, entry["mean"]),
-                xytext=(8, 5 if name == "paws" else 0),
+                xytext=(8, 5) if is_paws else (-8, 4),  # between two curves, the other one below them
                 textcoords="offset points",
+                ha="left" if is_paws else "right",
+                va="baseline" if is_paws else "top",
                 color=COLORS[name],
                 fontsize=9.5,
-                fontweight="bold" if name == "paws" else "normal",
+                fontweight="bold" if is_paws else "normal",
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
