@@ -1,10 +1,11 @@
 """Pages of the documentation site that are made from the code: a hook of mkdocs, and an extension of griffe.
 
-README becomes the first page; the recipes' comments and the public names become pages of their own, so that the site
-cannot fall behind the package.
+README becomes the first page; the recipes' comments, the notebooks and the public names become pages of their own, so
+that the site cannot fall behind the package.
 """
 
 import ast
+import json
 import os
 import re
 from pathlib import Path
@@ -51,18 +52,20 @@ def api_page(area: str, names: list[str]) -> str:
     return f"# {AREAS[area]}\n\n" + "\n".join(f"::: hf_msn.{name}\n" for name in names)
 
 
-def recipes_page() -> str:
-    """Return a page with the comment and the settings of each recipe."""
-    text = "# Recipes\n\n`--config NAME` takes one of these; any field can be given on the command line beside it.\n"
+def recipes() -> str:
+    """Return a table of the recipes' published numbers, and the comment and the settings of each."""
+    table, text = "\n| recipe | published | rerun here |\n|---|---|---|\n", ""
     for path in sorted((ROOT / "hf_msn" / "cli" / "recipes").glob("*.yaml")):
         whole = path.read_text()
+        numbers = [re.search(rf"^# {name}: (.+)\.$", whole, re.MULTILINE)[1] for name in ("Published", "Rerun here")]
+        table += f"| [`{path.stem}`](#{path.stem}) | {' | '.join(numbers)} |\n"
         comment = whole.split("\n\n# data")[0] if "\n\n# data" in whole else re.match(r"(#.*\n)*", whole)[0]
         lines = [re.sub(r"^# ?", "", line) for line in comment.splitlines()]
         text += f"\n## {path.stem}\n\n" + "\n".join(_fence_commands(lines)) + "\n\n"
         text += '??? note "Settings"\n\n' + "".join(
             f"    {line}\n" for line in ["```yaml", *whole.splitlines(), "```"]
         )
-    return text
+    return table + text
 
 
 def _fence_commands(lines: list[str]) -> list[str]:
@@ -76,6 +79,16 @@ def _fence_commands(lines: list[str]) -> list[str]:
             fenced.append("```")
             is_command = False
     return fenced
+
+
+def notebook_page(path: Path) -> str:
+    """Return a notebook as Markdown: its text and its code, and a link to the file. Its outputs are not kept."""
+    text = ""
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        text += f"```python\n{source}\n```\n\n" if cell["cell_type"] == "code" else f"{source}\n\n"
+    title, rest = text.split("\n", 1)
+    return f"{title}\n\n[Download the notebook]({path.name}).\n{rest}"
 
 
 def page_of(path: str) -> str:
@@ -97,8 +110,9 @@ def on_files(files: Files, config) -> Files:
     """Add the pages that are made."""
     pages = {page: adapt_links((ROOT / source).read_text(), source) for source, page in OUTSIDE.items()}
     pages[f"{CARD}/index.md"] = re.sub(r"\A---\n.*?\n---\n", "", pages[f"{CARD}/index.md"], flags=re.DOTALL)
-    pages["recipes.md"] = recipes_page()
     pages |= {f"api/{area}.md": api_page(area, names) for area, names in public_names().items()}
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        pages[f"notebooks/{path.stem}.md"] = notebook_page(path)
     for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
     for path in (ROOT / CARD).rglob("*"):
@@ -108,7 +122,9 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Let links that leave docs/ lead to the pages of the site."""
+    """Let links that leave docs/ lead to the pages of the site, and add the recipes to their page."""
+    if page.file.src_uri == "recipes.md":
+        markdown += recipes()
     if page.file.generated_by is not None:
         return markdown
     return adapt_links(markdown, f"docs/{page.file.src_uri}")

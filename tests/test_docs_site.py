@@ -32,7 +32,15 @@ def test_all_public_names_have_an_entry(site):
 def test_all_recipes_are_shown(site):
     page = (site / "recipes" / "index.html").read_text()
     for path in (ROOT / "hf_msn" / "cli" / "recipes").glob("*.yaml"):
-        assert f'id="{path.stem}"' in page
+        assert f'id="{path.stem}"' in page and f'href="#{path.stem}"><code>' in page  # its section, and its row
+    assert "67.2 % with 1 % of the labels" in page.split("<h2")[0]  # in the table above all recipes
+
+
+@pytest.mark.slow
+def test_notebooks_are_shown_and_can_be_downloaded(site):
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        page = (site / "notebooks" / path.stem / "index.html").read_text()
+        assert f'href="../{path.name}"' in page and "hf_msn" in page and (site / "notebooks" / path.name).is_file()
 
 
 @pytest.mark.slow
