@@ -132,9 +132,10 @@ def _path_of(value: Any) -> str | None:
 
 def _encoded(value: dict | str | os.PathLike) -> bytes:
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
-    if data is None and path is None:
-        raise ValueError("the row holds neither bytes nor a path")
-    data = Path(path).read_bytes() if data is None else data
+    if data is None:
+        if path is None:
+            raise ValueError("the row holds neither bytes nor a path")
+        data = Path(path).read_bytes()
     if not data:
         raise ValueError("it has no bytes")
     return data
