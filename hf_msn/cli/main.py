@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "Pretrain an image encoder: MSN and BYOL without labels, PAWS and SimCLR + SuNCEt with a few.",
     "finetune": "Fine-tune on labelled images: a linear classifier, or encoder and projection head by SuNCEt.",
     "evaluate": "Measure the accuracy of a frozen model with a few labelled images per class.",
+    "app": "Open a page where a few labelled images per class become a classifier, in the browser.",
     "find-compression": "Measure which sequence compression makes a run cheapest, and write its schedule.",
     "publish": "Publish a checkpoint on the Hugging Face Hub, with a card of measured numbers.",
     "convert": "Convert the papers' checkpoints of MSN and PAWS, and back.",

@@ -18,11 +18,14 @@ _MAP = (10, 10, 700, 460)
 
 
 @cache
-def environment() -> Environment:
-    """Return the templates of this folder, which escape every text."""
-    return Environment(
-        loader=PackageLoader("hf_msn.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+def environment(package: str = "hf_msn.evaluation") -> Environment:
+    """Return the templates of a package, which escape every text."""
+    return Environment(loader=PackageLoader(package), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def styles(package: str, name: str) -> Markup:
+    """Return a style sheet among the templates of a package."""
+    return Markup(environment(package).loader.get_source(environment(package), name)[0])
 
 
 def accuracy_chart(
@@ -87,7 +90,9 @@ def map_chart(
         rows = [row for row, of_row in enumerate(classes) if of_row == number]
         if rows:
             dots = [(*places[row], titles[row]) for row in rows]
-            groups.append({"hue": hue(number), "name": name, "dots": dots, "middle": np.median(places[rows], axis=0)})
+            groups.append(
+                {"hue": hue(number), "name": name, "dots": dots, "middle": np.median(places[rows], axis=0) - [0, 8]}
+            )
     rings = [(*places[row], titles[row]) for row, of_row in enumerate(classes) if of_row is None]
     chart = environment().get_template("charts.html").module
     return chart.map(groups=groups, rings=rings, with_names=len(groups) <= 40, description=description, frame=_MAP)

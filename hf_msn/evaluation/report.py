@@ -9,14 +9,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-from markupsafe import Markup
 from sklearn.neighbors import NearestNeighbors
 
 from ..data.columns import undecoded
 from ..data.decoding import decode_image
 from ..data.splits import low_shot_indices
 from ..files import write_text
-from .charts import accuracy_chart, environment, map_chart, project, thumbnail
+from .charts import accuracy_chart, environment, map_chart, project, styles, thumbnail
 from .features import Features
 from .low_shot import LowShotEvaluator, Split
 from .metrics import rank_classes
@@ -79,7 +78,7 @@ def save_report(
     name_of = {number: str(names[number] if number < len(names) else number) for number in numbers}
     model = results.model.get("name_or_path") or results.model.get("class") or "features"
     page = environment().get_template("report.html").render(
-        styles=Markup(environment().loader.get_source(environment(), "charts.css")[0]),
+        styles=styles("hf_msn.evaluation", "charts.css"),
         title=title or f"Low-shot evaluation of {model}",
         results=results,
         rows=_table_rows(results),

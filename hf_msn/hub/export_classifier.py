@@ -1,5 +1,6 @@
 """A probe's weights as the head of a classifier that loads without hf_msn."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import numpy as np
 import timm
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, ViTMSNForImageClassification
+from transformers import BaseImageProcessor, ViTMSNForImageClassification, ViTMSNModel
 from transformers.utils import logging
 
-from ..evaluation.backbones import find_backbone, is_timm_model, weights_sha256
+from ..evaluation.backbones import find_backbone, is_timm_model, unwrapped, weights_sha256
 from ..evaluation.features import Features
 from ..evaluation.probes import LinearProbe, LogisticProbe
 from ..files import check_new_folder, whole_folder
@@ -24,7 +25,7 @@ _MAX_CHANGED = 0.01  # fraction of the images; rounding changes fewer
 
 
 def export_classifier(
-    model: MSNForPreTraining | SemiSupervisedModel,
+    model: MSNForPreTraining | SemiSupervisedModel | ViTMSNModel,
     probe: LogisticProbe | LinearProbe,
     features: Features,
     path: str | Path,
@@ -48,8 +49,8 @@ def export_classifier(
     equal length. A bias would change the ranks: networks of timm take a [`LogisticProbe`] only.
 
     Args:
-        model ([`MSNForPreTraining`], [`PAWSForPreTraining`] or [`SuNCEtForPreTraining`]): The pretrained model; of MSN
-            the target encoder is taken.
+        model ([`MSNForPreTraining`], [`PAWSForPreTraining`], [`SuNCEtForPreTraining`] or `ViTMSNModel`): The
+            pretrained model; of MSN the target encoder is taken. A `ViTMSNModel` is what [`export_backbone`] writes.
         probe ([`LogisticProbe`] or [`LinearProbe`]): Fitted on `features`, or on some rows of them; a [`LinearProbe`]
             with `affine=False`.
         features ([`Features`]): `extract_features(model, ...)`; the classifier is compared with the probe on them.
@@ -66,7 +67,8 @@ def export_classifier(
         ValueError: If the probe is not fitted or cannot be a linear head, the features are not of this model, names do
             not fit the classes, or as for [`export_backbone`].
     """
-    model = pretraining_model(model)
+    plain = unwrapped(model) if isinstance(model, nn.Module) else None
+    model = plain if isinstance(plain, ViTMSNModel) else pretraining_model(model)
     path = check_new_folder(path, "path")
     encoder = find_backbone(model)
     weight, bias = _linear_weights(probe)
@@ -190,8 +192,11 @@ def _check_decisions(
 def _vit_classifier(
     model: nn.Module, encoder: nn.Module, weight: torch.Tensor, bias: torch.Tensor, names: list[str]
 ) -> ViTMSNForImageClassification:
-    config = model.config.to_vit_msn_config()
-    config.pretrained_by = model.config.describe_method()
+    if isinstance(model, ViTMSNModel):
+        config = copy.deepcopy(model.config)
+    else:
+        config = model.config.to_vit_msn_config()
+        config.pretrained_by = model.config.describe_method()
     config.id2label, config.label2id = dict(enumerate(names)), {name: column for column, name in enumerate(names)}
     with torch.random.fork_rng(devices=[]):
         classifier = ViTMSNForImageClassification(config).to(model.dtype)

@@ -205,3 +205,12 @@ def test_a_run_shows_its_supports_and_its_sync_method_on_rank_0(rank, tmp_path, 
     assert shown.count("Support of each step") == shown.count("SlowMo on 1 rank:") == (rank == "0")
     main(["pretrain", "--output_dir", str(tmp_path / "run"), *settings, "3", "--resume_from_checkpoint", "true"])
     assert ("checkpoint-2" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_the_app_without_gradio_says_what_to_install_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "hf_msn.app.interface", raising=False)
+    with pytest.raises(ImportError, match=r"hf_msn\[app\]"):
+        main(["app", "--model", "/no/such/model"])
+    with pytest.raises(ValueError, match="`model`"):
+        main(["app", "--port", "7000"])
