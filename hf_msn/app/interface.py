@@ -74,6 +74,11 @@ def build_interface(few_labels: FewLabels) -> gr.Blocks:
         def on_others(paths: list[str] | None, now: Images) -> list:
             return show(now, *few_labels.read(paths or []))
 
+        def on_remove(name: str, now: Images, new: Images) -> list:
+            name = " ".join(name.split())
+            unknown_class = [] if name in now.class_names else [f"There is no class '{name}'. Write its name above."]
+            return show(now.without(name), new, unknown_class)
+
         def on_export(now: Images) -> tuple[str | None, str]:
             try:
                 folder = tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))
@@ -83,11 +88,7 @@ def build_interface(few_labels: FewLabels) -> gr.Blocks:
 
         add.click(on_add, [examples, class_name, labelled, unknown], [*everything, examples])
         others.change(on_others, [others, labelled], everything)
-        remove.click(
-            lambda name, now, new: show(now.without(" ".join(name.split())), new, []),
-            [class_name, labelled, unknown],
-            everything,
-        )
+        remove.click(on_remove, [class_name, labelled, unknown], everything)
         clear.click(lambda: [*show(Images(), Images(), []), None], outputs=[*everything, others])
         digits.click(lambda: show(*few_labels.digits(), []), outputs=everything)
         export.click(on_export, [labelled], [exported, messages])

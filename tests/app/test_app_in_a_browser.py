@@ -116,6 +116,13 @@ def test_a_few_images_become_a_classifier_and_nothing_else_stays(served, tmp_pat
         download.value.save_as(tmp_path / "classifier.zip")
         assert "model.safetensors" in zipfile.ZipFile(tmp_path / "classifier.zip").namelist()
 
+        page.fill("#class-name textarea, #class-name input", "nothing")
+        page.click("#remove")
+        page.wait_for_selector("#messages :text(\"no class 'nothing'\")")
+        page.fill("#class-name textarea, #class-name input", "light")
+        page.click("#remove")
+        page.wait_for_selector("#labelled section:has-text('light')", state="detached")
+        assert page.locator("#labelled section").count() == 1
         page.set_input_files("#examples input[type=file]", str(huge))
         page.wait_for_selector("text=/maximum allowed size of 10/i")
         page.click("#clear")
