@@ -27,6 +27,7 @@ from .distributed.comm.exchange import PeerError as PeerError
 from .distributed.falling_weight_decay import FallingWeightDecay as FallingWeightDecay
 from .distributed.gossip import Gossip as Gossip
 from .distributed.local_sgd import LocalSGD as LocalSGD
+from .distributed.noloco import NoLoCo as NoLoCo
 from .distributed.overlap_gossip import OverlapGossip as OverlapGossip
 from .distributed.slowmo import SlowMo as SlowMo
 from .distributed.topology import (
@@ -123,6 +124,9 @@ from .trainers.callbacks.local_update import (
 )
 from .trainers.callbacks.local_update import (
     LocalUpdateCallback as LocalUpdateCallback,
+)
+from .trainers.callbacks.local_update import (
+    NoLoCoCallback as NoLoCoCallback,
 )
 from .trainers.callbacks.local_update import (
     OverlapGossipCallback as OverlapGossipCallback,

@@ -14,6 +14,7 @@ from ..distributed.async_gossip import AsyncGossip
 from ..distributed.codistillation import Codistillation
 from ..distributed.gossip import Gossip
 from ..distributed.local_sgd import LocalSGD
+from ..distributed.noloco import NoLoCo
 from ..distributed.overlap_gossip import OverlapGossip
 from ..distributed.slowmo import SlowMo
 from ..trainers.argument_names import in_terms_of
@@ -22,6 +23,7 @@ from ..trainers.callbacks.local_update import (
     AsyncGossipCallback,
     GossipCallback,
     LocalSGDCallback,
+    NoLoCoCallback,
     OverlapGossipCallback,
     SlowMoCallback,
 )
@@ -85,6 +87,11 @@ SYNC_METHODS = {
         AsyncGossip,
         AsyncGossipCallback,
         {**{name: f"async_{name}" for name in ("method", "rate_correction", "seed")}, "base_buffers": None},
+    ),
+    "noloco": SyncMethod(
+        NoLoCo,
+        NoLoCoCallback,
+        {"outer_lr": "noloco_lr", "outer_momentum": "noloco_momentum", "pull": "noloco_pull", "seed": "noloco_seed"},
     ),
     "codistillation": SyncMethod(Codistillation, CodistillationCallback, prefix="codistillation_"),
 }

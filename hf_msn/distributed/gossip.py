@@ -1,8 +1,7 @@
 """Gossip: every rank mixes its parameters with those of a few peers, instead of all with all."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checks import check_integer, check_number
-from .comm.exchange import Exchange, PeerError
+from .comm.exchange import Exchange
 from .comm.flat import FlatTensors
-from .comm.peer_exchange import PeerExchange
 from .comm.wire import checked_wire_dtype
-from .local_update import LocalUpdate
+from .peer_update import PeerUpdate
 from .push_sum import check_state_size
 from .quasi_global_momentum import QuasiGlobalMomentum
 from .topology import ExponentialTopology, Topology, check_topology
@@ -22,7 +20,7 @@ from .topology import ExponentialTopology, Topology, check_topology
 _SAMPLE_SIZE = 4096  # 32 KiB on the wire
 
 
-class Gossip(LocalUpdate):
+class Gossip(PeerUpdate):
     """Mix the parameters with those of the peers that a topology names, after every `sync_every` optimizer steps.
 
     With P the column-stochastic mixing matrix of the step, and d_i the change that the optimizer subtracts on rank i:
@@ -102,7 +100,6 @@ class Gossip(LocalUpdate):
         **kwargs: Any,
     ):
         super().__init__(model, optimizer, sync_every=sync_every, group=group, **kwargs)
-        self._exchange = PeerExchange(group, self._exchange.timeout_seconds)
         self.push_sum = push_sum
         self.topology = ExponentialTopology(self._exchange.size) if topology is None else topology
         check_topology(self.topology, self._exchange.size, must_pair=False)
@@ -154,7 +151,6 @@ class Gossip(LocalUpdate):
 
     def _attach(self) -> None:
         super()._attach()
-        self._exchange.connect()
         self._before, self._holds_numerators = None, False
         if self._momentum is not None:
             self._momentum.attach([[self._parameters[i][1:] for i in bucket] for bucket in self._buckets])
@@ -246,11 +242,6 @@ class Gossip(LocalUpdate):
                 x.add_(mixed)
             flat.copy_back()
 
-    def _peers_of(self, step: int) -> tuple[list[int], list[int]]:
-        """Return the peers that this rank sends to and receives from."""
-        rank = self._exchange.rank
-        return self.topology.out_peers(rank, step), sorted(self.topology.in_peers(rank, step))
-
     def _mix_bucket(self, index: int, tensors: list[torch.Tensor], to: list[int], sources: list[int]) -> None:
         """x <- P_ii x + sum_j P_ij x_j for x of a bucket (and w after it), in place, with P_ji = 1 / (peers + 1)."""
         wire_dtype = self._wire_dtype or self._parameters[self._buckets[index][0]][1].dtype.to_real()
@@ -262,21 +253,6 @@ class Gossip(LocalUpdate):
             t.sub_(shares[place], alpha=len(to))
             for source in sources:
                 t.add_(received[source][place])
-
-    def _meet(self, event: str) -> None:
-        with self._announced_failure():
-            # A peer that has taken more steps mixes, and waits for this rank.
-            self._exchange.announce_collective(*self._peers_of(self.rounds))
-            super()._meet(event)
-
-    @contextmanager
-    def _announced_failure(self) -> Iterator[None]:
-        """Let the ranks that wait for this one know of its error."""
-        try:
-            yield
-        except PeerError as error:
-            self._exchange.announce_failure(error)
-            raise
 
     def _before_mean(self) -> None:
         for flat in self._flat_numerators():

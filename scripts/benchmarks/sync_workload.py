@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn import AsyncGossip, Gossip, LocalSGD, OverlapGossip, SlowMo
+from hf_msn import AsyncGossip, Gossip, LocalSGD, NoLoCo, OverlapGossip, SlowMo
 
 BATCH_SIZE = 32
 LAYERS = 4
@@ -31,6 +31,7 @@ METHODS = {
     "slowmo": partial(SlowMo, sync_every=12),
     "slowmo_bf16": partial(SlowMo, sync_every=12, wire_dtype="bfloat16"),
     "slowmo_sharded": partial(SlowMo, sync_every=12, shard_state=True),
+    "noloco": partial(NoLoCo, sync_every=12),
     "sgp": Gossip,
     "sgp_bf16": partial(Gossip, wire_dtype="bfloat16"),
     "dpsgd": partial(Gossip, push_sum=False),

@@ -29,6 +29,7 @@ def test_the_documented_fields_are_there_with_a_help():
         codistillation_transfer_steps codistillation_alpha codistillation_ramp_steps codistillation_burn_in_steps
         codistillation_distance codistillation_temperature codistillation_top_k codistillation_copies_dtype
         codistillation_copies_device codistillation_falling_weight_decay
+        noloco_lr noloco_momentum noloco_pull noloco_seed
     """.split()
     options = {option.name: option for option in sync_options()}
     assert not set(documented) - set(options)
@@ -91,6 +92,7 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "codistillation", "sync_every": 4}, "`sync_every` belongs to `sync` local_sgd.*codistillation"),
         ({"sync": "overlap_gossip", "sync_every": 4}, "`sync_every` belongs .* but `sync` is overlap_gossip"),
         ({"sync": "gossip", "sync_peers_per_step": 2}, "`sync_peers_per_step`"),
+        ({"sync": "noloco", "noloco_momentum": 0.9, "noloco_pull": 0.7}, "`noloco_pull`.*< 0.38.*0.7"),
         ({"sync": "slowmo", "sync_base_buffers": "keep"}, "`sync_base_buffers` .*'keep'"),
         ({"sync": "slowmo", "slow_shard_state": True, "slow_average": False}, "`slow_shard_state=True`"),
         ({"sync": "slowmo", "sync_base": "overlap_gossip", "staleness_bound": -1}, "`staleness_bound`.*-1"),

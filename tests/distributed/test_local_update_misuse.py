@@ -18,6 +18,7 @@ from hf_msn.distributed.async_gossip import AsyncGossip
 from hf_msn.distributed.comm.exchange import Exchange, PeerError
 from hf_msn.distributed.gossip import Gossip
 from hf_msn.distributed.local_sgd import LocalSGD
+from hf_msn.distributed.noloco import NoLoCo
 from hf_msn.distributed.overlap_gossip import OverlapGossip
 from hf_msn.distributed.slowmo import SlowMo
 from hf_msn.distributed.topology import RingTopology
@@ -255,6 +256,7 @@ def test_cpu_tensors_over_nccl_are_refused(monkeypatch):
 BESIDE_A_LOST_PEER = {
     "slowmo": lambda *it, **options: SlowMo(*it, sync_every=2, **options),
     "gossip": lambda *it, **options: Gossip(*it, topology=RingTopology(4, directed=True), **options),
+    "noloco": lambda *it, **options: NoLoCo(*it, sync_every=1, **options),
 }
 
 
@@ -282,6 +284,7 @@ def _train_beside_a_lost_peer(rank, name, how, timeout_seconds):
     [
         *(("slowmo", how, seconds) for how, seconds in (("dies", 3.0), ("hangs", 1.5), ("dies", None))),
         *(("gossip", how, 2.0) for how in ("dies", "hangs")),
+        ("noloco", "dies", 2.0),
     ],
 )
 def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, name, how, timeout_seconds):

@@ -15,6 +15,7 @@ from ...distributed.comm.exchange import PeerError
 from ...distributed.gossip import Gossip
 from ...distributed.local_sgd import LocalSGD
 from ...distributed.local_update import LocalUpdate
+from ...distributed.noloco import NoLoCo
 from ...distributed.overlap_gossip import OverlapGossip
 from ...distributed.slowmo import SlowMo
 from ...distributed.topology import Topology
@@ -380,6 +381,13 @@ class GossipCallback(LocalUpdateCallback):
 
     def __init__(self, trainer: Trainer, **settings: Any):
         super().__init__(trainer, Gossip, **settings)
+
+
+class NoLoCoCallback(LocalUpdateCallback):
+    """[`NoLoCo`] on any Trainer, see [`LocalUpdateCallback`]: `NoLoCoCallback(trainer, sync_every=50)`."""
+
+    def __init__(self, trainer: Trainer, **settings: Any):
+        super().__init__(trainer, NoLoCo, **settings)
 
 
 class OverlapGossipCallback(LocalUpdateCallback):
