@@ -23,7 +23,13 @@ from .sync_state import has_weights_of, load_rank_state, load_renamed_weights, r
 
 logger = logging.get_logger(__name__)
 
-_NAMES = {"method": "async_method"}  # names of settings in recipes, where they differ
+# names of settings in recipes, where they differ
+_NAMES = {
+    "method": "async_method",
+    "outer_lr": "noloco_lr",
+    "outer_momentum": "noloco_momentum",
+    "pull": "noloco_pull",
+}
 
 
 class PerRankCallback(TrainerCallback):
