@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "Measure the accuracy of a frozen model with a few labelled images per class.",
     "app": "Open a page where a few labelled images per class become a classifier, in the browser.",
     "find-compression": "Measure which sequence compression makes a run cheapest, and write its schedule.",
+    "plan-sync": "Predict which method of low-communication training is fast on a network.",
     "publish": "Publish a checkpoint on the Hugging Face Hub, with a card of measured numbers.",
     "convert": "Convert the papers' checkpoints of MSN and PAWS, and back.",
     "card": "Write the model card of a checkpoint.",

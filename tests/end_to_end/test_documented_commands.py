@@ -30,6 +30,7 @@ SHORT = {
     "finetune": "--use_cpu true --num_train_epochs 1 --disable_tqdm true --overwrite_output_dir true",
     "evaluate": "--num_splits 1",
     "find-compression": "--batches 3 --dropouts 0 0.5",
+    "plan-sync": "--ranks 8",
     "publish": "--dry_run true",
     "card": "--plot false",
     "convert": "--num_attention_heads 4",

@@ -1,0 +1,233 @@
+"""Predict the speed of the methods of low-communication training on a network, from a model of it."""
+
+import inspect
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from ..checks import check_integer, check_number
+from .gossip import Gossip
+from .local_sgd import LocalSGD
+from .local_update import LocalUpdate
+from .noloco import NoLoCo
+from .overlap_gossip import OverlapGossip
+from .slowmo import SlowMo
+from .topology import ExponentialTopology, RandomOnePeerTopology, RingTopology, Topology
+
+_COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
+_BITS_PER_SECOND = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_FEWEST_STEPS = 120
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as ranks see it: a message of B bytes takes latency + B / bandwidth.
+
+    Args:
+        ranks (`int`): Number of ranks n.
+        ranks_per_node (`int`): Ranks that share the link of their node.
+        bandwidth (`float`): Bytes per second of the link of a node, in each direction.
+        latency (`float`): Seconds from node to node.
+        node_bandwidth (`float`): Bytes per second from rank to rank inside of a node, without latency.
+    """
+
+    ranks: int
+    ranks_per_node: int
+    bandwidth: float
+    latency: float
+    node_bandwidth: float
+
+    def all_reduce_seconds(self, num_bytes: float) -> float:
+        """Return the seconds of a ring all-reduce inside of the nodes, and between them."""
+
+        def ring(members: int, bandwidth: float, latency: float) -> float:
+            return 2 * (members - 1) / members * num_bytes / bandwidth + 2 * (members - 1) * latency
+
+        nodes = self.ranks // self.ranks_per_node
+        inside = ring(self.ranks_per_node, self.node_bandwidth, 0.0)
+        return inside + ring(nodes, self.bandwidth, self.latency)
+
+    def message_seconds(self, sources: list[list[int]], num_bytes: float) -> list[float]:
+        """Return the seconds until each rank has the messages of its `sources`, which are all sent at once.
+
+        The messages that leave a node or enter it share its link equally.
+        """
+        node = [rank // self.ranks_per_node for rank in range(self.ranks)]
+        messages = [(source, rank) for rank, found in enumerate(sources) for source in found]
+        leaving = Counter(node[source] for source, rank in messages if node[source] != node[rank])
+        entering = Counter(node[rank] for source, rank in messages if node[source] != node[rank])
+        inside = Counter(rank for source, rank in messages if node[source] == node[rank])
+        seconds = [inside[rank] * num_bytes / self.node_bandwidth for rank in range(self.ranks)]
+        for source, rank in messages:
+            if node[source] != node[rank]:
+                shared = max(leaving[node[source]], entering[node[rank]])
+                seconds[rank] = max(seconds[rank], self.latency + shared * num_bytes / self.bandwidth)
+        return seconds
+
+
+def plan_sync(
+    *,
+    parameters: str,
+    ranks: int,
+    bandwidth: str,
+    step_seconds: float,
+    ranks_per_node: int = 1,
+    latency: str = "0.1ms",
+    node_bandwidth: str = "300gbit",
+    bytes_per_parameter: int = 4,
+    stragglers: float = 0.0,
+    efficiency: float = 0.92,
+    ddp_overlap: float = 0.6,
+    seed: int = 0,
+) -> list[dict]:
+    """Predict seconds and bytes per step of DDP and of each method, by simulating the steps of all ranks.
+
+    A rank's step takes `step_seconds` times exp(`stragglers` z) with z standard normal, drawn anew for each rank and
+    step. It ends when the rank has what it waits for: all ranks under DDP and at the averages of [`LocalSGD`] and
+    [`SlowMo`], its peers under [`Gossip`] and [`NoLoCo`], messages older than one step under [`OverlapGossip`], whose
+    messages leave one after the other, and nothing under [`AsyncGossip`], whose bytes are at most those returned.
+    Settings are the defaults of the classes; all ranks are members of one group, without an `inner_group`.
+
+    Args:
+        parameters (`str`): Number of trainable parameters: 86M, 1.3B.
+        ranks (`int`): Number of ranks.
+        bandwidth (`str`): Of the link of a node, in each direction: 1gbit, 200mbit.
+        step_seconds (`float`): Seconds of an optimizer step without any exchange.
+        ranks_per_node (`int`, *optional*, defaults to 1): Ranks that share the link of a node. It divides `ranks`.
+        latency (`str`, *optional*, defaults to `"0.1ms"`): Of a message from node to node: 20ms, 100us.
+        node_bandwidth (`str`, *optional*, defaults to `"300gbit"`): Between the ranks of a node.
+        bytes_per_parameter (`int`, *optional*, defaults to 4): 4 for float32, 2 for a bfloat16 wire.
+        stragglers (`float`, *optional*, defaults to 0.0): Standard deviation of the logarithm of a step's seconds.
+        efficiency (`float`, *optional*, defaults to 0.92): Part of `bandwidth` that is payload, in (0, 1]. The default
+            is that of the all-reduce of LocalSGD in the table of docs/communication.md.
+        ddp_overlap (`float`, *optional*, defaults to 0.6): Part of a step in which DDP hides its all-reduce, in
+            [0, 1]. The default is from the same table.
+        seed (`int`, *optional*, defaults to 0): Of the stragglers.
+
+    Returns:
+        A row per method, DDP first: `method`, `seconds_per_step` (mean over ranks and steps), `times_ddp`,
+        `megabytes_per_step` (sent per rank, mean), `megabytes_peak` (in the step that sends most).
+
+    Raises:
+        ValueError: If an argument is outside of its rule.
+    """
+    payload = parse_quantity("parameters", parameters, _COUNT, "86M")
+    payload *= check_integer("bytes_per_parameter", bytes_per_parameter)
+    ranks = check_integer("ranks", ranks, 2, remedy="One rank exchanges nothing.")
+    ranks_per_node = check_integer("ranks_per_node", ranks_per_node)
+    if ranks % ranks_per_node:
+        raise ValueError(
+            f"`ranks_per_node` must divide `ranks`, {ranks}, but is {ranks_per_node}. Give nodes of the same size."
+        )
+    efficiency = check_number("efficiency", efficiency, above=0.0, maximum=1.0, meaning="is the part that is payload")
+    network = Network(
+        ranks,
+        ranks_per_node,
+        parse_quantity("bandwidth", bandwidth, _BITS_PER_SECOND, "1gbit") / 8 * efficiency,
+        parse_quantity("latency", latency, _SECONDS, "20ms", allow_zero=True),
+        parse_quantity("node_bandwidth", node_bandwidth, _BITS_PER_SECOND, "300gbit") / 8,
+    )
+    step_seconds = check_number("step_seconds", step_seconds, above=0.0)
+    deviation = check_number("stragglers", stragglers, minimum=0.0)
+    overlap = check_number("ddp_overlap", ddp_overlap, minimum=0.0, maximum=1.0) * step_seconds
+    check_integer("seed", seed, 0)
+
+    all_reduce = network.all_reduce_seconds(payload)
+    all_reduce_bytes = 2 * payload * (ranks - 1) / ranks
+
+    def simulate(
+        name: str, period: int, advance: Callable[[list[float], int], list[float]], mean: float, peak: float
+    ) -> dict:
+        generator = random.Random(seed)
+        steps = period * math.ceil(_FEWEST_STEPS / period)
+        times = [0.0] * ranks
+        for step in range(steps):
+            times = [time + step_seconds * math.exp(deviation * generator.gauss(0.0, 1.0)) for time in times]
+            if (step + 1) % period == 0:
+                times = advance(times, step // period)
+        seconds = sum(times) / ranks / steps
+        return {
+            "method": name,
+            "seconds_per_step": seconds,
+            "megabytes_per_step": mean / 1e6,
+            "megabytes_peak": peak / 1e6,
+        }
+
+    def wait_for_all(seconds: float) -> Callable[[list[float], int], list[float]]:
+        return lambda times, _: [max(times) + seconds] * ranks
+
+    @cache
+    def exchange(topology: Topology, step: int) -> tuple[list[list[int]], list[float]]:
+        sources = _sources(topology, step)
+        return sources, network.message_seconds(sources, payload)
+
+    def wait_for_peers(topology: Topology) -> Callable[[list[float], int], list[float]]:
+        def advance(times, step):
+            sources, seconds = exchange(topology, step % (topology.period or step + 1))
+            return [max(times[r] for r in (rank, *sources[rank])) + seconds[rank] for rank in range(ranks)]
+
+        return advance
+
+    def overlapped(topology: Topology) -> Callable[[list[float], int], list[float]]:
+        arrived = [0.0] * ranks  # when the last message to each rank has come
+
+        def advance(times, step):
+            waited = [max(pair) for pair in zip(times, arrived)]  # for what was sent a step before
+            sources, seconds = exchange(topology, step % (topology.period or step + 1))
+            for rank, own in enumerate(sources):
+                sent = max((waited[source] for source in own), default=0.0)
+                arrived[rank] = max(arrived[rank], sent) + seconds[rank]
+            return waited
+
+        return advance
+
+    rows = [
+        simulate("DDP", 1, wait_for_all(max(all_reduce - overlap, 0.0)), all_reduce_bytes, all_reduce_bytes),
+    ]
+    for method in (LocalSGD, SlowMo):
+        period = _period_of(method)
+        name = f"{method.__name__} ({period})"
+        rows.append(simulate(name, period, wait_for_all(all_reduce), all_reduce_bytes / period, all_reduce_bytes))
+    period, pairs = _period_of(NoLoCo), RandomOnePeerTopology(ranks, directed=False)
+    rows.append(simulate(f"NoLoCo ({period})", period, wait_for_peers(pairs), payload / period, payload))
+    for topology in (ExponentialTopology(ranks), RingTopology(ranks)):
+        for method, advance in ((Gossip, wait_for_peers), (OverlapGossip, overlapped)):
+            sent = payload * len(topology.out_peers(0, 0))
+            name = f"{method.__name__}, {type(topology).__name__.removesuffix('Topology').lower()}"
+            rows.append(simulate(name, 1, advance(topology), sent, sent))
+    # a rank that asks exchanges with one neighbour after the other, at most once per step, there and back
+    there = network.message_seconds([[(rank + ranks // 2) % ranks] for rank in range(ranks)], payload)[0]
+    sent = payload * min(1.0, step_seconds / (2 * there))
+    rows.append(simulate("AsyncGossip, AD-PSGD", 1, lambda times, _: times, sent, sent))
+    return [{**row, "times_ddp": rows[0]["seconds_per_step"] / row["seconds_per_step"]} for row in rows]
+
+
+def parse_quantity(name: str, text: str, units: dict[str, float], example: str, *, allow_zero: bool = False) -> float:
+    """Return the number of a text such as "1Gbit" in the base unit. Case does not matter.
+
+    Raises:
+        ValueError: If it is not a number > 0 (or 0 with `allow_zero`) with one of the units.
+    """
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]*)", str(text).strip(), re.IGNORECASE)
+    factors = {unit.lower(): factor for unit, factor in units.items()}
+    if found is None or found[2].lower() not in factors or not (float(found[1]) > 0 or allow_zero):
+        listed = ", ".join(unit for unit in units if unit)
+        rule = "a number >= 0" if allow_zero else "a number > 0"
+        raise ValueError(f"`{name}` must be {rule} with one of the units {listed}, but is {text!r}. Write {example}.")
+    return float(found[1]) * factors[found[2].lower()]
+
+
+def _period_of(method: type[LocalUpdate]) -> int:
+    return inspect.signature(method).parameters["sync_every"].default
+
+
+def _sources(topology: Topology, step: int) -> list[list[int]]:
+    """Return the ranks that each rank receives from. All pairs are drawn once, not once for each rank."""
+    if isinstance(topology, RandomOnePeerTopology):
+        return [[other] if other != rank else [] for rank, other in enumerate(topology.targets(step))]
+    return [topology.in_peers(rank, step) for rank in range(topology.world_size)]
