@@ -24,6 +24,7 @@ from .data.transforms import evaluation_image_processor as evaluation_image_proc
 from .distributed.async_gossip import AsyncGossip as AsyncGossip
 from .distributed.codistillation import Codistillation as Codistillation
 from .distributed.comm.exchange import PeerError as PeerError
+from .distributed.diloco import DiLoCo as DiLoCo
 from .distributed.falling_weight_decay import FallingWeightDecay as FallingWeightDecay
 from .distributed.gossip import Gossip as Gossip
 from .distributed.local_sgd import LocalSGD as LocalSGD
@@ -115,6 +116,9 @@ from .trainers.byol_trainer import BYOLTrainer as BYOLTrainer
 from .trainers.callbacks.codistillation import CodistillationCallback as CodistillationCallback
 from .trainers.callbacks.local_update import (
     AsyncGossipCallback as AsyncGossipCallback,
+)
+from .trainers.callbacks.local_update import (
+    DiLoCoCallback as DiLoCoCallback,
 )
 from .trainers.callbacks.local_update import (
     GossipCallback as GossipCallback,

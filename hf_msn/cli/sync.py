@@ -12,6 +12,7 @@ from transformers import Trainer
 from ..distributed import topology
 from ..distributed.async_gossip import AsyncGossip
 from ..distributed.codistillation import Codistillation
+from ..distributed.diloco import DiLoCo
 from ..distributed.gossip import Gossip
 from ..distributed.local_sgd import LocalSGD
 from ..distributed.noloco import NoLoCo
@@ -21,6 +22,7 @@ from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.codistillation import CodistillationCallback
 from ..trainers.callbacks.local_update import (
     AsyncGossipCallback,
+    DiLoCoCallback,
     GossipCallback,
     LocalSGDCallback,
     NoLoCoCallback,
@@ -80,6 +82,7 @@ class SyncMethod:
 SYNC_METHODS = {
     "local_sgd": SyncMethod(LocalSGD, LocalSGDCallback),
     "slowmo": SyncMethod(SlowMo, SlowMoCallback, {"average": "slow_average", "shard_state": "slow_shard_state"}),
+    "diloco": SyncMethod(DiLoCo, DiLoCoCallback),
     "gossip": SyncMethod(Gossip, GossipCallback),
     # a step always ends a period
     "overlap_gossip": SyncMethod(OverlapGossip, OverlapGossipCallback, {"sync_every": None}),

@@ -44,9 +44,9 @@ class SlowMo(LocalSGD):
             an outer step sends nothing, and each rank has its own x0 and v. `sync()` still averages.
         shard_state (`bool`, *optional*, defaults to `False`): Each rank keeps 1/n of x0 and v: a reduce-scatter of x
             and an all-gather of the result replace the all-reduce, for the same number of bytes.
-        wire_dtype (`str`, *optional*): `"bfloat16"` halves the bytes of an outer step, see [`LocalSGD`], with
-            the anchor x0. It needs memory for one more copy of the trainable parameters. By default the parameters'
-            own precision.
+        wire_dtype (`str`, *optional*): `"bfloat16"`, `"int8"` or `"int4"`: fewer bytes per outer step, see
+            [`LocalSGD`], with the anchor x0. It needs memory for one more copy of the trainable parameters. By default
+            the parameters' own precision.
         base ([`Gossip`], [`OverlapGossip`] or [`LocalSGD`], *optional*): The method between the outer steps, of the
             same model, optimizer and groups: SlowMo over SGP or OSGP, for which the paper uses `sync_every=48`. SlowMo
             starts and stops it. By default the ranks take local steps only, which is the paper's SlowMo over Local SGD
@@ -186,7 +186,7 @@ class SlowMo(LocalSGD):
         self._previous_learning_rates = None
         if self.base is not None:
             self.base._begin_local_steps()
-        self._rounding_errors.clear()
+        self._clear_errors()
         if not self._has_anchors:
             return
         self._anchors = [

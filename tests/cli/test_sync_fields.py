@@ -97,6 +97,7 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "slowmo", "slow_shard_state": True, "slow_average": False}, "`slow_shard_state=True`"),
         ({"sync": "slowmo", "sync_base": "overlap_gossip", "staleness_bound": -1}, "`staleness_bound`.*-1"),
         ({"sync": "local_sgd", "sync_timeout_seconds": 0.0}, "`sync_timeout_seconds` .*0"),
+        ({"sync": "diloco", "slow_lr": 1.0}, "`slow_lr` belongs to `sync` slowmo, but `sync` is diloco"),
         ({"sync": "async_gossip", "async_seed": -1}, "`async_seed`.*-1"),
         ({"sync": "codistillation", "codistillation_alpha": -1.0}, "`codistillation_alpha` .*-1.0"),
     ],

@@ -3,8 +3,8 @@ import torch
 from launch import run_ranks
 from torch import nn
 
-from hf_msn import LocalSGD, SlowMo
-from hf_msn.distributed.comm.wire import checked_wire_dtype
+from hf_msn import Gossip, LocalSGD, SlowMo
+from hf_msn.distributed.comm.wire import checked_wire_dtype, decode_blocks, encode_blocks
 
 pytestmark = pytest.mark.distributed
 STEPS, SIZE = 12, 50
@@ -110,3 +110,75 @@ def test_an_unknown_wire_dtype_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="`shard_state=True`"):
         SlowMo(model, optimizer, shard_state=True, wire_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 127), (4, 7)])
+def test_blocks_are_rounded_to_the_nearest_multiple_of_their_scale(bits, most):
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-3], [0.0], [1e4]])
+    payload = encode_blocks(x.flatten(), bits)
+    assert payload.shape == (3, 4 + 16 * bits) and payload.dtype == torch.uint8
+    for block, found in zip(x.double(), decode_blocks(payload, bits).view(3, 128)):
+        scale = (block.abs().max() / most).item()
+        expected = [round(value / scale) * scale if scale else 0.0 for value in block.tolist()]
+        torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-5, atol=0.0)
+
+
+def _means_of_blocks(rank, bits):
+    x = nn.Parameter(torch.zeros(SIZE))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    seen = []
+    with LocalSGD(nn.ParameterList([x]), optimizer, sync_every=1, wire_dtype=f"int{bits}") as sync:
+        sent = sync.bytes_sent
+        for step in range(STEPS):
+            x.grad = -_changes(rank, step)
+            optimizer.step()
+            sync.step()
+            seen.append(x.detach().clone())
+        return seen, sync.bytes_sent - sent
+
+
+def _means_of_both(rank):
+    return [_means_of_blocks(rank, bits) for bits in (8, 4)]
+
+
+def test_means_of_blocks_have_feedback_on_both_roundings_and_the_stated_bytes():
+    found = run_ranks(_means_of_both, 3)
+    for place, bits in enumerate((8, 4)):
+        _check_means([own[place] for own in found], bits)
+
+
+def _check_means(found, bits):
+    x, errors, mean_error = torch.zeros(SIZE), [torch.zeros(SIZE)] * 3, torch.zeros(128)
+    exact = torch.zeros(SIZE).double()
+
+    def rounded(values):
+        return decode_blocks(encode_blocks(values, bits), bits)
+
+    for step in range(STEPS):
+        total = torch.zeros(128)
+        for rank in range(3):
+            change = (x + _changes(rank, step)) - x + errors[rank]
+            sent = rounded(nn.functional.pad(change, (0, 128 - SIZE)))
+            errors[rank] = change - sent[:SIZE]
+            total = total + sent
+            exact += _changes(rank, step).double() / 3
+        mean = total / 3 + mean_error
+        mean_error = mean - rounded(mean)
+        x = x + rounded(mean)[:SIZE]
+        for own in found:
+            torch.testing.assert_close(own[0][step], x, rtol=0.0, atol=1e-7)
+            assert torch.equal(own[0][step], found[0][0][step])
+    # the error is that of one step, not of twelve: half a quantum of a change, and of a mean
+    quantum = 2 * 5e-3 / (127 if bits == 8 else 7)
+    assert (x.double() - exact).abs().max() < quantum < 0.2 * exact.abs().max()
+    payload = 3 * (4 + 16 * bits)  # padded to a block for each rank
+    assert all(own[1] == STEPS * 2 * payload * 2 // 3 for own in found)
+
+
+def test_blocks_are_refused_for_complex_parameters_and_gossip():
+    x = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    model, optimizer = nn.ParameterList([x]), torch.optim.SGD([x], lr=0.1)
+    with pytest.warns(UserWarning, match="one rank"), pytest.raises(ValueError, match="'int8'"):
+        LocalSGD(model, optimizer, wire_dtype="int8").start()
+    with pytest.raises(ValueError, match="'int4'"):
+        Gossip(model, optimizer, wire_dtype="int4")

@@ -43,7 +43,8 @@ class Exchange:
 
     Attributes:
         bytes_sent (`int`): Payload that this rank has sent. With n ranks and B bytes: mean 2B(n-1)/n, mean of which a
-            shard is kept B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for its source.
+            shard is kept B(n-1)/n, swap of shards B(n-1)/n, gathering of shards of B bytes B(n-1), broadcast B for
+            its source.
         seconds_waiting (`float`): Time spent in exchanges. On CUDA without `timeout_seconds` the host does not wait
             for the device, and only the launches count.
     """
@@ -102,6 +103,19 @@ class Exchange:
         self._run("mean of shards", [lambda: _reduce_scatter(shard, tensor, group=self.group, async_op=True)])
         self.bytes_sent += num_bytes(tensor) * (self.size - 1) // self.size
         return shard.div_(self.size)
+
+    @torch.no_grad()
+    def swap(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Send shard i of `tensor` to rank i. Return the shards that came here, in the same shape, first rank first.
+
+        The first dimension must be a multiple of n.
+        """
+        if self.size == 1:
+            return tensor
+        received, swap = torch.empty_like(tensor), dist.all_to_all_single
+        self._run("swap of shards", [lambda: swap(received, tensor, group=self.group, async_op=True)])
+        self.bytes_sent += num_bytes(tensor) * (self.size - 1) // self.size
+        return received
 
     @torch.no_grad()
     def gather_(self, whole: torch.Tensor, shard: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ...distributed.async_gossip import AsyncGossip
 from ...distributed.comm.exchange import PeerError
+from ...distributed.diloco import DiLoCo
 from ...distributed.gossip import Gossip
 from ...distributed.local_sgd import LocalSGD
 from ...distributed.local_update import LocalUpdate
@@ -380,6 +381,13 @@ class SlowMoCallback(LocalUpdateCallback):
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LocalUpdate:
         base = None if self.base is None else self.base(model, optimizer)
         return self.method_class(model, optimizer, base=base, **self.settings)
+
+
+class DiLoCoCallback(LocalUpdateCallback):
+    """[`DiLoCo`] on any Trainer, see [`LocalUpdateCallback`]: `DiLoCoCallback(trainer, sync_every=100)`."""
+
+    def __init__(self, trainer: Trainer, **settings: Any):
+        super().__init__(trainer, DiLoCo, **settings)
 
 
 class GossipCallback(LocalUpdateCallback):
