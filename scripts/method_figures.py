@@ -3,6 +3,7 @@
 python scripts/method_figures.py
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -179,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()
