@@ -117,7 +117,8 @@ class LocalSGD(LocalUpdate):
         sent = encode_blocks(pad(change, (0, -size % (BLOCK * exchange.size))), wire)
         self._rounding_errors[index] = change - decode_blocks(sent, wire)[:size]
         shards = exchange.swap(sent).chunk(exchange.size)
-        mean = sum(decode_blocks(shard, wire) for shard in shards) / exchange.size
+        zero = torch.zeros((), device=change.device)
+        mean = sum((decode_blocks(shard, wire) for shard in shards), zero) / exchange.size
         if index in self._mean_errors:
             mean += self._mean_errors[index]
         rounded = encode_blocks(mean, wire)
