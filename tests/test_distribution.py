@@ -1,4 +1,4 @@
-"""What is installed: the wheel has the files that are not Python, and its metadata agree with the repository's."""
+"""The installed package: the wheel has the files that are not Python, and its metadata agree with the repository's."""
 
 import re
 import shutil

@@ -93,7 +93,7 @@ class Neighbour(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the classifier says of an image: classes with probabilities, the likeliest first."""
+    """The classes of an image with their probabilities, the likeliest first."""
 
     name: str
     picture: str

@@ -1,4 +1,4 @@
-"""What the app shows, as HTML in which every text is escaped."""
+"""The contents of the app as HTML, in which every text is escaped."""
 
 from collections.abc import Sequence
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..checks import check_integer, check_number
+from .diloco import DiLoCo
 from .gossip import Gossip
 from .local_sgd import LocalSGD
 from .local_update import LocalUpdate
@@ -88,9 +89,10 @@ def plan_sync(
     """Predict seconds and bytes per step of DDP and of each method, by simulating the steps of all ranks.
 
     A rank's step takes `step_seconds` times exp(`stragglers` z) with z standard normal, drawn anew for each rank and
-    step. It ends when the rank has what it waits for: all ranks under DDP and at the averages of [`LocalSGD`] and
-    [`SlowMo`], its peers under [`Gossip`] and [`NoLoCo`], messages older than one step under [`OverlapGossip`], whose
-    messages leave one after the other, and nothing under [`AsyncGossip`], whose bytes are at most those returned.
+    step. It ends when the rank has what it waits for: all ranks under DDP and at the averages of [`LocalSGD`],
+    [`SlowMo`] and [`DiLoCo`], its peers under [`Gossip`] and [`NoLoCo`], messages older than one step under
+    [`OverlapGossip`], whose messages leave one after the other, and nothing under [`AsyncGossip`], whose bytes are
+    at most those returned.
     Settings are the defaults of the classes; all ranks are members of one group, without an `inner_group`.
 
     Args:
@@ -189,7 +191,7 @@ def plan_sync(
     rows = [
         simulate("DDP", 1, wait_for_all(max(all_reduce - overlap, 0.0)), all_reduce_bytes, all_reduce_bytes),
     ]
-    for method in (LocalSGD, SlowMo):
+    for method in (LocalSGD, SlowMo, DiLoCo):
         period = _period_of(method)
         name = f"{method.__name__} ({period})"
         rows.append(simulate(name, period, wait_for_all(all_reduce), all_reduce_bytes / period, all_reduce_bytes))
