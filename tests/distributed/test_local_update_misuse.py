@@ -1,6 +1,7 @@
 """Wrong use of local training, and lost ranks."""
 
 import os
+import signal
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_msn.distributed.async_gossip import AsyncGossip
 from hf_msn.distributed.comm.exchange import Exchange, PeerError
+from hf_msn.distributed.diloco import DiLoCo
 from hf_msn.distributed.gossip import Gossip
 from hf_msn.distributed.local_sgd import LocalSGD
 from hf_msn.distributed.noloco import NoLoCo
@@ -255,6 +257,7 @@ def test_cpu_tensors_over_nccl_are_refused(monkeypatch):
 
 BESIDE_A_LOST_PEER = {
     "slowmo": lambda *it, **options: SlowMo(*it, sync_every=2, **options),
+    "diloco": lambda *it, **options: DiLoCo(*it, sync_every=2, **options),
     "gossip": lambda *it, **options: Gossip(*it, topology=RingTopology(4, directed=True), **options),
     "noloco": lambda *it, **options: NoLoCo(*it, sync_every=1, **options),
 }
@@ -268,8 +271,9 @@ def _train_beside_a_lost_peer(rank, name, how, timeout_seconds):
             for step in range(60):
                 started = time.monotonic()
                 if step == 5 and rank == 1:
-                    time.sleep(0 if how == "dies" else 60)
-                    os._exit(0)
+                    if how == "dies":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    time.sleep(60)
                 backward(model, optimizer, rank, step)
                 optimizer.step()
                 sync.step()
@@ -283,12 +287,13 @@ def _train_beside_a_lost_peer(rank, name, how, timeout_seconds):
     "name, how, timeout_seconds",
     [
         *(("slowmo", how, seconds) for how, seconds in (("dies", 3.0), ("hangs", 1.5), ("dies", None))),
+        ("diloco", "dies", 3.0),
         *(("gossip", how, 2.0) for how in ("dies", "hangs")),
         ("noloco", "dies", 2.0),
     ],
 )
 def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, name, how, timeout_seconds):
-    num_ranks = 3 if name == "slowmo" else 4  # on the ring, rank 3 does not hear from rank 1
+    num_ranks = 3 if name in ("slowmo", "diloco") else 4  # on the ring, rank 3 does not hear from rank 1
     reports = run_ranks_that_are_left(
         _train_beside_a_lost_peer, num_ranks, tmp_path, name, how, timeout_seconds, lost=(1,), timeout=40.0
     )
@@ -298,7 +303,7 @@ def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, nam
         assert rank not in lost
         if how == "hangs":
             assert lost[0] == 1  # before the ranks whose connection broke because they gave up on rank 1
-        if name == "slowmo":
+        if num_ranks == 3:
             assert steps == 6
             assert f"[0, 1, 2] failed on rank {rank}" in message
             assert how == "dies" or (lost == (1,) and seconds >= timeout_seconds - 0.1)

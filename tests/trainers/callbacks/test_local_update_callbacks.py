@@ -10,11 +10,12 @@ from states import same
 from sync_runs import KINDS, Snapshots, logged, make_local_trainer, make_trainer, watch_batches, weights
 from transformers import TrainerCallback
 
-from hf_msn import LocalSGDCallback, LowShotCallback, SlowMoCallback
+from hf_msn import DiLoCoCallback, LocalSGDCallback, LowShotCallback, SlowMoCallback
 
 METHODS = {
     "local": (LocalSGDCallback, {"sync_every": 3}),
     "slow": (SlowMoCallback, {"sync_every": 3, "slow_momentum": 0.6, "slow_lr": 0.9}),
+    "diloco": (DiLoCoCallback, {"sync_every": 3}),
 }
 CASES = {
     "image": ("image", {"max_grad_norm": 0.5, "learning_rate": 0.02}),
@@ -81,6 +82,11 @@ def by_hand(case: str, method: str, batches: list[list[dict]]) -> dict[str, torc
                 assign(means())  # the evaluation of the last update comes before the end
             if method == "local":
                 assign(means())
+            elif method == "diloco":
+                change = [x0 - x for x0, x in zip(anchors, means())]
+                momenta = [0.9 * v + delta for v, delta in zip(momenta, change)]
+                anchors = [x0 - 0.7 * (delta + 0.9 * v) for x0, delta, v in zip(anchors, change, momenta)]
+                assign(anchors)
             else:
                 factor = settings["slow_momentum"] * (now / previous if previous else 1.0)
                 momenta = [factor * v + x0 - x for v, x0, x in zip(momenta, anchors, means())]
