@@ -31,6 +31,7 @@ from .distributed.local_sgd import LocalSGD as LocalSGD
 from .distributed.noloco import NoLoCo as NoLoCo
 from .distributed.overlap_gossip import OverlapGossip as OverlapGossip
 from .distributed.slowmo import SlowMo as SlowMo
+from .distributed.streaming_diloco import StreamingDiLoCo as StreamingDiLoCo
 from .distributed.topology import (
     BipartiteExponentialTopology as BipartiteExponentialTopology,
 )
@@ -137,6 +138,9 @@ from .trainers.callbacks.local_update import (
 )
 from .trainers.callbacks.local_update import (
     SlowMoCallback as SlowMoCallback,
+)
+from .trainers.callbacks.local_update import (
+    StreamingDiLoCoCallback as StreamingDiLoCoCallback,
 )
 from .trainers.callbacks.local_update import (
     bring_to_consensus as bring_to_consensus,

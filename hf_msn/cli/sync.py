@@ -18,6 +18,8 @@ from ..distributed.local_sgd import LocalSGD
 from ..distributed.noloco import NoLoCo
 from ..distributed.overlap_gossip import OverlapGossip
 from ..distributed.slowmo import SlowMo
+from ..distributed.streaming_diloco import StreamingDiLoCo
+from ..optim.by_name import find_optimizer
 from ..trainers.argument_names import in_terms_of
 from ..trainers.callbacks.codistillation import CodistillationCallback
 from ..trainers.callbacks.local_update import (
@@ -28,6 +30,7 @@ from ..trainers.callbacks.local_update import (
     NoLoCoCallback,
     OverlapGossipCallback,
     SlowMoCallback,
+    StreamingDiLoCoCallback,
 )
 from .parser import Option, documentation, options_of, parameters_of
 
@@ -44,6 +47,15 @@ BASES = ("gossip", "overlap_gossip", "local_sgd")
 _NAMES = {
     **{name: f"sync_{name}" for name in ("timeout_seconds", "wire_dtype", "base_buffers")},
     "log_consensus_distance": None,
+}
+# What makes the outer optimizer of DiLoCo.
+_OUTER_FIELDS: dict[str, tuple[Any, str]] = {
+    "outer_optim": (
+        str,
+        "Outer optimizer: a class of torch.optim, timm:lamb or package.module:Class (SGD).",
+    ),
+    "outer_optim_args": (str, "Its arguments, as in a call: betas=(0.9,0.99). With SGD: momentum=0.9,nesterov=true."),
+    "outer_lr": (float, "Its learning rate (0.7). It must be given with another outer_optim."),
 }
 
 
@@ -76,6 +88,12 @@ class SyncMethod:
             found["base"] = Option("sync_base", Literal[BASES], None, helps.get("base", ""))
             text = "`sync_every` of sync_base: steps between two averages (local_sgd, 12) or mixings (gossip, 1)."
             found["base_every"] = Option("sync_base_every", int, None, text)
+        if "fragments" in parameters:
+            text = "Layers in turn, or runs of parameters of about equal size."
+            found["fragments"] = Option("fragments", Literal["strided", "size"], "strided", text)
+        if "outer_optimizer" in parameters:
+            for name, (annotation, text) in _OUTER_FIELDS.items():
+                found[name] = Option(name, annotation, None, text)
         return found
 
 
@@ -83,6 +101,7 @@ SYNC_METHODS = {
     "local_sgd": SyncMethod(LocalSGD, LocalSGDCallback),
     "slowmo": SyncMethod(SlowMo, SlowMoCallback, {"average": "slow_average", "shard_state": "slow_shard_state"}),
     "diloco": SyncMethod(DiLoCo, DiLoCoCallback),
+    "streaming_diloco": SyncMethod(StreamingDiLoCo, StreamingDiLoCoCallback, {"delay": "fragment_delay"}),
     "gossip": SyncMethod(Gossip, GossipCallback),
     # a step always ends a period
     "overlap_gossip": SyncMethod(OverlapGossip, OverlapGossipCallback, {"sync_every": None}),
@@ -152,23 +171,40 @@ class SyncArguments:
             return
         world_size = trainer.args.world_size
         with in_terms_of(self._names):
-            settings = _with_topology(self.settings, world_size)
+            settings = _with_topology(_with_outer_optimizer(self.settings), world_size)
             if self.base is not None:
                 settings["base"] = partial(self.base.core, **_with_topology(self.base_settings, world_size))
             trainer.add_callback(self.method.callback(trainer, **settings))
 
     def _check_values(self) -> None:
         """Check the values before any data is read, except those that depend on the number of ranks."""
-        later = ("topology", "peers_per_step", "base")
-        parameter = nn.Linear(1, 1)
-        optimizer = torch.optim.SGD(parameter.parameters(), lr=1.0)
+        later = ("topology", "peers_per_step", "base", "num_fragments")
+        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))  # a layer for each fragment
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         levels = [(self.method, self.settings, self._names), (self.base, self.base_settings, self._base_names)]
         for method, settings, names in levels:
             if method is not None:
                 known = parameters_of(method.core)
-                settings = {name: v for name, v in settings.items() if name in known and name not in later}
                 with in_terms_of(names):
-                    method.core(parameter, optimizer, **settings)
+                    settings = _with_outer_optimizer(settings)
+                    settings = {name: v for name, v in settings.items() if name in known and name not in later}
+                    method.core(model, optimizer, **settings)
+
+
+def _with_outer_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
+    settings = dict(settings)
+    name, arguments, lr = (settings.pop(field, None) for field in _OUTER_FIELDS)
+    if name is arguments is lr is None:
+        return settings
+    if lr is None and name is not None:
+        raise ValueError(f"`outer_lr` must be given with `outer_optim`, which is '{name}'. Nesterov's SGD has 0.7.")
+    if name is None:
+        arguments = arguments or "momentum=0.9,nesterov=true"
+    name = name or "SGD"
+    with in_terms_of({"optim": "outer_optim", "optim_args": "outer_optim_args"}):
+        own_fields = {"params": "model", "lr": "outer_lr"}
+        cls, found = find_optimizer(name if ":" in name else f"torch.optim:{name}", arguments, own_fields)
+    return settings | {"outer_optimizer": partial(cls, lr=0.7 if lr is None else lr, **found)}
 
 
 def _with_topology(settings: dict[str, Any], world_size: int) -> dict[str, Any]:

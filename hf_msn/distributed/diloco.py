@@ -66,10 +66,24 @@ class DiLoCo(LocalSGD):
         **kwargs: Any,
     ):
         super().__init__(model, optimizer, sync_every=sync_every, wire_dtype=wire_dtype, **kwargs)
+        self._fragments = self._split()
         dims = {p.dim() for _, p, _ in trainable_parameters(self.model, self.optimizer)}
         self._make_outer, self._outer_settings = outer_optimizer, _try(outer_optimizer, sorted(dims))
         self._anchors: list[nn.Parameter] = []  # one for each parameter
-        self.outer_optimizer: Optimizer | None = None
+        self._outer_optimizers: list[Optimizer] = []  # one for each fragment
+
+    @property
+    def outer_optimizer(self) -> Optimizer | None:
+        """The outer optimizer, once the local steps have begun."""
+        return self._outer_optimizers[0] if self._outer_optimizers else None
+
+    def _split(self) -> list[list[int]]:
+        """Return the parameters of each fragment, by their places among the trainable ones."""
+        return [list(range(len(trainable_parameters(self.model, self.optimizer))))]
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._fragments = self._split()
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "outer_optimizer": self._outer_settings}
@@ -82,38 +96,49 @@ class DiLoCo(LocalSGD):
     def _set_anchors(self, tensors: Sequence[torch.Tensor]) -> None:
         dtypes = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
         self._anchors = [nn.Parameter(t.detach().to(d, copy=True)) for t, d in zip(tensors, dtypes)]
-        self.outer_optimizer = self._make_outer(self._anchors)
+        anchors = [[self._anchors[i] for i in fragment] for fragment in self._fragments]
+        self._outer_optimizers = [self._make_outer(own) for own in anchors]
 
     @torch.no_grad()
     def _take_outer_step(self) -> None:
         self._meet("an outer step")
-        for index, (bucket, tensors) in enumerate(zip(self._buckets, self._bucket_tensors())):
-            flat = FlatTensors(tensors)
-            [change] = flat.copy_in()
-            change.neg_()
-            anchors, parts = [self._anchors[i] for i in bucket], [part for part, _ in flat.pairs]
-            torch._foreach_add_(parts, [x0.to(change.dtype) for x0 in anchors])
-            self._mean_change_(index, change)
-            for x0, part in zip(anchors, parts):
-                x0.grad = part.to(x0.dtype)
-        self.outer_optimizer.step()
-        self.outer_optimizer.zero_grad()
+        for index in range(len(self._buckets)):
+            change = self._change(index)
+            self._mean_change_(index, change.buffers[0])
+            self._set_gradients(index, change)
+        self._step_anchors(0)
         torch._foreach_copy_([p for _, p, _ in self._parameters], self._anchors)
 
+    def _change(self, index: int) -> FlatTensors:
+        """Return x0 - x of bucket number `index`."""
+        flat = FlatTensors(self._bucket_tensors()[index])
+        [change] = flat.copy_in()
+        change.neg_()
+        anchors = [self._anchors[i].to(change.dtype) for i in self._buckets[index]]
+        torch._foreach_add_([part for part, _ in flat.pairs], anchors)
+        return flat
+
+    def _set_gradients(self, index: int, change: FlatTensors) -> None:
+        for i, (part, _) in zip(self._buckets[index], change.pairs):
+            self._anchors[i].grad = part.to(self._anchors[i].dtype)
+
+    def _step_anchors(self, fragment: int) -> None:
+        self._outer_optimizers[fragment].step()
+        self._outer_optimizers[fragment].zero_grad()
+
     def _method_state(self) -> dict[str, Any]:
-        outer = self.outer_optimizer
         return {
             **super()._method_state(),
             "anchors": [x0.detach().clone() for x0 in self._anchors],
-            "outer_optimizer": None if outer is None else copy.deepcopy(outer.state_dict()),
+            "outer_optimizers": [copy.deepcopy(outer.state_dict()) for outer in self._outer_optimizers],
         }
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
         super()._load_method_state(state)
-        if state["outer_optimizer"] is not None:
+        if state["outer_optimizers"]:
             self._set_anchors(self._anchors)
-            # A copy, because torch takes the tensors themselves.
-            self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+            for outer, saved in zip(self._outer_optimizers, state["outer_optimizers"]):
+                outer.load_state_dict(copy.deepcopy(saved))  # a copy, because torch takes the tensors themselves
 
 
 def _try(make: Callable[[list[nn.Parameter]], Optimizer], dims: Iterable[int]) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from .comm.exchange import Exchange
 from .comm.flat import FlatTensors
 from .comm.wire import BLOCK, checked_wire_dtype, decode_blocks, encode_blocks
 from .local_update import LocalUpdate
@@ -99,9 +100,9 @@ class LocalSGD(LocalUpdate):
             self._mean_change_(index, x)
             x.add_(self._anchors[index])
 
-    def _mean_change_(self, index: int, change: torch.Tensor) -> None:
+    def _mean_change_(self, index: int, change: torch.Tensor, exchange: Exchange | None = None) -> None:
         """Replace the change of bucket number `index` by its mean over the ranks, in the wire format."""
-        wire, exchange = self._wire_dtype, self._exchange
+        wire, exchange = self._wire_dtype, exchange or self._exchange
         if wire is None:
             exchange.mean_([change])
             return

@@ -172,7 +172,7 @@ class LocalUpdate:
         try:
             if error is None:
                 self._calls.check(is_last=True)
-                if self.local_steps:
+                if self._is_pending:
                     self._end_period()
                 self.sync()
         finally:
@@ -332,6 +332,11 @@ class LocalUpdate:
     def _take_outer_step(self) -> None:
         """Called after the last local step of a period, on every rank."""
         raise NotImplementedError
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether an outer step is due when leaving."""
+        return self.local_steps > 0
 
     def _meet(self, event: str) -> None:
         """Called before the ranks exchange. Raise a `PeerError` where another rank comes to another event."""

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import timm.optim
@@ -125,13 +126,16 @@ def show_averages(optimizer: Optimizer | None) -> None:
         optimizer.eval()
 
 
-def find_optimizer(name: str, arguments: str | None = None) -> tuple[type[Optimizer], dict[str, Any]]:
+def find_optimizer(
+    name: str, arguments: str | None = None, own_fields: Mapping[str, str] = _OWN_FIELDS
+) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return an optimizer's class and its keyword arguments.
 
     Args:
         name (`str`): `timm:lion`, a name of `timm.optim.list_optimizers()` with its defaults there, or
             `package.module:Class`, a class that can be imported.
         arguments (`str`, *optional*): As in a call: `"betas=(0.95,0.99),amsgrad=true"`.
+        own_fields (`Mapping[str, str]`, *optional*): Arguments that have a field of their own, and its name.
 
     Raises:
         ValueError: If there is no such class or argument, or it cannot be used here.
@@ -155,10 +159,10 @@ def find_optimizer(name: str, arguments: str | None = None) -> tuple[type[Optimi
     if reason is not None:
         raise ValueError(f"`optim` must not be '{name}': {reason}. See docs/optimizers.md.")
     given = _parse(arguments)
-    for argument, field in _OWN_FIELDS.items():
+    for argument, field in own_fields.items():
         if argument in given:
             raise ValueError(f"`optim_args` must not have '{argument}', but is {arguments!r}. Set `{field}`.")
-    check_known(given, names_of_settings(cls) - _OWN_FIELDS.keys(), f"argument of '{name}'")
+    check_known(given, names_of_settings(cls) - own_fields.keys(), f"argument of '{name}'")
     return cls, settings | given
 
 

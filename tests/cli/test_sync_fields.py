@@ -1,6 +1,7 @@
 """Fields of training with little communication: from the signatures, by method, to the callbacks."""
 
 import pytest
+import torch
 
 from hf_msn import CodistillationCallback, SlowMoCallback, parse_recipe
 from hf_msn.cli.sync import SYNC_METHODS, TOPOLOGIES, SyncArguments, sync_options
@@ -30,6 +31,7 @@ def test_the_documented_fields_are_there_with_a_help():
         codistillation_distance codistillation_temperature codistillation_top_k codistillation_copies_dtype
         codistillation_copies_device codistillation_falling_weight_decay
         noloco_lr noloco_momentum noloco_pull noloco_seed
+        outer_optim outer_optim_args outer_lr num_fragments fragments fragment_delay mixing_alpha
     """.split()
     options = {option.name: option for option in sync_options()}
     assert not set(documented) - set(options)
@@ -98,6 +100,12 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "slowmo", "sync_base": "overlap_gossip", "staleness_bound": -1}, "`staleness_bound`.*-1"),
         ({"sync": "local_sgd", "sync_timeout_seconds": 0.0}, "`sync_timeout_seconds` .*0"),
         ({"sync": "diloco", "slow_lr": 1.0}, "`slow_lr` belongs to `sync` slowmo, but `sync` is diloco"),
+        ({"sync": "diloco", "outer_optim": "Adam"}, "`outer_lr` must be given"),
+        ({"sync": "diloco", "outer_optim": "LBFGS", "outer_lr": 1.0}, "`outer_optim` must not be .*LBFGS"),
+        ({"sync": "diloco", "outer_optim_args": "lr=0.5"}, "`outer_optim_args` .*'lr'.*`outer_lr`"),
+        ({"sync": "diloco", "outer_optim": "timm:lambda", "outer_lr": 1.0}, "lambda"),
+        ({"sync": "diloco", "fragment_delay": 2}, "`fragment_delay` belongs to `sync` streaming_diloco"),
+        ({"sync": "streaming_diloco", "fragment_delay": 12, "sync_every": 12}, "`fragment_delay` .*at most 11"),
         ({"sync": "async_gossip", "async_seed": -1}, "`async_seed`.*-1"),
         ({"sync": "codistillation", "codistillation_alpha": -1.0}, "`codistillation_alpha` .*-1.0"),
     ],
@@ -121,3 +129,18 @@ def test_codistillation_has_its_fields(tmp_path):
     assert isinstance(callback, CodistillationCallback) and callback.falling_weight_decay
     assert callback.settings["exchange"] == "checkpoints" and callback.settings["exchange_every"] == 20
     assert callback.settings["alpha"] == 0.5
+
+
+def test_streaming_diloco_has_its_fields_and_an_outer_optimizer(tmp_path):
+    given = "--sync streaming_diloco --num_fragments 2 --fragments size --fragment_delay 3 --mixing_alpha 0.25".split()
+    given += "--outer_optim timm:lamb --outer_lr 0.1 --outer_optim_args betas=(0.8,0.9)".split()
+    trainer, (callback,) = callback_of(tmp_path, *given)
+    sync = callback.make_sync(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0))
+    assert (sync.num_fragments, sync.fragments, sync.delay, sync.mixing_alpha) == (2, "size", 3, 0.25)
+    outer = callback.settings["outer_optimizer"]([torch.nn.Parameter(torch.ones(2))])
+    assert type(outer).__name__ == "Lamb"
+    assert outer.param_groups[0]["lr"] == 0.1 and outer.param_groups[0]["betas"] == (0.8, 0.9)
+    _, (callback,) = callback_of(tmp_path, "--sync", "diloco", "--outer_lr", "0.3")
+    outer = callback.settings["outer_optimizer"]([torch.nn.Parameter(torch.ones(2))])
+    settings = outer.param_groups[0]
+    assert (settings["lr"], settings["momentum"], settings["nesterov"]) == (0.3, 0.9, True)

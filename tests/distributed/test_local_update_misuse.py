@@ -23,6 +23,7 @@ from hf_msn.distributed.local_sgd import LocalSGD
 from hf_msn.distributed.noloco import NoLoCo
 from hf_msn.distributed.overlap_gossip import OverlapGossip
 from hf_msn.distributed.slowmo import SlowMo
+from hf_msn.distributed.streaming_diloco import StreamingDiLoCo
 from hf_msn.distributed.topology import RingTopology
 
 
@@ -260,6 +261,9 @@ BESIDE_A_LOST_PEER = {
     "diloco": lambda *it, **options: DiLoCo(*it, sync_every=2, **options),
     "gossip": lambda *it, **options: Gossip(*it, topology=RingTopology(4, directed=True), **options),
     "noloco": lambda *it, **options: NoLoCo(*it, sync_every=1, **options),
+    "streaming": lambda *it, **options: StreamingDiLoCo(
+        *it, sync_every=2, num_fragments=2, fragments="size", delay=1, **options
+    ),
 }
 
 
@@ -290,10 +294,11 @@ def _train_beside_a_lost_peer(rank, name, how, timeout_seconds):
         ("diloco", "dies", 3.0),
         *(("gossip", how, 2.0) for how in ("dies", "hangs")),
         ("noloco", "dies", 2.0),
+        *(("streaming", how, 2.0) for how in ("dies", "hangs")),
     ],
 )
 def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, name, how, timeout_seconds):
-    num_ranks = 3 if name in ("slowmo", "diloco") else 4  # on the ring, rank 3 does not hear from rank 1
+    num_ranks = 3 if name in ("slowmo", "diloco", "streaming") else 4  # on the ring, rank 3 does not hear from rank 1
     reports = run_ranks_that_are_left(
         _train_beside_a_lost_peer, num_ranks, tmp_path, name, how, timeout_seconds, lost=(1,), timeout=40.0
     )

@@ -19,6 +19,7 @@ from ...distributed.local_update import LocalUpdate
 from ...distributed.noloco import NoLoCo
 from ...distributed.overlap_gossip import OverlapGossip
 from ...distributed.slowmo import SlowMo
+from ...distributed.streaming_diloco import StreamingDiLoCo
 from ...distributed.topology import Topology
 from .sync_state import has_weights_of, load_rank_state, load_renamed_weights, restore_rank_state, save_rank_state
 
@@ -30,6 +31,7 @@ _NAMES = {
     "outer_lr": "noloco_lr",
     "outer_momentum": "noloco_momentum",
     "pull": "noloco_pull",
+    "delay": "fragment_delay",
 }
 
 
@@ -388,6 +390,13 @@ class DiLoCoCallback(LocalUpdateCallback):
 
     def __init__(self, trainer: Trainer, **settings: Any):
         super().__init__(trainer, DiLoCo, **settings)
+
+
+class StreamingDiLoCoCallback(LocalUpdateCallback):
+    """[`StreamingDiLoCo`] on any Trainer, see [`LocalUpdateCallback`]: `StreamingDiLoCoCallback(trainer, delay=5)`."""
+
+    def __init__(self, trainer: Trainer, **settings: Any):
+        super().__init__(trainer, StreamingDiLoCo, **settings)
 
 
 class GossipCallback(LocalUpdateCallback):
