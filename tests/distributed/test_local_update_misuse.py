@@ -309,6 +309,6 @@ def test_a_lost_peer_is_named_within_the_deadline_and_nobody_hangs(tmp_path, nam
         if how == "hangs":
             assert lost[0] == 1  # before the ranks whose connection broke because they gave up on rank 1
         if num_ranks == 3:
-            assert steps == 6
+            assert 6 <= steps <= (7 if name == "streaming" else 6)  # it waits `delay` steps later
             assert f"[0, 1, 2] failed on rank {rank}" in message
             assert how == "dies" or (lost == (1,) and seconds >= timeout_seconds - 0.1)
