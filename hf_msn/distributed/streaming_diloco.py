@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .training_state import trainable_parameters
 
 _NUM_FRAGMENTS = 4
 _LAYER = re.compile(r".*?\.\d+(?=\.)|\d+(?=\.)")  # up to the first index in a list of modules
+
+_numbers: set[int] = set()  # of the objects that run now: the threads of two must not share a group
 
 
 @dataclass
@@ -189,7 +192,9 @@ class StreamingDiLoCo(DiLoCo):
             # Transfers run beside the exchanges of the training's own thread.
             group = self._exchange.group
             backend = None if group is None else dist.get_backend_config(group)
-            own = subgroup(self._exchange.global_ranks, backend=backend, name="fragments")
+            self._number = next(number for number in count() if number not in _numbers)
+            _numbers.add(self._number)
+            own = subgroup(self._exchange.global_ranks, backend=backend, name=f"fragments {self._number}")
             self._transfers = Exchange(own, self._exchange.timeout_seconds)
         self._background = BackgroundCalls("hf_msn fragments")
 
@@ -200,6 +205,7 @@ class StreamingDiLoCo(DiLoCo):
             self._background.close()
             self._background = None
         if self._transfers is not self._exchange:
+            _numbers.discard(self._number)
             self._bytes_sent_before += self._transfers.bytes_sent
             self._transfers = self._exchange
 

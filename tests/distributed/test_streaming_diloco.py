@@ -1,5 +1,6 @@
 """Streaming DiLoCo against its equations, written as loops over ranks and fragments in float64."""
 
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -151,6 +152,25 @@ def _sync_in_between(rank):
     return consensus, values(model)
 
 
+def _two_at_once(rank):
+    """Train two models in one loop, or the second one alone."""
+    ends = []
+    for seeds in ((1, 2), (2,)):
+        models = [make_model(seed) for seed in seeds]
+        optimizers = [make_optimizer(model) for model in models]
+        with ExitStack() as stack:
+            syncs = [
+                stack.enter_context(StreamingDiLoCo(*it, sync_every=H, fragments=NAMES, delay=3))
+                for it in zip(models, optimizers)
+            ]
+            for step in range(14):
+                for model, optimizer, sync in zip(models, optimizers, syncs):
+                    take_step(model, optimizer, rank, step)
+                    sync.step()
+        ends.append(values(models[-1]))
+    return ends
+
+
 def _stop_early(rank):
     model = make_model()
     optimizer = make_optimizer(model)
@@ -170,10 +190,12 @@ def _named(rank):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_sync_applies_what_is_on_its_way_and_a_missing_rank_is_named():
+def test_a_sync_applies_what_is_on_its_way_a_missing_rank_is_named_and_two_run_at_once():
     consensus, end = zip(*run_ranks(_sync_in_between, 2))
     assert same(*consensus) and same(*end)
     assert run_ranks(_named, 2) == ["ended", (0,)]
+    for both, alone in run_ranks(_two_at_once, 2):
+        assert same(both, alone)
 
 
 class Block(torch.nn.Module):
