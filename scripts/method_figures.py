@@ -4,18 +4,14 @@ python scripts/method_figures.py
 """
 
 import argparse
+from html import escape
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
 BLUE, ORANGE, GRAY, GREEN = "#0b6e99", "#d9822b", "#6b6b6b", "#2e8b57"
+COLUMN, ROW = 165, 84  # of boxes, in pixels
+STEP, RANK = 70, 24  # of a timeline
+LINE, CHARACTER = 14, 6  # of text
 
 # Boxes by name: (column, row, text, color). Arrows: (from, to), dashed where no gradient goes.
 FLOWS = {
@@ -103,6 +99,20 @@ _WAITING = [(1.35 * step, 0.9) for step in range(6)]
 TIMELINES = {
     "local_sgd": ("mean of the parameters every 4 steps", [_PERIODS] * 4, _MEANS),
     "slowmo": ("mean of the parameters, then a step of slow momentum, every 4 steps", [_PERIODS] * 4, _MEANS),
+    "diloco": ("mean of the changes, then a step of the outer optimizer, every 4 steps", [_PERIODS] * 4, _MEANS),
+    "noloco": (
+        "an outer step with one random rank every 3 steps: only the two of a pair wait for each other",
+        [
+            *[[(start + step, 0.9) for start in (0, 3.4) for step in range(3)]] * 2,
+            [(start + step, 0.9) for start in (0, 4.3) for step in range(3)],
+            [(start + 1.3 * step, 1.2) for start in (0, 4.3) for step in range(3)],
+        ],
+        [
+            (time, rank, time + 0.45, other)
+            for time, pair in ((2.9, (0, 1)), (3.8, (2, 3)), (7.2, (0, 2)), (8.1, (1, 3)))
+            for rank, other in (pair, pair[::-1])
+        ],
+    ),
     "gossip": {
         "Gossip: one peer after every step": (
             [_WAITING] * 4,
@@ -132,51 +142,82 @@ TIMELINES = {
 }
 
 
-def flow(boxes: dict[str, tuple], arrows: list[tuple], without_gradient: list[tuple]) -> Figure:
-    figure, axes = plt.subplots(figsize=(1.85 * (1 + max(column for column, *_ in boxes.values())), 1.9))
-    frames = {}
+def flow(boxes: dict[str, tuple], arrows: list[tuple], without_gradient: list[tuple]) -> str:
+    frames, shapes = {}, []
     for name, (column, row, text, color) in boxes.items():
-        frame = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": color}
-        shown = axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8, bbox=frame)
-        frames[name] = shown.get_bbox_patch()
-    axes.set(xlim=(-0.5, max(column for column, *_ in boxes.values()) + 0.55), ylim=(-0.4, 1.4))
-    axes.axis("off")
-    figure.canvas.draw()  # lays out the boxes, at which arrows begin and end
-    for pairs, style in ((arrows, "-"), (without_gradient, "--")):
+        lines = text.split("\n")
+        width, height = CHARACTER * max(map(len, lines)) + 14, LINE * len(lines) + 12
+        x, y = COLUMN * (column + 0.5), ROW * (1 - row) + 32
+        frames[name] = (x, y, width / 2, height / 2)
+        frame = f'width="{width}" height="{height}" rx="6" fill="none" stroke="{color}"'
+        shapes.append(f'<rect x="{x - width / 2:g}" y="{y - height / 2:g}" {frame}/>')
+        for number, line in enumerate(lines):
+            below = LINE * (number - len(lines) / 2 + 0.8)
+            shapes.append(
+                f'<text x="{x:g}" y="{y + below:g}" text-anchor="middle" fill="{color}">{escape(line)}</text>'
+            )
+    for pairs, style in ((arrows, ""), (without_gradient, ' stroke-dasharray="4 3"')):
         for start, end in pairs:
-            ends = {"patchA": frames[start], "patchB": frames[end], "shrinkA": 1, "shrinkB": 1}
-            properties = {"arrowstyle": "-|>", "color": GRAY, "linestyle": style, **ends}
-            axes.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=properties)
-    return figure
+            shapes.append(_arrow(*_border(frames[start], frames[end]), *_border(frames[end], frames[start]), style))
+    return _svg(COLUMN * (1 + max(column for column, *_ in boxes.values())), ROW + 64, GRAY, shapes)
 
 
-def timeline(axes: Axes, title: str, ranks: list[list[tuple]], exchanges: list[tuple]) -> None:
-    for rank, steps in enumerate(ranks):
-        axes.broken_barh(steps, (rank - 0.3, 0.6), color=BLUE, alpha=0.75)
-    for start, rank, end, other in exchanges:
-        if rank != other:
-            axes.annotate("", (end, other), (start, rank), arrowprops={"arrowstyle": "->", "color": ORANGE, "lw": 0.9})
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set(yticks=range(len(ranks)), yticklabels=[f"rank {rank}" for rank in range(len(ranks))], xticks=[])
-    axes.invert_yaxis()
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.set_xlabel("time; a bar is an optimizer step", fontsize=8)
+def _border(frame: tuple, toward: tuple) -> tuple[float, float]:
+    """Return where the line between the middles of two boxes leaves the first."""
+    (x, y, half_width, half_height), dx, dy = frame, toward[0] - frame[0], toward[1] - frame[1]
+    part = min(half / abs(way) for half, way in ((half_width, dx), (half_height, dy)) if way)
+    return x + part * dx, y + part * dy
+
+
+def timeline(panels: dict[str, tuple]) -> str:
+    shapes, top, end = [], 0, 0.0
+    for title, (ranks, exchanges) in panels.items():
+        shapes.append(f'<text x="60" y="{top + 18}">{escape(title)}</text>')
+        rows = [top + 40 + RANK * rank for rank in range(len(ranks))]
+        for rank, (y, steps) in enumerate(zip(rows, ranks)):
+            shapes.append(f'<text x="8" y="{y + 4}">rank {rank}</text>')
+            bars = "".join(
+                f"M{60 + STEP * start:g} {y - 7}h{STEP * length:g}v14h-{STEP * length:g}z" for start, length in steps
+            )
+            shapes.append(f'<path d="{bars}" fill="{BLUE}" opacity="0.75"/>')
+        for start, rank, stop, other in exchanges:
+            if rank != other:
+                shapes.append(_arrow(60 + STEP * start, rows[rank], 60 + STEP * stop, rows[other]))
+        top = rows[-1] + 20
+        end = max(
+            [
+                end,
+                *(start + length for steps in ranks for start, length in steps),
+                *(stop for _, _, stop, _ in exchanges),
+            ]
+        )
+    shapes.append(f'<text x="60" y="{top + 12}" font-size="10">time; a bar is an optimizer step</text>')
+    return _svg(70 + STEP * end, top + 20, ORANGE, shapes)
+
+
+def _arrow(x: float, y: float, to_x: float, to_y: float, style: str = "") -> str:
+    return f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" class="arrow"{style}/>'
+
+
+def _svg(width: float, height: float, color: str, shapes: list[str]) -> str:
+    """Return a picture whose arrows have one colour."""
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        'font-family="sans-serif" font-size="11">',
+        f"<style>.arrow {{stroke: {color}; fill: none; marker-end: url(#head)}}</style>",
+        '<marker id="head" viewBox="0 0 6 6" refX="6" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
+        f'<path d="M0 0L6 3L0 6z" fill="{color}"/></marker>',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    return "\n".join([*lines, *shapes, "</svg>", ""])
 
 
 def main() -> None:
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "methods", "savefig.facecolor": "white"}):
-        figures = {name: flow(*parts) for name, parts in FLOWS.items()}
-        for name, parts in TIMELINES.items():
-            panels = parts if isinstance(parts, dict) else {parts[0]: parts[1:]}
-            figure, rows = plt.subplots(
-                len(panels), squeeze=False, figsize=(8, 1.9 * len(panels)), layout="constrained"
-            )
-            for axes, (title, panel) in zip(rows[:, 0], panels.items()):
-                timeline(axes, title, *panel)
-            figures[name] = figure
-        for name, figure in figures.items():
-            figure.savefig(FOLDER / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    figures = {name: flow(*parts) for name, parts in FLOWS.items()}
+    for name, parts in TIMELINES.items():
+        figures[name] = timeline(parts if isinstance(parts, dict) else {parts[0]: parts[1:]})
+    for name, figure in figures.items():
+        (FOLDER / f"{name}.svg").write_text(figure)
 
 
 if __name__ == "__main__":

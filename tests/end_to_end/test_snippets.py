@@ -32,7 +32,7 @@ REPLACED = {
     'timm_model="resnet18"': f"**{RESNET18}",
     "CodistillationTrainer(...)": "CodistillationTrainer(model, trainer.args, train_dataset=trainer.train_dataset)",
 }
-ON_RANKS = ("communication", "codistillation", "local_update", "diloco", "noloco")  # parts of a page's name
+ON_RANKS = ("communication", "codistillation", "local_update", "diloco", "noloco")  # parts of pages' names
 
 
 def snippets() -> dict[str, str]:
