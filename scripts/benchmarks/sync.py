@@ -6,6 +6,7 @@ this machine; by default so long that DDP waits for two thirds of its step.
 
     python scripts/benchmarks/sync.py --rate 200mbit --output runs/sync.json
     python scripts/benchmarks/sync.py --rate 200mbit --methods none ddp adpsgd async_push_sum --straggler 3
+    python scripts/benchmarks/sync.py --rate 200mbit --methods none ddp diloco streaming_int8 --steps 96
     python scripts/benchmarks/sync.py --ranks 2 4 --hidden_sizes 256 1024 --compute_ms 20
 """
 
@@ -135,6 +136,7 @@ def summarize_runs(rows: list[dict]) -> list[dict]:
                     "slowest_rank": median(slowest),
                     "times_ddp": summarize([row["steps_per_second"] / baseline[row["repeat"]] for row in healthy]),
                     "megabytes_per_step": median(row["bytes_per_step"] for row in own) / 1e6,
+                    "megabytes_peak": max(row["peak_bytes"] for row in own) / 1e6,
                     "own_ms_per_step": 1000 * median(computing),
                     "seconds_to_loss": median(times) if all(times) else None,
                 }
@@ -144,7 +146,7 @@ def summarize_runs(rows: list[dict]) -> list[dict]:
 
 def as_table(summary: list[dict]) -> str:
     """Return the summary as a Markdown table."""
-    columns = ["ranks", "model", "method", "steps/s", "slowest rank", "times DDP", "MB sent per step"]
+    columns = ["ranks", "model", "method", "steps/s", "slowest rank", "times DDP", "MB sent per step", "MB at most"]
     rows = [
         [
             row["ranks"],
@@ -154,6 +156,7 @@ def as_table(summary: list[dict]) -> str:
             f"{row['slowest_rank']:.2f}",
             row["times_ddp"],
             f"{row['megabytes_per_step']:.2f}",
+            f"{row['megabytes_peak']:.2f}",
             f"{row['own_ms_per_step']:.1f}",
             "-" if row["seconds_to_loss"] is None else f"{row['seconds_to_loss']:.1f}",
         ]

@@ -35,7 +35,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_msn import DiLoCoCallback, GossipCallback, LocalSGDCallback, NoLoCoCallback, SlowMoCallback
+from hf_msn import (
+    DiLoCoCallback,
+    GossipCallback,
+    LocalSGDCallback,
+    NoLoCoCallback,
+    SlowMoCallback,
+    StreamingDiLoCoCallback,
+)
 from hf_msn.checks import check_integer
 from hf_msn.cli.main import run_script
 
@@ -44,6 +51,7 @@ METHODS = {  # callback, and whether it has a period
     "local_sgd": (LocalSGDCallback, True),
     "slowmo": (SlowMoCallback, True),
     "diloco": (DiLoCoCallback, True),
+    "streaming": (StreamingDiLoCoCallback, True),
     "noloco": (NoLoCoCallback, True),
     "sgp": (GossipCallback, False),
 }
@@ -109,7 +117,10 @@ def language_model() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-TASKS = {"digits": (digits, Perceptron), "text": (text, language_model)}
+TASKS = {  # data, model and learning rates to choose from
+    "digits": (digits, Perceptron, (0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "text": (text, language_model, (0.001, 0.003, 0.01)),
+}
 
 
 @dataclass
@@ -120,7 +131,7 @@ class BenchmarkArguments:
     max_steps: int = option("Updates of a run.", 240)
     sync_every: int = option("Steps between the exchanges of methods that have a period.", 20)
     batch_size: int = option("Images or blocks of text per rank.", 4)
-    learning_rates: list[float] = option("The best on the validation part is taken.", (0.001, 0.003, 0.01))
+    learning_rates: list[float] | None = option("The best on the validation part is taken. By default of the task.")
     seeds: int = option("Reported runs of each method.", 3)
     output: str | None = option("JSON file; a picture goes beside it.")
 
@@ -131,13 +142,13 @@ class BenchmarkArguments:
             check_integer(name, getattr(self, name))
         check_integer("ranks", self.ranks, 2, remedy="One rank exchanges nothing.")
         check_integer("seeds", self.seeds, 2, remedy="A deviation needs two.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
+        if self.learning_rates is not None and min(self.learning_rates) <= 0:
             raise ValueError(f"`learning_rates` must be numbers > 0, but are {self.learning_rates}.")
 
 
 def train(args: BenchmarkArguments, task: str, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
     """Train on all ranks, and return loss and accuracy of the validation and of the test part."""
-    load, make_model = TASKS[task]
+    load, make_model, _ = TASKS[task]
     parts = load()
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +203,7 @@ def run_rank(rank: int, args: BenchmarkArguments, port: int, file: str) -> None:
     tuning, runs = [], []
     for task in args.tasks:
         for method in args.methods:
-            tried = [train(args, task, method, rate, TUNING_SEED) for rate in args.learning_rates]
+            tried = [train(args, task, method, rate, TUNING_SEED) for rate in args.learning_rates or TASKS[task][2]]
             best = min(tried, key=lambda run: run["validation_loss"])["learning_rate"]
             own = [train(args, task, method, best, seed) for seed in range(args.seeds)]
             tuning, runs = tuning + tried, runs + own

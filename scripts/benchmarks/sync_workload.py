@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn import AsyncGossip, Gossip, LocalSGD, NoLoCo, OverlapGossip, SlowMo
+from hf_msn import AsyncGossip, DiLoCo, Gossip, LocalSGD, NoLoCo, OverlapGossip, SlowMo, StreamingDiLoCo
 
 BATCH_SIZE = 32
 LAYERS = 4
@@ -31,6 +31,12 @@ METHODS = {
     "slowmo": partial(SlowMo, sync_every=12),
     "slowmo_bf16": partial(SlowMo, sync_every=12, wire_dtype="bfloat16"),
     "slowmo_sharded": partial(SlowMo, sync_every=12, shard_state=True),
+    "diloco": partial(DiLoCo, sync_every=12),
+    "diloco_int8": partial(DiLoCo, sync_every=12, wire_dtype="int8"),
+    "diloco_int4": partial(DiLoCo, sync_every=12, wire_dtype="int4"),
+    "streaming": partial(StreamingDiLoCo, sync_every=12),
+    "streaming_int8": partial(StreamingDiLoCo, sync_every=12, wire_dtype="int8"),
+    "streaming_int4": partial(StreamingDiLoCo, sync_every=12, wire_dtype="int4"),
     "noloco": partial(NoLoCo, sync_every=12),
     "sgp": Gossip,
     "sgp_bf16": partial(Gossip, wire_dtype="bfloat16"),
@@ -78,7 +84,10 @@ class Classifier(nn.Module):
 
 
 def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
-    """Train from seed 0. Return speed and bytes after `warmup_steps`, and the time to the target loss."""
+    """Train from seed 0. Return speed and bytes after `warmup_steps`, and the time to the target loss.
+
+    Bytes sent in the background belong to the step in which they have left.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = Classifier(spec["hidden_size"])
@@ -90,14 +99,15 @@ def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
     shuffle = torch.Generator().manual_seed(1000 + rank)
     model.seconds = seconds * (spec["straggler"] if rank == world_size - 1 else 1.0)
 
-    smoothed, times, losses = None, [], []
+    smoothed, times, losses, sent = None, [], [], []
     own_seconds = 0.0
     with METHODS[method](wrapped, optimizer) as sync:
         dist.barrier()
         started = time.perf_counter()
         for step in range(-spec["warmup_steps"], steps):
             if step == 0:
-                sent, waited, own_seconds = getattr(sync, "bytes_sent", 0), getattr(sync, "seconds_waiting", 0.0), 0.0
+                sent, waited = [getattr(sync, "bytes_sent", 0)], getattr(sync, "seconds_waiting", 0.0)
+                own_seconds = 0.0
                 started = time.perf_counter()
             rows = torch.randint(len(images), (BATCH_SIZE,), generator=shuffle)
             loss = nn.functional.cross_entropy(wrapped(images[rows]), labels[rows])
@@ -107,21 +117,23 @@ def train(method: str, spec: dict, seconds: float, steps: int) -> dict:
             if sync is not None:
                 sync.step()
             own_seconds += time.perf_counter() - before
+            sent.append(getattr(sync, "bytes_sent", 0))
             optimizer.zero_grad()
             smoothed = loss.item() if smoothed is None else 0.8 * smoothed + 0.2 * loss.item()
             times.append(time.perf_counter() - started)
             losses.append(smoothed)
         ended = time.perf_counter()
-        sent, waited = getattr(sync, "bytes_sent", 0) - sent, getattr(sync, "seconds_waiting", 0.0) - waited
+        waited = getattr(sync, "seconds_waiting", 0.0) - waited
     payload = sum(p.numel() * p.element_size() for p in model.parameters())
     if method == "ddp":
-        sent = steps * 2 * payload * (world_size - 1) // world_size  # as a ring sends it
+        sent = [step * 2 * payload * (world_size - 1) // world_size for step in range(steps + 1)]  # as a ring sends it
     reached = next((t for t, value in zip(times, losses) if t > 0 and value <= spec["target_loss"]), None)
     return {
         "method": method,
         "rank": rank,
         "steps_per_second": steps / (ended - started),
-        "bytes_per_step": sent / steps,
+        "bytes_per_step": (sent[-1] - sent[0]) / steps,
+        "peak_bytes": max(after - before for before, after in pairwise(sent)),
         "model_bytes": payload,
         "seconds_in_sync_per_step": own_seconds / steps,
         "seconds_waiting_per_step": waited / steps,

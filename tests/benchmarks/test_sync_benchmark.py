@@ -14,7 +14,8 @@ ROOT_ON_LINUX = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("i
 def _row(method, rank, repeat, speed, reached):
     return {
         **{"ranks": 2, "hidden_size": 8, "method": method, "rank": rank, "repeat": repeat},
-        **{"steps_per_second": speed, "seconds_to_loss": reached, "bytes_per_step": 2e6, "model_bytes": 4_000_000},
+        **{"steps_per_second": speed, "seconds_to_loss": reached, "model_bytes": 4_000_000},
+        **{"bytes_per_step": 2e6, "peak_bytes": 3e6},
         **{"seconds_waiting_per_step": 0.01, "seconds_in_sync_per_step": 0.03, "compute_seconds": 0.1},
     }
 
@@ -29,7 +30,7 @@ def test_ratios_are_of_the_same_run_and_leave_the_slowest_rank_out():
     assert slowmo["steps_per_second"]["median"] == 9.0
     assert (slowmo["slowest_rank"], slowmo["megabytes_per_step"]) == (1.0, 2.0)
     assert slowmo["seconds_to_loss"] is None  # not every run of every rank came there
-    assert "3.00 (3.00 - 3.00) | 2.00" in sync.as_table([ddp, slowmo])
+    assert "3.00 (3.00 - 3.00) | 2.00             | 3.00" in sync.as_table([ddp, slowmo])
 
 
 @pytest.mark.parametrize("arguments", [{"methods": ["sgp"]}, {"ranks": [1]}, {"steps": 0}, {"repeats": 0}])
@@ -52,6 +53,7 @@ def test_two_ranks_make_a_table_and_a_picture(run, tmp_path):
     # A ring of two sends the model once; Local SGD in one of twelve steps; SGP one share to one peer.
     expected = {"none": 0.0, "ddp": payload / 1e6, "local_sgd": payload / 12e6, "sgp": payload / 1e6}
     assert megabytes == pytest.approx(expected, rel=1e-6)
+    assert found["local_sgd"]["megabytes_peak"] == pytest.approx(payload / 1e6)
     assert "| sgp " in printed and output.with_suffix(".png").stat().st_size > 5000
 
 
