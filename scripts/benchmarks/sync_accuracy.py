@@ -12,6 +12,7 @@ reported. A cell is the mean ± deviation over the seeds, on the test part.
 
 import ast
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -25,6 +26,7 @@ import torch
 from report import bars, check_known, machine, markdown_table, option, save, summarize
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.multiprocessing import start_processes
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -57,6 +59,7 @@ METHODS = {  # callback, and whether it has a period
 }
 CHARACTERS = 64  # of a block of text
 TUNING_SEED = 1000
+PRELOADED = ["sklearn.datasets", "transformers.trainer", "hf_msn.trainers.callbacks.local_update"]
 
 
 class Perceptron(nn.Module):
@@ -119,7 +122,7 @@ def language_model() -> GPT2LMHeadModel:
 
 TASKS = {  # data, model and learning rates to choose from
     "digits": (digits, Perceptron, (0.0003, 0.001, 0.003, 0.01, 0.03)),
-    "text": (text, language_model, (0.001, 0.003, 0.01)),
+    "text": (text, language_model, (0.0003, 0.001, 0.003, 0.01)),
 }
 
 
@@ -235,7 +238,8 @@ def main() -> None:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "runs.json")
-        torch.multiprocessing.spawn(run_rank, (args, port, str(file)), args.ranks)
+        multiprocessing.set_forkserver_preload(PRELOADED)  # imports once, not in each rank
+        start_processes(run_rank, (args, port, str(file)), args.ranks, start_method="forkserver")
         found = json.loads(file.read_text())
     print(f"\n{args.ranks} ranks, {args.max_steps} updates, {args.seeds} seeds, torch {torch.__version__}\n")
     print(as_table(args, found["runs"]))
