@@ -20,7 +20,7 @@ from .push_sum import PushSum
 from .topology import ExponentialTopology, Topology, TwoSidesTopology, two_sides
 
 _REQUEST, _ANSWER, _MASS = range(3)  # kinds of messages
-_MIN_WEIGHT_TO_PUSH = 0.5
+MIN_WEIGHT_TO_PUSH = 0.5
 _RATE_WINDOW_SECONDS = 30.0
 _MAX_RATE_SAMPLES = 100  # per window
 _MIN_RATE_STEPS = 4  # per estimate
@@ -370,7 +370,7 @@ class SubgradientPush(_Mixing):
     def send(self, number: int) -> None:
         """Push shares of x and w to the peers; not while w < 1/2."""
         peers = self._topology_of_members().out_peers(self._peers.rank, number)
-        if peers and self._push_sum.weight >= _MIN_WEIGHT_TO_PUSH:
+        if peers and self._push_sum.weight >= MIN_WEIGHT_TO_PUSH:
             self._push_sum.push(peers, self._peers.mailbox, _MASS)
 
     def receive(self, message: Message) -> bool:

@@ -1,28 +1,33 @@
 """Predict the speed of the methods of low-communication training on a network, from a model of it."""
 
+import heapq
 import inspect
+import itertools
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from ..checks import check_integer, check_number
+from .async_gossip import MIN_WEIGHT_TO_PUSH
+from .codistillation import Codistillation
 from .diloco import DiLoCo
 from .gossip import Gossip
 from .local_sgd import LocalSGD
-from .local_update import LocalUpdate
 from .noloco import NoLoCo
 from .overlap_gossip import OverlapGossip
 from .slowmo import SlowMo
+from .streaming_diloco import NUM_FRAGMENTS, StreamingDiLoCo
 from .topology import ExponentialTopology, RandomOnePeerTopology, RingTopology, Topology
 
 _COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 _BITS_PER_SECOND = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _FEWEST_STEPS = 120
+_FORWARD = 1 / 3  # of the seconds of a step
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,107 @@ class Network:
                 seconds[rank] = max(seconds[rank], self.latency + shared * num_bytes / self.bandwidth)
         return seconds
 
+    def all_to_all_seconds(self, num_bytes: float) -> float:
+        """Return the seconds in which each rank sends a message to every other one."""
+        others = self.ranks - self.ranks_per_node
+        inside = (self.ranks_per_node - 1) * num_bytes / self.node_bandwidth
+        return max(inside, others and self.latency + self.ranks_per_node * others * num_bytes / self.bandwidth)
+
+
+def simulate_async_gossip(
+    method: str, network: Network, num_bytes: float, draw_seconds: Callable[[], float], steps: int, seed: int = 0
+) -> tuple[float, float, int]:
+    """Simulate [`AsyncGossip`] event by event: steps, and messages that leave and enter a node one after the other.
+
+    Args:
+        method (`str`): `"ad_psgd"` or `"push_sum"`.
+        network ([`Network`]): The links.
+        num_bytes (`float`): Bytes of a message.
+        draw_seconds (`Callable`): Returns the seconds of a step; called for each rank and step.
+        steps (`int`): Optimizer steps of each rank.
+        seed (`int`, *optional*, defaults to 0): Of the neighbours that AD-PSGD asks.
+
+    Returns:
+        Seconds and messages per step, means over the ranks, and the most messages of a rank in a step.
+    """
+    ranks, choose, numbers = network.ranks, random.Random(seed), itertools.count()
+    events: list[tuple] = []  # (time, number, function, arguments)
+    left, entered = [0.0] * ranks, [0.0] * ranks  # of each node: when its link has done all that was sent so far
+    inboxes: list[list] = [[] for _ in range(ranks)]
+    num_sent, in_step, most, ended = 0, [0] * ranks, 0, [0.0] * ranks
+
+    def at(time: float, function: Callable, *arguments) -> None:
+        heapq.heappush(events, (time, next(numbers), function, arguments))
+
+    def send(now: float, source: int, rank: int, content: float) -> float:
+        """Return when the message has left."""
+        nonlocal num_sent, most
+        num_sent += 1
+        in_step[source] += 1
+        most = max(most, in_step[source])
+        out, into = source // network.ranks_per_node, rank // network.ranks_per_node
+        if out == into:
+            gone = arrived = now + num_bytes / network.node_bandwidth
+        else:
+            seconds = num_bytes / network.bandwidth
+            gone = left[out] = max(now, left[out]) + seconds
+            entered[into] = max(gone, entered[into] + seconds)
+            arrived = entered[into] + network.latency
+        at(arrived, lambda now: inboxes[rank].append((source, content)))
+        return gone
+
+    is_asking = [False] * ranks
+
+    def average_pairwise(now: float, rank: int, step: int) -> None:
+        for source, is_answer in inboxes[rank]:
+            if is_answer:
+                is_asking[rank] = False
+            else:
+                send(now, rank, source, True)
+        if rank % 2 == 0 and not is_asking[rank]:  # the side that asks
+            is_asking[rank] = True
+            send(now, rank, 2 * choose.randrange(ranks // 2) + 1, False)
+
+    topology, weights = ExponentialTopology(ranks), [1.0] * ranks
+    waiting: dict[tuple[int, int], float] = {}  # weight of the sum that waits behind the message that is leaving
+
+    def push(now: float, rank: int, step: int) -> None:
+        weights[rank] += sum(weight for _, weight in inboxes[rank])
+        peers = topology.out_peers(rank, step)
+        if weights[rank] >= MIN_WEIGHT_TO_PUSH:
+            weights[rank] /= len(peers) + 1
+            for peer in peers:
+                if (rank, peer) in waiting:
+                    waiting[rank, peer] += weights[rank]
+                else:
+                    leave(now, rank, peer, weights[rank])
+
+    def leave(now: float, rank: int, peer: int, weight: float) -> None:
+        waiting[rank, peer] = 0.0
+        at(send(now, rank, peer, weight), go_on, rank, peer)
+
+    def go_on(now: float, rank: int, peer: int) -> None:
+        weight = waiting.pop((rank, peer))
+        if weight:
+            leave(now, rank, peer, weight)
+
+    mix = average_pairwise if method == "ad_psgd" else push
+
+    def end_step(now: float, rank: int, step: int) -> None:
+        in_step[rank] = 0
+        mix(now, rank, step)
+        inboxes[rank] = []
+        ended[rank] = now
+        if step + 1 < steps:
+            at(now + draw_seconds(), end_step, rank, step + 1)
+
+    for rank in range(ranks):
+        at(draw_seconds(), end_step, rank, 0)
+    while events:
+        now, _, function, arguments = heapq.heappop(events)
+        function(now, *arguments)
+    return sum(ended) / ranks / steps, num_sent / ranks / steps, most
+
 
 def plan_sync(
     *,
@@ -91,8 +197,10 @@ def plan_sync(
     A rank's step takes `step_seconds` times exp(`stragglers` z) with z standard normal, drawn anew for each rank and
     step. It ends when the rank has what it waits for: all ranks under DDP and at the averages of [`LocalSGD`],
     [`SlowMo`] and [`DiLoCo`], its peers under [`Gossip`] and [`NoLoCo`], messages older than one step under
-    [`OverlapGossip`], whose messages leave one after the other, and nothing under [`AsyncGossip`], whose bytes are
-    at most those returned.
+    [`OverlapGossip`], whose messages leave one after the other, and nothing under [`AsyncGossip`], whose messages are
+    simulated event by event. A fragment of [`StreamingDiLoCo`], here of equal sizes, begins its all-reduce when all
+    ranks have sent it, and is waited for `delay` steps later. [`Codistillation`] is by checkpoints, to all others,
+    and the forward pass of each of its n - 1 copies takes a third of a step.
     Settings are the defaults of the classes; all ranks are members of one group, without an `inner_group`.
 
     Args:
@@ -142,23 +250,25 @@ def plan_sync(
     all_reduce = network.all_reduce_seconds(payload)
     all_reduce_bytes = 2 * payload * (ranks - 1) / ranks
 
+    def draw(generator: random.Random) -> float:
+        return step_seconds * math.exp(deviation * generator.gauss(0.0, 1.0))
+
+    def row(name: str, seconds: float, mean: float, peak: float) -> dict:
+        sent = {"megabytes_per_step": mean / 1e6, "megabytes_peak": peak / 1e6}
+        return {"method": name, "seconds_per_step": seconds, **sent}
+
     def simulate(
         name: str, period: int, advance: Callable[[list[float], int], list[float]], mean: float, peak: float
     ) -> dict:
         generator = random.Random(seed)
         steps = period * math.ceil(_FEWEST_STEPS / period)
         times = [0.0] * ranks
-        for step in range(steps):
-            times = [time + step_seconds * math.exp(deviation * generator.gauss(0.0, 1.0)) for time in times]
-            if (step + 1) % period == 0:
-                times = advance(times, step // period)
-        seconds = sum(times) / ranks / steps
-        return {
-            "method": name,
-            "seconds_per_step": seconds,
-            "megabytes_per_step": mean / 1e6,
-            "megabytes_peak": peak / 1e6,
-        }
+        for step in range(1, steps + 1):
+            times = advance([time + draw(generator) for time in times], step)
+        return row(name, sum(times) / ranks / steps, mean, peak)
+
+    def every(period: int, advance: Callable[[list[float], int], list[float]]) -> Callable:
+        return lambda times, step: times if step % period else advance(times, step // period - 1)
 
     def wait_for_all(seconds: float) -> Callable[[list[float], int], list[float]]:
         return lambda times, _: [max(times) + seconds] * ranks
@@ -188,24 +298,49 @@ def plan_sync(
 
         return advance
 
-    rows = [
-        simulate("DDP", 1, wait_for_all(max(all_reduce - overlap, 0.0)), all_reduce_bytes, all_reduce_bytes),
-    ]
+    def streamed(period: int, delay: int) -> Callable[[list[float], int], list[float]]:
+        sent_at = [fragment * period // NUM_FRAGMENTS for fragment in range(1, NUM_FRAGMENTS + 1)]
+        arrivals: dict[int, float] = {}  # by the step at which they are due
+        seconds, free = network.all_reduce_seconds(payload / NUM_FRAGMENTS), 0.0
+
+        def advance(times, step):
+            nonlocal free
+            if (step - 1) % period + 1 in sent_at:
+                free = arrivals[step + delay] = max(*times, free) + seconds
+            return [max(time, arrivals.get(step, 0.0)) for time in times]
+
+        return advance
+
+    rows = [simulate("DDP", 1, wait_for_all(max(all_reduce - overlap, 0.0)), *[all_reduce_bytes] * 2)]
     for method in (LocalSGD, SlowMo, DiLoCo):
-        period = _period_of(method)
-        name = f"{method.__name__} ({period})"
-        rows.append(simulate(name, period, wait_for_all(all_reduce), all_reduce_bytes / period, all_reduce_bytes))
-    period, pairs = _period_of(NoLoCo), RandomOnePeerTopology(ranks, directed=False)
-    rows.append(simulate(f"NoLoCo ({period})", period, wait_for_peers(pairs), payload / period, payload))
+        period = _default_of(method, "sync_every")
+        advance = every(period, wait_for_all(all_reduce))
+        rows.append(
+            simulate(f"{method.__name__} ({period})", period, advance, all_reduce_bytes / period, all_reduce_bytes)
+        )
+    period, sent = _default_of(StreamingDiLoCo, "sync_every"), all_reduce_bytes
+    advance = streamed(period, _default_of(StreamingDiLoCo, "delay"))
+    rows.append(simulate(f"StreamingDiLoCo ({period})", period, advance, sent / period, sent / NUM_FRAGMENTS))
+    period, pairs = _default_of(NoLoCo, "sync_every"), RandomOnePeerTopology(ranks, directed=False)
+    rows.append(
+        simulate(f"NoLoCo ({period})", period, every(period, wait_for_peers(pairs)), payload / period, payload)
+    )
     for topology in (ExponentialTopology(ranks), RingTopology(ranks)):
         for method, advance in ((Gossip, wait_for_peers), (OverlapGossip, overlapped)):
             sent = payload * len(topology.out_peers(0, 0))
             name = f"{method.__name__}, {type(topology).__name__.removesuffix('Topology').lower()}"
-            rows.append(simulate(name, 1, advance(topology), sent, sent))
-    # a rank that asks exchanges with one neighbour after the other, at most once per step, there and back
-    there = network.message_seconds([[(rank + ranks // 2) % ranks] for rank in range(ranks)], payload)[0]
-    sent = payload * min(1.0, step_seconds / (2 * there))
-    rows.append(simulate("AsyncGossip, AD-PSGD", 1, lambda times, _: times, sent, sent))
+            rows.append(simulate(name, 1, every(1, advance(topology)), sent, sent))
+    period = _default_of(Codistillation, "exchange_every")
+    seconds = step_seconds * math.exp(deviation**2 / 2) * (1 + (ranks - 1) * _FORWARD)
+    seconds += max(network.all_to_all_seconds(payload) - period // 10 * seconds, 0.0) / period
+    sent = payload * (ranks - 1)
+    rows.append(row(f"Codistillation ({period})", seconds, sent / period, sent))
+    for method, name in (("ad_psgd", "AD-PSGD"), ("push_sum", "push-sum")):
+        generator = random.Random(seed)
+        seconds, mean, peak = simulate_async_gossip(
+            method, network, payload, partial(draw, generator), _FEWEST_STEPS, seed
+        )
+        rows.append(row(f"AsyncGossip, {name}", seconds, mean * payload, peak * payload))
     return [{**row, "times_ddp": rows[0]["seconds_per_step"] / row["seconds_per_step"]} for row in rows]
 
 
@@ -224,8 +359,8 @@ def parse_quantity(name: str, text: str, units: dict[str, float], example: str, 
     return float(found[1]) * factors[found[2].lower()]
 
 
-def _period_of(method: type[LocalUpdate]) -> int:
-    return inspect.signature(method).parameters["sync_every"].default
+def _default_of(method: type, name: str) -> int:
+    return inspect.signature(method).parameters[name].default
 
 
 def _sources(topology: Topology, step: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from .local_update import _BUCKET_BYTES
 from .subgroups import subgroup
 from .training_state import trainable_parameters
 
-_NUM_FRAGMENTS = 4
+NUM_FRAGMENTS = 4
 _LAYER = re.compile(r".*?\.\d+(?=\.)|\d+(?=\.)")  # up to the first index in a list of modules
 
 _numbers: set[int] = set()  # of the objects that run now: the threads of two must not share a group
@@ -104,7 +104,7 @@ class StreamingDiLoCo(DiLoCo):
                     f"`fragments` must be 'strided', 'size' or the names of the parameters of each fragment, but is "
                     f"'{fragments}'. {did_you_mean(fragments, ['strided', 'size'])}"
                 )
-            num_fragments = _NUM_FRAGMENTS if num_fragments is None else num_fragments
+            num_fragments = NUM_FRAGMENTS if num_fragments is None else num_fragments
         else:
             fragments = [list(names) for names in fragments]
             if num_fragments not in (None, len(fragments)):
