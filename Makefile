@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo card test test-fast test-distributed test-oldest quality docs docs-serve dist clean
+.PHONY: help demo card test test-fast test-distributed test-oldest test-app quality docs docs-serve dist clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -21,11 +21,12 @@ demo: $(VENV)/.installed  ## Pretrain on the bundled digits, evaluate at 1, 2, 5
 	$(BIN)/python scripts/demo.py
 
 CARD := model_cards/msn-vit-digits
-card: $(VENV)/.installed runs/demo/model/config.json  ## Measure what `make demo` trained, and write its model card: model_cards/msn-vit-digits/
+card: $(VENV)/.installed runs/demo/model/config.json  ## Measure what `make demo` trained, and write its model card: model_cards/msn-vit-digits/, and the Space's encoder
 	$(BIN)/python scripts/evaluate_low_shot.py --model runs/demo/model --images_per_class 1 2 5 10 --num_splits 5 \
 		--l2 0.0025 --output $(CARD)/low_shot.json
 	$(BIN)/python scripts/make_model_card.py --checkpoint runs/demo/model --results $(CARD)/low_shot.json \
 		--output $(CARD) --name $(notdir $(CARD)) --license apache-2.0 --plot --figures runs/demo/training.png
+	cp $(addprefix runs/demo/model/,config.json model.safetensors preprocessor_config.json) spaces/low_shot/digits_encoder/
 
 runs/demo/model/config.json:
 	@$(MAKE) demo
@@ -44,6 +45,15 @@ test-oldest:  ## Run the tests that are not slow with the oldest versions that p
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install --quiet --resolution lowest-direct --editable '.[test]'
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# Gradio wants an older Pillow than the other tests take, so it has an environment of its own.
+APP := .venv-app
+test-app:  ## Run the tests of `hf-msn app`, in a real browser (Chromium, for instance from apt)
+	@which chromium chromium-browser google-chrome | grep -q . || { echo "There is no Chromium: apt-get install chromium"; exit 1; }
+	@test -x $(APP)/bin/python || $(PYTHON) -m venv $(APP)
+	$(APP)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(APP) $(APP)/bin/uv pip install --quiet --editable '.[test,app]' playwright
+	$(APP)/bin/python -m pytest tests/app
 
 test-distributed: $(VENV)/.installed  ## Run only the tests that spawn several processes
 	$(BIN)/python -m pytest -m distributed
@@ -66,4 +76,4 @@ dist: $(VENV)/.installed  ## Build the source distribution and the wheel into di
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## Remove the environment and what the demo made
-	rm -rf $(VENV) $(OLDEST) runs site build dist .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(APP) runs site build dist .mypy_cache

@@ -13,6 +13,7 @@ except ImportError as error:
     raise ImportError("`hf-msn app` needs Gradio, which is not installed: pip install 'hf_msn[app]'.") from error
 
 from . import views
+from .actions import Actions
 from .few_labels import MAX_MEGABYTES, MAX_MEGAPIXELS, FewLabels, Images
 
 _INTRODUCTION = """# A classifier from a few labels
@@ -58,40 +59,13 @@ def build_interface(few_labels: FewLabels) -> gr.Blocks:
 
         everything = [labelled, unknown, messages, shown, answers, mapped, accuracy]
 
-        def show(now: Images, new: Images, problems: list[str]) -> list:
-            return [now, new, views.show_messages(problems), *_views(few_labels, now, new)]
-
-        def on_add(paths: list[str] | None, name: str, now: Images, new: Images) -> list:
-            try:
-                images, problems = few_labels.read(paths or [], name, len(now))
-                kept = None
-                if not paths:
-                    problems.append("No images were chosen. Drop some into the field first.")
-            except ValueError as error:
-                images, problems, kept = Images(), [str(error)], paths
-            return [*show(now + images, new, problems), kept]
-
-        def on_others(paths: list[str] | None, now: Images) -> list:
-            return show(now, *few_labels.read(paths or []))
-
-        def on_remove(name: str, now: Images, new: Images) -> list:
-            name = " ".join(name.split())
-            unknown_class = [] if name in now.class_names else [f"There is no class '{name}'. Write its name above."]
-            return show(now.without(name), new, unknown_class)
-
-        def on_export(now: Images) -> tuple[str | None, str]:
-            try:
-                folder = tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))
-                return str(few_labels.export(now, folder)), views.show_messages([])
-            except ValueError as error:
-                return None, views.show_messages([str(error)])
-
-        add.click(on_add, [examples, class_name, labelled, unknown], [*everything, examples])
-        others.change(on_others, [others, labelled], everything)
-        remove.click(on_remove, [class_name, labelled, unknown], everything)
-        clear.click(lambda: [*show(Images(), Images(), []), None], outputs=[*everything, others])
-        digits.click(lambda: show(*few_labels.digits(), []), outputs=everything)
-        export.click(on_export, [labelled], [exported, messages])
+        actions = Actions(few_labels)
+        add.click(actions.add, [examples, class_name, labelled, unknown], [*everything, examples])
+        others.change(actions.classify, [others, labelled], everything)
+        remove.click(actions.remove, [class_name, labelled, unknown], everything)
+        clear.click(actions.clear, outputs=[*everything, others])
+        digits.click(actions.example, outputs=everything)
+        export.click(actions.export, [labelled], [exported, messages])
     return page
 
 
@@ -112,19 +86,6 @@ def launch(few_labels: FewLabels, *, host: str | None = None, port: int | None =
             ssr_mode=False,
             theme=gr.themes.Default(**_FONTS),
         )
-
-
-def _views(few_labels: FewLabels, labelled: Images, unknown: Images) -> tuple[str, str, str, str]:
-    """Return labelled images, answers, map and accuracy; in place of a part that cannot be, what is missing."""
-    try:
-        answers = views.show_answers(few_labels.classify(labelled, unknown), labelled.class_names)
-    except ValueError as error:
-        answers = views.show_messages([str(error)] if len(labelled) or len(unknown) else [])
-    try:
-        accuracy = views.show_accuracy(few_labels.measure(labelled))
-    except ValueError as error:
-        accuracy = views.show_messages([str(error)] if len(labelled) else [])
-    return views.show_labelled(labelled), answers, views.show_map(labelled, unknown), accuracy
 
 
 def _export_text(few_labels: FewLabels) -> str:
