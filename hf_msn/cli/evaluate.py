@@ -1,8 +1,6 @@
 """`hf-msn evaluate`: low-shot evaluation of any vision model."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,8 +13,7 @@ from ..evaluation.features import extract_features
 from ..evaluation.low_shot import BASELINES, LowShotEvaluator
 from ..evaluation.probes import KNNProbe, LinearProbe, LogisticProbe, SoftNearestNeighborProbe
 from ..evaluation.report import save_report
-from ..files import whole_file
-from .parser import Option, Parser, call, options_of
+from .parser import Option, Parser, call, options_of, output_file
 
 # Fields that are not called as the parameter; None: no field.
 _MODEL = {"name": "model"}
@@ -85,8 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     own = values if state.is_main_process else {}
     # opened first: a file that cannot be written is an error before minutes of work
-    with _new_file(own, "report") as report:
-        with _new_file(own, "output") as output:
+    with output_file(own, "report") as report:
+        with output_file(own, "output") as output:
             model = call(load_vision_model, values, _MODEL)
             evaluator = make_evaluator(values, state.device)
             features = evaluator.extract(model)
@@ -98,10 +95,6 @@ def main(arguments: list[str] | None = None) -> None:
             save_report(evaluator, features, report)
     if state.num_processes > 1:
         torch.distributed.destroy_process_group()
-
-
-def _new_file(values: dict[str, Any], name: str) -> AbstractContextManager[Path | None]:
-    return whole_file(values[name], name, overwrite=True) if values.get(name) else nullcontext()
 
 
 def _check_probe_options(values: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
 
 from ..checks import did_you_mean
+from ..files import whole_file
 from ..trainers.argument_names import in_terms_of
 from .recipe_files import FlagParser
 
@@ -266,6 +267,14 @@ def own_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def is_resumed(values: Mapping[str, Any]) -> bool:
     """Return whether the fields of a run ask to go on from a checkpoint."""
     return str(values.get("resume_from_checkpoint") or False).lower() != "false"
+
+
+def output_file(values: Mapping[str, Any], name: str) -> contextlib.AbstractContextManager[Path | None]:
+    """Return a context that gives a path to write the file of this field to, or `None` where it was not given.
+
+    It finds out whether the file can be written: enter it before the work.
+    """
+    return whole_file(values[name], name, overwrite=True) if values.get(name) else contextlib.nullcontext()
 
 
 def check_output_dir(values: Mapping[str, Any]) -> None:

@@ -1,14 +1,13 @@
 """`hf-msn plan-sync`: which method of low-communication training is fast on a network."""
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import safe_open
 
 from ..distributed.planner import plan_sync
-from ..files import whole_file, write_json
-from .parser import Option, Parser, call, options_of
+from ..files import write_json
+from .parser import Option, Parser, call, options_of, output_file
 
 _BANDWIDTHS = ("10mbit", "30mbit", "100mbit", "300mbit", "1gbit", "3gbit", "10gbit", "30gbit", "100gbit")
 
@@ -43,19 +42,25 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if values.get("model") is not None:
         values["parameters"] = str(_count_numbers(values["model"]))
-    rows = call(plan_sync, values, {})
+    if values.get("json") and values.get("json") == values.get("plot"):
+        raise ValueError(f"`json` and `plot` must be two files, but both are '{values['json']}'. Rename one.")
+    # opened first: a file that cannot be written is an error before any work
+    with output_file(values, "json") as table, output_file(values, "plot") as picture:
+        rows = call(plan_sync, values, {})
+        _print_table(rows)
+        if table is not None:
+            write_json(table, rows)
+        if picture is not None:
+            _plot([call(plan_sync, {**values, "bandwidth": bandwidth}, {}) for bandwidth in _BANDWIDTHS], picture)
+
+
+def _print_table(rows: list[dict]) -> None:
     print(f"{'method':<28}{'s per step':>12}{'times DDP':>12}{'MB per step':>14}{'MB at most':>14}")
     for row in sorted(rows, key=lambda row: row["seconds_per_step"]):
         print(
             f"{row['method']:<28}{row['seconds_per_step']:>12.3f}{row['times_ddp']:>12.2f}"
             f"{row['megabytes_per_step']:>14.2f}{row['megabytes_peak']:>14.2f}"
         )
-    if values.get("json"):
-        write_json(values["json"], rows)
-    with whole_file(values["plot"], "plot", overwrite=True) if values.get("plot") else nullcontext() as file:
-        if file is not None:
-            plans = [call(plan_sync, {**values, "bandwidth": bandwidth}, {}) for bandwidth in _BANDWIDTHS]
-            _plot(plans, file)
 
 
 def _count_numbers(folder: str) -> int:

@@ -34,7 +34,7 @@ _LEARNING = {
     "suncet": "semi-supervised",
 }
 _SYNC_PAPERS = {"LocalSGD": "local_sgd", "SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip"}
-_SYNC_PAPERS |= {"DiLoCo": "diloco", "StreamingDiLoCo": "streaming_diloco"}
+_SYNC_PAPERS |= {"DiLoCo": "diloco", "StreamingDiLoCo": "streaming_diloco", "NoLoCo": "noloco"}
 _SYNC_PAPERS |= {"AsyncGossip": "ad_psgd", "Codistillation": "codistillation"}
 
 

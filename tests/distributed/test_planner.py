@@ -191,5 +191,9 @@ def test_the_command_counts_the_numbers_of_a_model(tmp_path):
     ):
         with pytest.raises(ValueError, match=name):
             main([*line, *wrong])
+    assert list(tmp_path.glob("*.png")) == []
+    for plot, name in ((tmp_path, "`plot`"), (tmp_path / "plan.json", "`json`.*`plot`")):
+        with pytest.raises(ValueError, match=name):
+            main([*line, "--model", str(tmp_path), "--plot", str(plot)])
     with pytest.raises(ValueError, match="`bandwidth`"):
         main("plan-sync --parameters 1M --ranks 4 --step_seconds 0.1".split())

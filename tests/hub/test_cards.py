@@ -39,6 +39,7 @@ from hf_msn import (
     plot_low_shot,
     save_model_card,
 )
+from hf_msn.cli.sync import SYNC_METHODS
 from hf_msn.data.decoding import decode_image
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256
 from hf_msn.hub.run_record import write_run
@@ -189,6 +190,16 @@ def test_the_training_is_described_as_the_record_has_it(made, tmp_path):
     assert "epochs" not in rows and "precision" not in rows
     assert card.data.datasets == ["ILSVRC/imagenet-1k"] and card.data.base_model == "facebook/vit-msn-small"
     assert "arXiv:1910.00643" in card.text and "````yaml" in card.text and "alice" not in card.text
+
+
+def test_every_method_of_communication_has_its_paper(made, tmp_path):
+    papers = []
+    for method in SYNC_METHODS.values():
+        write_run(tmp_path, {"method": "msn", "sync": {"method": method.core.__name__}})
+        text = create_model_card(made["export"], made["results"], run=tmp_path).text
+        (paper,) = set(re.findall(r"arXiv:([\d.]+)", text)) - {"2204.07141"}
+        papers.append(paper)
+    assert len(set(papers)) == len(papers) - 1  # Gossip and OverlapGossip are of one paper
 
 
 def code_blocks(card: ModelCard) -> list[str]:

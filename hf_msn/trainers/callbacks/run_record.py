@@ -45,6 +45,7 @@ class RunRecordCallback(TrainerCallback):
         self.saved: Mapping[str, Any] = {}
         self._seconds_before: float | None = 0.0
         self._started: float | None = None
+        self._warning = ""
 
     @property
     def seconds(self) -> float | None:
@@ -59,7 +60,7 @@ class RunRecordCallback(TrainerCallback):
         Raises:
             CheckpointError: If the checkpoint is of another data set, unless `resume_on_other_data` is set.
         """
-        self.resumes, self.saved, self._seconds_before = [], {}, 0.0
+        self.resumes, self.saved, self._seconds_before, self._warning = [], {}, 0.0, ""
         here = public_run(describe_training(self.trainer))
         if checkpoint is None:
             return
@@ -80,7 +81,7 @@ class RunRecordCallback(TrainerCallback):
         self.resumes.append({"step": saved.get("steps"), "settings": differing})
         if self.trainer.is_world_process_zero():
             shown = [f"{name} {pair['before']} there, {pair['after']} here" for name, pair in differing.items()]
-            logger.warning(
+            self._warning = (
                 f"'{checkpoint}' was trained with other settings: {', '.join(shown)}. The run goes on with those here."
             )
 
@@ -106,12 +107,20 @@ class RunRecordCallback(TrainerCallback):
         self._started, self.sync = time.monotonic(), None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._warn()
         # Only now the sync object is there.
         if self.sync is None and (callback := find_per_rank_callback(self.trainer)) is not None:
             self.sync = callback.record()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._warn()
         self._seconds_before, self._started = self.seconds, None
+
+    def _warn(self) -> None:
+        """Log that settings differ. Not in `begin`: the checkpoint can be refused as long as no step is taken."""
+        if self._warning:
+            logger.warning(self._warning)
+            self._warning = ""
 
     def save(self, folder: str | Path) -> None:
         """Write `run.json` into the folder of a model."""
