@@ -84,7 +84,7 @@ class EncodedImages:
         for row in self._sample():
             value = row["image"] or {}
             with contextlib.suppress(OSError, TypeError):  # a row without a readable file
-                digest.update(value.get("bytes") or Path(value.get("path")).read_bytes())
+                digest.update(value.get("bytes") or Path(value.get("path", "")).read_bytes())
                 is_read = True
         return digest.hexdigest() if is_read else None
 

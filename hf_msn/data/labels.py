@@ -163,8 +163,10 @@ def numbered_as(
     differences are errors.
     """
     names, own = class_names(train), class_names(test)
-    numbers = [names.index(name) for name in own or () if name in (names or ())]
-    is_part = own is not None and len(numbers) == len(own) < len(names) and numbers == sorted(numbers)
+    numbers = [names.index(name) for name in own or () if names and name in names]
+    is_part = (
+        own is not None and names is not None and len(numbers) == len(own) < len(names) and numbers == sorted(numbers)
+    )
     if not is_part or not isinstance(test, datasets.Dataset):
         check_class_names(train, test)
         return test

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -168,7 +169,7 @@ def _local_splits(source: str, streaming: bool, columns: dict[str, str | None]) 
 
 
 def _splits_of_shards(
-    by_split: dict[str, list[str]], source: str, streaming: bool, columns: dict[str, str | None]
+    by_split: dict[str, list[str]], source: str, streaming: bool, columns: dict[str, Any]
 ) -> dict[str, Callable]:
     files = [path for shards in by_split.values() for path in shards]
     suffixes = {Path(path).suffix.lower() for path in files}

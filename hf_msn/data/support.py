@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -72,19 +73,19 @@ class SupportDataset(RowImages, torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | SupportKey) -> dict[str, torch.Tensor | int]:
+    def __getitem__(self, key: int | SupportKey) -> dict[str, Any]:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[int | SupportKey]) -> list[dict[str, torch.Tensor | int]]:
+    def __getitems__(self, keys: Sequence[int | SupportKey]) -> list[dict[str, Any]]:
         """Read a batch, as a DataLoader does: one access to the table instead of one per image.
 
         Returns per key `support_pixel_values` (V, 3, H, H) and `support_labels`, the class number.
         """
-        keys = [key if isinstance(key, tuple | list) else (0, 0, key) for key in keys]
-        keys = [(int(step), int(place), range(len(self))[position]) for step, place, position in keys]
-        values = self._dataset[[position for _, _, position in keys]]["image"]
+        whole = [key if isinstance(key, tuple | list) else (0, 0, key) for key in keys]
+        drawn = [(int(step), int(place), range(len(self))[position]) for step, place, position in whole]
+        values = self._dataset[[position for _, _, position in drawn]]["image"]
         items = []
-        for (step, place, position), value in zip(keys, values):
+        for (step, place, position), value in zip(drawn, values):
             seed = hash_numbers(self.seed, step, place, int(self.rows[position]))
             views = self._views(functools.partial(self._readable, position, value), seed)
             items.append({**views, "support_labels": int(self.labels[position])})
@@ -129,7 +130,7 @@ class SupportBatches(torch.utils.data.Sampler[list[SupportKey]]):
 class SupportCollator:
     """Stack the views of S support images into the support of a batch, the views of one image next to each other."""
 
-    def __call__(self, items: Sequence[dict[str, torch.Tensor | int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return `support_pixel_values` (S * V, C, H, W) and `support_labels` (S * V,), int64."""
         labels = torch.tensor([item["support_labels"] for item in items], dtype=torch.int64)
         names = [name for name in items[0] if name != "support_labels"]  # of crops, the parameters too

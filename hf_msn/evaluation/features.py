@@ -296,13 +296,15 @@ def _image_loader(
     device: torch.device,
 ) -> DataLoader:
     """Return batches of this rank's rows: pixels or `None`, row numbers and labels (n, 2), broken images."""
+    own: _StreamRows | _MapRows
     if rows is None:
         own = _StreamRows(images, rank(), world_size(), image_processor)
         num_workers = min(num_workers or 0, 1)
     else:
-        own = _MapRows(images, rows[rank() :: world_size()], image_processor)
+        rows = rows[rank() :: world_size()]
+        own = _MapRows(images, rows, image_processor)
         if num_workers is None:
-            on_cpu_or_few = device.type == "cpu" or len(own) < _MIN_IMAGES_FOR_WORKERS
+            on_cpu_or_few = device.type == "cpu" or len(rows) < _MIN_IMAGES_FOR_WORKERS
             num_workers = 0 if on_cpu_or_few else spare_cores()
     return DataLoader(
         own,
@@ -366,7 +368,7 @@ def process_image(image_processor: Any, image: Image.Image) -> torch.Tensor:
 
 def _collate(items: list[_Item]) -> tuple[torch.Tensor | None, np.ndarray, list[BrokenImageError]]:
     broken = [pixels for *_, pixels in items if isinstance(pixels, BrokenImageError)]
-    good = [item for item in items if not isinstance(item[2], BrokenImageError)]
+    good = [(row, label, pixels) for row, label, pixels in items if not isinstance(pixels, BrokenImageError)]
     sizes = sorted({tuple(pixels.shape) for *_, pixels in good})
     if len(sizes) > 1:
         raise ValueError(

@@ -111,10 +111,10 @@ class ClassifierFinetuningArguments(FinetuningArguments):
         help="Images in one update, at most, over all ranks together. 64 without it and without "
         "per_device_train_batch_size.",
     )
-    per_device_train_batch_size: int | None = HfArg(
+    per_device_train_batch_size: int | None = HfArg(  # type: ignore[assignment]
         default=None, help="Images in one batch of each rank, in place of global_batch_size."
     )
-    start_layer: Literal[START_LAYERS] = HfArg(
+    start_layer: Literal[START_LAYERS] = HfArg(  # type: ignore[valid-type]
         default="backbone",
         help="backbone: the classifier is on the encoder, and plain transformers loads it. fc1: on the first layer of "
         "the projection head of pretraining (linear, batch normalisation, activation), as PAWS is fine-tuned.",

@@ -167,8 +167,8 @@ class FinetuningResult:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_STAGING}*"):  # by a killed run
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as staging:
-            staging = Path(staging)
+        with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as name:
+            staging = Path(name)
             self.model.save_pretrained(staging, state_dict=unshared_weights(self.model))
             self.image_processor.save_pretrained(staging)
             rows = np.union1d(self.trained_rows, self.held_out_rows)

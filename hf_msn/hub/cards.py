@@ -75,8 +75,17 @@ def create_model_card(
         ValueError: If results are of other weights, if there are none without `without_results`, or if a folder, an
             id, a licence or a figure is not valid.
     """
-    settings = {"repo_id": repo_id, "license": license, "without_results": without_results, "model_name": model_name}
-    made = card_files(checkpoint, results, figures=figures, base_model=base_model, run=run, **settings)
+    made = card_files(
+        checkpoint,
+        results,
+        repo_id=repo_id,
+        figures=figures,
+        license=license,
+        without_results=without_results,
+        model_name=model_name,
+        base_model=base_model,
+        run=run,
+    )
     return ModelCard(made[CARD_FILE].decode())
 
 
@@ -241,7 +250,7 @@ def _metadata(
         tags=list(dict.fromkeys(["hf_msn", "vision", *learning, "few-shot-learning", *tags])),
         license=card["license"],
         base_model=base_model or (start if _is_hub_id(start) else None),
-        datasets=list(dict.fromkeys(filter(_is_hub_id, data))) or None,
+        datasets=list(dict.fromkeys(name for name in data if name and _is_hub_id(name))) or None,
         metrics=["accuracy"] if evaluated else None,
         eval_results=evaluated or None,
     )

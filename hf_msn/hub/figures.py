@@ -59,8 +59,10 @@ def plot_low_shot(results: str | os.PathLike | Iterable[str | os.PathLike], path
         above = [high - mean for mean, (_, high) in zip(means, intervals)]
         axes.errorbar(places, means, yerr=[below, above], color=color, marker="o", capsize=4, label=_label(one))
         for place, mean, (_, high) in zip(places, means, intervals):
-            shift = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-            axes.annotate(f"{mean:.1f}", (place, high), color=color, **shift)
+            text, above_it = f"{mean:.1f}", (0, 5)
+            axes.annotate(
+                text, (place, high), xytext=above_it, textcoords="offset points", ha="center", color=color, fontsize=9
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axes.minorticks_off()

@@ -199,7 +199,7 @@ def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **c
             "`evaluation_image_processor(image_size).save_pretrained(folder)`."
         )
     config = {name: value for name, value in read_json(folder / "config.json").items() if name != "_name_or_path"}
-    files = {"config.json": (_as_json(config), origin.format("config.json"))}
+    files: dict[str, tuple[Path | bytes, str]] = {"config.json": (_as_json(config), origin.format("config.json"))}
     for name in (_IMAGE_PROCESSOR, WEIGHTS_INDEX, *weights):
         if (folder / name).is_file() and (name != WEIGHTS_INDEX or weights != ["model.safetensors"]):
             files[name] = (folder / name, origin.format(name))
@@ -276,8 +276,8 @@ class HubRepository:
         present = self.files()
         same = [
             path in present
-            and present[path].lfs is not None
-            and present[path].lfs.sha256 == CommitOperationAdd(path, str(file.content)).upload_info.sha256.hex()
+            and (stored := present[path].lfs) is not None
+            and stored.sha256 == CommitOperationAdd(path, str(file.content)).upload_info.sha256.hex()
             for file in files
             if (path := file.path).endswith(".safetensors")
         ]
@@ -293,7 +293,9 @@ class HubRepository:
         """Upload files in one commit, which removes the other model files of `folders`, by default of the root."""
         wanted = {file.path for file in files}
         others = [path for path in self.files() if path not in wanted]
-        operations = [CommitOperationDelete(p) for p in others if any(_is_ours(p, folder) for folder in folders)]
+        operations: list[Any] = [
+            CommitOperationDelete(p) for p in others if any(_is_ours(p, folder) for folder in folders)
+        ]
         with _publishing_errors(self.repo_id):
             operations += [CommitOperationAdd(f.path, f.content) for f in files]
             return self.api.create_commit(self.repo_id, operations, commit_message=message, revision=self.revision)
@@ -304,9 +306,10 @@ def _publishing_errors(repo_id: str) -> Iterator[None]:
     """Raise errors of the Hub and of the network as a [`PublishingError`] without addresses and tokens."""
     try:
         yield
-    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__  # huggingface_hub wraps the errors of large files
+    except (HTTPError, ConnectionError, TimeoutError, RuntimeError) as raised:
+        error: BaseException = raised
+        if isinstance(raised, RuntimeError) and raised.__cause__ is not None:
+            error = raised.__cause__  # huggingface_hub wraps the errors of large files
         if isinstance(error, HfHubHTTPError):
             reason = " ".join(str(error.server_message or "no reason given").split())
             reason = f"was refused with status {error.response.status_code}: {reason}. Check `repo_id` and the token"

@@ -58,7 +58,7 @@ class GradientCache:
         self.chunks = EncoderChunks(chunk_size)
         self.model = model
         self._replaced: list[EncoderChunks | None] = []
-        self._unwrapped = find_wrapper(model)[1]
+        self._unwrapped: Any = find_wrapper(model)[1]
         if not hasattr(self._unwrapped, "encoder_chunks"):
             raise ValueError(
                 "`model` of a GradientCache must be a pretraining model of this package, which knows its encoders, "

@@ -126,7 +126,7 @@ class CriticalGradients(Optimizer):
         self._insert(gradients, priority)
         torch._foreach_mul_(list(gradients.values()), scale)
         if past:
-            torch._foreach_add_([gradients[place] for place in places], past)
+            torch._foreach_add_([gradients[place] for place in places], past)  # type: ignore[arg-type]
         self.priorities = [priority * self.decay for priority in self.priorities]
 
     def _coefficients(self) -> tuple[float, float]:
