@@ -143,23 +143,26 @@ TIMELINES = {
 
 
 def flow(boxes: dict[str, tuple], arrows: list[tuple], without_gradient: list[tuple]) -> str:
-    frames, shapes = {}, []
+    frames, below, shapes = {}, [], []
+    rows = [row for _, row, *_ in boxes.values()]
     for name, (column, row, text, color) in boxes.items():
         lines = text.split("\n")
         width, height = CHARACTER * max(map(len, lines)) + 14, LINE * len(lines) + 12
-        x, y = COLUMN * (column + 0.5), ROW * (1 - row) + 32
+        x, y = COLUMN * (column + 0.5), ROW * (max(rows) - row) + 32
         frames[name] = (x, y, width / 2, height / 2)
-        frame = f'width="{width}" height="{height}" rx="6" fill="none" stroke="{color}"'
+        frame = f'width="{width}" height="{height}" rx="6" fill="white" stroke="{color}"'
         shapes.append(f'<rect x="{x - width / 2:g}" y="{y - height / 2:g}" {frame}/>')
         for number, line in enumerate(lines):
-            below = LINE * (number - len(lines) / 2 + 0.8)
+            down = LINE * (number - len(lines) / 2 + 0.8)
             shapes.append(
-                f'<text x="{x:g}" y="{y + below:g}" text-anchor="middle" fill="{color}">{escape(line)}</text>'
+                f'<text x="{x:g}" y="{y + down:g}" text-anchor="middle" fill="{color}">{escape(line)}</text>'
             )
     for pairs, style in ((arrows, ""), (without_gradient, ' stroke-dasharray="4 3"')):
         for start, end in pairs:
-            shapes.append(_arrow(*_border(frames[start], frames[end]), *_border(frames[end], frames[start]), style))
-    return _svg(COLUMN * (1 + max(column for column, *_ in boxes.values())), ROW + 64, GRAY, shapes)
+            ends = *_border(frames[start], frames[end]), *_border(frames[end], frames[start])
+            below.append(_arrow(*ends, style))
+    width = COLUMN * (1 + max(column for column, *_ in boxes.values()))
+    return _svg(width, ROW * (max(rows) - min(rows)) + 64, GRAY, below + shapes)
 
 
 def _border(frame: tuple, toward: tuple) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """The layers of docs/design.md, import circles, and what importing a public name loads."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,32 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PICTURE = (ROOT / "docs" / "design.md").read_text().split("```")[1]
-LAYERS = {name: int(layer) for layer, name in re.findall(r"^ (\d) (\w+)(?:\.py|/)", PICTURE, flags=re.MULTILINE)}
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from layers import LAYERS, PICTURE, draw, imported_modules, imports_of_parts, module_of, package_sources  # noqa: E402
 
 OPENS_A_PROCESS_GROUP = {"init_process_group", "init_device_mesh", "new_group", "new_subgroups", "split_group"}
 MAKES_SUBGROUPS = "hf_msn/distributed/subgroups.py"  # subgroups of a given group, and nowhere else
-
-
-def module_of(path: str) -> tuple[tuple[str, ...], bool]:
-    """Return the dotted name of a file, split at the dots, and whether it is a package."""
-    parts = Path(path).with_suffix("").parts
-    return (parts[:-1], True) if parts[-1] == "__init__" else (parts, False)
-
-
-def imported_modules(path: str, source: str) -> set[tuple[str, ...]]:
-    """Return what a file imports, also in functions and under TYPE_CHECKING: `module` or `module.name`, split."""
-    module, is_package = module_of(path)
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {tuple(alias.name.split(".")) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = module if is_package else module[:-1]
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            base += tuple(node.module.split(".")) if node.module else ()
-            found |= {(*base, alias.name) for alias in node.names}
-    return found
 
 
 def layer_faults(path: str, source: str) -> list[str]:
@@ -95,13 +74,22 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def package_sources() -> dict[str, str]:
-    return {str(file.relative_to(ROOT)): file.read_text() for file in sorted((ROOT / "hf_msn").rglob("*.py"))}
-
-
 def test_every_file_imports_only_from_layers_above_its_own():
     faults = [fault for path, source in package_sources().items() for fault in layer_faults(path, source)]
     assert not faults, "\n".join(faults)
+
+
+def test_the_picture_is_that_of_the_code():
+    assert draw() == PICTURE.read_text(), "python scripts/layers.py"
+
+
+def test_the_picture_leaves_out_what_follows():
+    sources = {
+        "hf_msn/cli/a.py": "from ..data.b import x\nfrom hf_msn import files",
+        "hf_msn/data/b.py": "def late():\n    from .. import files, checks",
+    }
+    found = {part: others for part, others in imports_of_parts(sources).items() if others}
+    assert found == {"cli": {"data"}, "data": {"files", "checks"}}
 
 
 def test_no_import_circle():
