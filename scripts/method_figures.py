@@ -100,6 +100,11 @@ TIMELINES = {
     "local_sgd": ("mean of the parameters every 4 steps", [_PERIODS] * 4, _MEANS),
     "slowmo": ("mean of the parameters, then a step of slow momentum, every 4 steps", [_PERIODS] * 4, _MEANS),
     "diloco": ("mean of the changes, then a step of the outer optimizer, every 4 steps", [_PERIODS] * 4, _MEANS),
+    "streaming_diloco": (
+        "one fragment of the parameters every 2 steps: sent in the background, applied one step later",
+        [_STEPS] * 4,
+        [(step + 0.9, rank, step + 1.9, other) for step in (1, 3, 5) for rank in range(4) for other in range(4)],
+    ),
     "noloco": (
         "an outer step with one random rank every 3 steps: only the two of a pair wait for each other",
         [
