@@ -91,7 +91,7 @@ class DiLoCo(LocalSGD):
     @torch.no_grad()
     def _begin_local_steps(self) -> None:
         self._clear_errors()
-        self._set_anchors([p for _, p, _ in self._parameters])
+        self._set_anchors(self._tensors)
 
     def _set_anchors(self, tensors: Sequence[torch.Tensor]) -> None:
         dtypes = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
@@ -107,7 +107,7 @@ class DiLoCo(LocalSGD):
             self._mean_change_(index, change.buffers[0])
             self._set_gradients(index, change)
         self._step_anchors(0)
-        torch._foreach_copy_([p for _, p, _ in self._parameters], self._anchors)
+        torch._foreach_copy_(self._tensors, self._anchors)
 
     def _change(self, index: int) -> FlatTensors:
         """Return x0 - x of bucket number `index`."""

@@ -14,6 +14,7 @@ from .collectives import group_scope
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors
 from .subgroups import subgroup
+from .training_state import is_sharded, local
 
 # Models and optimizers with a sync object: two on one would undo each other's work.
 _in_use: "weakref.WeakSet[nn.Module | torch.optim.Optimizer]" = weakref.WeakSet()
@@ -43,7 +44,7 @@ class GradientSync:
 
     Collectives of the forward pass follow, see [`ForwardScope`]. A communication hook switches the averaging of DDP,
     whose buffers are not broadcast while gradients are local. Without DDP, gradients that must be averaged are
-    averaged before the step of the optimizer.
+    averaged before the step of the optimizer. FSDP2 averages those of sharded parameters over the shards itself.
     """
 
     def __init__(
@@ -100,19 +101,21 @@ class GradientSync:
 
     @torch.no_grad()
     def _average_gradients(self) -> None:
-        if not any(exchange.size > 1 for exchange in self._exchanges):
+        whole = [p for p in self._parameters if not is_sharded(p)]
+        parts = [(exchange, whole if exchange is self._inner else self._parameters) for exchange in self._exchanges]
+        parts = [(exchange, parameters) for exchange, parameters in parts if exchange.size > 1 and parameters]
+        if not parts:
             return
         # A parameter may have no gradient on some ranks only: those take part with zeros.
-        for exchange in self._exchanges:
+        for exchange, _ in parts:
             exchange.meet("an average of gradients", None, self._parameters[0].device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        flat = FlatTensors(gradients)
-        buffers = flat.copy_in()
-        for exchange in self._exchanges:
-            exchange.mean_(buffers)
-        flat.copy_back()
-        for parameter, gradient in zip(self._parameters, gradients):
-            if parameter.grad is None and bool(gradient.any()):
+        gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters}
+        for exchange, parameters in parts:
+            flat = FlatTensors([local(gradients[p]) for p in parameters])
+            exchange.mean_(flat.copy_in())
+            flat.copy_back()
+        for parameter, gradient in gradients.items():
+            if parameter.grad is None and bool((gradient.full_tensor() if is_sharded(gradient) else gradient).any()):
                 parameter.grad = gradient
 
 

@@ -48,6 +48,7 @@ class LocalSGD(LocalUpdate):
     """
 
     _only_averages = True
+    _takes_shards = True
 
     def __init__(
         self,

@@ -16,10 +16,14 @@ from .step_calls import StepCalls
 from .training_state import (
     compare_ranks,
     frozen_and_buffers,
+    is_sharded,
+    local,
     of_this_version,
     plain_optimizer,
     refuse_unsupported,
     reset_moments,
+    reshard,
+    shard_group,
     shared_moments,
     trainable_parameters,
 )
@@ -58,7 +62,9 @@ class LocalUpdate:
 
     Args:
         model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled. Parameters of the optimizer that are not
-            the model's take part too.
+            the model's take part too. For [`LocalSGD`], [`SlowMo`] and [`DiLoCo`] also sharded inside each replica,
+            `fully_shard(model, mesh=mesh["shard"])`: each rank exchanges its shards over
+            `group=mesh["replicate"].get_group()`.
         optimizer (`torch.optim.Optimizer`): Or accelerate's wrapper, whose steps during accumulation do not count.
         sync_every (`int`, *optional*, defaults to 12): Optimizer steps per period, >= 1.
         sync_start_step (`int`, *optional*, defaults to 0): Number of first steps with averaged gradients (post-local
@@ -68,15 +74,18 @@ class LocalUpdate:
             `"average"` takes the mean over the ranks of those that all ranks have.
         group (`ProcessGroup`, *optional*): The ranks that train locally; by default all.
         inner_group (`ProcessGroup`, *optional*): Ranks that average gradients at every step and act as one, such as
-            those of a node. `group` then has one rank of each inner group: the two dimensions of a `DeviceMesh`.
+            those of a node. `group` then has one rank of each inner group: the two dimensions of a `DeviceMesh`. For
+            a model that `fully_shard` has sharded it is the ranks that hold the shards, by default.
         timeout_seconds (`float`, *optional*): Deadline of one exchange, see [`Exchange`]. It must cover the lag
             between the ranks. By default the group's deadline holds, and the error cannot name the missing rank.
 
     Raises:
         ValueError: If a setting is outside of its rule, the optimizer is of another model, or is schedule-free and
             not all of its weights are averaged, another sync object runs on the model or the optimizer, the ranks'
-            parameters or settings differ, or the group's backend cannot reach the tensors.
-        TypeError: If model or optimizer are of FSDP, DeepSpeed or tensor parallelism, or no torch optimizer.
+            parameters or settings differ, the group's backend cannot reach the tensors, or the mesh of a sharded
+            model does not match `group`: hybrid sharding, or several shards of one replica in `group`.
+        TypeError: If model or optimizer are of FSDP1, DeepSpeed or tensor parallelism, or no torch optimizer, or the
+            method does not take a sharded model.
         RuntimeError: At an outer step, a `sync()` or when leaving, if `step` was not called once after each
             `optimizer.step()`.
         PeerError: If a peer died, did not arrive at an exchange before the deadline, or is at another one, because it
@@ -86,6 +95,7 @@ class LocalUpdate:
     can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
     _only_averages = False  # whether nothing but means moves parameters and moments
     _acts_alone = False  # whether one rank alone trains otherwise than without the method
+    _takes_shards = False  # whether FSDP2 may shard a replica
 
     def __init__(
         self,
@@ -105,13 +115,14 @@ class LocalUpdate:
         self.base_buffers = check_choice("base_buffers", base_buffers, ("maintain", "reset", "average"))
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
-        refuse_unsupported(self.model, self.optimizer)
+        refuse_unsupported(self.model, self.optimizer, self._takes_shards)
         if hasattr(self.optimizer, "eval") and not (self._only_averages and self.base_buffers == "average"):
             raise ValueError(
                 f"The two sets of weights of a schedule-free optimizer must move together, but {type(self).__name__} "
                 f"with `base_buffers` '{self.base_buffers}' moves one. Use LocalSGD with 'average'."
             )
         self._exchange = Exchange(group, timeout_seconds)
+        inner_group = self._inner_group(inner_group)
         self._inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
         self.steps = 0
         self.local_steps = 0
@@ -225,6 +236,7 @@ class LocalUpdate:
         """
         self._require_started()
         self._calls.check()
+        reshard(self.model)
         self._meet("a sync")
         self._before_mean()
         self._average_all()
@@ -251,11 +263,17 @@ class LocalUpdate:
 
     @torch.no_grad()
     def _distance_by_collectives(self) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for bucket in self._bucket_tensors():
-            own, mean = FlatTensors(bucket).copy_in(), FlatTensors(bucket).copy_in()
-            self._exchange.mean_(mean)
-            total += sum((x - y).abs().double().square().sum() for x, y in zip(own, mean))
+        whole, sharded = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for bucket, tensors in zip(self._buckets, self._bucket_tensors()):
+            mean = FlatTensors(tensors)
+            self._exchange.mean_(mean.copy_in())
+            for index, (y, x) in zip(bucket, mean.pairs):
+                total = sharded if is_sharded(self._parameters[index][1]) else whole
+                total += (x - y).abs().double().square().sum()
+        if self._is_sharded:
+            self._inner.mean_([sharded])
+            sharded *= self._inner.size
+        total = whole + sharded
         self._exchange.mean_([total])
         return total.sqrt().item()
 
@@ -305,16 +323,20 @@ class LocalUpdate:
 
     def _attach(self) -> None:
         """Collect the parameters that train, and compare them with those of the other ranks."""
+        reshard(self.model)
         self._parameters = trainable_parameters(self.model, self.optimizer)
         self._frozen = [p for p in self.model.parameters() if not p.requires_grad]
         self._num_groups = len(self.optimizer.param_groups)
         if not self._restored:
             self.local_steps = 0  # an error may have ended a period early, and not on all ranks
-        tensors = [p for _, p, _ in self._parameters]
         for exchange in self._exchanges:
-            exchange.check_devices([*tensors, *frozen_and_buffers(self.model)])
+            exchange.check_devices([*self._tensors, *frozen_and_buffers(self.model)])
             compare_ranks(exchange, self._description(), self._device)
-        self._buckets = split_into_buckets(tensors, _BUCKET_BYTES)
+        if self._is_sharded:
+            shards = [f"{name} {tuple(local(p).shape)}" for name, p, _ in self._parameters]
+            own = f"shard {self._inner.rank} of {self._inner.size}"
+            compare_ranks(self._exchange, [own, *shards], self._device)
+        self._buckets = split_into_buckets(self._tensors, _BUCKET_BYTES)
 
     def _detach(self) -> None:
         """Release what `_attach` collected. After an error other ranks may be gone."""
@@ -383,8 +405,28 @@ class LocalUpdate:
     def _device(self) -> torch.device:
         return next(p for group in self.optimizer.param_groups for p in group["params"]).device
 
+    def _inner_group(self, inner_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        """Return the group that acts as one rank: for a sharded model the ranks that hold the shards."""
+        shards = shard_group(self.model, self._exchange.group)
+        self._is_sharded = shards is not None
+        if shards is None:
+            return inner_group
+        ranks, here = (dist.get_process_group_ranks(group) for group in (inner_group or shards, shards))
+        if ranks != here:
+            raise ValueError(
+                f"`inner_group` of a sharded model must be the ranks that hold its shards, {here}, but is {ranks}. "
+                "Leave it out."
+            )
+        return shards
+
+    @property
+    def _tensors(self) -> list[torch.Tensor]:
+        """The trainable parameters, of sharded ones the shards."""
+        return [local(p) for _, p, _ in self._parameters]
+
     def _bucket_tensors(self) -> list[list[torch.Tensor]]:
-        return [[self._parameters[i][1] for i in bucket] for bucket in self._buckets]
+        tensors = self._tensors
+        return [[tensors[i] for i in bucket] for bucket in self._buckets]
 
     def _require_started(self) -> None:
         if self._gradients is None:
@@ -428,11 +470,15 @@ class LocalUpdate:
         tensors: list[torch.Tensor],
         exchanges: Sequence[Exchange] | None = None,
     ) -> None:
-        for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
-            flat = FlatTensors([tensors[i] for i in bucket])
-            for exchange in exchanges or self._exchanges:
-                operation(exchange, flat.copy_in())
-                flat.copy_back()
+        exchanges = exchanges or self._exchanges
+        whole = [t for t in tensors if not is_sharded(t)], exchanges
+        shards = [local(t) for t in tensors if is_sharded(t)], [one for one in exchanges if one is self._exchange]
+        for tensors, exchanges in (whole, shards):
+            for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
+                flat = FlatTensors([tensors[i] for i in bucket])
+                for exchange in exchanges:
+                    operation(exchange, flat.copy_in())
+                    flat.copy_back()
 
     def _current_learning_rates(self) -> list[float]:
         rates = [group.get("lr") for group in self.optimizer.param_groups]

@@ -10,6 +10,7 @@ from ..checks import check_number
 from .comm.flat import FlatTensors
 from .local_sgd import LocalSGD
 from .local_update import LocalUpdate
+from .training_state import local
 
 
 class SlowMo(LocalSGD):
@@ -235,7 +236,7 @@ class SlowMo(LocalSGD):
             start = -self._exchange.rank * v.numel() if self.shard_state else 0
             for place in self._buckets[index]:
                 _, parameter, group = self._parameters[place]
-                end = start + parameter.numel()
+                end = start + local(parameter).numel()
                 factor = 1.0 if group is None else factors[group]
                 v[max(start, 0) : max(end, 0)].mul_(self.slow_momentum * factor)
                 start = end

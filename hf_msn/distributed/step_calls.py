@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .training_state import local
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +41,8 @@ class StepCalls:
         """Note a call of `step`."""
         self._calls += 1
         if not self._is_pending:
-            gradients = [p.grad for p in self._parameters if p.grad is not None and bool(p.grad.any())]
+            gradients = [local(p.grad) for p in self._parameters if p.grad is not None]
+            gradients = [gradient for gradient in gradients if bool(gradient.any())]
             are_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
             if self._taken:
                 self._idle += are_finite if gradients else not self._had_backward.is_set()

@@ -183,9 +183,9 @@ class StreamingDiLoCo(DiLoCo):
 
     def _attach(self) -> None:
         super()._attach()
-        self._buckets, self._buckets_of = [], []
+        self._buckets, self._buckets_of, tensors = [], [], self._tensors
         for fragment in self._fragments:
-            buckets = split_into_buckets([self._parameters[i][1] for i in fragment], _BUCKET_BYTES)
+            buckets = split_into_buckets([tensors[i] for i in fragment], _BUCKET_BYTES)
             self._buckets_of.append(range(len(self._buckets), len(self._buckets) + len(buckets)))
             self._buckets += [[fragment[i] for i in bucket] for bucket in buckets]
         if self._exchange.size > 1:
@@ -246,7 +246,7 @@ class StreamingDiLoCo(DiLoCo):
                 self._send(fragment, 0)
         for fragment in list(self._on_the_way):
             self._apply(fragment, 0.0)
-        torch._foreach_copy_([p for _, p, _ in self._parameters], self._anchors)
+        torch._foreach_copy_(self._tensors, self._anchors)
 
     @torch.no_grad()
     def _before_mean(self) -> None:
@@ -284,7 +284,8 @@ class StreamingDiLoCo(DiLoCo):
     def _apply(self, fragment: int, alpha: float) -> None:
         changes = self._received(self._on_the_way.pop(fragment))
         anchors = [self._anchors[i] for i in self._fragments[fragment]]
-        own = [self._parameters[i][1] for i in self._fragments[fragment]]
+        tensors = self._tensors
+        own = [tensors[i] for i in self._fragments[fragment]]
         for x0, change in zip(anchors, changes):
             x0.grad = change.to(x0.dtype)
         self._step_anchors(fragment)

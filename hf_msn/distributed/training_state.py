@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .comm.exchange import Exchange
 
 _SHARDED = {
-    "FullyShardedDataParallel": "FSDP",
-    "FSDPModule": "FSDP",
+    "FullyShardedDataParallel": "FSDP1",
+    "FSDPModule": "FSDP2",
     "DeepSpeedEngine": "DeepSpeed",
     "DTensor": "tensor parallelism",
 }
@@ -41,6 +42,23 @@ def trainable_parameters(
     return sorted(training, key=lambda entry: last if entry[2] is None else entry[2])
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Return whether this rank has a shard of the tensor only: a DTensor, whose class takes seconds to import."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the shard that this rank has, in the memory of the tensor. Do not keep it: FSDP2 may replace it."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 keeps after a forward pass: they hide the shards and their changes."""
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()
+
+
 def frozen_and_buffers(model: nn.Module) -> list[torch.Tensor]:
     """Return the frozen parameters, then the buffers of the state dict, each tensor once."""
     found = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -65,28 +83,58 @@ def plain_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
     return inner, gradient_state
 
 
-def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer of another model, and FSDP, tensor parallelism (DTensor parameters) and DeepSpeed."""
+def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer, takes_shards: bool = False) -> None:
+    """Refuse an optimizer of another model, FSDP1, tensor parallelism, DeepSpeed, and FSDP2 unless `takes_shards`."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, but is a {type(model).__name__}. Pass the model itself; several "
             "modules fit into one torch.nn.ModuleList."
         )
+    if takes_shards:
+        reshard(model)  # the optimizer has the shards
     optimized = [p for group in optimizer.param_groups for p in group["params"]]
     data = [parameter.data for parameter in (*model.parameters(), *optimized)]
-    for part in (*model.modules(), *data):
-        for kind in type(part).__mro__:
-            if kind.__name__ in _SHARDED:
-                raise TypeError(
-                    "Training with little communication needs the whole model on every rank, but this one is of "
-                    f"{_SHARDED[kind.__name__]} ({type(part).__name__}). Use DistributedDataParallel or no wrapper."
-                )
+    kinds = {kind.__name__: type(part) for part in (*model.modules(), *data) for kind in type(part).__mro__}
+    allowed = {"FSDPModule", "DTensor"} if takes_shards and "FSDPModule" in kinds else set()
+    for kind in _SHARDED:
+        if kind in kinds and kind not in allowed:
+            raise TypeError(
+                "Training with little communication needs the whole model on every rank, but this one is of "
+                f"{_SHARDED[kind]} ({kinds[kind].__name__}). Use DistributedDataParallel, no wrapper, or in LocalSGD, "
+                "SlowMo and DiLoCo FSDP2: `fully_shard(model, mesh=mesh['shard'])`."
+            )
     own = {id(parameter) for parameter in model.parameters()}
     if own.isdisjoint(map(id, optimized)):
         raise ValueError(
             f"An optimizer must train parameters of its model, but none of the {len(optimized)} of `optimizer` is one "
             f"of the {len(own)} of this {type(model).__name__}. Pass the model that it was made for."
         )
+
+
+def shard_group(model: nn.Module, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the ranks that hold the shards of a replica, `None` for whole models. Refuse meshes that do not match."""
+    sharded = [(name, p) for name, p in model.named_parameters() if is_sharded(p)]
+    if not sharded:
+        return None
+    mesh = sharded[0][1].device_mesh
+    for name, p in sharded:
+        if p.device_mesh != mesh or mesh.ndim > 1 or not p.placements[0].is_shard():
+            raise ValueError(
+                "Inside a replica `fully_shard` must shard the parameters over one dimension of one mesh, but "
+                f"`{name}` has the placements {p.placements} on {p.device_mesh}. Hybrid sharding averages over "
+                "replicas at every step, and tensor parallelism splits them. Use "
+                "`fully_shard(model, mesh=mesh['shard'])`."
+            )
+    shards = dist.get_process_group_ranks(mesh.get_group())
+    between = dist.get_process_group_ranks(group or dist.group.WORLD)
+    both = sorted(set(shards) & set(between))
+    if len(both) > 1:
+        raise ValueError(
+            f"`group` must have one rank of each replica, but its ranks {both} hold shards of one. Make a mesh with "
+            "`init_device_mesh(device, (replicas, shards), mesh_dim_names=('replicate', 'shard'))`, and set "
+            "`group=mesh['replicate'].get_group()` and `fully_shard(model, mesh=mesh['shard'])`."
+        )
+    return mesh.get_group()
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], torch.Tensor]:
