@@ -1,12 +1,14 @@
 """scripts/*.py in this process, which saves the imports, and colour images to run them on."""
 
+import io
 import json
 import runpy
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-import pytest
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,10 +39,16 @@ def pretrain(output_dir, *arguments) -> dict[str, list]:
     return read_log(output_dir)
 
 
+def command_on_rank(rank, *arguments) -> str:
+    """Return what `hf-msn` prints on this rank of `run_ranks`, which ends the process group."""
+    with redirect_stdout(io.StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
+        main([*arguments])
+    return printed.getvalue()
+
+
 def pretrain_on_rank(rank, output_dir, *arguments) -> None:
     """Run `hf-msn pretrain` on this rank of `run_ranks`, which ends the process group."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Accelerator, "end_training", lambda self: None)
+    with patch.object(Accelerator, "end_training"):
         main(["pretrain", "--output_dir", str(output_dir), *arguments])
 
 

@@ -1,17 +1,14 @@
 """`hf-msn evaluate`, in this process and on two ranks."""
 
-import io
 import json
-from contextlib import redirect_stdout
 from functools import partial, wraps
-from unittest.mock import patch
 
 import pytest
 import torch
 from launch import run_ranks
+from pretrain_runs import command_on_rank
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from hf_msn.cli.main import main
 from hf_msn.data.sources import load_images
 from hf_msn.data.transforms import evaluation_image_processor
 from hf_msn.models.configuration_msn import MSNConfig
@@ -35,13 +32,6 @@ def msn_folder(tmp_path_factory):
     return folder
 
 
-def evaluate_on_rank(rank, arguments):
-    """Return what the command prints on this rank. The process group is ended by `run_ranks`."""
-    with redirect_stdout(io.StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
-        main(["evaluate", *arguments])
-    return printed.getvalue()
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_table_and_a_file_are_written_on_two_ranks_as_on_one(run, msn_folder, tmp_path):
@@ -54,7 +44,7 @@ def test_a_table_and_a_file_are_written_on_two_ranks_as_on_one(run, msn_folder, 
     one = run(*arguments, "--output", tmp_path / "1.json")
     lines = [line for line in one.splitlines() if line.strip()]
     assert [line[:11].strip() for line in lines] == ["task", "-----------", "1 per class", "5 per class", "2 percent"]
-    printed = run_ranks(evaluate_on_rank, 2, [*arguments, "--output", str(tmp_path / "2.json")])
+    printed = run_ranks(command_on_rank, 2, "evaluate", *arguments, "--output", str(tmp_path / "2.json"))
     assert printed == [one, ""]  # rank 1 works for rank 0, not for itself
     saved = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
     assert saved[1]["metrics"] == pytest.approx(saved[0]["metrics"])

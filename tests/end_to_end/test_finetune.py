@@ -1,20 +1,17 @@
 """`hf-msn finetune`, in this process and on two ranks."""
 
-import io
 import json
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from launch import run_ranks
+from pretrain_runs import command_on_rank
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_msn import load_images
-from hf_msn.cli.main import main
 from hf_msn.data.decoding import decode_image
 
 RECIPE = "finetune_digits"
@@ -56,19 +53,12 @@ def test_the_supervised_recipe_saves_what_it_measured(run, tmp_path):
         run("--config", RECIPE, *TINY, "--output_dir", tmp_path / "run")
 
 
-def finetune_on_rank(rank, arguments):
-    """Return what the command prints on this rank. The process group is ended by `run_ranks`."""
-    with redirect_stdout(io.StringIO()) as printed, patch("torch.distributed.destroy_process_group"):
-        main(["finetune", *arguments])
-    return printed.getvalue()
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_give_the_classifier_of_one(run, tmp_path):
     settings = ["--config", RECIPE, *TINY, "--refit", "false", "--test_split", "test[:80]"]
     one = run(*settings, "--output_dir", tmp_path / "one")
-    assert run_ranks(finetune_on_rank, 2, [*settings, "--output_dir", str(tmp_path / "two")]) == [one, ""]
+    assert run_ranks(command_on_rank, 2, "finetune", *settings, "--output_dir", str(tmp_path / "two")) == [one, ""]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-5) for name, value in one.items())
     first, second = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in ("one", "two"))
