@@ -1,8 +1,6 @@
 """Streaming DiLoCo: outer steps of one fragment of the parameters at a time, exchanged in the background."""
 
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -20,12 +18,12 @@ from .comm.background import BackgroundCalls
 from .comm.exchange import Exchange, num_bytes
 from .comm.flat import split_into_buckets
 from .diloco import OUTER_SGD, DiLoCo
+from .fragments import split_parameters
 from .local_update import _BUCKET_BYTES
 from .subgroups import subgroup
 from .training_state import trainable_parameters
 
 NUM_FRAGMENTS = 4
-_LAYER = re.compile(r".*?\.\d+(?=\.)|\d+(?=\.)")  # up to the first index in a list of modules
 
 _numbers: set[int] = set()  # of the objects that run now: the threads of two must not share a group
 
@@ -156,29 +154,13 @@ class StreamingDiLoCo(DiLoCo):
         return {**super()._settings(), **{name: getattr(self, name) for name in names}}
 
     def _split(self) -> list[list[int]]:
-        places = {name: i for i, (name, _, _) in enumerate(trainable_parameters(self.model, self.optimizer))}
-        tensors = {name: p for name, p, _ in trainable_parameters(self.model, self.optimizer)}
-        order = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
-        names = sorted(places, key=lambda name: order.get(name, len(order)))  # not group by group
-        if not isinstance(self.fragments, str):
-            _check_fragments(self.fragments, names)
-            return [sorted(places[name] for name in part) for part in self.fragments]
-        if self.fragments == "size":
-            kind, number = "trainable parameters", len(names)
-            parts = _by_size(names, [num_bytes(tensors[name]) for name in names], self.num_fragments)
-        else:
-            layers: dict[str, list[str]] = {}
-            for name in names:
-                found = _LAYER.match(name)
-                layers.setdefault(found[0] if found else name.rpartition(".")[0], []).append(name)
-            kind, number = "layers", len(layers)
-            strided = [list(layers.values())[i :: self.num_fragments] for i in range(self.num_fragments)]
-            parts = [[name for layer in part for name in layer] for part in strided]
-        if number < self.num_fragments:
-            raise ValueError(
-                f"Each fragment needs one of the {kind} of the model, but it has {number} and `num_fragments` is "
-                f"{self.num_fragments}. Lower it, or set `fragments` to 'size' or to names."
-            )
+        found = trainable_parameters(self.model, self.optimizer)
+        places = {name: place for place, (name, _, _) in enumerate(found)}
+        sizes = {name: num_bytes(p) for name, p, _ in found}
+        # In the model's order, not group by group; those of the optimizer alone last.
+        order = {name: place for place, (name, _) in enumerate(self.model.named_parameters())}
+        sizes = {name: sizes[name] for name in sorted(sizes, key=lambda name: order.get(name, len(order)))}
+        parts = split_parameters(sizes, self.fragments, self.num_fragments)
         return [sorted(places[name] for name in part) for part in parts]
 
     def _attach(self) -> None:
@@ -311,43 +293,3 @@ class StreamingDiLoCo(DiLoCo):
             future: Future = Future()
             future.set_result([change.to(self._device, copy=True) for change in saved["changes"]])
             self._on_the_way[fragment] = _Transfer(saved["steps_left"], future)
-
-
-def _check_fragments(fragments: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    """Raise a `ValueError` unless each name is in one of the fragments."""
-    given = Counter(name for fragment in fragments for name in fragment)
-    problems = {
-        "leaves out": [name for name in names if name not in given],
-        "has twice": [name for name, count in given.items() if count > 1],
-        "has, though no trainable parameter is called so,": sorted(given.keys() - set(names)),
-        "has empty ones": [str(i) for i, fragment in enumerate(fragments) if not fragment],
-    }
-    for problem, found in problems.items():
-        if found:
-            more = f" and {len(found) - 3} more" * (len(found) > 3)
-            raise ValueError(
-                "`fragments` must have each trainable parameter in one fragment, by its name in "
-                f"`named_parameters()`, but {problem} {', '.join(found[:3])}{more}."
-            )
-
-
-def _by_size(names: Sequence[str], sizes: Sequence[int], count: int) -> list[list[str]]:
-    """Cut a sequence into `count` runs, of which the largest is as small as can be."""
-
-    def cut(most: int) -> list[list[str]]:
-        runs: list[list[str]] = []
-        filled = most + 1
-        for place, (name, size) in enumerate(zip(names, sizes)):
-            # The last ones each get a run, where there would be too few.
-            if filled + size > most or len(names) - place <= count - len(runs):
-                runs.append([])
-                filled = 0
-            runs[-1].append(name)
-            filled += size
-        return runs
-
-    low, high = max(sizes), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(cut(middle)) <= count else (middle + 1, high)
-    return cut(low)
