@@ -22,7 +22,9 @@ def make_parser() -> Parser:
             "network and model": [*options, Option("model", str | None, None, text)],
             "output": [
                 Option("json", str | None, None, "File for the table, as JSON."),
-                Option("plot", str | None, None, "PNG file: times DDP against bandwidth, 10 Mbit/s to 100 Gbit/s."),
+                Option(
+                    "plot", str | None, None, "PNG file: steps per second against bandwidth, 10 Mbit/s to 100 Gbit/s."
+                ),
             ],
         },
         prog="hf-msn plan-sync",
@@ -82,8 +84,9 @@ def _plot(plans: list[list[dict]], file: Path) -> None:
             "`plot` draws with matplotlib, which is not installed. Install it with `pip install 'hf_msn[demo]'`."
         ) from error
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
-    axes = figure.add_subplot(xlabel="bandwidth", ylabel="times DDP", yscale="log")
-    for rows in zip(*plans):
-        axes.plot(_BANDWIDTHS, [row["times_ddp"] for row in rows], label=rows[0]["method"])
+    axes = figure.add_subplot(xlabel="bandwidth", ylabel="steps per second", yscale="log")
+    for number, rows in enumerate(zip(*plans)):
+        style = "-" if number < 10 else "--"  # there are ten colours
+        axes.plot(_BANDWIDTHS, [1.0 / row["seconds_per_step"] for row in rows], style, label=rows[0]["method"])
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     figure.savefig(file, format="png", dpi=130)

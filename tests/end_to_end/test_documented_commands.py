@@ -19,6 +19,7 @@ PAGES = [
     "docs/few_labels",
     "docs/evaluation",
     "docs/publishing",
+    "docs/released_checkpoints",
     "docs/communication",
 ]
 PAGES += ["docs/compression", "docs/first_run", "model_cards/README"]
