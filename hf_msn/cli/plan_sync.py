@@ -22,9 +22,7 @@ def make_parser() -> Parser:
             "network and model": [*options, Option("model", str | None, None, text)],
             "output": [
                 Option("json", str | None, None, "File for the table, as JSON."),
-                Option(
-                    "plot", str | None, None, "PNG file: steps per second against bandwidth, 10 Mbit/s to 100 Gbit/s."
-                ),
+                Option("plot", str | None, None, "PNG file: steps per second at 10 Mbit/s to 100 Gbit/s."),
             ],
         },
         prog="hf-msn plan-sync",

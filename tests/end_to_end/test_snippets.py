@@ -19,14 +19,9 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 import hf_msn
 
 ENCODER = ROOT / "spaces" / "low_shot" / "digits_encoder"
-TRAINED = (
-    "runs/own",
-    "runs/demo/model",
-    "user/name",
-    "path/to/msn-vit-digits",
-    "runs/trained",
-    "facebook/vit-msn-small",
-)  # on the pages
+# Encoders that pages name.
+TRAINED = ("runs/own", "runs/demo/model", "runs/trained", "user/name", "facebook/vit-msn-small")
+TRAINED += ("path/to/msn-vit-digits",)
 SHORT = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
 REPLACED = {
     "num_train_epochs=100": f"**{SHORT}",
