@@ -33,7 +33,7 @@ runs/demo/model/config.json:
 
 # Tests of ranks and of scripts mostly wait: two workers take little more than half of the time of one. A file stays with one.
 test: $(VENV)/.installed  ## Run all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20
 
 test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer in about 2 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
