@@ -47,6 +47,7 @@ BASES = ("gossip", "overlap_gossip", "local_sgd")
 _NAMES = {
     **{name: f"sync_{name}" for name in ("timeout_seconds", "wire_dtype", "base_buffers")},
     "log_consensus_distance": None,
+    "on_lost_rank": None,  # a Trainer needs all ranks
 }
 # What makes the outer optimizer of DiLoCo.
 _OUTER_FIELDS: dict[str, tuple[Any, str]] = {

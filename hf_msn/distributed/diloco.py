@@ -43,7 +43,7 @@ class DiLoCo(LocalSGD):
         wire_dtype (`str`, *optional*): `"bfloat16"`, `"int8"` or `"int4"`: fewer bytes per outer step, see
             [`LocalSGD`], with the anchor x0. It needs memory for one more copy of the trainable parameters. By default
             the parameters' own precision.
-        kwargs: `base_buffers`, `group` and the other arguments of [`LocalUpdate`].
+        kwargs: `on_lost_rank` of [`LocalSGD`], `base_buffers`, `group` and the other arguments of [`LocalUpdate`].
 
     Raises:
         ValueError: If `outer_optimizer` does not return an optimizer of the parameters that it is given, needs a
@@ -133,10 +133,16 @@ class DiLoCo(LocalSGD):
             "outer_optimizers": [copy.deepcopy(outer.state_dict()) for outer in self._outer_optimizers],
         }
 
+    @torch.no_grad()
     def _load_method_state(self, state: dict[str, Any]) -> None:
+        anchors = self._anchors
         super()._load_method_state(state)
         if state["outer_optimizers"]:
-            self._set_anchors(self._anchors)
+            if self._outer_optimizers:  # the same objects, to which a schedule may refer
+                torch._foreach_copy_(anchors, self._anchors)
+                self._anchors = anchors
+            else:
+                self._set_anchors(self._anchors)
             for outer, saved in zip(self._outer_optimizers, state["outer_optimizers"]):
                 outer.load_state_dict(copy.deepcopy(saved))  # a copy, because torch takes the tensors themselves
 

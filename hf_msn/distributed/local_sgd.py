@@ -1,15 +1,19 @@
 """Local SGD: local steps, and the average of the parameters every few of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from ..checks import check_choice
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors
+from .comm.survivor_exchange import SurvivorExchange
 from .comm.wire import BLOCK, checked_wire_dtype, decode_blocks, encode_blocks
 from .local_update import LocalUpdate
+from .training_state import frozen_and_buffers, moments
 
 
 class LocalSGD(LocalUpdate):
@@ -41,10 +45,17 @@ class LocalSGD(LocalUpdate):
         wire_dtype (`str`, *optional*): `"bfloat16"`, `"int8"` or `"int4"` send 2, about 1 or 0.53 bytes per parameter:
             the change since the last average is rounded, and the rounding error is added to the next. It needs memory
             for two copies of the trainable parameters. By default the parameters' own precision, and no memory.
+        on_lost_rank (`str`, *optional*, defaults to `"raise"`): What follows when a rank dies, leaves after an error,
+            or is silent for `timeout_seconds`: `"raise"` ends the training with a [`PeerError`] that names it,
+            `"continue"` goes on with the ranks that are left, in a loop of your own. `absent_ranks` has the lost ones.
+            See docs/communication.md, "Faults". It needs `timeout_seconds`, gloo, and memory for a copy of the
+            parameters and of the method's state during an exchange.
         kwargs: `group` and the other arguments of [`LocalUpdate`].
 
     Raises:
-        ValueError: If `wire_dtype` is unknown, or given for complex parameters, and as [`LocalUpdate`] raises.
+        ValueError: If `wire_dtype` is unknown, or given for complex parameters, if `on_lost_rank="continue"` comes
+            without `timeout_seconds` or with `sync_start_step` or `inner_group`, and as [`LocalUpdate`] raises.
+        PeerError: With `on_lost_rank="continue"` on a rank that comes back after the others have gone on without it.
     """
 
     _only_averages = True
@@ -57,24 +68,91 @@ class LocalSGD(LocalUpdate):
         *,
         sync_every: int = 12,
         wire_dtype: str | None = None,
+        on_lost_rank: str = "raise",
         **kwargs: Any,
     ):
         super().__init__(model, optimizer, sync_every=sync_every, **kwargs)
+        self.on_lost_rank = check_choice("on_lost_rank", on_lost_rank, ("raise", "continue"))
+        self._survivors: SurvivorExchange | None = None
+        if on_lost_rank == "continue":
+            self._check_no_lockstep(kwargs)
+            self._exchange = self._survivors = SurvivorExchange(self._exchange.group, self._exchange.timeout_seconds)
         self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype, blocks=True)
         self._anchors: list[torch.Tensor] = []
         self._rounding_errors: dict[int, torch.Tensor] = {}
         self._mean_errors: dict[int, torch.Tensor] = {}  # of the means that this rank rounds: int8, int4
 
+    def _check_no_lockstep(self, settings: dict[str, Any]) -> None:
+        if settings.get("timeout_seconds") is None:
+            raise ValueError(
+                "`on_lost_rank='continue'` needs `timeout_seconds`, after which a silent rank is lost, but it is "
+                "None. Choose more than the longest optimizer step, evaluation or save takes."
+            )
+        for name in ("sync_start_step", "inner_group"):
+            if settings.get(name):
+                raise ValueError(
+                    f"`on_lost_rank='continue'` needs steps without averaged gradients, in which no rank waits for a "
+                    f"lost one, but `{name}` is {settings[name]}. Leave it out, or set `on_lost_rank='raise'`."
+                )
+
+    @property
+    def absent_ranks(self) -> list[int]:
+        return [] if self._survivors is None else self._survivors.absent_ranks
+
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "wire_dtype": self.wire_dtype}
 
+    def _description(self) -> list[str]:
+        return [*super()._description(), f"setting on_lost_rank={self.on_lost_rank!r}"]
+
     def _attach(self) -> None:
+        if absent := self.absent_ranks:
+            raise RuntimeError(
+                f"All ranks of the group must be there when entering, but {absent} are lost. Make a group of the "
+                "ranks that are left, and a new sync object with it."
+            )
         super()._attach()
+        if self._survivors is not None:
+            self._survivors.connect()
         if self._wire_dtype is not None and any(p.is_complex() for _, p, _ in self._parameters):
             raise ValueError(
                 f"`wire_dtype` rounds real floating-point numbers, but is {self.wire_dtype!r} and some parameters are "
                 "complex. Leave it out."
             )
+
+    def _detach(self) -> None:
+        super()._detach()
+        if self._survivors is not None:
+            self._survivors.close()
+
+    def _count_local_step(self) -> None:
+        if self._survivors is not None:
+            self._survivors.note_step(self.steps)
+        super()._count_local_step()
+
+    @torch.no_grad()
+    def _together(self, event: str, operation: Callable[[], Any], changes: bool = True) -> Any:
+        if self._survivors is None:
+            return operation()
+        tensors: list[torch.Tensor] = []
+        if changes:
+            tensors = [p for _, p, _ in self._parameters] + frozen_and_buffers(self.model)
+            tensors += moments(self.optimizer).values() if self.base_buffers == "average" else []
+        before, state = [t.clone() for t in tensors], self._method_state() if changes else None
+        absent, has_failed = self.absent_ranks, False
+
+        def attempt() -> Any:
+            nonlocal absent, has_failed
+            if has_failed and changes:
+                torch._foreach_copy_(tensors, before)
+                self._load_method_state(state)
+            has_failed = True  # if it comes here again
+            if self.absent_ranks != absent:
+                absent = self.absent_ranks
+                self._mean_errors.clear()  # the ranks round other shards now
+            return operation()
+
+        return self._survivors.repeat(event, attempt)
 
     def _begin_local_steps(self) -> None:
         self._clear_errors()

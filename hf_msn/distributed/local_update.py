@@ -237,6 +237,9 @@ class LocalUpdate:
         self._require_started()
         self._calls.check()
         reshard(self.model)
+        self._together("a sync", self._sync)
+
+    def _sync(self) -> None:
         self._meet("a sync")
         self._before_mean()
         self._average_all()
@@ -258,8 +261,12 @@ class LocalUpdate:
         It exchanges all parameters and does not change them. Every rank of the group must call it.
         """
         self._require_started()
-        self._meet("the consensus distance")
-        return self._distance_by_collectives()
+
+        def distance() -> float:
+            self._meet("the consensus distance")
+            return self._distance_by_collectives()
+
+        return self._together("the consensus distance", distance, changes=False)
 
     @torch.no_grad()
     def _distance_by_collectives(self) -> float:
@@ -283,7 +290,7 @@ class LocalUpdate:
         Raises:
             PeerError: If a rank has not come after `timeout_seconds`, or comes to another event.
         """
-        self._meet(event)
+        self._together(event, lambda: self._meet(event), changes=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of *this rank*. The ranks differ inside a period: save that of each."""
@@ -359,6 +366,10 @@ class LocalUpdate:
     def _is_pending(self) -> bool:
         """Whether an outer step is due when leaving."""
         return self.local_steps > 0
+
+    def _together(self, event: str, operation: Callable[[], Any], changes: bool = True) -> Any:
+        """Run an operation in which the ranks exchange, and which `changes` parameters or state unless told."""
+        return operation()
 
     def _meet(self, event: str) -> None:
         """Called before the ranks exchange. Raise a `PeerError` where another rank comes to another event."""
@@ -452,11 +463,14 @@ class LocalUpdate:
                 "The trainable parameters must not change between entering and leaving, but some were unfrozen or "
                 "added to the optimizer. Leave before, and enter again after."
             )
-        self._take_outer_step()
+        self._together("an outer step", self._outer_step)
         self.local_steps = 0
         if self.base_buffers == "reset":
             reset_moments(self.optimizer)
-        elif self.base_buffers == "average":
+
+    def _outer_step(self) -> None:
+        self._take_outer_step()
+        if self.base_buffers == "average":
             self._average_moments()
 
     def _average_moments(self) -> None:

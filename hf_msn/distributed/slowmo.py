@@ -53,12 +53,13 @@ class SlowMo(LocalSGD):
             starts and stops it. By default the ranks take local steps only, which is the paper's SlowMo over Local SGD
             with one average per outer step; over a [`LocalSGD`] they also average every `base.sync_every` steps.
         group (`ProcessGroup`, *optional*): See [`LocalUpdate`].
-        kwargs: `sync_start_step`, `inner_group` and `timeout_seconds` of [`LocalUpdate`].
+        kwargs: `on_lost_rank` of [`LocalSGD`], `sync_start_step`, `inner_group` and `timeout_seconds` of
+            [`LocalUpdate`].
 
     Raises:
         ValueError: If `slow_momentum` is outside [0, 1), `slow_lr` not over 0, `shard_state` or `wire_dtype` without
-            `average` or with one another, `wire_dtype` unknown, or `base` of another model, optimizer or group,
-            and as [`LocalUpdate`] raises.
+            `average` or with one another, `wire_dtype` unknown, `base` of another model, optimizer or group, or
+            `on_lost_rank="continue"` with `shard_state` or a `base`, and as [`LocalUpdate`] raises.
     """
 
     can_be_base = False
@@ -91,6 +92,12 @@ class SlowMo(LocalSGD):
             )
         kwargs.update(sync_every=sync_every, base_buffers=base_buffers, wire_dtype=wire_dtype, group=group)
         super().__init__(model, optimizer, **kwargs)
+        goes_on = "continue" in (self.on_lost_rank, getattr(base, "on_lost_rank", None))
+        if goes_on and (shard_state or base is not None):
+            raise ValueError(
+                "`on_lost_rank='continue'` needs all of x0 and v on every rank and local steps between the outer "
+                f"steps, but `shard_state` is {shard_state} and `base` {type(base).__name__}. Leave them out."
+            )
         self.average, self.shard_state = average, shard_state
         self.base = base
         if base is not None:
@@ -125,7 +132,7 @@ class SlowMo(LocalSGD):
 
     @property
     def absent_ranks(self) -> list[int]:
-        return [] if self.base is None else self.base.absent_ranks
+        return super().absent_ranks if self.base is None else self.base.absent_ranks
 
     def _check_base(self, base: LocalUpdate) -> None:
         if not isinstance(base, LocalUpdate) or not base.can_be_base:

@@ -75,6 +75,7 @@ class StreamingDiLoCo(DiLoCo):
             fragment, once the local steps have begun.
         wire_dtype (`str`, *optional*): See [`DiLoCo`].
         kwargs: `base_buffers` (acts once per period), `group` and the other arguments of [`LocalUpdate`].
+            `on_lost_rank="continue"` is refused.
 
     Raises:
         ValueError: If a setting is outside of its rule, a fragment would be empty, or `fragments` leaves a trainable
@@ -123,6 +124,11 @@ class StreamingDiLoCo(DiLoCo):
             wire_dtype=wire_dtype,
             **kwargs,
         )
+        if self.on_lost_rank == "continue":
+            raise ValueError(
+                "`on_lost_rank` must be 'raise' for StreamingDiLoCo, whose transfers in the background are not taken "
+                "again without a lost rank, but is 'continue'. Use DiLoCo."
+            )
         for name, most in (("num_fragments", self.sync_every), ("delay", self.sync_every - 1)):
             if getattr(self, name) > most:
                 raise ValueError(

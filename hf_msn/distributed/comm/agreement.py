@@ -1,5 +1,6 @@
 """The agreement protocol: ranks that step at their own pace agree on the members of a common result, and take it."""
 
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from .exchange import PeerError
 from .membership import Membership
 
 # Kinds of messages. Users of an agreement number their kinds from 0.
-HERE, PART, DONE, AGAIN, RESULT = range(100, 105)
+HERE, PART, DONE, AGAIN, RESULT, VALUE, LOST = range(100, 107)
 _LOST, _CONNECTED, _MEMBER = 0.0, 1.0, 2.0  # how a rank sees another one
 
 Contribution = tuple[float, torch.Tensor]  # a weight, and a flat uint8 tensor
@@ -35,11 +36,20 @@ class Agreement:
     A rank that was passed over and comes later takes the RESULT of the others. Messages of other kinds are passed on;
     those that arrive between 1 and the end belong to the time after it, and are held back until then.
 
-    `peers` hands its messages to `receive`. With `waits_for_silent` a silent rank is an error, else it is passed over.
+    `peers` hands its messages to `receive`. With `waits_for_silent` a silent rank is an error, with `loses_silent` it
+    is lost, and told so by LOST, else it is passed over.
     """
 
-    def __init__(self, peers: Membership, pass_on: Callable[[Message], None], waits_for_silent: bool):
+    def __init__(
+        self,
+        peers: Membership,
+        pass_on: Callable[[Message], None],
+        waits_for_silent: bool,
+        loses_silent: bool = False,
+    ):
         self._peers, self._pass_on, self._waits_for_silent = peers, pass_on, waits_for_silent
+        self._loses_silent, self._lost_to = loses_silent, False
+        self._event: tuple[float, ...] = ()  # a number for what this rank comes to, compared in `repeat`
         self._number = self._attempt = 0
         self._heard: dict[tuple[int, int, int], dict[int, Message]] = {}
         self._excluded: set[int] = set()  # silent to some member of this agreement
@@ -70,6 +80,16 @@ class Agreement:
         if message.kind == RESULT:
             if number >= self._number:
                 self._results[number] = message.tensors[0]
+        elif message.kind == LOST:
+            self._lost_to = True
+            raise PeerError(
+                f"{self._peers.name([message.sender])} goes on without {self._peers.name([self._peers.rank])}, which "
+                f"was silent for `timeout_seconds={self._peers.timeout_seconds}`. Allow more seconds."
+            )
+        elif message.kind == VALUE:
+            if number >= self._number:
+                key, _, value = bytes(message.tensors[0].tolist()).partition(b"\0")
+                self._heard.setdefault((VALUE, number, attempt), {})[key.decode()] = value
         elif number >= self._number:
             self._heard.setdefault((message.kind, number, attempt), {})[message.sender] = message
         elif message.kind == HERE and number == self._last_result[0] and self._last_result[2] in self._peers.lost:
@@ -114,6 +134,59 @@ class Agreement:
                 continue
         return False
 
+    def repeat(self, event: str, operation: Callable[[list[int]], Any]) -> Any:
+        """Let the members run `operation(members)` until it succeeds on all of them. Return this rank's result.
+
+        The operation uses collectives among the members, and raises a [`PeerError`] where they fail.
+
+        Raises:
+            PeerError: If a rank comes to another event, the operation fails though no member is lost, or the other
+                ranks go on without this one.
+        """
+        self._event = (float(zlib.crc32(event.encode())),)
+        self._peers.expect((), self._peers.timeout_seconds)
+        failed: list[int] = []
+        while True:
+            self.agree()
+            members, error, result = self.members, None, None
+            try:
+                result = operation(members)
+            except PeerError as caught:
+                error = caught
+            if error is not None and (self._lost_to or failed == members):
+                raise error
+            try:
+                done = self._gather(DONE, float(error is None), needs_all=False)
+            except _NewAttempt:
+                continue
+            if error is None and all(message.numbers[2] for message in done.values()):
+                self.end(lambda: None)
+                return result
+            failed = members
+            self._attempt += 1
+
+    def share(self, key: str, value: bytes) -> None:
+        """Send a value to the other members, for this attempt."""
+        payload = torch.tensor(list(key.encode() + b"\0" + value), dtype=torch.uint8)
+        others = [member for member in self.members if member != self._peers.rank]
+        self._peers.tell(others, VALUE, (self._number, self._attempt), payload)
+        self._heard.setdefault((VALUE, self._number, self._attempt), {})[key] = value
+
+    def shared(self, key: str) -> bytes:
+        """Wait for the value that a member shares in this attempt."""
+        values, members = self._heard.setdefault((VALUE, self._number, self._attempt), {}), self.members
+        others = [member for member in members if member != self._peers.rank]
+        self._wait_for(lambda: [] if key in values or self.members != members else others)
+        if key not in values:
+            raise PeerError("A rank was lost while the ranks that are left made a group.")
+        return values[key]
+
+    def lose(self, silent: Collection[int]) -> None:
+        """Go on without silent peers, and tell them, should they come back."""
+        peers = self._peers
+        peers.tell(silent, LOST, (self._number, self._attempt))
+        peers.lose(silent, f"is silent for `timeout_seconds={peers.timeout_seconds}`")
+
     def end(self, finish: Callable[[], None], result: torch.Tensor | None = None) -> None:
         """End this agreement: call `finish`, then pass on the messages that were held back."""
         finish()
@@ -131,7 +204,7 @@ class Agreement:
         self._release()
         members = self.members
         view = [_MEMBER if p in members else _LOST if p in peers.lost else _CONNECTED for p in range(peers.size)]
-        heard = self._gather(HERE, float(self._collectives_work), numbers=view)
+        heard = self._gather(HERE, float(self._collectives_work), numbers=[*view, *self._event])
         if self._number in self._results:
             return False
         views = {peer: list(message.numbers[3 : 3 + peers.size]) for peer, message in heard.items()}
@@ -141,9 +214,21 @@ class Agreement:
                 "goes on without it. Go on from the last checkpoint.",
                 [peers.mailbox.global_ranks[peer] for peer in others],
             )
+        event = slice(3 + peers.size, 3 + peers.size + len(self._event))
+        if others := [peer for peer, message in heard.items() if message.numbers[event] != self._event]:
+            raise PeerError(
+                f"All ranks must come to the same exchange, but {peers.name(others)}, after {heard[others[0]].step} "
+                f"optimizer steps, and {peers.name([me])}, after {peers.mailbox.step}, come to different ones. Let "
+                "every rank take the same number of steps.",
+                [peers.mailbox.global_ranks[peer] for peer in others],
+            )
         for seen in views.values():
             for peer in peers.connected:
                 if seen[peer] == _LOST:  # lost to one is lost to all, even where only one connection has failed
+                    if self._loses_silent:
+                        peers.tell([peer], LOST, (self._number, self._attempt))
+                        peers.lose([peer], "is lost to another rank")
+                        continue
                     peers.mailbox.cut(peer)
                     peers.lose([peer])
             self._excluded |= {peer for peer in range(peers.size) if seen[peer] == _CONNECTED}
@@ -206,7 +291,7 @@ class Agreement:
 
     def _wait_for(self, missing: Callable[[], Collection[int]], needs_all: bool = True) -> None:
         fails, lost = self._waits_for_silent and needs_all, self._peers.lost
-        on_silent = self._fail if fails else self._peers.pass_over
+        on_silent = self._fail if fails else self.lose if self._loses_silent else self._peers.pass_over
         self._peers.wait_for(lambda: [peer for peer in missing() if peer not in lost], on_silent)
 
     def _fail(self, silent: Collection[int]) -> None:

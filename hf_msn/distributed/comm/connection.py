@@ -112,10 +112,8 @@ class Connection:
 
     def cut(self) -> None:
         """End the connection at once, also under threads that wait for the other side."""
-        # An operation that runs out of time closes its group's connection; there is no other way.
         for group in (self._out, self._in):
-            with contextlib.suppress(RuntimeError):
-                group.recv([torch.empty(1)], self._other, 1).wait(datetime.timedelta(milliseconds=1))
+            close_pair(group, self._other)
 
     def join(self, seconds: float) -> bool:
         """Return whether both threads ended within `seconds`."""
@@ -194,3 +192,10 @@ class Connection:
             for work in works:
                 work.wait(_FOREVER)
         return Message(self.peer, int(kind), int(step), ended, weight, tuple(numbers), tensors, is_sum, is_bytes)
+
+
+def close_pair(group: dist.ProcessGroupGloo, other: int) -> None:
+    """End the connection of a gloo group to one of its ranks at once, also under operations that wait."""
+    # An operation that runs out of time closes its connection; there is no other way.
+    with contextlib.suppress(RuntimeError):
+        group.recv([torch.empty(1)], other, 1).wait(datetime.timedelta(milliseconds=1))

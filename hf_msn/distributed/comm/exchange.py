@@ -132,8 +132,8 @@ class Exchange:
         """Replace the tensors by those of the rank at `place` in the group. They must be contiguous."""
         if self.size == 1:
             return
-        source = self.global_ranks[place]
-        broadcasts = [lambda t=t: dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors]
+        broadcast = dist.broadcast
+        broadcasts = [lambda t=t: broadcast(t, group=self.group, group_src=place, async_op=True) for t in tensors]
         self._run("broadcast", broadcasts)
         if self.rank == place:
             self.bytes_sent += sum(map(num_bytes, tensors))

@@ -148,10 +148,10 @@ class Membership:
             )
             self._changed(peer)
 
-    def lose(self, peers: Collection[int]) -> None:
+    def lose(self, peers: Collection[int], reason: str | None = None) -> None:
         """Note peers as lost."""
         for peer in sorted(set(peers) - self.lost):
-            how = "has died (its connection closed)" if peer in self.mailbox.died else "has left"
+            how = reason or ("has died (its connection closed)" if peer in self.mailbox.died else "has left")
             self._require_tolerance(peer, how)
             self.lost.add(peer)
             self._silent_since.pop(peer, None)

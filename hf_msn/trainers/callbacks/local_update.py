@@ -261,8 +261,8 @@ class LocalUpdateCallback(PerRankCallback):
         settings: Settings of the method, such as `sync_every`.
 
     Raises:
-        ValueError: If a setting is outside of its rule, the trainer has another sync callback, or its supports are
-            split by class over several ranks.
+        ValueError: If a setting is outside of its rule, `on_lost_rank` is not `"raise"`, the trainer has another sync
+            callback, or its supports are split by class over several ranks.
         TypeError: If the trainer shards the model: FSDP, DeepSpeed, tensor, sequence or context parallelism.
     """
 
@@ -274,6 +274,12 @@ class LocalUpdateCallback(PerRankCallback):
         log_consensus_distance: bool = False,
         **settings: Any,
     ):
+        if settings.get("on_lost_rank", "raise") != "raise":
+            raise ValueError(
+                "`on_lost_rank` must be 'raise' under a Trainer, which needs all ranks when it logs or saves, but is "
+                f"{settings['on_lost_rank']!r}. Let `torchrun --max-restarts` start the ranks again from the last "
+                "checkpoint, or go on without the lost ones in a loop of your own."
+            )
         self.method_class, self.settings = method_class, settings
         self.log_consensus_distance = log_consensus_distance
         super().__init__(trainer)
