@@ -138,7 +138,7 @@ class LocalSGD(LocalUpdate):
         if changes:
             tensors = [p for _, p, _ in self._parameters] + frozen_and_buffers(self.model)
             tensors += moments(self.optimizer).values() if self.base_buffers == "average" else []
-        before, state = [t.clone() for t in tensors], self._method_state() if changes else None
+        before, state = [t.clone() for t in tensors], self._method_state() if changes else {}
         absent, has_failed = self.absent_ranks, False
 
         def attempt() -> Any:

@@ -164,7 +164,7 @@ def _stop_and_leave(rank):
     except PeerError as error:
         results["other event"] = error.ranks
     dist.barrier()
-    model, optimizer, sync = make_run("diloco", timeout_seconds=1.5)
+    model, optimizer, sync = make_run("diloco", timeout_seconds=3.0)
     began = time.monotonic()
     try:
         with sync:
@@ -186,7 +186,7 @@ def _stop_and_leave(rank):
 def test_a_stopped_rank_is_lost_and_told_so_and_an_early_end_is_an_error_on_all():
     results = run_ranks(_stop_and_leave, 3, timeout=60.0)
     assert [result["other event"] for result in results] == [(1,), (0, 2), (1,)]
-    assert 1.4 < results[0]["seconds"] < 4.0
+    assert 2.9 < results[0]["seconds"] < 8.0
     assert [result["absent"] for result in results] == [[2], [2], []]
     assert same(results[0]["values"], results[1]["values"])
     assert "goes on without Rank 2" in results[2]["error"]

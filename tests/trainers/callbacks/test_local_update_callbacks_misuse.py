@@ -28,6 +28,7 @@ def test_two_sync_callbacks_on_one_trainer_are_refused(tmp_path):
     [
         (LocalSGDCallback, {"sync_every": 0}, "`sync_every`.*0"),
         (SlowMoCallback, {"base": 3}, "`base`.*int"),
+        (SlowMoCallback, {"on_lost_rank": "continue", "timeout_seconds": 9.0}, "`on_lost_rank`.*'continue'"),
         (SlowMoCallback, {"base": lambda *it: LocalSGD(*it, sync_start_step=3)}, "`base`.*`sync_start_step`"),
     ],
 )
