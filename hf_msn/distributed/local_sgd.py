@@ -76,7 +76,7 @@ class LocalSGD(LocalUpdate):
         self._survivors: SurvivorExchange | None = None
         if on_lost_rank == "continue":
             self._check_no_lockstep(kwargs)
-            self._exchange = self._survivors = SurvivorExchange(self._exchange.group, self._exchange.timeout_seconds)
+            self._exchange = self._survivors = SurvivorExchange(self._exchange.group, kwargs["timeout_seconds"])
         self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype, blocks=True)
         self._anchors: list[torch.Tensor] = []
         self._rounding_errors: dict[int, torch.Tensor] = {}
