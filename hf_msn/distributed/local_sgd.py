@@ -88,11 +88,12 @@ class LocalSGD(LocalUpdate):
                 "`on_lost_rank='continue'` needs `timeout_seconds`, after which a silent rank is lost, but it is "
                 "None. Choose more than the longest optimizer step, evaluation or save takes."
             )
-        for name in ("sync_start_step", "inner_group"):
-            if settings.get(name):
+        inner = None if self._inner is None else self._inner.global_ranks  # of a sharded model, too
+        for name, value in (("sync_start_step", self.sync_start_step), ("inner_group", inner)):
+            if value:
                 raise ValueError(
-                    f"`on_lost_rank='continue'` needs steps without averaged gradients, in which no rank waits for a "
-                    f"lost one, but `{name}` is {settings[name]}. Leave it out, or set `on_lost_rank='raise'`."
+                    "`on_lost_rank='continue'` needs steps in which no rank waits for a lost one, with whole models and "
+                    f"without averaged gradients, but `{name}` is {value}. Leave it out, or set `on_lost_rank='raise'`."
                 )
 
     @property
