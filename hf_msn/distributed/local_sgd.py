@@ -92,8 +92,8 @@ class LocalSGD(LocalUpdate):
         for name, value in (("sync_start_step", self.sync_start_step), ("inner_group", inner)):
             if value:
                 raise ValueError(
-                    "`on_lost_rank='continue'` needs steps in which no rank waits for a lost one, with whole models and "
-                    f"without averaged gradients, but `{name}` is {value}. Leave it out, or set `on_lost_rank='raise'`."
+                    "`on_lost_rank='continue'` needs steps in which no rank waits for a lost one, with whole models "
+                    f"and local gradients, but `{name}` is {value}. Leave it out, or set `on_lost_rank='raise'`."
                 )
 
     @property
