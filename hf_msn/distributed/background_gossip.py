@@ -68,7 +68,11 @@ class BackgroundGossip(LocalUpdate):
         size, seconds = self._exchange.size, self._exchange.timeout_seconds
         self._push_sum = PushSum([p for _, p, _ in self._parameters])
         self._mailbox = Mailbox(
-            self._push_sum.x, self._exchange.group, wire_dtype=self._wire_dtype, num_numbers=3 + size
+            self._push_sum.x,
+            self._exchange.group,
+            wire_dtype=self._wire_dtype,
+            num_numbers=3 + size,
+            turn_seconds=seconds / 4,
         )
         self._peers = Membership(
             self._mailbox,

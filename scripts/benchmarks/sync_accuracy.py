@@ -53,7 +53,7 @@ METHODS = {  # callback, and whether it has a period
     "local_sgd": (LocalSGDCallback, True),
     "slowmo": (SlowMoCallback, True),
     "diloco": (DiLoCoCallback, True),
-    "streaming": (StreamingDiLoCoCallback, True),
+    "streaming": (partial(StreamingDiLoCoCallback, num_fragments=3), True),
     "noloco": (NoLoCoCallback, True),
     "sgp": (GossipCallback, False),
 }
@@ -121,7 +121,7 @@ def language_model() -> GPT2LMHeadModel:
 
 
 TASKS = {  # data, model and learning rates to choose from
-    "digits": (digits, Perceptron, (0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "digits": (digits, Perceptron, (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)),
     "text": (text, language_model, (0.0003, 0.001, 0.003, 0.01)),
 }
 

@@ -15,6 +15,7 @@ from launch import run_ranks
 from lost_ranks import all_pids, run_ranks_that_are_left
 
 import hf_msn
+from hf_msn.distributed.comm.connection import Turns
 from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.distributed.comm.mailbox import Mailbox
 
@@ -342,3 +343,33 @@ def test_scripts_end_with_an_open_mailbox(tmp_path):
     assert [process.returncode for process in ranks] == [1, 0], outputs
     assert "ValueError: on purpose" in outputs[0][1]
     assert outputs[1][0] == "noticed {0}\n"
+
+
+def test_turns_go_to_the_oldest_step_and_pass_on_when_a_message_takes_too_long():
+    turns, order, release = Turns(seconds=0.3), [], threading.Event()
+
+    def take(step, wait=None):
+        with turns.take(step, lambda: False):
+            order.append(step)
+            if wait is not None:
+                wait.wait(10.0)
+
+    def started(*arguments):
+        thread = threading.Thread(target=take, args=arguments, daemon=True)
+        thread.start()
+        return thread
+
+    began = time.monotonic()
+    threads = [started(9, release)]
+    assert until(lambda: order == [9])
+    threads += [started(step) for step in (7, 5, 6)]
+    time.sleep(0.1)
+    assert order == [9] and not any(thread.join(0.0) or not thread.is_alive() for thread in threads)
+    assert until(lambda: len(order) == 4)  # though the first one does not end
+    assert order == [9, 5, 6, 7] and time.monotonic() - began >= 0.3
+    release.set()
+    with turns.take(1, lambda: True):  # of a peer that is gone: without a turn
+        take(2)
+    for thread in threads:
+        thread.join(10.0)
+        assert not thread.is_alive()

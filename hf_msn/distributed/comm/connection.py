@@ -1,12 +1,13 @@
 """One connection between two ranks of a [`Mailbox`], with a thread that sends and one that receives."""
 
-import contextlib
 import dataclasses
 import datetime
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -58,10 +59,53 @@ class Buffers:
             self._spare.append(tensors)
 
 
+class Turns:
+    """One large message at a time over one direction of this rank's link, that of the oldest step first.
+
+    Messages that share a link all arrive late, and a rank waits for the oldest only. One that takes longer than
+    `seconds`, as with a stopped peer, loses its turn: the others go on beside it.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self._changed, self._numbers = seconds, threading.Condition(), itertools.count()
+        self._waiting: list[tuple[int, int]] = []
+        self._holder: tuple[int, int] | None = None
+        self._until = 0.0
+
+    @contextmanager
+    def take(self, step: int, is_over: Callable[[], bool]) -> Iterator[None]:
+        """Wait for a turn, or until `is_over()`, and hold it."""
+        with self._changed:
+            own = (step, next(self._numbers))
+            self._waiting.append(own)
+            while not is_over():
+                now = time.monotonic()
+                is_taken = self._holder is not None and now < self._until
+                if not is_taken and min(self._waiting) == own:
+                    break
+                self._changed.wait(self._until - now if is_taken else None)
+            self._waiting.remove(own)
+            if not is_over():
+                self._holder, self._until = own, time.monotonic() + self._seconds
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                if self._holder == own:
+                    self._holder = None
+                self._changed.notify_all()
+
+    def notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
 class Connection:
     """The connection of a [`Mailbox`] to one peer: gloo groups of two, so that their failures affect no other peer.
 
-    There is one group per direction, because gloo moves bytes over a socket in one direction at a time.
+    There is one group per direction, because gloo moves bytes over a socket in one direction at a time. Tensors leave
+    and arrive in [`Turns`], and the receiver confirms them: until then they may be in buffers of the system.
     """
 
     def __init__(self, mailbox, peer: int, store: dist.Store):
@@ -139,19 +183,27 @@ class Connection:
         while True:
             with self.lock:
                 self.lock.wait_for(lambda: self.outbox or self.is_gone)
-                if self.died:
-                    return
-                # A peer that has left reads only a goodbye; the rest stays here to be taken back.
-                message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
-                self.is_sending = True
-            try:
-                self._send(message)
-            except BaseException:
+                first = self.outbox[0] if self.outbox else None
+            has_tensors = first is not None and first.tensors is not None
+            # It waits in the outbox, to be added to or taken back.
+            turn = self._mailbox.sending.take(first.step, lambda: self.is_gone) if has_tensors else nullcontext()
+            with turn:
                 with self.lock:
-                    self.outbox.appendleft(message)
-                raise
-            finally:
-                self.is_sending = False
+                    if self.died:
+                        return
+                    if not self.outbox and not self.left:  # taken back
+                        continue
+                    # A peer that has left reads only a goodbye; the rest stays here to be taken back.
+                    message = Message(self.peer, GOODBYE) if self.left else self.outbox.popleft()
+                    self.is_sending = True
+                try:
+                    self._send(message)
+                except BaseException:
+                    with self.lock:
+                        self.outbox.appendleft(message)
+                    raise
+                finally:
+                    self.is_sending = False
             if message.kind == GOODBYE:
                 return
             if message.tensors is not None and not message.is_bytes:
@@ -178,6 +230,8 @@ class Connection:
         works = [self._out.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
         for work in works:
             work.wait(_FOREVER)
+        if message.tensors is not None:
+            self._out.recv([torch.empty(1)], self._other, 0).wait(_FOREVER)
         self.bytes_sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _receive(self) -> Message:
@@ -188,14 +242,16 @@ class Connection:
         tensors = None
         if int(flags) & _HAS_TENSORS:
             tensors = [torch.empty(int(size), dtype=torch.uint8)] if is_bytes else self._mailbox.buffers.take()
-            works = [self._in.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
-            for work in works:
-                work.wait(_FOREVER)
+            with self._mailbox.receiving.take(int(step), lambda: self.died):
+                works = [self._in.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
+                for work in works:
+                    work.wait(_FOREVER)
+            self._in.send([torch.zeros(1)], self._other, 0).wait(_FOREVER)
         return Message(self.peer, int(kind), int(step), ended, weight, tuple(numbers), tensors, is_sum, is_bytes)
 
 
 def close_pair(group: dist.ProcessGroupGloo, other: int) -> None:
     """End the connection of a gloo group to one of its ranks at once, also under operations that wait."""
     # An operation that runs out of time closes its connection; there is no other way.
-    with contextlib.suppress(RuntimeError):
+    with suppress(RuntimeError):
         group.recv([torch.empty(1)], other, 1).wait(datetime.timedelta(milliseconds=1))

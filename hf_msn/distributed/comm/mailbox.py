@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from ..collectives import rank, world_size
-from .connection import PING, Buffers, Connection, Message
+from .connection import PING, Buffers, Connection, Message, Turns
 from .exchange import PeerError
 
 __all__ = ["Mailbox", "Message"]
 
 _CONNECT_SECONDS = 300.0
+_TURN_SECONDS = 15.0
 _CUT_SECONDS = 2.0  # for the threads of a connection that was cut to end
 
 
@@ -25,8 +26,9 @@ class Mailbox:
 
     Ranks are places in the group. Every pair of ranks has a connection of its own over gloo, independent of all
     process groups and other pairs. It is first in, first out, and its threads wait without deadline, so a stopped
-    process is just silent. Messages are delivered whole, in buffers that belong to the receiver; tensors on other
-    devices pass through the CPU. Only one thread at a time may call the methods.
+    process is just silent. Messages with tensors leave one at a time and arrive one at a time, see [`Turns`]. They are
+    delivered whole, in buffers that belong to the receiver; tensors on other devices pass through the CPU. Only one
+    thread at a time may call the methods.
 
     Sums (`post_sum`) carry mass that may arrive together: a sum that waits to be sent is added to the next one for the
     same peer, and so are sums that arrived and were not collected. At most one waits on either side and nothing is
@@ -41,6 +43,7 @@ class Mailbox:
         wire_dtype (`torch.dtype`, *optional*): Precision in which floating-point tensors are sent, if it is narrower.
         num_numbers (`int`, *optional*, defaults to 8): Largest number of further numbers in a message.
         connect_seconds (`float`, *optional*, defaults to 300): How long `start` waits for each peer.
+        turn_seconds (`float`, *optional*, defaults to 15): How long a message may have this rank's link to itself.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class Mailbox:
         wire_dtype: torch.dtype | None = None,
         num_numbers: int = 8,
         connect_seconds: float = _CONNECT_SECONDS,
+        turn_seconds: float = _TURN_SECONDS,
     ):
         self.group, self.size, self.rank = group, world_size(group), rank(group)
         self.num_numbers, self.connect_seconds = num_numbers, connect_seconds
         self._dtypes, self._devices = [t.dtype for t in like], [t.device for t in like]
         self.wire_dtypes = [_narrower(dtype, wire_dtype) for dtype in self._dtypes]
         self.buffers = Buffers([t.numel() for t in like], self.wire_dtypes)
+        self.sending, self.receiving = Turns(turn_seconds), Turns(turn_seconds)
         self._connections: dict[int, Connection] = {}
         self._inboxes: list[deque[Message]] = [deque() for _ in range(self.size)]
         self._arrived = threading.Condition()
@@ -249,6 +254,8 @@ class Mailbox:
     def notify(self) -> None:
         with self._arrived:
             self._arrived.notify_all()
+        self.sending.notify()
+        self.receiving.notify()
 
     def deliver(self, message: Message) -> None:
         with self._arrived:
