@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ _FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one th
 _NUM_FIXED = 6  # kind, flags, step, its end, weight and number of bytes precede the numbers of a header
 _HAS_TENSORS, _IS_SUM, _IS_BYTES = 1, 2, 4
 _MAX_SPARE = 8
+LARGE_BYTES = 2**16  # from here on a message is confirmed and takes turns; a smaller one is soon gone
 
 
 @dataclasses.dataclass
@@ -33,6 +34,10 @@ class Message:
     tensors: list[torch.Tensor] | None = None  # flat buffers that belong to the receiver
     is_sum: bool = False
     is_bytes: bool = False  # it has one uint8 tensor of any size
+
+    @property
+    def is_large(self) -> bool:
+        return self.tensors is not None and sum(tensor.nbytes for tensor in self.tensors) >= LARGE_BYTES
 
     def absorb(self, later: "Message") -> None:
         """Take over step and weight of a later sum. The caller adds the tensors."""
@@ -104,8 +109,8 @@ class Turns:
 class Connection:
     """The connection of a [`Mailbox`] to one peer: gloo groups of two, so that their failures affect no other peer.
 
-    There is one group per direction, because gloo moves bytes over a socket in one direction at a time. Tensors leave
-    and arrive in [`Turns`], and the receiver confirms them: until then they may be in buffers of the system.
+    There is one group per direction, because gloo moves bytes over a socket in one direction at a time. Large messages
+    leave and arrive in [`Turns`], and the receiver confirms them: until then they may be in buffers of the system.
     """
 
     def __init__(self, mailbox, peer: int, store: dist.Store):
@@ -184,10 +189,8 @@ class Connection:
             with self.lock:
                 self.lock.wait_for(lambda: self.outbox or self.is_gone)
                 first = self.outbox[0] if self.outbox else None
-            has_tensors = first is not None and first.tensors is not None
             # It waits in the outbox, to be added to or taken back.
-            turn = self._mailbox.sending.take(first.step, lambda: self.is_gone) if has_tensors else nullcontext()
-            with turn:
+            with self._turn(self._mailbox.sending, first):
                 with self.lock:
                     if self.died:
                         return
@@ -230,7 +233,7 @@ class Connection:
         works = [self._out.send([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
         for work in works:
             work.wait(_FOREVER)
-        if message.tensors is not None:
+        if message.is_large:
             self._out.recv([torch.empty(1)], self._other, 0).wait(_FOREVER)
         self.bytes_sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -239,15 +242,21 @@ class Connection:
         self._in.recv([header], self._other, 0).wait(_FOREVER)
         kind, flags, step, ended, weight, size, *numbers = header.tolist()
         is_sum, is_bytes = bool(int(flags) & _IS_SUM), bool(int(flags) & _IS_BYTES)
-        tensors = None
+        message = Message(self.peer, int(kind), int(step), ended, weight, tuple(numbers), None, is_sum, is_bytes)
         if int(flags) & _HAS_TENSORS:
-            tensors = [torch.empty(int(size), dtype=torch.uint8)] if is_bytes else self._mailbox.buffers.take()
-            with self._mailbox.receiving.take(int(step), lambda: self.died):
-                works = [self._in.recv([tensor], self._other, 0) for tensor in tensors if tensor.numel()]
+            message.tensors = [torch.empty(int(size), dtype=torch.uint8)] if is_bytes else self._mailbox.buffers.take()
+            with self._turn(self._mailbox.receiving, message):
+                works = [self._in.recv([tensor], self._other, 0) for tensor in message.tensors if tensor.numel()]
                 for work in works:
                     work.wait(_FOREVER)
-            self._in.send([torch.zeros(1)], self._other, 0).wait(_FOREVER)
-        return Message(self.peer, int(kind), int(step), ended, weight, tuple(numbers), tensors, is_sum, is_bytes)
+            if message.is_large:
+                self._in.send([torch.zeros(1)], self._other, 0).wait(_FOREVER)
+        return message
+
+    def _turn(self, turns: Turns, message: Message | None) -> AbstractContextManager:
+        if message is None or not message.is_large:
+            return nullcontext()
+        return turns.take(message.step, lambda: self.is_gone)
 
 
 def close_pair(group: dist.ProcessGroupGloo, other: int) -> None:

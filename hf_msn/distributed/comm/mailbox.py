@@ -26,7 +26,7 @@ class Mailbox:
 
     Ranks are places in the group. Every pair of ranks has a connection of its own over gloo, independent of all
     process groups and other pairs. It is first in, first out, and its threads wait without deadline, so a stopped
-    process is just silent. Messages with tensors leave one at a time and arrive one at a time, see [`Turns`]. They are
+    process is just silent. Large messages leave one at a time and arrive one at a time, see [`Turns`]. Messages are
     delivered whole, in buffers that belong to the receiver; tensors on other devices pass through the CPU. Only one
     thread at a time may call the methods.
 
