@@ -18,7 +18,7 @@ _FOREVER = datetime.timedelta(days=365)  # threads wait without deadline: one th
 _NUM_FIXED = 6  # kind, flags, step, its end, weight and number of bytes precede the numbers of a header
 _HAS_TENSORS, _IS_SUM, _IS_BYTES = 1, 2, 4
 _MAX_SPARE = 8
-LARGE_BYTES = 2**16  # from here on a message is confirmed and takes turns; a smaller one is soon gone
+_LARGE_BYTES = 2**16  # from here on a message is confirmed and takes turns; a smaller one is soon gone
 
 
 @dataclasses.dataclass
@@ -37,7 +37,9 @@ class Message:
 
     @property
     def is_large(self) -> bool:
-        return self.tensors is not None and sum(tensor.nbytes for tensor in self.tensors) >= LARGE_BYTES
+        """Whether it takes turns. Bytes are of agreements, which have deadlines of their own."""
+        has_buffers = self.tensors is not None and not self.is_bytes
+        return has_buffers and sum(tensor.nbytes for tensor in self.tensors) >= _LARGE_BYTES
 
     def absorb(self, later: "Message") -> None:
         """Take over step and weight of a later sum. The caller adds the tensors."""
