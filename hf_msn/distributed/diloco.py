@@ -38,8 +38,9 @@ class DiLoCo(LocalSGD):
         sync_every (`int`, *optional*, defaults to 100): Optimizer steps per period. The paper: 500.
         outer_optimizer (`Callable`, *optional*): Called with a list of parameters, returns a `torch.optim.Optimizer`
             of them: `partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)`, the default and the paper's, or
-            any other that steps by gradients alone. It is made when the local steps begin; from then on the attribute
-            `outer_optimizer` has it, for a schedule of its learning rate.
+            any other that steps by gradients alone. Of a sharded model it is given the rank's shards. It is made when
+            the local steps begin; from then on the attribute `outer_optimizer` has it, for a schedule of its learning
+            rate.
         wire_dtype (`str`, *optional*): `"bfloat16"`, `"int8"` or `"int4"`: fewer bytes per outer step, see
             [`LocalSGD`], with the anchor x0. It needs memory for one more copy of the trainable parameters. By default
             the parameters' own precision.

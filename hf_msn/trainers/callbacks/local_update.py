@@ -483,7 +483,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
         if is_used:
             raise TypeError(
                 "Training with little communication needs the whole model and batches of its own on every rank, but "
-                f"this trainer uses {kind}. Train with DistributedDataParallel: `accelerate launch --multi_gpu`."
+                f"this trainer uses {kind}. Train with DistributedDataParallel: `accelerate launch --multi_gpu`; in a "
+                "loop of your own LocalSGD, SlowMo and DiLoCo take replicas that `fully_shard` has sharded."
             )
     if trainer.args.world_size > 1 and getattr(trainer.args, "support_shard", None) == "classes":
         raise ValueError(
