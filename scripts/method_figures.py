@@ -192,13 +192,8 @@ def timeline(panels: dict[str, tuple]) -> str:
             if rank != other:
                 shapes.append(_arrow(60 + STEP * start, rows[rank], 60 + STEP * stop, rows[other]))
         top = rows[-1] + 20
-        end = max(
-            [
-                end,
-                *(start + length for steps in ranks for start, length in steps),
-                *(stop for _, _, stop, _ in exchanges),
-            ]
-        )
+        ends = [start + length for steps in ranks for start, length in steps]
+        end = max(end, *ends, *(stop for _, _, stop, _ in exchanges))
     shapes.append(f'<text x="60" y="{top + 12}" font-size="10">time; a bar is an optimizer step</text>')
     return _svg(70 + STEP * end, top + 20, ORANGE, shapes)
 

@@ -127,7 +127,7 @@ def test_python_of_pages_and_docstrings_runs(tmp_path):
 def test_python_of_pages_and_docstrings_about_communication_runs_on_two_ranks(tmp_path):
     pages = {page: code for page, code in snippets().items() if on_ranks(page)}
     folders = {page: write_files(tmp_path / page) for page in pages}
-    first, second = run_ranks(run_on_rank, 2, pages, folders)
+    first, second = run_ranks(run_on_rank, 2, pages, folders, timeout=200)
     assert all(map(torch.equal, first["docs/communication.md"], second["docs/communication.md"]))
 
 
