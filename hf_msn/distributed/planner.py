@@ -186,7 +186,7 @@ def plan_sync(
     ranks_per_node: int = 1,
     latency: str = "0.1ms",
     node_bandwidth: str = "300gbit",
-    bytes_per_parameter: int = 4,
+    bytes_per_parameter: float = 4.0,
     stragglers: float = 0.0,
     efficiency: float = 0.92,
     ddp_overlap: float = 0.6,
@@ -211,7 +211,8 @@ def plan_sync(
         ranks_per_node (`int`, *optional*, defaults to 1): Ranks that share the link of a node. It divides `ranks`.
         latency (`str`, *optional*, defaults to `"0.1ms"`): Of a message from node to node: 20ms, 100us.
         node_bandwidth (`str`, *optional*, defaults to `"300gbit"`): Between the ranks of a node.
-        bytes_per_parameter (`int`, *optional*, defaults to 4): 4 for float32, 2 for a bfloat16 wire.
+        bytes_per_parameter (`float`, *optional*, defaults to 4): 4 for float32, 2 for a bfloat16 wire; for the methods
+            that have them 1.03 for int8, 0.53 for int4, with their scales.
         stragglers (`float`, *optional*, defaults to 0.0): Standard deviation of the logarithm of a step's seconds.
         efficiency (`float`, *optional*, defaults to 0.92): Part of `bandwidth` that is payload, in (0, 1]. The default
             is that of the all-reduce of LocalSGD in the table of docs/communication.md.
@@ -227,7 +228,7 @@ def plan_sync(
         ValueError: If an argument is outside of its rule.
     """
     payload = parse_quantity("parameters", parameters, _COUNT, "86M")
-    payload *= check_integer("bytes_per_parameter", bytes_per_parameter)
+    payload *= check_number("bytes_per_parameter", bytes_per_parameter, above=0.0)
     ranks = check_integer("ranks", ranks, 2, remedy="One rank exchanges nothing.")
     ranks_per_node = check_integer("ranks_per_node", ranks_per_node)
     if ranks % ranks_per_node:

@@ -154,6 +154,7 @@ def test_stragglers_cost_those_that_wait_for_more_ranks_more():
         ("ranks_per_node", 3),
         ("step_seconds", 0.0),
         ("stragglers", -0.1),
+        ("bytes_per_parameter", 0),
         ("efficiency", 1.5),
         ("ddp_overlap", -1.0),
     ],
