@@ -31,3 +31,10 @@ def test_the_wheel_has_all_files_of_the_package(tmp_path):
 def test_the_citation_has_the_version_of_the_package():
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_types_of_all_modules_with_public_names_are_checked():
+    listed = set(re.findall(r'"(hf_msn/[\w/.]+)"', (ROOT / "pyproject.toml").read_text()))
+    stub = (ROOT / "hf_msn" / "__init__.pyi").read_text()
+    modules = {f"hf_msn/{name.replace('.', '/')}.py" for name in re.findall(r"^from \.([\w.]+) import", stub, re.M)}
+    assert {name for name in modules if listed.isdisjoint({name, *map(str, Path(name).parents)})} == set()

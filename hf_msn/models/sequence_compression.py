@@ -152,7 +152,7 @@ def compression_stages(
     """
     if isinstance(schedule, (str, os.PathLike)):
         named = re.fullmatch(r"none|(constant(?=[:@])|linear)(?::([^@]*))?(?:@(\d+))?", os.fspath(schedule))
-        schedule = _read_stages(schedule) if named is None else _named_stages(*named.groups(), patch_size)
+        schedule = _read_stages(schedule) if named is None else _named_stages(*named.groups(), own_size=patch_size)
     stages = []
     if not isinstance(schedule, Sequence) or not schedule:
         raise ValueError(f"A compression schedule must be a list of one stage or more, but is {schedule!r:.80}.")
