@@ -1,4 +1,4 @@
-"""The Space, which is `hf-msn app`, in headless Chromium: pip install 'hf_msn[app]' playwright, and a Chromium.
+"""The Space, which is `hf-msn app`, in headless Chromium: `make test-app`. `make test` has no Gradio and skips it.
 
 With APP_PICTURES=docs it also takes the pictures of docs/app.md.
 """
