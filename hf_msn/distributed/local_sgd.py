@@ -58,8 +58,8 @@ class LocalSGD(LocalUpdate):
         PeerError: With `on_lost_rank="continue"` on a rank that comes back after the others have gone on without it.
     """
 
+    takes_shards = True
     _only_averages = True
-    _takes_shards = True
 
     def __init__(
         self,

@@ -93,9 +93,9 @@ class LocalUpdate:
     """
 
     can_be_base = True  # of SlowMo, whose outer steps are means that all ranks take at the same step
+    takes_shards = False  # whether FSDP2 may shard a replica
     _only_averages = False  # whether nothing but means moves parameters and moments
     _acts_alone = False  # whether one rank alone trains otherwise than without the method
-    _takes_shards = False  # whether FSDP2 may shard a replica
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class LocalUpdate:
         self.base_buffers = check_choice("base_buffers", base_buffers, ("maintain", "reset", "average"))
         self._ddp, self.model = find_wrapper(model)
         self.optimizer, self._gradient_state = plain_optimizer(optimizer)
-        refuse_unsupported(self.model, self.optimizer, self._takes_shards)
+        refuse_unsupported(self.model, self.optimizer, self.takes_shards)
         if hasattr(self.optimizer, "eval") and not (self._only_averages and self.base_buffers == "average"):
             raise ValueError(
                 f"The two sets of weights of a schedule-free optimizer must move together, but {type(self).__name__} "

@@ -1,11 +1,13 @@
 """Training with little communication on any Trainer: callbacks that forward its events to a sync object."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -44,6 +46,7 @@ class PerRankCallback(TrainerCallback):
     """
 
     saves_model_of_each_rank = False
+    takes_shards = False  # whether FSDP2 may shard a replica
 
     def __init__(self, trainer: Trainer):
         check_trainer(self, trainer)
@@ -55,7 +58,7 @@ class PerRankCallback(TrainerCallback):
         present = find_per_rank_callback(trainer)
         if present is not None:
             raise _too_many(present, self)
-        refuse_unsupported(trainer)
+        refuse_unsupported(trainer, self.takes_shards)
         # Raises for a wrong setting now, not when the training begins.
         self.make_sync(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0))
         set_arguments(trainer)
@@ -253,6 +256,10 @@ class LocalUpdateCallback(PerRankCallback):
     `dispatch_batches` and DDP's search for unused parameters, for which the ranks would wait at every step, are turned
     off unless asked for explicitly.
 
+    **Sharded replicas.** With `TrainingArguments(fsdp=True, fsdp_config={"fsdp_version": 2},
+    parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=4))`, which is hybrid sharding without the
+    callback, FSDP2 shards and averages gradients inside a replica only, and the method runs between the replicas.
+
     Args:
         trainer (`Trainer`): The trainer that the callback is added to.
         method_class (`Callable[..., LocalUpdate]`): Called with model, optimizer and `settings`.
@@ -263,7 +270,8 @@ class LocalUpdateCallback(PerRankCallback):
     Raises:
         ValueError: If a setting is outside of its rule, `on_lost_rank` is not `"raise"`, the trainer has another sync
             callback, or its supports are split by class over several ranks.
-        TypeError: If the trainer shards the model: FSDP, DeepSpeed, tensor, sequence or context parallelism.
+        TypeError: If the trainer shards the model: FSDP1, DeepSpeed, tensor, sequence or context parallelism; FSDP2
+            except for [`LocalSGD`], [`SlowMo`] and [`DiLoCo`] with a `dp_replicate_size` over 1.
     """
 
     def __init__(
@@ -281,11 +289,18 @@ class LocalUpdateCallback(PerRankCallback):
                 "checkpoint, or go on without the lost ones in a loop of your own."
             )
         self.method_class, self.settings = method_class, settings
+        self.takes_shards = getattr(method_class, "takes_shards", False)
         self.log_consensus_distance = log_consensus_distance
         super().__init__(trainer)
 
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LocalUpdate:
-        return self.method_class(model, optimizer, **self.settings)
+        return self.method_class(model, optimizer, **self._groups(), **self.settings)
+
+    def _groups(self) -> dict[str, dist.ProcessGroup]:
+        """Return the group between replicas that accelerate's FSDP2 shards."""
+        if not self.trainer.is_fsdp_enabled or "group" in self.settings:
+            return {}
+        return {"group": shard_inside_replicas(self.trainer)}
 
     def settings_of(self, sync: LocalUpdate) -> dict[str, str]:
         described, base = super().settings_of(sync), getattr(sync, "base", None)
@@ -388,7 +403,7 @@ class SlowMoCallback(LocalUpdateCallback):
 
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LocalUpdate:
         base = None if self.base is None else self.base(model, optimizer)
-        return self.method_class(model, optimizer, base=base, **self.settings)
+        return self.method_class(model, optimizer, base=base, **self._groups(), **self.settings)
 
 
 class DiLoCoCallback(LocalUpdateCallback):
@@ -469,10 +484,13 @@ def check_trainer(callback: TrainerCallback, trainer: Any) -> None:
         )
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
-    """Refuse trainers whose ranks depend on one another at every step."""
+def refuse_unsupported(trainer: Trainer, takes_shards: bool = False) -> None:
+    """Refuse trainers whose ranks depend on one another at every step, except FSDP2 inside replicas."""
+    names = getattr(trainer.accelerator.torch_device_mesh, "mesh_dim_names", None) or ()
+    in_replicas = takes_shards and trainer.accelerator.is_fsdp2 and {"dp_replicate", "dp_shard"} <= {*names}
+    is_fsdp = getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_fsdp_xla_enabled", False)
     sharded = {
-        "FSDP": getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_fsdp_xla_enabled", False),
+        "FSDP": is_fsdp and not in_replicas,
         "DeepSpeed": getattr(trainer, "is_deepspeed_enabled", False),
         "tensor parallelism": trainer.get_tp_size() > 1,
         "context parallelism": trainer.get_cp_size() > 1,
@@ -483,14 +501,24 @@ def refuse_unsupported(trainer: Trainer) -> None:
         if is_used:
             raise TypeError(
                 "Training with little communication needs the whole model and batches of its own on every rank, but "
-                f"this trainer uses {kind}. Train with DistributedDataParallel: `accelerate launch --multi_gpu`; in a "
-                "loop of your own LocalSGD, SlowMo and DiLoCo take replicas that `fully_shard` has sharded."
+                f"this trainer uses {kind}. Train with DistributedDataParallel: `accelerate launch --multi_gpu`; or "
+                "with LocalSGD, SlowMo or DiLoCo over replicas that FSDP2 shards: `fsdp_config={'fsdp_version': 2}`, "
+                "`parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)`."
             )
     if trainer.args.world_size > 1 and getattr(trainer.args, "support_shard", None) == "classes":
         raise ValueError(
             "`support_shard` must be 'images' where the ranks train locally, but is 'classes': each rank would "
             "compare its images with its own few classes only. Set `support_shard` to 'images'."
         )
+
+
+def shard_inside_replicas(trainer: Trainer) -> dist.ProcessGroup:
+    """Let accelerate shard the model inside each replica, not over all as well. Return the group between replicas."""
+    state = trainer.accelerator.state
+    inside = copy.copy(state.parallelism_config)
+    inside.dp_replicate_size = 1  # read when the model is prepared; the mesh keeps both dimensions
+    state.parallelism_config = inside
+    return state.device_mesh["dp_replicate"].get_group()
 
 
 def set_arguments(trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from ...distributed.training_state import is_sharded
 from ...files import whole_file
 from ..checkpoints import own_settings_kept
 
@@ -25,13 +26,15 @@ def save_rank_state(
     """Write the state of this rank, `with_model` where models differ: the Trainer saves that of rank 0."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     rank = trainer.args.process_index
+    # optimizer.pt is rank 0's; that of a sharded model has shards of several replicas
+    has_own_optimizer = rank > 0 or trainer.is_fsdp_enabled
     state = {
         "world_size": trainer.args.world_size,
         "global_step": trainer.state.global_step,
         "settings": settings,
         "sync": sync.state_dict(),
         "model": trainer.model.state_dict() if rank > 0 and with_model else None,
-        "optimizer": trainer.optimizer.state_dict() if rank > 0 else None,  # optimizer.pt is rank 0's
+        "optimizer": trainer.optimizer.state_dict() if has_own_optimizer else None,
         "lr_scheduler": trainer.lr_scheduler.state_dict(),  # a scaler may have skipped steps on this rank only
         "scaler": None if scaler is None else scaler.state_dict(),
     }
@@ -106,6 +109,7 @@ def load_renamed_weights(trainer: Trainer, checkpoint: str | Path) -> None:
     model = trainer.model
     if (
         isinstance(model, PreTrainedModel)
+        and not trainer.is_fsdp_enabled
         and type(trainer)._load_from_checkpoint is Trainer._load_from_checkpoint
         and not {name for name, _ in _saved_weights(checkpoint)} <= set(model.state_dict())
     ):
@@ -114,7 +118,7 @@ def load_renamed_weights(trainer: Trainer, checkpoint: str | Path) -> None:
 
 def has_weights_of(checkpoint: str | Path, model: torch.nn.Module) -> bool:
     """Return whether the weights of `model` are those of a checkpoint, as far as their names are the same."""
-    own = model.state_dict()
+    own = {name: t.full_tensor() if is_sharded(t) else t for name, t in model.state_dict().items()}
     return all(
         torch.equal(read(name).to(own[name].dtype), own[name].cpu())
         for name, read in _saved_weights(checkpoint)
