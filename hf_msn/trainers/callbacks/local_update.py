@@ -402,8 +402,9 @@ class SlowMoCallback(LocalUpdateCallback):
         super().__init__(trainer, SlowMo, **settings)
 
     def make_sync(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LocalUpdate:
-        base = None if self.base is None else self.base(model, optimizer)
-        return self.method_class(model, optimizer, base=base, **self._groups(), **self.settings)
+        groups = self._groups()
+        base = None if self.base is None else self.base(model, optimizer, **groups)
+        return self.method_class(model, optimizer, base=base, **groups, **self.settings)
 
 
 class DiLoCoCallback(LocalUpdateCallback):
