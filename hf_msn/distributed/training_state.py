@@ -107,7 +107,8 @@ def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer, takes
     if own.isdisjoint(map(id, optimized)):
         raise ValueError(
             f"An optimizer must train parameters of its model, but none of the {len(optimized)} of `optimizer` is one "
-            f"of the {len(own)} of this {type(model).__name__}. Pass the model that it was made for."
+            f"of the {len(own)} of this {type(model).__name__}. Pass the model that it was made for, and make it "
+            "after `fully_shard`."
         )
 
 
