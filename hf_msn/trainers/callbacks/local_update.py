@@ -258,7 +258,8 @@ class LocalUpdateCallback(PerRankCallback):
 
     **Sharded replicas.** With `TrainingArguments(fsdp=True, fsdp_config={"fsdp_version": 2},
     parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=4))`, which is hybrid sharding without the
-    callback, FSDP2 shards and averages gradients inside a replica only, and the method runs between the replicas.
+    callback, FSDP2 shards and averages gradients inside a replica only, and the method runs between the replicas. It
+    holds from the making of the callback on, added or not.
 
     Args:
         trainer (`Trainer`): The trainer that the callback is added to.
