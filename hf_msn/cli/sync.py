@@ -179,8 +179,9 @@ class SyncArguments:
 
     def _check_values(self) -> None:
         """Check the values before any data is read, except those that depend on the number of ranks."""
-        later = ("topology", "peers_per_step", "base", "num_fragments")
-        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))  # a layer for each fragment
+        later = ("topology", "peers_per_step", "base")
+        num_layers = max(4, min(self.settings.get("num_fragments", 4), 1000))  # one for each fragment
+        model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(num_layers)))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         levels = [(self.method, self.settings, self._names), (self.base, self.base_settings, self._base_names)]
         for method, settings, names in levels:

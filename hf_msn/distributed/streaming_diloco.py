@@ -292,6 +292,13 @@ class StreamingDiLoCo(DiLoCo):
         }
 
     def _load_method_state(self, state: dict[str, Any]) -> None:
+        if len(state["steps_since_sent"]) != self.num_fragments:
+            raise ValueError(
+                f"`num_fragments` must be that of the saved state, {len(state['steps_since_sent'])}, but is "
+                f"{self.num_fragments}. Set the same."
+            )
+        for transfer in self._on_the_way.values():
+            self._received(transfer)  # it changes the rounding errors
         super()._load_method_state(state)
         self._steps_since_sent = list(state["steps_since_sent"])
         self._on_the_way = {}

@@ -106,6 +106,7 @@ def test_without_sync_there_is_no_callback(tmp_path):
         ({"sync": "diloco", "outer_optim": "timm:lambda", "outer_lr": 1.0}, "lambda"),
         ({"sync": "diloco", "fragment_delay": 2}, "`fragment_delay` belongs to `sync` streaming_diloco"),
         ({"sync": "streaming_diloco", "fragment_delay": 12, "sync_every": 12}, "`fragment_delay` .*at most 11"),
+        ({"sync": "streaming_diloco", "num_fragments": 0}, "`num_fragments` .*0"),
         ({"sync": "async_gossip", "async_seed": -1}, "`async_seed`.*-1"),
         ({"sync": "codistillation", "codistillation_alpha": -1.0}, "`codistillation_alpha` .*-1.0"),
     ],
@@ -132,11 +133,12 @@ def test_codistillation_has_its_fields(tmp_path):
 
 
 def test_streaming_diloco_has_its_fields_and_an_outer_optimizer(tmp_path):
-    given = "--sync streaming_diloco --num_fragments 2 --fragments size --fragment_delay 3 --mixing_alpha 0.25".split()
+    given = "--sync streaming_diloco --num_fragments 2 --fragments size --fragment_delay 2 --mixing_alpha 0.25".split()
+    given += "--sync_every 3".split()  # fewer than the default of num_fragments
     given += "--outer_optim timm:lamb --outer_lr 0.1 --outer_optim_args betas=(0.8,0.9)".split()
     trainer, (callback,) = callback_of(tmp_path, *given)
     sync = callback.make_sync(trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=1.0))
-    assert (sync.num_fragments, sync.fragments, sync.delay, sync.mixing_alpha) == (2, "size", 3, 0.25)
+    assert (sync.num_fragments, sync.fragments, sync.delay, sync.mixing_alpha) == (2, "size", 2, 0.25)
     outer = callback.settings["outer_optimizer"]([torch.nn.Parameter(torch.ones(2))])
     assert type(outer).__name__ == "Lamb"
     assert outer.param_groups[0]["lr"] == 0.1 and outer.param_groups[0]["betas"] == (0.8, 0.9)

@@ -272,6 +272,15 @@ def test_settings_outside_of_their_rules_are_refused(settings, named):
         StreamingDiLoCo(model, make_optimizer(model), **settings)
 
 
+def test_a_state_of_another_number_of_fragments_is_refused():
+    model = Encoder()
+    optimizer = make_optimizer(model)
+    with StreamingDiLoCo(model, optimizer, num_fragments=3) as sync:
+        state = sync.state_dict()
+    with pytest.raises(ValueError, match=r"`num_fragments` .* 3, but is 2"):
+        StreamingDiLoCo(model, optimizer, num_fragments=2).load_state_dict(state)
+
+
 def test_each_fragment_has_an_outer_optimizer_and_an_anchor_in_float32():
     model = Encoder().bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
