@@ -193,7 +193,6 @@ class StreamingDiLoCo(DiLoCo):
             self._background.close()
             self._background = None
         if self._transfers is not self._exchange:
-            _numbers.discard(self._number)
             self._bytes_sent_before += self._transfers.bytes_sent
             self._transfers = self._exchange
 
@@ -235,6 +234,8 @@ class StreamingDiLoCo(DiLoCo):
         for fragment in list(self._on_the_way):
             self._apply(fragment, 0.0)
         torch._foreach_copy_(self._tensors, self._anchors)
+        if self._transfers is not self._exchange:
+            _numbers.discard(self._number)  # not after an error: a transfer may still use the group
 
     @torch.no_grad()
     def _before_mean(self) -> None:
@@ -244,6 +245,7 @@ class StreamingDiLoCo(DiLoCo):
     def _send(self, fragment: int, steps_left: int) -> None:
         changes = [(index, self._change(index)) for index in self._buckets_of[fragment]]
         event, steps, device = f"the outer step of fragment {fragment}", self.steps, self._device
+        transfers = self._transfers  # after an error this object leaves while the thread goes on
         stream: Any = None
         if device.type == "cuda":
             stream = torch.cuda.Stream(device)
@@ -251,9 +253,9 @@ class StreamingDiLoCo(DiLoCo):
 
         def transfer() -> list[torch.Tensor]:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
-                self._transfers.meet(event, steps, device)
+                transfers.meet(event, steps, device)
                 for index, change in changes:
-                    self._mean_change_(index, change.buffers[0], self._transfers)
+                    self._mean_change_(index, change.buffers[0], transfers)
                 if stream is not None:
                     stream.synchronize()
             found = {i: part for index, change in changes for i, (part, _) in zip(self._buckets[index], change.pairs)}

@@ -1,6 +1,7 @@
 """Streaming DiLoCo against its equations, written as loops over ranks and fragments in float64."""
 
-from contextlib import ExitStack
+import copy
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import pytest
@@ -171,6 +172,36 @@ def _two_at_once(rank):
     return ends
 
 
+def _after_an_error(rank):
+    """Train after an error left transfers on their way, or go back to a state from within; or neither."""
+    ends = []
+    for before in ("error", "load", None):
+        model = make_model()
+        optimizer = make_optimizer(model)
+        settings = {"sync_every": H, "fragments": NAMES, "delay": 3, "wire_dtype": "int4"}
+        if before == "error":
+            with suppress(FloatingPointError), StreamingDiLoCo(model, optimizer, **settings) as sync:
+                for step in range(4):
+                    take_step(model, optimizer, rank, step)
+                    sync.step()
+                raise FloatingPointError
+            model = make_model()
+            optimizer = make_optimizer(model)
+        with StreamingDiLoCo(model, optimizer, **settings) as sync:
+            if before == "load":
+                saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), sync.state_dict()])
+                for step in range(4):
+                    take_step(model, optimizer, rank, step)
+                    sync.step()
+                for it, state in zip((model, optimizer, sync), saved):
+                    it.load_state_dict(state)
+            for step in range(14):
+                take_step(model, optimizer, rank, step)
+                sync.step()
+        ends.append(values(model))
+    return ends
+
+
 def _stop_early(rank):
     model = make_model()
     optimizer = make_optimizer(model)
@@ -196,6 +227,8 @@ def test_a_sync_applies_what_is_on_its_way_a_missing_rank_is_named_and_two_run_a
     assert run_ranks(_named, 2) == ["ended", (0,)]
     for both, alone in run_ranks(_two_at_once, 2):
         assert same(both, alone)
+    for after_error, loaded, straight in run_ranks(_after_an_error, 2):
+        assert same(after_error, straight) and same(loaded, straight)
 
 
 class Block(torch.nn.Module):
