@@ -280,7 +280,7 @@ class StreamingDiLoCo(DiLoCo):
             x0.grad = change.to(x0.dtype)
         self._step_anchors(fragment)
         for x, x0 in zip(own, anchors):
-            x.copy_(torch.lerp(x0, x.to(x0.dtype), alpha))
+            x.copy_(torch.lerp(x0, x.to(x0.dtype), alpha) if alpha else x0)
 
     def _method_state(self) -> dict[str, Any]:
         on_the_way = {
