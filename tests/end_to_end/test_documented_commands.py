@@ -25,7 +25,7 @@ PAGES = [
 PAGES += ["docs/compression", "docs/first_run", "model_cards/README"]
 # They need the network, root or minutes; the scripts among them have tests of their own.
 LEFT_OUT = ("pip ", "make ", "hf auth ", "sudo ", "python scripts/compare_codistillation.py", "accelerate ")
-LEFT_OUT += ("torchrun ", "python scripts/benchmarks/sync_accuracy.py")
+LEFT_OUT += ("torchrun ", "export ", "python scripts/benchmarks/sync_accuracy.py")
 SHORT = {
     "pretrain": "--use_cpu true --bf16 false --max_steps 2 --warmup_steps 0 --per_device_train_batch_size 8 "
     "--num_processes 1 --dataloader_num_workers 0 --report_to none --disable_tqdm true --overwrite_output_dir true",

@@ -1,9 +1,7 @@
-"""`accelerate launch scripts/pretrain.py --sync` on two ranks, killed inside a period and resumed."""
+"""`hf-msn pretrain --sync` on two ranks: one is killed inside a period, and torchrun starts the run again."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,10 +13,23 @@ from safetensors.torch import load_file
 
 from hf_msn.cli import pretrain
 
-LAUNCH = (
-    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    f"--dynamo_backend no --main_process_port 0 {ROOT / 'scripts' / 'pretrain.py'}"
-).split()
+# scripts/pretrain.py, in which rank 1 is killed once, inside a period and between two checkpoints.
+KILLED_ONCE = """
+import os, signal, sys
+from hf_msn.cli.main import main
+from hf_msn.distributed.slowmo import SlowMo
+
+step = SlowMo.step
+
+def step_or_die(sync):
+    step(sync)
+    if (sync.steps, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (7, "1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SlowMo.step = step_or_die
+main(["pretrain", *sys.argv[1:]])
+"""
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1".split()
 ARGUMENTS = (
     "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 16 "
     "--projection_dim 8 --num_prototypes 8 --warmup_epochs 0 --logging_steps 1 --use_cpu true --disable_tqdm true "
@@ -26,28 +37,19 @@ ARGUMENTS = (
     "--save_steps 5 --report_to none --sync slowmo --sync_every 12 --slow_momentum 0.6 --sync_timeout_seconds 60"
 ).split()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
-def launch_and_kill_after(checkpoint) -> None:
-    command = [sys.executable, *LAUNCH, "--output_dir", str(checkpoint.parent), *ARGUMENTS]
-    run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    try:
-        while not checkpoint.exists() and time.monotonic() < deadline:
-            assert run.poll() is None, run.communicate()[1]
-            time.sleep(0.02)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself, with an error
-            os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+ENVIRONMENT["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch 2.14 restarts with addresses of the dead ranks
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_killed_run_of_two_ranks_goes_on_bit_for_bit(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    launch_and_kill_after(parts / "checkpoint-5")  # no checkpoint is at the end of a period
-    run_ranks(pretrain_on_rank, 2, parts, "--resume_from_checkpoint", "true", *ARGUMENTS, timeout=120.0)
+def test_torchrun_restarts_a_run_with_a_killed_rank_which_goes_on_bit_for_bit(tmp_path):
+    whole, parts, script = tmp_path / "whole", tmp_path / "parts", tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    arguments = ["--output_dir", str(parts), "--resume_from_checkpoint", "auto", *ARGUMENTS]
+    command = [sys.executable, *TORCHRUN, str(script), *arguments]
+    run = subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "exitcode: -9" in run.stderr and f"Resuming from '{parts / 'checkpoint-5'}'" in run.stderr
     run_ranks(pretrain_on_rank, 2, whole, *ARGUMENTS, timeout=120.0)
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert first.keys() == second.keys() and all(second[name].equal(value) for name, value in first.items())
