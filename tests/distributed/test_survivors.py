@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
 from states import same
 
 from hf_msn.distributed import local_update
+from hf_msn.distributed.comm.agreement import DONE, HERE
 from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.distributed.diloco import DiLoCo
 from hf_msn.distributed.local_sgd import LocalSGD
@@ -190,6 +192,39 @@ def test_a_stopped_rank_is_lost_and_told_so_and_an_early_end_is_an_error_on_all(
     assert [result["absent"] for result in results] == [[2], [2], []]
     assert same(results[0]["values"], results[1]["values"])
     assert "goes on without Rank 2" in results[2]["error"]
+
+
+def _tell_late(tell, audience, kind, numbers, payload=None):
+    time.sleep(1.0 if (kind, numbers[1]) == (HERE, 1) else 0.0)  # rank 1 knows by now that rank 2 has died
+    tell(audience, kind, numbers, payload)
+
+
+def _tell_rank_0_and_die(tell, audience, kind, numbers, payload=None):
+    if kind != DONE:
+        return tell(audience, kind, numbers, payload)
+    tell([0], kind, (*numbers[:2], 0.0))
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail_and_die_before_all_are_told(rank):
+    model, optimizer, sync = make_run("diloco")
+    with sync:
+        for step in range(1, 5):
+            take_step(model, optimizer, RATES, rank, step)
+            if step == 2 and rank != 1:
+                peers = sync._survivors._peers
+                peers.tell = partial(_tell_late if rank == 0 else _tell_rank_0_and_die, peers.tell)
+            sync.step()
+    return values(model), sync.absent_ranks
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_of_which_one_has_heard_of_a_failure_and_another_not_end_the_step_alike(tmp_path):
+    run = _fail_and_die_before_all_are_told
+    results = run_ranks_that_are_left(run, 3, tmp_path, lost=[2], timeout=40.0)
+    assert results.keys() == {0, 1} and same(results[0], results[1]) and results[0][1] == [2]
 
 
 @pytest.mark.parametrize(

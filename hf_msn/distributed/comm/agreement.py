@@ -21,6 +21,10 @@ class _NewAttempt(Exception):
     """A member was lost or passed over, or another member has begun a new attempt."""
 
 
+class _Ended(Exception):
+    """Another member has ended the agreement, in which this one has succeeded too."""
+
+
 class Agreement:
     """Numbered agreements among the ranks of a [`Membership`], in attempts, because ranks may be lost meanwhile.
 
@@ -51,6 +55,7 @@ class Agreement:
         self._loses_silent, self._lost_to = loses_silent, False
         self._event: tuple[float, ...] = ()  # a number for what this rank comes to, compared in `repeat`
         self._number = self._attempt = 0
+        self._has_succeeded = False  # in the last attempt of `repeat`
         self._heard: dict[tuple[int, int, int], dict[int, Message]] = {}
         self._excluded: set[int] = set()  # silent to some member of this agreement
         self._results: dict[int, torch.Tensor] = {}  # of this agreement and later ones, reached without this rank
@@ -146,24 +151,30 @@ class Agreement:
         self._event = (float(zlib.crc32(event.encode())),)
         self._peers.expect((), self._peers.timeout_seconds)
         failed: list[int] = []
+        result = None
         while True:
-            self.agree()
-            members, error, result = self.members, None, None
             try:
-                result = operation(members)
-            except PeerError as caught:
-                error = caught
-            if error is not None and (self._lost_to or failed == members):
-                raise error
-            try:
+                self.agree()
+                members, error, self._has_succeeded = self.members, None, False
+                try:
+                    result = operation(members)
+                except PeerError as caught:
+                    error = caught
+                if error is not None and (self._lost_to or failed == members):
+                    raise error
+                self._has_succeeded = error is None
                 done = self._gather(DONE, float(error is None), needs_all=False)
             except _NewAttempt:
                 continue
+            except _Ended:  # a member that failed was lost before it could tell all others
+                break
             if error is None and all(message.numbers[2] for message in done.values()):
-                self.end(lambda: None)
-                return result
+                break
             failed = members
             self._attempt += 1
+        self._has_succeeded = False
+        self.end(lambda: None)
+        return result
 
     def share(self, key: str, value: bytes) -> None:
         """Send a value to the other members, for this attempt."""
@@ -275,16 +286,24 @@ class Agreement:
         peers.tell(audience, kind, (self._number, attempt, value, *numbers), payload)
         heard = self._heard.setdefault((kind, self._number, attempt), {})
 
+        def has_ended() -> bool:
+            return self._has_succeeded and any(
+                there == HERE and number > self._number and not found.keys().isdisjoint(members)
+                for (there, number, _), found in self._heard.items()
+            )
+
         def missing() -> list[int]:
             for (_, number, later), found in self._heard.items():
                 if number == self._number and later > self._attempt and found.keys() & set(members):
                     self._attempt = later
-            if self._attempt > attempt or self._number in self._results:
+            if self._attempt > attempt or self._number in self._results or has_ended():
                 return []
             present = self.members if needs_all else peers.members
             return [peer for peer in members if peer in present and peer not in heard]
 
         self._wait_for(missing, needs_all)
+        if has_ended():
+            raise _Ended
         if self._attempt > attempt:
             raise _NewAttempt
         return {peer: heard[peer] for peer in members if peer in heard}
