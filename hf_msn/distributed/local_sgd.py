@@ -54,7 +54,8 @@ class LocalSGD(LocalUpdate):
 
     Raises:
         ValueError: If `wire_dtype` is unknown, or given for complex parameters, if `on_lost_rank="continue"` comes
-            without `timeout_seconds` or with `sync_start_step` or `inner_group`, and as [`LocalUpdate`] raises.
+            without `timeout_seconds` or with `sync_start_step`, `inner_group` or DDP's `find_unused_parameters`, and
+            as [`LocalUpdate`] raises.
         PeerError: With `on_lost_rank="continue"` on a rank that comes back after the others have gone on without it.
     """
 
@@ -89,7 +90,9 @@ class LocalSGD(LocalUpdate):
                 "None. Choose more than the longest optimizer step, evaluation or save takes."
             )
         inner = None if self._inner is None else self._inner.global_ranks  # of a sharded model, too
-        for name, value in (("sync_start_step", self.sync_start_step), ("inner_group", inner)):
+        unused = getattr(self._ddp, "find_unused_parameters", False)
+        waiting = {"sync_start_step": self.sync_start_step, "inner_group": inner, "find_unused_parameters": unused}
+        for name, value in waiting.items():
             if value:
                 raise ValueError(
                     "`on_lost_rank='continue'` needs steps in which no rank waits for a lost one, with whole models "

@@ -12,6 +12,7 @@ from gossip_reference import make_model, take_step
 from launch import run_ranks
 from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
 from states import same
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_msn.distributed import local_update
 from hf_msn.distributed.comm.agreement import DONE, HERE
@@ -166,6 +167,9 @@ def _stop_and_leave(rank):
     except PeerError as error:
         results["other event"] = error.ranks
     dist.barrier()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    with pytest.raises(ValueError, match="`find_unused_parameters` is True"):
+        SlowMo(wrapped, optimizer, timeout_seconds=3.0, on_lost_rank="continue")
     model, optimizer, sync = make_run("diloco", timeout_seconds=3.0)
     began = time.monotonic()
     try:
@@ -225,6 +229,25 @@ def test_ranks_of_which_one_has_heard_of_a_failure_and_another_not_end_the_step_
     run = _fail_and_die_before_all_are_told
     results = run_ranks_that_are_left(run, 3, tmp_path, lost=[2], timeout=40.0)
     assert results.keys() == {0, 1} and same(results[0], results[1]) and results[0][1] == [2]
+
+
+def _die_while_entering(rank, place):
+    _, _, sync = make_run("diloco", timeout_seconds=2.0)
+    if rank == 2:
+        setattr(sync._survivors, place, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    began = time.monotonic()
+    with pytest.raises(PeerError) as error:
+        sync.start()
+    return error.value.ranks, time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("place", ["connect", "repeat"])
+def test_a_rank_that_dies_while_entering_ends_it_on_the_others(tmp_path, place):
+    results = run_ranks_that_are_left(_die_while_entering, 3, tmp_path, place, lost=[2], timeout=30.0)
+    assert {ranks for ranks, _ in results.values()} == {(2,)}
+    assert all(seconds < 6.0 for _, seconds in results.values())
 
 
 @pytest.mark.parametrize(

@@ -56,12 +56,20 @@ class SurvivorExchange(Exchange):
         """Connect the ranks by messages and make a group. Every rank must call it."""
         if self.size == 1:
             return
-        self._mailbox = Mailbox([], self.group, num_numbers=4 + self.size)
+        numbers, seconds = 4 + self.size, self.timeout_seconds
+        self._mailbox = Mailbox([], self.group, num_numbers=numbers, connect_seconds=seconds)
         self._peers = Membership(self._mailbox, self.timeout_seconds, lambda message: self._agreement.receive(message))
         self._agreement = Agreement(self._peers, lambda _: None, waits_for_silent=False, loses_silent=True)
+        self._group_of_all = self.group  # `close` puts it back, also where a peer does not come
         self._mailbox.start()
-        self._group_of_all, self.group = self.group, None
+        self.group = None
         self.repeat("entering", lambda: None)
+        if self.absent_ranks:
+            raise PeerError(
+                f"All ranks of the group must be there when entering, but {self.absent_ranks} died or were silent "
+                f"for `timeout_seconds={self.timeout_seconds}`. See their logs, and start again.",
+                self.absent_ranks,
+            )
 
     def close(self) -> None:
         """Leave the others, which need nothing more from this rank."""
