@@ -62,8 +62,8 @@ class LocalUpdate:
 
     Args:
         model (`nn.Module`): Plain, in `DistributedDataParallel`, or compiled. Parameters of the optimizer that are not
-            the model's take part too. For [`LocalSGD`], [`SlowMo`] and [`DiLoCo`] also sharded inside each replica,
-            `fully_shard(model, mesh=mesh["shard"])`: each rank exchanges its shards over
+            the model's take part too. For [`LocalSGD`], [`SlowMo`], [`DiLoCo`] and [`StreamingDiLoCo`] also sharded
+            inside each replica, `fully_shard(model, mesh=mesh["shard"])`: each rank exchanges its shards over
             `group=mesh["replicate"].get_group()`.
         optimizer (`torch.optim.Optimizer`): Or accelerate's wrapper, whose steps during accumulation do not count.
         sync_every (`int`, *optional*, defaults to 12): Optimizer steps per period, >= 1.

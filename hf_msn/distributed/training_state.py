@@ -101,7 +101,7 @@ def refuse_unsupported(model: nn.Module, optimizer: torch.optim.Optimizer, takes
             raise TypeError(
                 "Training with little communication needs the whole model on every rank, but this one is of "
                 f"{_SHARDED[kind]} ({kinds[kind].__name__}). Use DistributedDataParallel, no wrapper, or in LocalSGD, "
-                "SlowMo and DiLoCo FSDP2: `fully_shard(model, mesh=mesh['shard'])`."
+                "SlowMo, DiLoCo and StreamingDiLoCo FSDP2: `fully_shard(model, mesh=mesh['shard'])`."
             )
     own = {id(parameter) for parameter in model.parameters()}
     if own.isdisjoint(map(id, optimized)):

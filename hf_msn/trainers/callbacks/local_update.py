@@ -272,7 +272,7 @@ class LocalUpdateCallback(PerRankCallback):
         ValueError: If a setting is outside of its rule, `on_lost_rank` is not `"raise"`, the trainer has another sync
             callback, or its supports are split by class over several ranks.
         TypeError: If the trainer shards the model: FSDP1, DeepSpeed, tensor, sequence or context parallelism; FSDP2
-            except for [`LocalSGD`], [`SlowMo`] and [`DiLoCo`] with a `dp_replicate_size` over 1.
+            except for [`LocalSGD`], [`SlowMo`], [`DiLoCo`] and [`StreamingDiLoCo`] with a `dp_replicate_size` over 1.
     """
 
     def __init__(
@@ -504,7 +504,8 @@ def refuse_unsupported(trainer: Trainer, takes_shards: bool = False) -> None:
             raise TypeError(
                 "Training with little communication needs the whole model and batches of its own on every rank, but "
                 f"this trainer uses {kind}. Train with DistributedDataParallel: `accelerate launch --multi_gpu`; or "
-                "with LocalSGD, SlowMo or DiLoCo over replicas that FSDP2 shards: `fsdp_config={'fsdp_version': 2}`, "
+                "with LocalSGD, SlowMo, DiLoCo or StreamingDiLoCo over replicas that FSDP2 shards: "
+                "`fsdp_config={'fsdp_version': 2}`, "
                 "`parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)`."
             )
     if trainer.args.world_size > 1 and getattr(trainer.args, "support_shard", None) == "classes":
