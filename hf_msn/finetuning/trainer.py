@@ -14,7 +14,6 @@ from transformers.trainer_callback import PrinterCallback
 from ..distributed.batch_norm import synchronize_batch_norm
 from ..distributed.collectives import all_reduce_sum
 from ..optim.by_name import optimizer_class_and_settings, show_averages
-from ..optim.lars import LARS
 from ..trainers.callbacks.dataset_epoch import DatasetEpochCallback
 from ..trainers.callbacks.non_finite import NonFiniteLossCallback
 from ..trainers.checkpoints import CheckpointError, WholeCheckpointMixin
@@ -73,14 +72,11 @@ class FinetuningTrainer(WholeCheckpointMixin, Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: FinetuningArguments, model: nn.Module | None = None):
-        """Return LARS with `use_lars`, SGD with Nesterov momentum for "sgd", else the optimizer that `optim` names."""
-        if args.use_lars:
-            settings = {"momentum": args.momentum, "trust_coeff": args.lars_trust_coefficient}
-            return LARS, {"lr": args.learning_rate, **settings}
-        if args.optim == "sgd":
+        """Return SGD with Nesterov momentum for "sgd"."""
+        if args.optim == "sgd" and not args.use_lars:
             settings = {"momentum": args.momentum, "nesterov": args.momentum > 0}
             return torch.optim.SGD, {"lr": args.learning_rate, **settings}
-        return optimizer_class_and_settings(args, model)
+        return optimizer_class_and_settings(args, model, args.momentum)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._head is not None:  # running means of batch normalisation stay too, and nothing is dropped

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from ..checks import check_known, did_you_mean
+from .lars import LARS
 
 _EXTRA = ("pytorch_optimizer", "schedulefree", "dog")  # `pip install 'hf_msn[optimizers]'`
 _OWN_FIELDS = {"params": "model", "lr": "learning_rate", "weight_decay": "weight_decay"}
@@ -88,8 +89,12 @@ def check_optimizer(args: TrainingArguments) -> None:
         )
 
 
-def optimizer_class_and_settings(args: TrainingArguments, model: Any) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Return the class and the keyword arguments of the optimizer that `args` name."""
+def optimizer_class_and_settings(
+    args: TrainingArguments, model: Any, momentum: float
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return the class and the keyword arguments of the optimizer that `args` name: LARS, with `use_lars`."""
+    if args.use_lars:
+        return LARS, {"lr": args.learning_rate, "momentum": momentum, "trust_coeff": args.lars_trust_coefficient}
     if ":" in args.optim:
         cls, settings = find_optimizer(args.optim, args.optim_args)
         return cls, {"lr": args.learning_rate, **settings}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .semi_supervised_arguments import SemiSupervisedArguments
+from .pretraining_arguments import SemiSupervisedArguments
 
 
 @dataclass

@@ -72,7 +72,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
     _checked_batch: int | None = None
     _gradient_cache: GradientCache | None = None
 
-    def __init__(self, model: nn.Module, args: PretrainingArguments, **kwargs):
+    def __init__(self, model: nn.Module, args: PretrainingArguments, data_collator=None, **kwargs):
         if not isinstance(args, self.arguments_class):
             raise ValueError(
                 f"`args` of {type(self).__name__} must be {self.arguments_class.__name__}, which have its schedules, "
@@ -86,8 +86,10 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
             )
         if args.sync_batch_norm and args.world_size > 1:
             model = synchronize_batch_norm(model, args.device)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, data_collator=data_collator or MultiViewCollator(), **kwargs)
         self.model.seed_masks(args.seed)
+        if args.compile_encoder:
+            self.model.compile_encoders()
         self.loss_is_scaled_for_ga = False  # every micro-batch returns a mean
         self.can_return_loss = True  # without labels: an eval_dataset of views gives eval_loss
         if isinstance(self.train_dataset, StreamingMultiViewDataset):
@@ -149,19 +151,19 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
         super()._run_epoch(*args, **kwargs)
 
     def check_before_training(self) -> None:
-        """Raise a `ValueError` if the training set cannot fill one batch. Methods add their own checks."""
+        """Raise a `ValueError` if the training set cannot fill one batch, or has views of a wrong size."""
         if self.train_dataset is None:
             raise ValueError("`train_dataset` is missing. Pass one, such as `MultiViewDataset(images, transform)`.")
-        if not has_length(self.train_dataset):
-            return
-        batch = max(self._train_batch_size * self.args.world_size, 2)
-        if len(self.train_dataset) < batch:
-            raise ValueError(
-                f"The training set has {len(self.train_dataset)} images, but one batch takes {batch}: "
-                f"`per_device_train_batch_size` {self._train_batch_size} on {self.args.world_size} "
-                "ranks. Lower it, or give more images."
-            )
-        self._check_last_batch()
+        if has_length(self.train_dataset):
+            batch = max(self._train_batch_size * self.args.world_size, 2)
+            if len(self.train_dataset) < batch:
+                raise ValueError(
+                    f"The training set has {len(self.train_dataset)} images, but one batch takes {batch}: "
+                    f"`per_device_train_batch_size` {self._train_batch_size} on {self.args.world_size} "
+                    "ranks. Lower it, or give more images."
+                )
+            self._check_last_batch()
+        self.check_view_sizes()
 
     def _check_last_batch(self) -> None:
         """Raise a `ValueError` if batch normalisation fails because the last batch of an epoch has one image."""
@@ -295,14 +297,7 @@ class PretrainingTrainer(WholeCheckpointMixin, LocalUpdateTrainerMixin, Trainer)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: PretrainingArguments, model: nn.Module | None = None):
-        """Return LARS with `use_lars`, else the optimizer that `optim` names."""
-        if not args.use_lars:
-            return optimizer_class_and_settings(args, model)
-        return LARS, {
-            "lr": args.learning_rate,
-            "momentum": args.lars_momentum,
-            "trust_coeff": args.lars_trust_coefficient,
-        }
+        return optimizer_class_and_settings(args, model, args.lars_momentum)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:

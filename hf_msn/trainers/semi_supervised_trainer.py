@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..data.datasets import MultiViewCollator, as_crops
+from ..data.datasets import as_crops
 from ..data.labels import check_class_names
 from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader
@@ -15,8 +15,8 @@ from ..files import read_json, write_json
 from ..models.modeling_pretraining import SemiSupervisedModel
 from .argument_names import SUPPORT_FIELDS, in_terms_of
 from .checkpoints import CheckpointError
+from .pretraining_arguments import SemiSupervisedArguments
 from .pretraining_trainer import PretrainingTrainer
-from .semi_supervised_arguments import SemiSupervisedArguments
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +47,7 @@ class SemiSupervisedTrainer(PretrainingTrainer):
         data_collator=None,
         **kwargs,
     ):
-        super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
+        super().__init__(model, args, data_collator, **kwargs)
         if not isinstance(support_dataset, SupportDataset):
             raise ValueError(
                 f"`support_dataset` must be a SupportDataset, the labelled images, but is {support_dataset!r:.80}. "
@@ -62,8 +62,6 @@ class SemiSupervisedTrainer(PretrainingTrainer):
                 f"{len(sampler.class_sizes)} with labelled images. Label images of another class, or raise "
                 "`global_support_classes`."
             )
-        if args.compile_encoder:
-            self.model.compile_encoders()
         self._supports: Iterator[dict[str, torch.Tensor]] | None = None
         self._micro_batch = self._next_support = 0
         self._evaluation_support: dict[str, torch.Tensor] | None = None
@@ -159,7 +157,6 @@ class SemiSupervisedTrainer(PretrainingTrainer):
     def check_before_training(self) -> None:
         super().check_before_training()
         check_class_names(self.support_dataset, self.train_dataset)
-        self.check_view_sizes()
         self.check_two_global_views()
 
     def check_checkpoint(self, checkpoint: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from ..checks import check_number
-from .semi_supervised_arguments import SemiSupervisedArguments
+from .pretraining_arguments import SemiSupervisedArguments
 
 
 @dataclass

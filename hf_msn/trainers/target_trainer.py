@@ -1,8 +1,8 @@
 """Base of the trainers whose target is a moving average: MSN and BYOL."""
 
-from ..data.datasets import MultiViewCollator
+from transformers import TrainerCallback
+
 from ..models.modeling_pretraining import TargetModel
-from .callbacks.update_target import UpdateTargetCallback
 from .pretraining_arguments import TargetArguments
 from .pretraining_trainer import PretrainingTrainer
 
@@ -20,10 +20,8 @@ class TargetTrainer(PretrainingTrainer):
     """
 
     def __init__(self, model: TargetModel, args: TargetArguments, data_collator=None, **kwargs):
-        super().__init__(model, args, data_collator=data_collator or MultiViewCollator(), **kwargs)
-        if args.compile_encoder:
-            self.model.compile_encoders()
-        self.add_callback(UpdateTargetCallback(self.ema_momentum_now))
+        super().__init__(model, args, data_collator, **kwargs)
+        self.add_callback(_UpdateTarget(self))
 
     def ema_momentum_now(self) -> float:
         """Return the momentum of the target for the next update."""
@@ -31,10 +29,20 @@ class TargetTrainer(PretrainingTrainer):
 
     def check_before_training(self) -> None:
         super().check_before_training()
-        self.check_view_sizes()
         if self.model.config.projection_batch_norm and self._train_batch_size < 2:
             raise ValueError(
                 f"`per_device_train_batch_size` is {self._train_batch_size}, but batch normalisation "
                 "in the projection head needs at least 2 images per batch. Raise it, or set `projection_batch_norm` "
                 "to False."
             )
+
+
+class _UpdateTarget(TrainerCallback):
+    """Move the target after each optimizer step. A step that a gradient scaler skips changes nothing."""
+
+    def __init__(self, trainer: TargetTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if not optimizer.step_was_skipped:
+            model.update_target(self.trainer.ema_momentum_now())
