@@ -20,7 +20,7 @@ from ..data.transforms import MultiViewTransform, cropped_as_in_torchvision
 from ..distributed.collectives import rank
 from ..files import read_json
 from ..finetuning.arguments import ClassifierFinetuningArguments, FinetuningArguments, SuNCEtFinetuningArguments
-from ..finetuning.models import check_start, check_start_layer
+from ..finetuning.models import check_start
 from ..finetuning.result import FinetuningResult
 from ..finetuning.tuning import finetune_classifier, finetune_suncet
 from ..hub.publish import HubRepository, publish_checkpoint
@@ -97,7 +97,7 @@ class FinetuningRecipe:
 
     def finetune(self) -> FinetuningResult:
         """Read the labelled images, and no other label, and train. First check that the result can be pushed."""
-        check_start_layer(self.start.model, getattr(self.training, "start_layer", "backbone"))
+        check_start(self.start.model, getattr(self.training, "start_layer", "backbone"))
         if self.training.push_to_hub:
             self.open_repository()
         labelled, rows = self.load_labelled()
@@ -166,8 +166,7 @@ def make_finetuning_recipe(values: dict[str, Any]) -> FinetuningRecipe:
     start = build(StartArguments, values)
     training = build(HEADS[check_choice("head", start.head, HEADS)][0], values)
     if start.model is not None:
-        check_start(start.model)
-        check_start_layer(start.model, getattr(training, "start_layer", "backbone"))
+        check_start(start.model, getattr(training, "start_layer", "backbone"))
     saved = _saved_image_processor(start.model)
     views = build(MultiViewTransform, values, **{**VIEWS, **_input_of(start.model, saved)})
     config_fields = {**own_values(SuNCEtConfig, values), "image_size": views.image_size}

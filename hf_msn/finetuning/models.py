@@ -3,17 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForPreTraining,
     PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    ViTMSNConfig,
     ViTMSNForImageClassification,
 )
 
@@ -26,7 +22,7 @@ from ..models.modeling_msn import MSNForPreTraining
 from ..models.modeling_pretraining import SemiSupervisedModel
 from ..models.modeling_suncet import SuNCEtForPreTraining
 from ..models.paws_resnets import PAWS_NETWORKS
-from ..models.pretrained_encoders import copy_encoder, load_encoder, select_fields
+from ..models.pretrained_encoders import copy_encoder, load_encoder, own_fields, read_source, select_fields
 
 Start = str | Path | PreTrainedConfig | PreTrainedModel
 _LOSS_FIELDS = {"temperature": 0.1, "label_smoothing": 0.0}  # belong to pretraining, not to the weights
@@ -45,7 +41,7 @@ def load_for_suncet(start: Start, seed: int, **config_fields) -> SuNCEtForPreTra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(start, PreTrainedConfig):
-            fields = select_fields(SuNCEtConfig, _own_fields(start), start.model_type)
+            fields = select_fields(SuNCEtConfig, own_fields(start), start.model_type)
             return SuNCEtForPreTraining(SuNCEtConfig(**{**fields, **config_fields}))
         source, encoder, fields, name = _source(start)
         heads = source if isinstance(source, SemiSupervisedModel) else None
@@ -131,30 +127,10 @@ def unshared_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def check_start(name: str) -> None:
-    """Raise a `ValueError` if there is no such model, or it is of another kind. Read no weights."""
-    if name.startswith("timm:"):
-        if not timm.is_model(name.removeprefix("timm:")):
-            raise ValueError(f"'{name}' must name an architecture of timm. `timm.list_models()` lists them.")
-        return
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The model to fine-tune must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but "
-            f"'{name}' cannot be loaded: {error}"
-        ) from error
-    if not isinstance(config, (ViTMSNConfig, TimmWrapperConfig)):  # the configurations of hf_msn are ViTMSNConfigs
-        raise ValueError(
-            f"The model to fine-tune must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
-            f"'{name}' is of type '{config.model_type}'."
-        )
-
-
-def check_start_layer(name: str | None, start_layer: str) -> None:
-    """Raise a `ValueError` if the checkpoint `name` has no projection head for `start_layer`. Read no weights."""
-    has_config = name is not None and not name.startswith("timm:")
-    if start_layer == "fc1" and not (has_config and isinstance(AutoConfig.from_pretrained(name), PretrainingConfig)):
+def check_start(name: str | None, start_layer: str) -> None:
+    """Raise a `ValueError` if there is no such model, or none with a head for `start_layer`. Read no weights."""
+    config = None if name is None else read_source(name)
+    if start_layer == "fc1" and not isinstance(config, PretrainingConfig):
         raise _no_head(name)
 
 
@@ -191,24 +167,12 @@ def _timm_classifier(source: SuNCEtForPreTraining, labels: dict) -> TimmWrapperF
 
 def _source(start: str | Path | PreTrainedModel) -> tuple[PreTrainedModel | None, nn.Module, dict, str]:
     """Return the model that `start` names, if it has heads; its encoder; its fields; and its name."""
-    if isinstance(start, PreTrainedModel):
-        encoder = getattr(start, "evaluation_encoder", start if start.config.model_type == "vit_msn" else None)
-        if encoder is None:
-            raise ValueError(
-                f"The model to fine-tune is a {type(start).__name__}, but must be a pretraining model of hf_msn or a "
-                "ViTMSNModel."
-            )
-        return start, getattr(encoder, "vit", encoder), _own_fields(start.config), type(start).__name__
-    name = str(start)
-    if not name.startswith("timm:"):
-        config = AutoConfig.from_pretrained(name)
-        if isinstance(config, PretrainingConfig):
-            model = AutoModelForPreTraining.from_pretrained(name)
-            return model, model.evaluation_encoder, _own_fields(config), name
-    encoder, fields = load_encoder(name)
-    return None, encoder, fields, name
-
-
-def _own_fields(config: PreTrainedConfig) -> dict:
-    left_out = ("model_type", "architectures", "transformers_version", "dtype", "id2label", "label2id")
-    return {key: value for key, value in config.to_dict().items() if key not in left_out}
+    if not isinstance(start, PreTrainedModel):
+        return *load_encoder(start), str(start)
+    encoder = getattr(start, "evaluation_encoder", start if start.config.model_type == "vit_msn" else None)
+    if encoder is None:
+        raise ValueError(
+            f"The model to fine-tune is a {type(start).__name__}, but must be a pretraining model of hf_msn or a "
+            "ViTMSNModel."
+        )
+    return start, getattr(encoder, "vit", encoder), own_fields(start.config), type(start).__name__

@@ -4,13 +4,11 @@ Importing this package registers the models with the Auto classes of transformer
 with timm.
 """
 
-from . import modeling_byol, modeling_head_classifier, modeling_msn, modeling_paws, modeling_suncet, paws_resnets
-
-__all__ = [
-    "modeling_byol",
-    "modeling_head_classifier",
-    "modeling_msn",
-    "modeling_paws",
-    "modeling_suncet",
-    "paws_resnets",
-]
+from . import (  # noqa: F401
+    modeling_byol,
+    modeling_head_classifier,
+    modeling_msn,
+    modeling_paws,
+    modeling_suncet,
+    paws_resnets,
+)

@@ -57,4 +57,3 @@ class MSNConfig(PretrainingConfig):
         check_number("sharpen_temperature", self.sharpen_temperature, above=0, remedy="The paper uses 0.25.")
         check_number("me_max_weight", self.me_max_weight, minimum=0)
         check_number("entropy_weight", self.entropy_weight, minimum=0)
-        self._check_prediction_head()

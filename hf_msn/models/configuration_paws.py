@@ -32,4 +32,3 @@ class PAWSConfig(SemiSupervisedConfig):
         super().__post_init__(**kwargs)
         check_number("sharpen_temperature", self.sharpen_temperature, above=0, remedy="The paper uses 0.25.")
         check_number("me_max_weight", self.me_max_weight, minimum=0)
-        self._check_prediction_head()

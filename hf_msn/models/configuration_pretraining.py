@@ -58,6 +58,12 @@ class PretrainingConfig(ViTMSNConfig):
         for name in ("patch_initializer_range", "position_initializer_range", "head_initializer_range"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0, remedy="MSN's authors have 0.02 in the head.")
+        if getattr(self, "prediction_head", False) and self.prediction_width < 1:
+            raise ValueError(
+                f"The hidden width of the prediction head must be >= 1, but is {self.prediction_width}: "
+                f"`prediction_hidden_dim` is {self.prediction_hidden_dim}, and a quarter of `projection_dim` "
+                f"{self.projection_dim} is the default. Set `prediction_hidden_dim`."
+            )
 
     @property
     def num_patches(self) -> int:
@@ -108,14 +114,6 @@ class PretrainingConfig(ViTMSNConfig):
             raise ValueError(
                 f"`mask_ratio` {self.mask_ratio} leaves none of the {self.num_patches} patches of an image. Lower it, "
                 "or choose a smaller `patch_size`."
-            )
-
-    def _check_prediction_head(self) -> None:
-        if self.prediction_head and self.prediction_width < 1:
-            raise ValueError(
-                f"The hidden width of the prediction head must be >= 1, but is {self.prediction_width}: "
-                f"`prediction_hidden_dim` is {self.prediction_hidden_dim}, and a quarter of `projection_dim` "
-                f"{self.projection_dim} is the default. Set `prediction_hidden_dim`."
             )
 
 

@@ -40,4 +40,3 @@ class SuNCEtConfig(SemiSupervisedConfig):
         super().__post_init__(**kwargs)
         if self.nt_xent_tile_size is not None:
             check_integer("nt_xent_tile_size", self.nt_xent_tile_size, remedy="Leave it out for one matrix.")
-        self._check_prediction_head()

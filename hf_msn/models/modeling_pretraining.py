@@ -117,7 +117,7 @@ class PretrainingModel(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint is of another architecture, or a field changes the shape of the encoder.
         """
-        encoder, fields = load_encoder(name_or_path)
+        _, encoder, fields = load_encoder(name_or_path)
         fields = select_fields(cls.config_class, fields, name_or_path)
         model = cls(cls.config_class(**{**fields, **config_fields}))
         copy_encoder(encoder, model.encoder, model.config, fields, name_or_path)
@@ -167,17 +167,12 @@ class PretrainingModel(PreTrainedModel):
         images: torch.Tensor | Sequence[torch.Tensor],
         kinds: str | Sequence[str] | None = None,
     ) -> torch.Tensor:
-        """Return the features (N, D) of images of one size: the [CLS] of a ViTMSN, the output of a network of timm.
-
-        Every method calls its encoders here, where views are masked and compressed, and a [`GradientCache`] cuts the
-        images into chunks. Several tensors count as one, which costs a copy only without chunks; `kinds` is the kind
-        of all views, or one per tensor. Kinds that lose the same share a pass.
-        """
+        """Return the features (N, D) of images of one size, masked and compressed by their kinds of view."""
         parts = [images] if isinstance(images, torch.Tensor) else list(images)
         kinds = [kinds] * len(parts) if kinds is None or isinstance(kinds, str) else kinds
         settings = [(self._compression_of(kind), self.mask_ratio_of(kind)) for kind in kinds]
         features = []
-        for (view, mask_ratio), group in groupby(zip(settings, parts), key=itemgetter(0)):
+        for (view, mask_ratio), group in groupby(zip(settings, parts), key=itemgetter(0)):  # share a pass
             rows = [part for _, part in group]
             kept_patches = self._draw_kept_patches(rows, view.drop_ratio(mask_ratio), view.patch_size)
             if self.compression is not None and self.training:
@@ -357,31 +352,14 @@ class AnyEncoderModel(PretrainingModel):
             track_statistics_once(self.encoder)
 
     def _apply_heads(self, groups: list[torch.Tensor], kinds: list[str]) -> list[list[torch.Tensor]]:
-        """Apply the encoder and then the heads, one after the other, to groups of images, each of a kind of view.
-
-        Images of one size share a pass of the encoder and, with `batch_norm_per_resolution`, of the heads.
-
-        Returns:
-            `list[list[torch.Tensor]]`: The features of each group, then for each head its outputs for each group:
-                projections first, predictions last.
-        """
-        sizes = dict.fromkeys(group.shape[-2:] for group in groups)
-        of_size = [[place for place, group in enumerate(groups) if group.shape[-2:] == size] for size in sizes]
-        order = [place for places in of_size for place in places]
-        stages = [
-            [
-                self._features(self.encoder, [groups[i] for i in places], [kinds[i] for i in places])
-                for places in of_size
-            ]
-        ]
-        heads = [self.projection_head] + ([] if self.prediction_head is None else [self.prediction_head])
-        for head in heads:
-            stages.append(self._apply_head(head, stages[-1]))
-        outputs = []
-        for rows in stages:
-            parts = torch.cat(rows).split([len(groups[place]) for place in order])
-            outputs.append([part for _, part in sorted(zip(order, parts), key=lambda pair: pair[0])])
-        return outputs
+        """Return the features of each group of images, then for each head its outputs: predictions last."""
+        # Neighbours of one size share a pass of the encoder and, with `batch_norm_per_resolution`, of the heads.
+        passes = [[*of_size] for _, of_size in groupby(zip(groups, kinds), key=lambda pair: pair[0].shape[-2:])]
+        stages = [[self._features(self.encoder, *zip(*of_size)) for of_size in passes]]
+        for head in (self.projection_head, self.prediction_head):
+            if head is not None:
+                stages.append(self._apply_head(head, stages[-1]))
+        return [list(torch.cat(rows).split([len(group) for group in groups])) for rows in stages]
 
 
 class SemiSupervisedModel(AnyEncoderModel):
@@ -395,10 +373,7 @@ class SemiSupervisedModel(AnyEncoderModel):
         self.register_load_state_dict_pre_hook(_add_mask_state)
 
     def _label_rows(self, support_labels: torch.Tensor) -> torch.Tensor:
-        """Return smoothed one-hot rows of this rank's supports, one column per class in the support of **all** ranks.
-
-        With C classes in the support, a row has 1 - eps + eps / C at its class and eps / C elsewhere.
-        """
+        """Return smoothed one-hot rows of this rank's supports, a column per class in the support of **all** ranks."""
         if support_labels.ndim != 1 or support_labels.is_floating_point() or support_labels.dtype == torch.bool:
             raise ValueError(
                 "`support_labels` must be one class number per support, (S,), but has shape "

@@ -5,7 +5,14 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, TimmWrapperModel, ViTMSNModel
+from transformers import (
+    AutoConfig,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperModel,
+    ViTMSNModel,
+)
 
 from ..checks import did_you_mean
 from .configuration_pretraining import VIT_FIELDS, AnyEncoderConfig, PretrainingConfig
@@ -29,41 +36,56 @@ def build_encoder(config: AnyEncoderConfig) -> tuple[nn.Module, int]:
     return encoder, getattr(encoder, "head_hidden_size", None) or encoder.num_features
 
 
-def load_encoder(name_or_path: str | Path) -> tuple[nn.Module, dict]:
-    """Return the encoder of a checkpoint, and the fields of its configuration that describe it.
+def read_source(name_or_path: str | Path) -> PreTrainedConfig | None:
+    """Return the configuration of a checkpoint to start from; `None` for "timm:ARCHITECTURE". Reads no weights.
+
+    Raises:
+        ValueError: If there is no such checkpoint or architecture, or no encoder can be taken from it.
+    """
+    name = str(name_or_path)
+    if name.startswith("timm:"):
+        _check_name(f"The name in '{name}'", name.removeprefix("timm:"))
+        return None
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "The model to start from must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but "
+            f"'{name}' cannot be loaded: {error}"
+        ) from error
+    if not isinstance(config, PretrainingConfig) and config.model_type not in ("vit_msn", "timm_wrapper"):
+        raise ValueError(
+            "The model to start from must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
+            f"'{name}' is of type '{config.model_type}'."
+        )
+    return config
+
+
+def load_encoder(name_or_path: str | Path) -> tuple[PreTrainedModel | None, nn.Module, dict]:
+    """Return the pretraining model of a checkpoint, if it is of one, its encoder, and the fields that describe it.
 
     Args:
         name_or_path (`str` or `Path`): Hub id or folder of a ViTMSN model, of a network of timm in timm's own form,
             with or without classifier, or of a pretraining model of this package, whose evaluated encoder is taken; or
             "timm:ARCHITECTURE", with timm's released weights.
     """
-    if str(name_or_path).startswith("timm:"):
+    config = read_source(name_or_path)
+    if config is None:
         name = str(name_or_path).removeprefix("timm:")
-        _check_name("The name after 'timm:'", name)
-        return timm.create_model(name, pretrained=True, num_classes=0), {"timm_model": name}
-    try:
-        source = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The backbone must be a folder of `save_pretrained`, a Hub id or 'timm:ARCHITECTURE', but "
-            f"'{name_or_path}' cannot be loaded: {error}"
-        ) from error
-    if isinstance(source, PretrainingConfig):
-        encoder = AutoModelForPreTraining.from_pretrained(name_or_path).evaluation_encoder
-    elif source.model_type == "vit_msn":
-        encoder = ViTMSNModel.from_pretrained(name_or_path)
-    elif source.model_type == "timm_wrapper":
+        return None, timm.create_model(name, pretrained=True, num_classes=0), {"timm_model": name}
+    if config.model_type == "timm_wrapper":
         encoder = TimmWrapperModel.from_pretrained(name_or_path).timm_model
-        return encoder, {"timm_model": source.architecture, "timm_options": source.model_args}
-    else:
-        raise ValueError(
-            "The backbone must be of hf_msn, a ViTMSN, a network of timm or 'timm:ARCHITECTURE', but "
-            f"'{name_or_path}' is of type '{source.model_type}'."
-        )
-    fields = source.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        fields.pop(key, None)
-    return encoder, fields
+        return None, encoder, {"timm_model": config.architecture, "timm_options": config.model_args}
+    if config.model_type == "vit_msn":
+        return None, ViTMSNModel.from_pretrained(name_or_path), own_fields(config)
+    model = AutoModelForPreTraining.from_pretrained(name_or_path)
+    return model, model.evaluation_encoder, own_fields(config)
+
+
+def own_fields(config: PreTrainedConfig) -> dict:
+    """Return the fields of a configuration without those of a checkpoint and of a classifier."""
+    left_out = ("model_type", "architectures", "transformers_version", "dtype", "id2label", "label2id")
+    return {key: value for key, value in config.to_dict().items() if key not in left_out}
 
 
 def select_fields(config_class: type[PreTrainedConfig], fields: dict, name_or_path: str | Path) -> dict:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..evaluation.weights_hash import file_sha256
 from ..files import CHECKSUMS_FILE, format_checksums, read_checksums, read_json, write_text
+from ..models.pretrained_encoders import own_fields
 from ..optim.by_name import names_of_settings
 
 logger = logging.get_logger(__name__)
@@ -232,7 +233,7 @@ def find_config_differences(folder: str | Path, config: PreTrainedConfig) -> str
     if model_type != config.model_type:
         return f"model_type {model_type} there, {config.model_type} here"
     there = type(config).from_pretrained(folder)
-    names = (set(there.to_dict()) & set(config.to_dict())) - {"transformers_version", "dtype", "architectures"}
+    names = own_fields(there).keys() & own_fields(config).keys()
     names -= {"nt_xent_tile_size"}  # the same loss
     differing = sorted(name for name in names if getattr(there, name) != getattr(config, name))
     return ", ".join(f"{n} {getattr(there, n)} there, {getattr(config, n)} here" for n in differing[:5]) or None

@@ -154,7 +154,7 @@ def test_pretraining_starts_from_the_export(tmp_path):
 def test_fine_tuning_starts_from_the_export(tmp_path):
     model = paws_over(RESNET18)
     folder = export_backbone(model, tmp_path / "export", image_processor=evaluation_image_processor(32))
-    check_start(str(folder))
+    check_start(str(folder), "backbone")
     classifier = load_for_classification(str(folder), np.array([2, 5]), None, seed=0)
     assert weights_sha256(find_backbone(classifier)) == weights_sha256(model.encoder)
     assert classifier.config.id2label == {0: "2", 1: "5"}
