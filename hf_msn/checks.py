@@ -3,8 +3,11 @@
 import difflib
 import math
 import numbers
+import operator
 from collections.abc import Collection, Iterable
 from typing import Any
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 def check_integer(name: str, value: Any, minimum: int = 1, *, meaning: str = "", remedy: str = "") -> int:
@@ -40,17 +43,11 @@ def check_number(
     Raises:
         ValueError: If `value` is not a finite number, or lies outside of the limits.
     """
-    limits = {">=": minimum, ">": above, "<=": maximum, "<": below}
+    allowed = {">=": minimum, ">": above, "<=": maximum, "<": below}
+    limits = {sign: limit for sign, limit in allowed.items() if limit is not None}
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number:
-        is_number = (
-            (minimum is None or value >= minimum)
-            and (above is None or value > above)
-            and (maximum is None or value <= maximum)
-            and (below is None or value < below)
-        )
-    if not is_number:
-        rule = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None)
+    if not is_number or not all(_COMPARE[sign](value, limit) for sign, limit in limits.items()):
+        rule = " and ".join(f"{sign} {limit:g}" for sign, limit in limits.items())
         raise _error(name, value, meaning, f"must be a number {rule}".rstrip(), remedy)
     return float(value)
 

@@ -4,8 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,7 @@ def whole_folder(path: str | Path, name: str = "path") -> Iterator[Path]:
         ValueError: If `path` exists and is not an empty folder, or is not writable.
     """
     path = check_new_folder(path, name)
-    with _beside(path, name) as staging:
-        try:
-            staging.mkdir()
-        except OSError as error:
-            raise _unwritable(path, name, error) from error
+    with _beside(path, name, Path.mkdir) as staging:
         yield staging
         if path.exists():
             path.rmdir()
@@ -51,11 +47,7 @@ def whole_file(path: str | os.PathLike, name: str = "path", *, overwrite: bool =
     path = Path(path).expanduser()
     if path.is_dir() or (not overwrite and os.path.lexists(path)):
         raise ValueError(f"`{name}` must be a new file, but '{path}' exists. Choose another, or remove it first.")
-    with _beside(path, name) as staging:
-        try:
-            staging.touch()
-        except OSError as error:
-            raise _unwritable(path, name, error) from error
+    with _beside(path, name, Path.touch) as staging:
         yield staging
 
 
@@ -130,19 +122,22 @@ def public_name(source: str | os.PathLike) -> str:
 
 
 @contextmanager
-def _beside(path: Path, name: str) -> Iterator[Path]:
-    """Yield the temporary name. Parent folders that were made for it are removed again if the block fails."""
+def _beside(path: Path, name: str, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield the temporary name, created. Parent folders made for it are removed again if the block fails."""
     if not path.name:
         raise ValueError(f"`{name}` must name a file or folder, but is '{path}'. Choose a new name in it.")
     made = [folder for folder in path.absolute().parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, name, error) from error
     staging = path.with_name(f".{path.name}.incomplete")
-    _remove(staging)  # left by a killed run
     done = False
     try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(staging)  # left by a killed run
+            create(staging)
+        except OSError as error:
+            raise ValueError(
+                f"`{name}` must be writable, but '{path}' is not: {error}. Choose another place."
+            ) from error
         yield staging
         os.replace(staging, path)
         done = True
@@ -158,8 +153,5 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, name: str, error: OSError) -> ValueError:
-    return ValueError(f"`{name}` must be writable, but '{path}' is not: {error}. Choose another place.")
+        with suppress(OSError):  # not there, or in no folder
+            path.unlink()
