@@ -25,13 +25,12 @@ from .run_record import read_run
 CARD_FILE = "README.md"
 EVAL_RESULTS_FILE = ".eval_results/hf_msn.yaml"
 _MARKER = "Made by hf_msn from measured results; make it again rather than editing numbers."
-_PRETRAINING_CLASSES = {"msn": "MSNForPreTraining", "paws": "PAWSForPreTraining", "suncet": "SuNCEtForPreTraining"}
-_PRETRAINING_CLASSES |= {"byol": "BYOLForPreTraining"}
-_LEARNING = {
-    "msn": "self-supervised",
-    "byol": "self-supervised",
-    "paws": "semi-supervised",
-    "suncet": "semi-supervised",
+# By model type: the class that loads it, and how it learns.
+PRETRAINING_METHODS = {
+    "msn": ("MSNForPreTraining", "self-supervised"),
+    "byol": ("BYOLForPreTraining", "self-supervised"),
+    "paws": ("PAWSForPreTraining", "semi-supervised"),
+    "suncet": ("SuNCEtForPreTraining", "semi-supervised"),
 }
 _SYNC_PAPERS = {"LocalSGD": "local_sgd", "SlowMo": "slowmo", "Gossip": "gossip", "OverlapGossip": "gossip"}
 _SYNC_PAPERS |= {"DiLoCo": "diloco", "StreamingDiLoCo": "streaming_diloco", "NoLoCo": "noloco"}
@@ -194,7 +193,7 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
     pretrained_by = config["pretrained_by"] if isinstance(config.get("pretrained_by"), dict) else {}
     sources = ({"method": model_type}, pretrained_by, conversion or {}, record)
     names = [str(source.get("method")).lower() for source in sources]
-    method = next((name for name in names if name in _PRETRAINING_CLASSES), None)
+    method = next((name for name in names if name in PRETRAINING_METHODS), None)
     is_classifier = any("ForImageClassification" in name for name in config.get("architectures") or ())
     return {
         "kind": "finetuned" if finetuning else "converted" if conversion else "pretrained",
@@ -202,7 +201,7 @@ def _describe_checkpoint(checkpoint: str | os.PathLike, run: str | os.PathLike |
         "method": method,
         "is_timm": model_type == "timm",
         "is_classifier": bool(config.get("num_classes")) if model_type == "timm" else is_classifier,
-        "pretraining_class": _PRETRAINING_CLASSES.get(model_type),
+        "pretraining_class": PRETRAINING_METHODS.get(model_type, (None,))[0],
         "needs_hf_msn": model_type == HeadClassifierConfig.model_type,
         "has_processor": (folder / "preprocessor_config.json").is_file(),
         "image_size": config.get("image_size") if isinstance(config.get("image_size"), int) else None,
@@ -242,7 +241,7 @@ def _metadata(
     data = [(record.get(name) or {}).get("name") for name in ("data", "labelled")]
     plain = "timm" if card["is_timm"] else "transformers"
     library = "hf_msn" if card["pretraining_class"] or card["needs_hf_msn"] else plain
-    learning = [method, f"{_LEARNING[method]}-learning"] if method else []
+    learning = [method, f"{PRETRAINING_METHODS[method][1]}-learning"] if method else []
     return ModelCardData(
         model_name=card["title"],
         library_name=library,

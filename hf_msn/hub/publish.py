@@ -19,11 +19,7 @@ from transformers.utils import logging
 from ..checks import check_choice
 from ..evaluation.weights_hash import file_sha256
 from ..files import CHECKSUMS_FILE, format_checksums, public_name, read_checksums, read_json, write_json
-from ..models.configuration_byol import BYOLConfig
-from ..models.configuration_msn import MSNConfig
-from ..models.configuration_paws import PAWSConfig
-from ..models.configuration_suncet import SuNCEtConfig
-from .cards import card_files, check_repo_id
+from .cards import PRETRAINING_METHODS, card_files, check_repo_id
 from .export import export_backbone
 from .results import FINETUNING_FILE, WEIGHTS_INDEX, count_weights
 from .run_record import RUN_FILE, public_run
@@ -31,7 +27,6 @@ from .run_record import RUN_FILE, public_run
 logger = logging.get_logger(__name__)
 
 FORMS = ("backbone", "classifier", "pretraining")
-_PRETRAINING_TYPES = tuple(c.model_type for c in (BYOLConfig, MSNConfig, PAWSConfig, SuNCEtConfig))
 _IMAGE_PROCESSOR = "preprocessor_config.json"
 # The only records that are published, and the only fields of them. Those of run.json are in run_record.py.
 _RECORDS: dict[str, tuple[str, ...]] = {
@@ -180,7 +175,7 @@ def list_files(checkpoint: str | Path, export_to: Path, *, what: str | None, **c
     config = read_json(folder / "config.json")
     weights, origin = [*count_weights(folder)], "{} of the checkpoint"
     records = {name: _public_record(folder / name) for name in _RECORDS if (folder / name).is_file()}
-    is_pretraining = config.get("model_type") in _PRETRAINING_TYPES
+    is_pretraining = config.get("model_type") in PRETRAINING_METHODS
     if what is None and is_pretraining and FINETUNING_FILE not in records:
         what = "backbone"
     _check_form(what, config, is_pretraining, checkpoint)
