@@ -22,7 +22,7 @@ from statistics import mean, stdev
 
 import torch
 import torch.distributed as dist
-from benchmarks.report import check_known, machine, markdown_table, option
+from benchmarks.report import check_known, machine, markdown_table, option, subplots
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
@@ -247,14 +247,9 @@ def verdict(summary: list[dict]) -> list[str]:
 
 
 def plot(summary: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     decays = list(dict.fromkeys(row["weight_decay"] for row in summary))
     methods = list(dict.fromkeys(row["method"] for row in summary))
-    figure, axes = plt.subplots(1, len(decays) + 1, figsize=(4.5 * (len(decays) + 1), 4))
+    figure, axes = subplots((4.5 * (len(decays) + 1), 4), 1, len(decays) + 1)
     for axis, decay in zip(axes, decays):
         for falling, color in ((False, "tab:gray"), (True, "tab:blue")):
             rows = [row for row in summary if row["weight_decay"] == decay and row["falling"] == falling]
@@ -274,7 +269,6 @@ def plot(summary: list[dict], path: Path) -> None:
     axes[-1].margins(y=0.15)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

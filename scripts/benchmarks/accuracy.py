@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from peer_methods import PEERS, method_of_peer
-from report import check_known, machine, markdown_table, now, option, save
+from report import check_known, machine, markdown_table, mean_and_deviation, now, option, save, subplots
 from small_images import load
 from transformers import HfArgumentParser, PrinterCallback
 
@@ -136,12 +136,7 @@ def key_of(count: int, features: str) -> str:
 
 def plot(args: BenchmarkArguments, results: list[dict[str, Any]]) -> Any:
     """Return a figure: accuracy against labelled images per class, with the deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = subplots((7, 4.5))
     for result in results:
         for name in ("", *(BASELINES if result is results[0] else ())):
             values = [[run[key_of(count, name)] for run in result["runs"]] for count in args.images_per_class]
@@ -169,11 +164,9 @@ def main() -> None:
             continue
         results.append({"method": method, "variant": variant, "runs": runs})
         for name in ("", *BASELINES):
+            labels = [method, variant or "default", runs[0]["updates"], BASELINE_NAMES.get(name, "trained")]
             values = [[run[key_of(count, name)] for run in runs] for count in args.images_per_class]
-            cells = [f"{mean(numbers):.1f} ± {stdev(numbers):.1f}" for numbers in values]
-            rows.append(
-                [method, variant or "default", runs[0]["updates"], BASELINE_NAMES.get(name, "trained"), *cells]
-            )
+            rows.append(labels + [mean_and_deviation(numbers) for numbers in values])
             print(*rows[-1], flush=True)
     print(f"\n{args.dataset}, {args.seeds} seeds; labelled images per class:\n")
     print(markdown_table(["method", "variant", "updates", "features", *map(str, args.images_per_class)], rows))

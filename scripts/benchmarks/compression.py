@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accuracy import BASELINES, accuracies, make_trainer
-from report import check_known, machine, markdown_table, option, save
+from report import check_known, machine, markdown_table, mean_and_deviation, option, save, subplots
 from small_images import load
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
@@ -111,14 +111,9 @@ def updates(args: BenchmarkArguments, schedule: str) -> int:
 
 def draw(args: BenchmarkArguments, results: list[dict[str, Any]]) -> Any:
     """Return a figure: accuracy against FLOPs and against seconds, a row of panels per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     count = args.images_per_class[len(args.images_per_class) // 2]
     key = f"low_shot/{count}_per_class/top1"
-    figure, axes = plt.subplots(len(args.methods), 2, figsize=(9, 3.2 * len(args.methods)), squeeze=False)
+    figure, axes = subplots((9, 3.2 * len(args.methods)), len(args.methods), 2, squeeze=False)
     for row, method in zip(axes, args.methods):
         for panel, unit in zip(row, ("teraflops", "seconds")):
             for result in (one for one in results if one["method"] == method):
@@ -141,8 +136,7 @@ def main() -> None:
     keys = [f"low_shot/{count}_per_class/" for count in args.images_per_class]
 
     def cells(runs: list[dict[str, float]], name: str) -> list[str]:
-        scores = ([run[key + name] for run in runs] for key in keys)
-        return [f"{mean(values):.1f} ± {stdev(values):.1f}" for values in scores]
+        return [mean_and_deviation([run[key + name] for run in runs]) for key in keys]
 
     for method in args.methods:
         plain = count_flops(args, data[0], method, "plain")

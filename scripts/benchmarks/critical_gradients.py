@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import step
 import torch
-from report import check_known, machine, markdown_table, option, save, summarize
+from report import check_known, machine, markdown_table, mean_and_deviation, option, save, subplots, summarize
 from sklearn.datasets import load_digits
 from torch import nn
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PrinterCallback
 
 from hf_msn import CriticalGradients
 from hf_msn.cli.main import run_script
@@ -88,9 +88,7 @@ def pretrain(rate: float, seed: int, capacity: int, steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"output_dir": folder, "overwrite_output_dir": True, "report_to": "none", "disable_tqdm": True}
         trainer = make_recipe(recipe | quiet).build_trainer()
-        trainer.callback_handler.callbacks = [
-            callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != "PrinterCallback"
-        ]
+        trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
         except NonFiniteLossError:
@@ -133,7 +131,7 @@ def table(losses: dict[str, Any], capacity: int) -> str:
             best = [min(np.mean(pair[side]) for pair in ends.values()) for side in (0, 1)]
             for rate, pair in ends.items():
                 cells = [
-                    f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" + " *" * bool(np.mean(values) == lowest)
+                    mean_and_deviation(values, 4) + " *" * bool(np.mean(values) == lowest)
                     if np.isfinite(values).all()
                     else f"diverged {np.isinf(values).sum()} times"
                     for values, lowest in zip(pair, best)
@@ -145,13 +143,8 @@ def table(losses: dict[str, Any], capacity: int) -> str:
 
 def plot(losses: dict[str, Any], capacity: int) -> Any:
     """Return a figure: above the loss against steps at each one's best learning rate, below the grid."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns = [(part, name, rates) for part, names in losses.items() for name, rates in names.items()]
-    figure, axes = plt.subplots(2, len(columns), figsize=(3.2 * len(columns), 5.6), squeeze=False)
+    figure, axes = subplots((3.2 * len(columns), 5.6), 2, len(columns), squeeze=False)
     for place, (part, optimizer, rates) in enumerate(columns):
         above, below = axes[:, place]
         for c, color, label in (("0", "tab:blue", "without"), (str(capacity), "tab:orange", "with")):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from report import machine, markdown_table, option, save
+from report import machine, markdown_table, option, save, subplots
 from torch import nn
 from transformers import HfArgumentParser
 
@@ -164,12 +164,7 @@ def count_bytes(args: MemoryArguments, batch_size: int, optimizer_states: int = 
 
 
 def plot(results: list[dict[str, Any]], chunk_size: int) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    figure, axes = subplots((6, 3.5))
     for name, label in (("plain", "plain"), ("cached", f"gradient cache, chunks of {chunk_size}")):
         points = [(entry["batch_size"], entry[name]["peak_mib"]) for entry in results if entry[name]]
         axes.plot(*zip(*points), marker="o", label=label)

@@ -13,10 +13,9 @@ the others do not see, in place of the test images: settings are chosen there.
 import tempfile
 from dataclasses import asdict, dataclass
 from itertools import product
-from statistics import mean, stdev
 
 import torch
-from report import check_known, machine, markdown_table, option, save
+from report import check_known, machine, markdown_table, mean_and_deviation, option, save
 from small_images import load
 from transformers import HfArgumentParser, PrinterCallback
 
@@ -108,7 +107,7 @@ def main() -> None:
             results.append({"encoder": encoder, "ema": ema, "predictor": predictor, "runs": runs})
             values = ([run[labels] for run in runs] for labels in ("5 per class", "all labels"))
             method = "-" if predictor == UNTRAINED else "BYOL" if ema else "SimSiam"
-            rows.append([encoder, method, predictor, *(f"{mean(one):.1f} ± {stdev(one):.1f}" for one in values)])
+            rows.append([encoder, method, predictor, *map(mean_and_deviation, values)])
             print(*rows[-1], flush=True)
     print(f"\n{args.dataset}, {args.steps} updates of {args.batch_size} images, {args.seeds} seeds\n")
     print(markdown_table(["encoder", "method", "predictor", "5 labels per class", "all labels"], rows))

@@ -5,7 +5,7 @@ import platform
 import time
 from dataclasses import field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles, stdev
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ def cell(summary: dict[str, Any] | None) -> str:
     return f"{summary['median']:.2f} ({low:.2f} - {high:.2f})"
 
 
+def mean_and_deviation(values: list[float], digits: int = 1) -> str:
+    """Return "mean ± deviation" of several runs."""
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     """Return a Markdown table. A cell may be a summary, a number or a string."""
     rows = [[cell(entry) if isinstance(entry, dict) or entry is None else str(entry) for entry in row] for row in rows]
@@ -78,14 +83,17 @@ def save(results: dict[str, Any], output: str | Path | None, figure: Any = None)
     print(f"\nwritten: {output}" + (f", {output.with_suffix('.png')}" if figure is not None else ""))
 
 
+def subplots(size: tuple[float, float], rows: int = 1, columns: int = 1, squeeze: bool = True) -> tuple[Any, Any]:
+    """Return a figure of `size` inches and its axes. matplotlib is needed from here on alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(rows, columns, squeeze=squeeze)
+
+
 def bars(named: dict[str, dict[str, Any]], label: str, title: str) -> Any:
     """Return a figure with one horizontal bar per summary: its median, with the quartiles as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.4 * len(named)))
+    figure, axes = subplots((7, 0.6 + 0.4 * len(named)))
     medians = [summary["median"] for summary in named.values()]
     spread = [[abs(s["median"] - s["quartiles"][side]) for s in named.values()] for side in (0, 1)]
     axes.barh(list(named), medians, xerr=spread, color="tab:blue", ecolor="black", capsize=3)

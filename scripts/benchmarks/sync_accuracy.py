@@ -19,11 +19,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from report import bars, check_known, machine, markdown_table, option, save, summarize
+from report import bars, check_known, machine, markdown_table, mean_and_deviation, option, save, summarize
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.multiprocessing import start_processes
@@ -226,8 +225,7 @@ def as_table(args: BenchmarkArguments, runs: list[dict]) -> str:
         for method, row in zip(args.methods, rows):
             own = [run for run in runs if (run["task"], run["method"]) == (task, method)]
             losses, accuracies = ([run[f"test_{name}"] for run in own] for name in ("loss", "accuracy"))
-            row += [f"{own[0]['learning_rate']:g}", f"{mean(losses):.3f} ± {stdev(losses):.3f}"]
-            row.append(f"{mean(accuracies):.2f} ± {stdev(accuracies):.2f}")
+            row += [f"{own[0]['learning_rate']:g}", mean_and_deviation(losses, 3), mean_and_deviation(accuracies, 2)]
     return markdown_table(columns, rows)
 
 
