@@ -5,6 +5,7 @@ python scripts/method_figures.py
 
 import argparse
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "docs" / "methods"
@@ -13,7 +14,7 @@ COLUMN, ROW = 165, 84  # of boxes, in pixels
 STEP, RANK = 70, 24  # of a timeline
 LINE, CHARACTER = 14, 6  # of text
 
-# Boxes by name: (column, row, text, color). Arrows: (from, to), dashed where no gradient goes.
+# Boxes by name: (column, row, text, color). Arrows through several boxes, dashed where no gradient goes.
 FLOWS = {
     "msn": (
         {
@@ -27,8 +28,8 @@ FLOWS = {
             "p": (4, 0, "p of each anchor", BLUE),
             "loss": (5, 0.5, "cross-entropy\n- entropy of mean p", GRAY),
         },
-        [("image", "anchor"), ("anchor", "network"), ("network", "p"), ("prototypes", "p"), ("p", "loss")],
-        [("image", "target"), ("target", "average"), ("average", "sharp"), ("prototypes", "sharp"), ("sharp", "loss")],
+        [("image", "anchor", "network", "p", "loss"), ("prototypes", "p")],
+        [("image", "target", "average", "sharp", "loss"), ("prototypes", "sharp")],
     ),
     "paws": (
         {
@@ -42,16 +43,8 @@ FLOWS = {
             "sharp": (4, 1, "p of the other\nview, sharpened", ORANGE),
             "loss": (5, 0.5, "cross-entropy\n- entropy of mean p", GRAY),
         },
-        [
-            ("image", "views"),
-            ("support", "support views"),
-            ("views", "network"),
-            ("support views", "network"),
-            ("network", "neighbours"),
-            ("neighbours", "p"),
-            ("p", "loss"),
-        ],
-        [("neighbours", "sharp"), ("sharp", "loss")],
+        [("image", "views", "network", "neighbours", "p", "loss"), ("support", "support views", "network")],
+        [("neighbours", "sharp", "loss")],
     ),
     "suncet": (
         {
@@ -64,16 +57,7 @@ FLOWS = {
             "suncet": (3, 0, "find the own class\namong labelled views", GREEN),
             "loss": (4, 0.5, "NT-Xent + SuNCEt", GRAY),
         },
-        [
-            ("image", "views"),
-            ("labelled", "support"),
-            ("views", "network"),
-            ("support", "network"),
-            ("network", "simclr"),
-            ("network", "suncet"),
-            ("simclr", "loss"),
-            ("suncet", "loss"),
-        ],
+        [("image", "views", "network", "simclr", "loss"), ("labelled", "support", "network", "suncet", "loss")],
         [],
     ),
     "byol": (
@@ -86,8 +70,8 @@ FLOWS = {
             "predictor": (3, 0, "predictor: trained,\nor set from F", GREEN),
             "loss": (4, 0.5, "2 - 2 cos,\nboth ways", GRAY),
         },
-        [("image", "one"), ("one", "network"), ("network", "predictor"), ("predictor", "loss")],
-        [("image", "other"), ("other", "average"), ("average", "loss")],
+        [("image", "one", "network", "predictor", "loss")],
+        [("image", "other", "average", "loss")],
     ),
 }
 
@@ -162,8 +146,8 @@ def flow(boxes: dict[str, tuple], arrows: list[tuple], without_gradient: list[tu
             shapes.append(
                 f'<text x="{x:g}" y="{y + down:g}" text-anchor="middle" fill="{color}">{escape(line)}</text>'
             )
-    for pairs, style in ((arrows, ""), (without_gradient, ' stroke-dasharray="4 3"')):
-        for start, end in pairs:
+    for ways, style in ((arrows, ""), (without_gradient, ' stroke-dasharray="4 3"')):
+        for start, end in (pair for way in ways for pair in pairwise(way)):
             ends = *_border(frames[start], frames[end]), *_border(frames[end], frames[start])
             below.append(_arrow(*ends, style))
     width = COLUMN * (1 + max(column for column, *_ in boxes.values()))
