@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import datasets
-import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, ViTMSNModel
 from ..models.configuration_pretraining import PretrainingConfig
 from ..models.encoder import PatchDroppingViTMSNModel
 from .backbones import FeatureSpace, find_backbone, is_timm_model, unwrapped
-from .features import Features, pixel_features, process_image
+from .features import Features, pixel_features, process_image, unit_range
 
 MAX_PIXEL_SIZE = 64
 
@@ -31,8 +30,7 @@ def raw_pixel_features(
     size = (min(width, MAX_PIXEL_SIZE), min(height, MAX_PIXEL_SIZE))
 
     def to_pixels(image: Image.Image) -> torch.Tensor:
-        image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
+        return unit_range(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
     return pixel_features(dataset, to_pixels, **extraction)
 

@@ -163,14 +163,15 @@ def pixel_features(
     The arguments are those of `extract_features`. By default features are the RGB values in [0, 1] of the unchanged
     images, all of one size: dimension `3 * H * W`.
     """
-    image_processor = _unit_range if image_processor is None else image_processor
+    image_processor = unit_range if image_processor is None else image_processor
     images = undecoded(dataset)
     device = torch.device("cpu")
     loader = _image_loader(images, _selected_rows(images, rows), image_processor, batch_size, num_workers, device)
     return _extract(images, loader, lambda pixels: pixels.flatten(1), on_broken_image)
 
 
-def _unit_range(image: Any) -> torch.Tensor:
+def unit_range(image: Image.Image) -> torch.Tensor:
+    """Return the pixels of an RGB image as they are: (3, H, W), in [0, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 

@@ -105,7 +105,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
 def describe_hardware(args: TrainingArguments) -> dict[str, Any]:
     """Return the device of this rank, the number of ranks and the number of CPU cores of this machine."""
     device = args.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": device.type, "device_name": name, "ranks": args.world_size, "cpu_count": os.cpu_count()}
 
 
@@ -205,7 +205,8 @@ def _public(value: Any, keeps_text: bool) -> Any:
     return None
 
 
-def _cpu_name() -> str | None:
+def cpu_name() -> str | None:
+    """Return the model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser, ViTMSNConfig, ViTMSNModel
 
 from hf_msn import LogisticProbe, evaluation_image_processor, extract_features
 from hf_msn.cli.main import run_script
+from hf_msn.evaluation.probes import centre_and_normalize
 
 MODELS = {"vit_tiny": (192, 12, 3), "s16": (384, 12, 6), "b16": (768, 12, 12), "l16": (1024, 24, 16)}
 ITERATIONS = [2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 256, 384]
@@ -110,12 +111,6 @@ def made_up_features(rows: int, dimension: int, classes: int, noise: float) -> t
     return (features + offset).astype(np.float32), labels
 
 
-def centre_to_unit_length(features: np.ndarray) -> np.ndarray:
-    """Subtract each vector's own mean and scale it to unit length, float64."""
-    centred = features.astype(np.float64) - features.mean(axis=1, keepdims=True, dtype=np.float64)
-    return centred / np.linalg.norm(centred, axis=1, keepdims=True)
-
-
 def objective(weights: np.ndarray, inputs: np.ndarray, labels: np.ndarray, l2: float) -> float:
     """Return (1/N) sum_i -log softmax(W x_i)[y_i] + (l2/N)/2 ||W||^2 in float64."""
     weights = np.asarray(weights, dtype=np.float64)
@@ -152,7 +147,7 @@ def measure_probe(args: BenchmarkArguments) -> dict[str, Any]:
     The minimum is the lowest objective of all runs and of our solver run to the end.
     """
     features, labels = made_up_features(args.rows, args.dimension, args.classes, args.noise)
-    inputs = centre_to_unit_length(features)
+    inputs = centre_and_normalize(features)
     solvers = {
         f"hf_msn ({args.device})": ours(args.l2, args.device),
         "scikit-learn, float32": scikit_learn(args.l2, "float32"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_msn.hub.run_record import cpu_name
+
 
 def option(help: str, default: Any = None) -> Any:
     """Return a dataclass field for `HfArgumentParser`. A tuple is the default of a list."""
@@ -105,10 +107,7 @@ def bars(named: dict[str, dict[str, Any]], label: str, title: str) -> Any:
 
 
 def _processor() -> str:
-    try:
-        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-        first = {name.strip(): value.strip() for name, value in reversed(lines)}
-    except OSError:
-        first = {}
-    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in first.get("flags", "").split()]
-    return f"{first.get('model name', platform.machine())}" + (f" ({', '.join(flags)})" if flags else "")
+    info = Path("/proc/cpuinfo")
+    known = set(info.read_text().split()) if info.is_file() else set()
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in known]
+    return f"{cpu_name()}" + (f" ({', '.join(flags)})" if flags else "")

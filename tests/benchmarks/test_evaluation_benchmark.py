@@ -14,7 +14,7 @@ TINY = (
 
 def test_all_solvers_end_at_one_minimum():
     features, labels = evaluation.made_up_features(120, 16, 6, 2.0)
-    inputs, l2 = evaluation.centre_to_unit_length(features), 0.075
+    inputs, l2 = evaluation.centre_and_normalize(features), 0.075
     candidates = [
         evaluation.ours(l2, "cpu"),
         evaluation.scikit_learn(l2, "float64"),
@@ -27,7 +27,7 @@ def test_all_solvers_end_at_one_minimum():
 def test_the_objective_is_that_of_the_definition():
     features, labels = evaluation.made_up_features(12, 5, 3, 1.0)
     weights = np.random.default_rng(1).standard_normal((3, 5))
-    inputs = evaluation.centre_to_unit_length(features)
+    inputs = evaluation.centre_and_normalize(features)
     losses = [
         -np.log(np.exp(weights[y] @ x) / sum(np.exp(row @ x) for row in weights)) for x, y in zip(inputs, labels)
     ]

@@ -209,7 +209,7 @@ def test_cache_that_cannot_be_written_is_only_logged(tiny_vit, some_digits, proc
 
 def test_image_processor_without_a_repr_is_not_cached(tiny_vit, some_digits, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        extract_features(tiny_vit, some_digits, features_module._unit_range, cache_dir=tmp_path)
+        extract_features(tiny_vit, some_digits, features_module.unit_range, cache_dir=tmp_path)
     assert "not cached" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
