@@ -46,7 +46,9 @@ def load_vision_model(name: str, *, checkpoint: str | None = None, revision: str
         try:
             config = AutoConfig.from_pretrained(name, revision=revision)
             auto_class = AutoModelForPreTraining if isinstance(config, PretrainingConfig) else AutoModel
-            return auto_class.from_pretrained(name, revision=revision).eval()
+            model = auto_class.from_pretrained(name, revision=revision).eval()
+            model.loaded_revision = revision  # for its image processor
+            return model
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The model must be a folder of `save_pretrained`, a Hub id or 'timm:...', but {name!r} cannot be "
@@ -232,6 +234,8 @@ def evaluation_mode(backbone: nn.Module, device: str | torch.device | None = Non
 def resolve_image_processor(model: nn.Module) -> Any:
     """Return the image processor of a model: saved beside its weights, or a timm model's own transform.
 
+    It is that of the same revision, if `load_vision_model` or a pretraining model's `from_pretrained` was given one.
+
     A pretraining model with a timm encoder was trained with other views than timm's: only a saved one is used.
 
     Raises:
@@ -252,7 +256,8 @@ def resolve_image_processor(model: nn.Module) -> Any:
     if path is None:
         raise ValueError(f"{type(model).__name__} was not loaded from a checkpoint with an image processor. {remedy}")
     try:
-        return cropped_as_in_torchvision(AutoImageProcessor.from_pretrained(path))
+        revision = getattr(model, "loaded_revision", None)
+        return cropped_as_in_torchvision(AutoImageProcessor.from_pretrained(path, revision=revision))
     except (OSError, ValueError) as error:
         raise ValueError(f"No image processor can be loaded from {path!r}: {error} {remedy}") from error
 

@@ -47,6 +47,7 @@ class PretrainingModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     trunk_from: str | None = None  # the argument of `from_backbone`
+    loaded_revision: str | None = None  # of the Hub, to which the image processor belongs
     encoder_chunks: EncoderChunks | None = None  # set by a GradientCache
     view_kinds: tuple[str, ...] = ("global", "focal", "target")  # that a SequenceCompression can compress
     _compression: SequenceCompression | None = None
@@ -101,6 +102,7 @@ class PretrainingModel(PreTrainedModel):
                 f"missing, first {missing[:3]}. {remedy}"
             )
         model._after_loading()
+        model.loaded_revision = kwargs.get("revision")
         return (model, info) if output_loading_info else model
 
     @classmethod

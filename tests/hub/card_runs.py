@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from finetuning_runs import ENCODER, PROCESSOR
+from hub_server import TOKEN
 from huggingface_hub import ModelCard
+from tiny import tiny_model
 
-from hf_msn import LowShotEvaluator, MSNConfig, MSNForPreTraining, load_images
+from hf_msn import LowShotEvaluator, MSNConfig, MSNForPreTraining, evaluation_image_processor, load_images
 
 
 def msn(seed: int = 0) -> MSNForPreTraining:
@@ -18,6 +20,22 @@ def msn(seed: int = 0) -> MSNForPreTraining:
 def save(model, folder: Path) -> Path:
     model.save_pretrained(folder)
     PROCESSOR.save_pretrained(folder)
+    return folder
+
+
+def save_run(folder: Path, shards: bool = False) -> Path:
+    """The `output_dir` of a pretraining run, with all that does not belong on the Hub."""
+    model = tiny_model().eval()
+    model.save_pretrained(folder, **({"max_shard_size": "30KB"} if shards else {}))
+    evaluation_image_processor(16).save_pretrained(folder)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "sync_state_0.pt"):
+        torch.save({"hub_token": TOKEN, "path": str(folder.absolute())}, folder / name)
+    for name in (".hidden", ".env", "notes.txt", "modeling_other.py", "low_shot.json", "labelled_images.json"):
+        (folder / name).write_text(TOKEN)
+    (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(folder / "checkpoint-1")}))
+    for name in ("logs/events.out.tfevents.1.alice-laptop", "checkpoint-1/config.json", "figures/old.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(TOKEN)
     return folder
 
 

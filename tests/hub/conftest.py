@@ -1,22 +1,13 @@
 """Checkpoint folders as training leaves them, and a Hub on this machine."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from card_runs import measure, msn, save
+from card_runs import measure, msn, save, save_run
 from finetuning_runs import PROCESSOR, VIEWS, classifier_arguments
-from hub_server import TOKEN, HubServer
-from tiny import tiny_model
+from hub_server import HubServer
 
-from hf_msn import (
-    draw_labelled_rows,
-    evaluation_image_processor,
-    export_backbone,
-    finetune_classifier,
-    load_images,
-)
+from hf_msn import draw_labelled_rows, export_backbone, finetune_classifier, load_images
 
 
 @pytest.fixture
@@ -27,32 +18,10 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def _save_run(folder: Path, shards: bool = False) -> Path:
-    """The `output_dir` of a pretraining run, with all that does not belong on the Hub."""
-    model = tiny_model().eval()
-    model.save_pretrained(folder, **({"max_shard_size": "30KB"} if shards else {}))
-    evaluation_image_processor(16).save_pretrained(folder)
-    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "sync_state_0.pt"):
-        torch.save({"hub_token": TOKEN, "path": str(folder.absolute())}, folder / name)
-    for name in (".hidden", ".env", "notes.txt", "modeling_other.py", "low_shot.json", "labelled_images.json"):
-        (folder / name).write_text(TOKEN)
-    (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(folder / "checkpoint-1")}))
-    for name in ("logs/events.out.tfevents.1.alice-laptop", "checkpoint-1/config.json", "figures/old.png"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(TOKEN)
-    return folder
-
-
-@pytest.fixture
-def save_run():
-    """`save_run(folder, shards=False)` writes the `output_dir` of a pretraining run."""
-    return _save_run
-
-
 @pytest.fixture
 def run(tmp_path) -> Path:
     (tmp_path / "home" / "alice").mkdir(parents=True)
-    return _save_run(tmp_path / "home" / "alice" / "run")
+    return save_run(tmp_path / "home" / "alice" / "run")
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,20 @@
 import json
 import os
 import socket
+from functools import partial
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+from card_runs import save_run
 from finetuning_runs import ENCODER, PROCESSOR
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from huggingface_hub.utils._http import close_session
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMSNConfig, ViTMSNForImageClassification
+from transformers import AutoImageProcessor, AutoModel, ViTMSNConfig, ViTMSNForImageClassification
 
 from hf_msn import (
     BYOLConfig,
@@ -26,8 +28,10 @@ from hf_msn import (
     convert_to_original,
     evaluation_image_processor,
     export_backbone,
+    load_vision_model,
     publish_checkpoint,
 )
+from hf_msn.evaluation.backbones import resolve_image_processor
 
 NAME = "alice/tiny"
 BACKBONE = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
@@ -111,7 +115,7 @@ def test_byol_is_published_by_its_online_encoder_and_on_demand_with_its_heads(hu
 
 
 @pytest.mark.slow
-def test_shards_replace_a_single_file(hub, run, save_run, tmp_path):
+def test_shards_replace_a_single_file(hub, run, tmp_path):
     publish(run, what="pretraining")
     sharded = save_run(tmp_path / "sharded", shards=True)
     shards = sorted(path.name for path in sharded.glob("model-*.safetensors"))
@@ -123,12 +127,19 @@ def test_shards_replace_a_single_file(hub, run, save_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_new_revision_is_made_and_main_stays_as_it_was(hub, run):
+def test_a_new_revision_is_made_and_evaluated_as_it_is_and_main_stays_as_it_was(hub, run):
     publish(run)
     main = hub.files(NAME)
+    evaluation_image_processor(16, crop_fraction=1.0).save_pretrained(run)
     publish(run, what="pretraining", revision="v2", update=True)
     assert hub.files(NAME) == main
-    assert AutoConfig.from_pretrained(NAME, revision="v2").model_type == "msn"
+    for load, kind, edge in (
+        (load_vision_model, "vit_msn", 18),
+        (partial(load_vision_model, revision="v2"), "msn", 16),
+        (partial(MSNForPreTraining.from_pretrained, revision="v2"), "msn", 16),
+    ):
+        loaded = load(NAME)
+        assert (loaded.config.model_type, resolve_image_processor(loaded).size["shortest_edge"]) == (kind, edge)
 
 
 def test_a_dry_run_needs_neither_token_nor_hub(hub, run, monkeypatch, tmp_path):
@@ -240,7 +251,7 @@ def test_a_wrong_token_and_a_namespace_of_others_are_errors(hub, run):
 
 
 @pytest.mark.slow
-def test_a_repo_with_another_model_is_replaced_only_by_update(hub, run, save_run, tmp_path):
+def test_a_repo_with_another_model_is_replaced_only_by_update(hub, run, tmp_path):
     hub.add_repo(NAME, {"README.md": b"mine", "pytorch_model.bin": b"weights", ".eval_results/old.yaml": b"- 1"})
     refused(run, NAME, "pytorch_model.bin", "`update`")
     assert hub.files(NAME)["README.md"] == b"mine" and not hub.asked("PUT", "/lfs/")
@@ -285,7 +296,7 @@ def test_a_refusal_leaves_nothing_visible_and_the_same_call_completes_it(hub, ru
 
 
 @pytest.mark.slow
-def test_an_interrupted_upload_is_completed_without_sending_a_file_twice(hub, save_run, tmp_path):
+def test_an_interrupted_upload_is_completed_without_sending_a_file_twice(hub, tmp_path):
     run = save_run(tmp_path / "run", shards=True)
     shards = len(list(run.glob("model-*.safetensors")))
     assert shards >= 3
