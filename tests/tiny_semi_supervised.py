@@ -27,6 +27,10 @@ RESNETV2 = {
     "timm_options": {"layers": [1, 1, 1], "channels": [8, 16, 32], "stem_chs": 8},
     "small_image_stem": True,
 }
+TIMM_VIT = {
+    "timm_model": "vit_tiny_patch16_224",
+    "timm_options": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "qkv_bias": False},
+}
 ENCODERS = {"vit": VIT, "resnet18": RESNET18, "resnetv2": RESNETV2}
 SUPPORT_LABELS = [99, 4, 17, 4, 99, 17]
 

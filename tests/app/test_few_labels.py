@@ -8,12 +8,12 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from html_page import Page
 from PIL import Image
 from tiny import tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTModel
@@ -222,21 +222,6 @@ def test_the_encoder_of_the_space_classifies_the_test_digits(app):
     assert np.mean([answer == label for answer, label in zip(answers, truth)]) > 0.85
 
 
-class Texts(HTMLParser):
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.sources, self.said, self.text = set(), [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        self.said += [value for name, value in attributes if name in ("alt", "aria-label")]
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_names_of_classes_and_files_are_shown_as_text(app, example):
     labelled, unknown = example
     bad = "<img src=x onerror=alert(1)>&'\""
@@ -252,11 +237,11 @@ def test_names_of_classes_and_files_are_shown_as_text(app, example):
         views.show_map(named, unknown),
         views.show_messages([bad]),
     ]
-    for page in map(Texts, pages):
+    for page in map(Page, pages):
         assert bad in page.text and page.tags.isdisjoint({"script"})
-        assert all(source.startswith("data:image/") for source in page.sources)
+        assert all(source.startswith("data:image/") for source in page.links)
     measured = app.measure(labelled, num_splits=2)
-    chart = Texts(views.show_accuracy(measured, 2))
+    chart = Page(views.show_accuracy(measured, 2))
     for point in measured:
-        assert f"{point.mean:.1f} ± {point.std:.1f} with {point.images_per_class}" in chart.said[0]
+        assert f"{point.mean:.1f} ± {point.std:.1f} with {point.images_per_class}" in chart.described[0]
     assert views.show_map(Images(), Images()) == "" and "No labelled images" in views.show_labelled(Images())

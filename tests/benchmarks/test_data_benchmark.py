@@ -1,12 +1,10 @@
 """scripts/benchmarks/data.py, and that its plain pipeline makes the views that ours makes."""
 
 import json
-import random
 
 import data
 import numpy as np
 import pytest
-import torch
 
 from hf_msn import MultiViewTransform, decode_image
 
@@ -19,19 +17,6 @@ TINY = (
 @pytest.fixture(autouse=True)
 def small_photographs(monkeypatch):
     monkeypatch.setattr(data, "SIZES", [(120, 90), (90, 120)])
-
-
-def test_plain_views_have_our_shapes_and_values():
-    transform = MultiViewTransform(image_size=32, focal_size=16, focal_views=400, anchor_views=400)
-    encoded = data.photograph(0, (120, 90))
-    torch.manual_seed(0)
-    random.seed(0)
-    theirs = data.PlainPipeline(transform)(encoded)
-    ours = transform(decode_image({"bytes": encoded, "path": None}))
-    assert {name: view.shape for name, view in ours.items()} == {name: view.shape for name, view in theirs.items()}
-    for name in ("anchor_pixel_values", "focal_pixel_values"):
-        assert ours[name].mean().item() == pytest.approx(theirs[name].mean().item(), abs=0.15)
-        assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), abs=0.15)
 
 
 @pytest.mark.slow

@@ -1,13 +1,9 @@
 import io
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

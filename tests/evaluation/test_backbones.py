@@ -78,10 +78,8 @@ def features_of(model, pixels, **settings):
 
 
 def wrapped(model):
-    """Wrap a model like `DistributedDataParallel`."""
-    wrapper = torch.nn.Module()
-    wrapper.module = model
-    return wrapper
+    """Wrap a model like `DistributedDataParallel`, as `module`."""
+    return torch.nn.ModuleDict({"module": model})
 
 
 def test_features_are_cls_of_the_last_block_before_the_final_norm(tiny_vit, pixels):

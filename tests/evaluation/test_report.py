@@ -4,11 +4,11 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import datasets
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
 
 from hf_msn.data.decoding import decode_image
@@ -18,39 +18,6 @@ from hf_msn.evaluation.probes import KNNProbe
 from hf_msn.evaluation.report import save_report
 
 NAMES = ["<script>alert(1)</script>", "cats & dogs", '"quoted"', *map(str, range(3, 10))]
-VOID = {"meta", "img", "br", "link", "path", "circle", "rect"}
-
-
-class Page(HTMLParser):
-    """Tables as texts, pictures as (alt, src), all attributes; an unbalanced tag fails."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tables, self.images, self.attributes, self.tags, self.open, self.text = [], [], [], set(), [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes += attributes
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag == "img":
-            self.images.append((dict(attributes)["alt"], dict(attributes)["src"]))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
 
 
 def named(part):
@@ -96,11 +63,10 @@ def test_a_page_has_the_numbers_of_the_json_file_and_escapes_names(page, tmp_pat
 
 def test_a_page_loads_nothing_and_describes_its_pictures(page):
     made, _, _ = page
-    links = [value for name, value in made.attributes if name in ("src", "href", "srcset", "action", "data", "poster")]
-    assert links and all(link.startswith("data:image/") for link in links)
+    assert made.links and all(link.startswith("data:image/") for link in made.links)
     assert not re.search(r"@import|url\(|https?://", made.text)
     assert not made.tags & {"script", "link", "iframe", "object", "embed"}
-    charts = [value for name, value in made.attributes if name == "aria-label"]
+    charts = made.described
     assert "nearest" not in charts[0] and re.search(r"the model [\d.]+ at 1, [\d.]+ at 3; raw pixels", charts[0])
     assert "t-SNE map of the features of 40 test images of 10 classes" in charts[1]
 

@@ -8,17 +8,7 @@ from hf_msn.evaluation.results import LowShotResults, SplitResult, TaskResult, m
 
 
 def split(top1, top5=None, seed=0, list_file=None):
-    return SplitResult(
-        seed=seed,
-        list_file=list_file,
-        num_images=10,
-        fewest_per_class=1,
-        most_per_class=1,
-        num_skipped=0,
-        fit={"l2": 0.0025},
-        top1=top1,
-        top5=top5,
-    )
+    return SplitResult(seed, list_file, 10, 1, 1, num_skipped=0, fit={"l2": 0.0025}, top1=top1, top5=top5)
 
 
 @pytest.fixture

@@ -110,17 +110,9 @@ def test_an_image_processor_that_does_not_fit_is_an_error(model, tmp_path, image
     assert list(tmp_path.iterdir()) == []
 
 
-class Wrapper(nn.Module):
-    """A wrapper like `DistributedDataParallel`: the model as `module`."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-
-@pytest.mark.parametrize("wrap", [Wrapper, lambda model: torch.compile(Wrapper(model))])
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["module", "compiled"])
 def test_a_wrapped_model_is_exported_like_itself_and_left_as_it_was(model, tmp_path, wrap):
-    wrapped = wrap(model.train())
+    wrapped = wrap(nn.ModuleDict({"module": model.train()}))  # as in `DistributedDataParallel`
     state, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     folder = export_backbone(wrapped, tmp_path / "export")
     assert checkpoint_weights_sha256(folder) == weights_sha256(model.target_encoder)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_semi_supervised import RESNET18, RESNETV2, tiny_paws
+from tiny_semi_supervised import RESNET18, RESNETV2, TIMM_VIT, tiny_paws
 from transformers import AutoModel, TimmWrapperModel
 
 from hf_msn import (
@@ -19,10 +19,6 @@ from hf_msn import (
 from hf_msn.evaluation.backbones import checkpoint_weights_sha256, find_backbone, weights_sha256
 from hf_msn.finetuning.models import check_start, load_for_classification
 
-TIMM_VIT = {
-    "timm_model": "vit_tiny_patch16_224",
-    "timm_options": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "qkv_bias": False},
-}
 TIMM_VIT_ANY_SIZE = {
     "timm_model": "vit_tiny_patch16_224",
     "timm_options": {"embed_dim": 24, "depth": 1, "num_heads": 2, "dynamic_img_size": True, "global_pool": "avg"},

@@ -11,7 +11,7 @@ import torch
 from card_runs import msn
 from hub_server import HubServer
 from PIL import Image
-from tiny_semi_supervised import RESNET18, VIT, tiny_paws
+from tiny_semi_supervised import RESNET18, TIMM_VIT, VIT, tiny_paws
 from transformers import AutoModelForImageClassification
 
 from hf_msn import (
@@ -27,10 +27,6 @@ from hf_msn.data.decoding import decode_image
 
 pytestmark = pytest.mark.slow
 
-TIMM_VIT = {
-    "timm_model": "vit_tiny_patch16_224",
-    "timm_options": {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
-}
 ENCODERS = {"vit": VIT, "resnet": RESNET18, "timm vit": TIMM_VIT}
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PUBLISHED = "alice/tiny"
