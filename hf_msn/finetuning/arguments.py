@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..checks import check_choice, check_integer, check_number
-from ..optim.by_name import NamedOptimizerMixin, check_optimizer
-from ..trainers.pretraining_arguments import check_counts
+from ..optim.by_name import check_optimizer
+from ..trainers.pretraining_arguments import ImageTrainingArguments
 
 START_LAYERS = ("backbone", "fc1")
 
 
 @dataclass
-class FinetuningArguments(NamedOptimizerMixin, TrainingArguments):
+class FinetuningArguments(ImageTrainingArguments):
     """`transformers.TrainingArguments` with the fields that both heads share.
 
     The learning rate falls in a cosine from `learning_rate` to `final_learning_rate`. `optim="sgd"` has Nesterov
@@ -28,9 +27,6 @@ class FinetuningArguments(NamedOptimizerMixin, TrainingArguments):
         default="sgd",
         help="sgd (with Nesterov momentum), adamw_torch or another of transformers; timm:lion, "
         "pytorch_optimizer:AdEMAMix, dog:DoG, or any other package.module:Class. See docs/optimizers.md.",
-    )
-    optim_args: str | None = HfArg(
-        default=None, help="Its arguments, as in a call: betas=(0.95,0.99),weight_decouple=true."
     )
     momentum: float = HfArg(default=0.9, help="Momentum of sgd and LARS, in [0, 1).")
     use_lars: bool = HfArg(default=False, help="LARS in place of `optim`.")
@@ -54,7 +50,6 @@ class FinetuningArguments(NamedOptimizerMixin, TrainingArguments):
     )
     overwrite_output_dir: bool = HfArg(default=False, help="Save into an `output_dir` that is not empty.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Images per rank in an evaluation.")
-    logging_steps: float = HfArg(default=50, help="Updates between two logs.")
     save_strategy: str = HfArg(
         default="no", help="epoch: a checkpoint after each, from which a stopped run is resumed. no: none."
     )
@@ -62,16 +57,11 @@ class FinetuningArguments(NamedOptimizerMixin, TrainingArguments):
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="true: the last checkpoint of output_dir. auto: if there is one. Or its folder."
     )
-    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are made of views.")
-    average_tokens_across_devices: bool = HfArg(default=False, help="Has no meaning for images.")
-    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="All parameters are used.")
-    logging_nan_inf_filter: bool = HfArg(default=False, help="Hides NaN losses from the log if on.")
 
     def __post_init__(self):
         self.lr_scheduler_type = "cosine_with_min_lr"
         self.lr_scheduler_kwargs = {"min_lr": self.final_learning_rate}
         super().__post_init__()
-        check_counts(self)
         check_number("learning_rate", self.learning_rate, above=0, remedy="PAWS is fine-tuned at 0.02.")
         for name in ("final_learning_rate", "weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), minimum=0)

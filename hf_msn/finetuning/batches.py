@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportBatches, SupportCollator, SupportDataset, SupportKey
 from ..distributed import collectives
-from ..trainers.argument_names import SUPPORT_FIELDS, in_terms_of
+from ..trainers.semi_supervised_trainer import make_support_sampler
 from .arguments import ClassifierFinetuningArguments, SuNCEtFinetuningArguments
 
 _STREAM = 3
@@ -72,15 +71,8 @@ def classifier_loader(
 def suncet_loader(support: SupportDataset, args: SuNCEtFinetuningArguments) -> torch.utils.data.DataLoader:
     """Return the loader of this rank's part of the supports; an epoch draws at least the number of labelled images."""
     num_classes = args.global_support_classes or len(np.unique(support.labels))
-    with in_terms_of(SUPPORT_FIELDS):
-        sampler = ClassStratifiedSampler(
-            support.labels,
-            global_classes=args.global_support_classes,
-            global_images_per_class=args.global_support_images_per_class,
-            shard=args.support_shard,
-            seed=args.seed,
-            num_steps=math.ceil(len(support) / (num_classes * args.global_support_images_per_class)),
-        )
+    num_steps = math.ceil(len(support) / (num_classes * args.global_support_images_per_class))
+    sampler = make_support_sampler(support.labels, args, num_steps=num_steps)
     return _loader(support, EpochSupports(sampler), SupportCollator(), args)
 
 

@@ -24,9 +24,6 @@ class BYOLConfig(AnyEncoderConfig):
 
     SimSiam's heads are `projection_layers=3`, `projection_output_batch_norm=True`, `projection_hidden_dim=2048`,
     `projection_dim=2048`, `prediction_hidden_dim=512`.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     model_type = "byol"

@@ -13,10 +13,6 @@ class MSNConfig(PretrainingConfig):
 
     The fields of `ViTMSNConfig` describe the encoder, by default ViT-B/16; [`PretrainingConfig`] has those of the
     heads. floor(N * (1 - mask_ratio)) of an anchor's N patches are kept; focal views keep all.
-
-    Raises:
-        ValueError: If a value is out of range. (A value of the wrong type raises transformers'
-            `StrictDataclassFieldValidationError`.)
     """
 
     model_type = "msn"

@@ -14,9 +14,6 @@ class PAWSConfig(SemiSupervisedConfig):
     The encoder is a ViTMSN, described by the fields of `ViTMSNConfig`, or a network of timm: see
     [`AnyEncoderConfig`], also for the projection head. The paper has a prediction head for ImageNet, none for
     CIFAR-10.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     model_type = "paws"

@@ -125,9 +125,6 @@ class AnyEncoderConfig(PretrainingConfig):
     also "paws_wide_resnet" (WideResNet-28-2) and "paws_resnet" (a widened ResNet). A ViT of timm needs
     `timm_options={"dynamic_img_size": True}` for small crops. `small_image_stem` replaces a ResNet's stem, which
     divides the sides by 4, as is usual for images of 32 pixels.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     timm_model: str | None = HfArg(
@@ -159,9 +156,6 @@ class SemiSupervisedConfig(AnyEncoderConfig):
 
     `label_smoothing` is eps in [0, 1): a fraction eps of each support's label is spread evenly over the classes of the
     support.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     temperature: float | int = HfArg(default=0.1, help="tau of the similarities.")

@@ -8,8 +8,6 @@ from ..distributed.collectives import all_reduce_mean
 from ..losses.assignments import at_least_float32
 
 SMALLEST_EIGENVALUE = 1e-4  # of a predictor, as in the authors' code
-# By rule: rho and eps of the papers.
-RULES = {"direct_pred": (0.3, 0.1), "direct_copy": (0.5, 0.3)}
 
 
 def direct_pred(correlation: torch.Tensor, eps: float) -> torch.Tensor:
@@ -49,7 +47,8 @@ def direct_copy(correlation: torch.Tensor, eps: float) -> torch.Tensor:
     )
 
 
-_FUNCTIONS = {"direct_pred": direct_pred, "direct_copy": direct_copy}
+# The functions, with rho and eps of the papers.
+RULES = {"direct_pred": (direct_pred, 0.3, 0.1), "direct_copy": (direct_copy, 0.5, 0.3)}
 
 
 class InputCorrelation(nn.Module):
@@ -85,7 +84,7 @@ class InputCorrelation(nn.Module):
     ):
         super().__init__()
         check_choice("rule", rule, (None, *RULES))
-        default_rho, default_eps = RULES[rule or "direct_pred"]
+        _, default_rho, default_eps = RULES[rule or "direct_pred"]
         self.rule = rule
         self.rho = default_rho if rho is None else check_number("rho", rho, minimum=0, below=1, remedy=_REMEDY)
         self.eps = default_eps if eps is None else check_number("eps", eps, minimum=0, remedy=_REMEDY)
@@ -116,7 +115,8 @@ class InputCorrelation(nn.Module):
         self.correlation.copy_(mean if number == 0 else self.rho * self.correlation + (1 - self.rho) * mean)
         self.num_updates.add_(1)
         if self.rule is not None and number % self.update_every == 0:
-            predictor.weight.copy_(_FUNCTIONS[self.rule](at_least_float32(self.correlation), self.eps))
+            rule = RULES[self.rule][0]
+            predictor.weight.copy_(rule(at_least_float32(self.correlation), self.eps))
 
     @torch.no_grad()
     def spectrum(self, predictor: nn.Module) -> dict[str, float]:

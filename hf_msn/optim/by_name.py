@@ -43,21 +43,6 @@ _REFUSED_OF_TRANSFORMERS = {"lomo": _OWN_BACKWARD, "adalomo": _OWN_BACKWARD}
 _STEPS = 8  # of a trial; a rectified Adam (RAdam) moves after 5
 
 
-class NamedOptimizerMixin:
-    """Lets `optim` of `TrainingArguments` name an optimizer of another package. Put it before that class.
-
-    Expects the fields `use_lars` and `final_learning_rate`.
-    """
-
-    def __post_init__(self):
-        name = str(getattr(self.optim, "value", self.optim))
-        if ":" not in name:
-            return super().__post_init__()
-        self.optim = TrainingArguments.default_optim  # while the others are checked, which know no other names
-        super().__post_init__()
-        self.optim = name
-
-
 def check_optimizer(args: TrainingArguments) -> None:
     """Try the optimizer that `args` name on a few small tensors.
 

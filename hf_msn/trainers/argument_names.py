@@ -4,13 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-SUPPORT_FIELDS = {
-    "global_classes": "global_support_classes",
-    "global_images_per_class": "global_support_images_per_class",
-    "shard": "support_shard",
-    "on_small_class": "support_on_small_class",
-}
-
 
 @contextmanager
 def in_terms_of(names: Mapping[str, str | None]) -> Iterator[None]:

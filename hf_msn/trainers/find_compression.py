@@ -238,14 +238,14 @@ def plot_compressions(measured: list[dict[str, Any]], path: str | os.PathLike) -
     except ImportError as error:
         raise ImportError("A plot needs matplotlib, which is not installed: pip install 'hf_msn[demo]'.") from error
     points = sorted({row["progress"] for row in measured})
+    unit = {row["progress"]: row["ca_mse"] for row in reversed(measured)}  # of the first strategy
     names = list(dict.fromkeys(f"{row['dropout']:g} @ {row['patch_size']}" for row in measured))
     figure = Figure(figsize=(3 + 1.1 * 3 * len(points), 1.6 + 0.35 * len(names)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     titles = {"bias2": "squared bias", "ca_variance": "cost-adjusted variance", "ca_mse": "CA-MSE"}
     for axes, (key, title) in zip(panels, titles.items()):
-        values = np.array([row[key] / _first(measured, row)["ca_mse"] for row in measured])
-        errors = np.array([row[f"{key}_error"] / _first(measured, row)["ca_mse"] for row in measured])
-        values, errors = (numbers.reshape(len(points), len(names)).T for numbers in (values, errors))
+        values, errors = ([row[name] / unit[row["progress"]] for row in measured] for name in (key, f"{key}_error"))
+        values, errors = (np.reshape(numbers, (len(points), len(names))).T for numbers in (values, errors))
         axes.imshow(values, cmap="Oranges", alpha=0.6, aspect="auto", vmin=0, vmax=2)
         for row, column in np.ndindex(values.shape):
             text = f"{values[row, column]:.2f}\n±{errors[row, column]:.2f}"
@@ -258,7 +258,3 @@ def plot_compressions(measured: list[dict[str, Any]], path: str | os.PathLike) -
         axes.set_yticklabels(names)
     panels[0].set_ylabel("dropout @ patch size")
     figure.savefig(path, format="png", dpi=150)
-
-
-def _first(measured: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
-    return next(other for other in measured if other["progress"] == row["progress"])

@@ -11,11 +11,43 @@ from transformers.hf_argparser import HfArg
 from ..checks import check_choice, check_integer, check_number
 from ..data.spare_cores import spare_cores
 from ..models.sequence_compression import compression_stages
-from ..optim.by_name import NamedOptimizerMixin, check_optimizer
+from ..optim.by_name import check_optimizer
 
 
 @dataclass
-class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
+class ImageTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` for batches of views. `optim` may name an optimizer of another package."""
+
+    optim_args: str | None = HfArg(
+        default=None, help="Its arguments, as in a call: betas=(0.95,0.99),weight_decouple=true."
+    )
+    logging_steps: float = HfArg(default=50, help="Updates between two logs.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are made of views.")
+    average_tokens_across_devices: bool = HfArg(default=False, help="Has no meaning for images.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="All parameters are used.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hides NaN losses from the log if on.")
+
+    def __post_init__(self):
+        named = self.optim if ":" in str(self.optim) else None
+        if named is not None:  # while the others are checked, which know no other names
+            self.optim = TrainingArguments.default_optim
+        super().__post_init__()
+        self.optim = named or self.optim
+        if self.max_steps != -1:
+            remedy = "Left out, `num_train_epochs` is the length of training."
+            check_integer("max_steps", self.max_steps, remedy=remedy)
+        for event in ("logging", "save"):
+            if getattr(self, f"{event}_strategy") == "steps":
+                remedy = f"`{event}_strategy` no has none."
+                check_number(f"{event}_steps", getattr(self, f"{event}_steps"), above=0, remedy=remedy)
+        for name in ("per_device_eval_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            check_integer(name, getattr(self, name))
+        check_integer("dataloader_num_workers", self.dataloader_num_workers, minimum=0)
+        check_integer("seed", self.seed, minimum=0)
+
+
+@dataclass
+class PretrainingArguments(ImageTrainingArguments):
     """`transformers.TrainingArguments` with the schedules of pretraining, and with defaults that fit it.
 
     Learning rate: linear from `start_learning_rate` to `learning_rate` during `warmup_epochs`, then a cosine to
@@ -61,9 +93,6 @@ class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
         help="adamw_torch_fused or another of transformers; timm:lion, pytorch_optimizer:AdEMAMix, dog:DoG, or any "
         "other package.module:Class. See docs/optimizers.md.",
     )
-    optim_args: str | None = HfArg(
-        default=None, help="Its arguments, as in a call: betas=(0.95,0.99),weight_decouple=true."
-    )
     use_lars: bool = HfArg(
         default=False, help="LARS with momentum in place of `optim`: for convnets and large batches."
     )
@@ -96,7 +125,6 @@ class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
     overwrite_output_dir: bool = HfArg(
         default=False, help="Train from scratch into an `output_dir` that is not empty."
     )
-    logging_steps: float = HfArg(default=50, help="Updates between two logs.")
     per_device_train_batch_size: int = HfArg(default=64, help="Images per rank in one micro-batch.")
     dataloader_drop_last: bool = HfArg(
         default=True, help="Leave out the last, smaller batch of a training epoch: all ranks need equal batches."
@@ -109,10 +137,6 @@ class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
     dataloader_persistent_workers: bool | None = HfArg(
         default=None, help="Keep these processes from epoch to epoch. By default true if there are any."
     )
-    remove_unused_columns: bool = HfArg(default=False, help="Must stay off: batches are made of views.")
-    average_tokens_across_devices: bool = HfArg(default=False, help="Has no meaning for images.")
-    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="All parameters are used.")
-    logging_nan_inf_filter: bool = HfArg(default=False, help="Hides NaN losses from the log if on.")
     prediction_loss_only: bool = HfArg(default=True, help="Evaluation on a data set returns its loss only.")
 
     first_schedule_step: ClassVar[int] = 1  # steps of the learning rate's schedule before the first update
@@ -128,7 +152,6 @@ class PretrainingArguments(NamedOptimizerMixin, TrainingArguments):
         if not has_accelerator:
             self.dataloader_pin_memory = False  # torch warns if it is on
         super().__post_init__()
-        check_counts(self)
         if self.max_steps <= 0:
             remedy = "Without `max_steps` it is the length of training."
             check_number("num_train_epochs", self.num_train_epochs, above=0, remedy=remedy)
@@ -218,22 +241,3 @@ def uses_accelerator(use_cpu: bool) -> bool:
     """Return whether training will run on an accelerator such as a GPU."""
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
     return not use_cpu and not asked_for_cpu and torch.accelerator.is_available()
-
-
-def check_counts(args: TrainingArguments) -> None:
-    """Check the numbers of images, batches, steps and workers, and the seed.
-
-    Raises:
-        ValueError: If one is not an integer, or is too small.
-    """
-    if args.max_steps != -1:
-        check_integer("max_steps", args.max_steps, remedy="Left out, `num_train_epochs` is the length of training.")
-    for event in ("logging", "save"):
-        if getattr(args, f"{event}_strategy") == "steps":
-            remedy = f"`{event}_strategy` no has none."
-            check_number(f"{event}_steps", getattr(args, f"{event}_steps"), above=0, remedy=remedy)
-    check_integer("per_device_eval_batch_size", args.per_device_eval_batch_size)
-    check_integer("per_device_train_batch_size", args.per_device_train_batch_size)
-    check_integer("gradient_accumulation_steps", args.gradient_accumulation_steps)
-    check_integer("dataloader_num_workers", args.dataloader_num_workers, minimum=0)
-    check_integer("seed", args.seed, minimum=0)

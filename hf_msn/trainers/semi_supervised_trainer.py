@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.datasets import as_crops
@@ -13,7 +15,7 @@ from ..data.samplers import ClassStratifiedSampler
 from ..data.support import SupportCollator, SupportDataset, support_loader
 from ..files import read_json, write_json
 from ..models.modeling_pretraining import SemiSupervisedModel
-from .argument_names import SUPPORT_FIELDS, in_terms_of
+from .argument_names import in_terms_of
 from .checkpoints import CheckpointError
 from .pretraining_arguments import SemiSupervisedArguments
 from .pretraining_trainer import PretrainingTrainer
@@ -21,6 +23,20 @@ from .pretraining_trainer import PretrainingTrainer
 logger = logging.get_logger(__name__)
 
 LABELLED_IMAGES_FILE = "labelled_images.json"
+# Parameters of the sampler, and the arguments of a training that have them.
+_SAMPLER_FIELDS = {
+    "global_classes": "global_support_classes",
+    "global_images_per_class": "global_support_images_per_class",
+    "shard": "support_shard",
+    "on_small_class": "support_on_small_class",
+}
+
+
+def make_support_sampler(labels: np.ndarray, args: TrainingArguments, **settings) -> ClassStratifiedSampler:
+    """Return the sampler of supports that the arguments of a training describe. Its errors name these."""
+    fields = {name: getattr(args, field) for name, field in _SAMPLER_FIELDS.items() if hasattr(args, field)}
+    with in_terms_of(_SAMPLER_FIELDS):
+        return ClassStratifiedSampler(labels, seed=args.seed, **fields, **settings)
 
 
 class SemiSupervisedTrainer(PretrainingTrainer):
@@ -93,20 +109,9 @@ class SemiSupervisedTrainer(PretrainingTrainer):
 
     def support_sampler(self, start_step: int = 0) -> ClassStratifiedSampler:
         """Return the sampler of this rank's part of the supports. Its steps are micro-batches."""
-        args = self.args
         rank, world_size = self.support_ranks()
-        with in_terms_of(SUPPORT_FIELDS):
-            return ClassStratifiedSampler(
-                self.support_dataset.labels,
-                global_classes=args.global_support_classes,
-                global_images_per_class=args.global_support_images_per_class,
-                shard=args.support_shard,
-                on_small_class=args.support_on_small_class,
-                seed=args.seed,
-                rank=rank,
-                world_size=world_size,
-                start_step=start_step,
-            )
+        ranks = {"rank": rank, "world_size": world_size}
+        return make_support_sampler(self.support_dataset.labels, self.args, start_step=start_step, **ranks)
 
     def needs_support(self) -> bool:
         """Return whether the next micro-batch is trained with a support."""
