@@ -167,42 +167,6 @@ def test_everything_is_finite_for_all_temperatures(kind, dtype, use_sinkhorn):
             torch.testing.assert_close(sums, torch.ones(NUM_IMAGES), rtol=1e-4, atol=0, msg=where)
 
 
-@pytest.mark.parametrize("use_sinkhorn", [False, True])
-def test_bfloat16_inputs_lose_only_their_own_rounding(use_sinkhorn):
-    half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs()]
-    full = [tensor.detach().float().requires_grad_() for tensor in half]
-    for output in (
-        low := msn_loss(*half, use_sinkhorn=use_sinkhorn),
-        high := msn_loss(*full, use_sinkhorn=use_sinkhorn),
-    ):
-        output.loss.backward()
-    assert low.loss.dtype == torch.float32
-    assert torch.equal(low.loss, high.loss)
-    assert torch.equal(half[0].grad, full[0].grad.bfloat16())
-    assert torch.equal(half[2].grad, full[2].grad.bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(dtype):
-    def run(enabled):
-        tensors = inputs(dtype)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            output = msn_loss(*tensors, use_sinkhorn=True)
-        output.loss.backward()
-        return output.loss, tensors[0].grad, tensors[2].grad
-
-    for under_autocast, plain in zip(run(True), run(False)):
-        assert under_autocast.dtype == plain.dtype
-        assert torch.equal(under_autocast, plain)
-
-
-@pytest.mark.parametrize("name", ["temperature", "sharpen_temperature"])
-@pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
-def test_a_temperature_that_is_not_above_0_is_an_error(name, value):
-    with pytest.raises(ValueError, match=f"`{name}`.*{value}"):
-        msn_loss(*inputs(), **{name: value})
-
-
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

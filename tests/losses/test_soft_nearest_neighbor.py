@@ -4,7 +4,6 @@ import pytest
 import torch
 from loss_inputs import normal, softmax_rows
 
-from hf_msn.losses.sinkhorn import sinkhorn
 from hf_msn.losses.soft_nearest_neighbor import sharpen, soft_nearest_neighbor
 
 
@@ -80,37 +79,6 @@ def test_sharpen_keeps_zeros_and_its_gradient_is_right():
     assert sharpen(torch.tensor([[0.0, 0.75, 0.25]]), 0.5).tolist()[0] == pytest.approx([0.0, 0.9, 0.1])
     probabilities = softmax_rows(2, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda p: sharpen(p, 0.25), (probabilities,))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
-    probabilities = softmax_rows(4, 6).to(dtype)
-    queries, supports, labels = normal(3, 5, seed=1).to(dtype), normal(4, 5, seed=2).to(dtype), probabilities
-    for half, full in (
-        (sharpen(probabilities, 0.25), sharpen(probabilities.float(), 0.25)),
-        (sinkhorn(probabilities), sinkhorn(probabilities.float())),
-        (
-            soft_nearest_neighbor(queries, supports, labels, 0.1),
-            soft_nearest_neighbor(queries.float(), supports.float(), labels.float(), 0.1),
-        ),
-    ):
-        assert half.dtype == torch.float32
-        assert torch.equal(half, full)
-
-
-def test_autocast_changes_nothing():
-    queries, supports, labels = normal(3, 5, seed=1).float(), normal(4, 5, seed=2).float(), softmax_rows(4, 6).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = soft_nearest_neighbor(queries, supports, labels, 0.1)
-    assert torch.equal(under_autocast, soft_nearest_neighbor(queries, supports, labels, 0.1))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan])
-def test_a_temperature_that_is_not_above_0_is_an_error(temperature):
-    with pytest.raises(ValueError, match=f"`temperature`.*{temperature}"):
-        sharpen(softmax_rows(2, 3), temperature)
-    with pytest.raises(ValueError, match=f"`temperature`.*{temperature}"):
-        soft_nearest_neighbor(normal(2, 3), normal(4, 3), softmax_rows(4, 2), temperature)
 
 
 def test_supports_without_a_row_of_labels_each_are_an_error():
