@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import transformers
+from states import same
 
 from hf_msn import (
     ClassifierFinetuningArguments,
@@ -68,5 +69,4 @@ def images_and_labels(dataset, rows) -> tuple[torch.Tensor, np.ndarray]:
 
 def states_are_equal(first: transformers.PreTrainedModel, second: transformers.PreTrainedModel) -> bool:
     """Bitwise, buffers included."""
-    one, other = first.state_dict(), second.state_dict()
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    return same(first.state_dict(), second.state_dict())

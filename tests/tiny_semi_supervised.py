@@ -106,3 +106,21 @@ def assert_same_gradients(found: dict, expected: dict, tolerance: float = 1e-9) 
     assert whole > 1e-4
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= tolerance * whole, name
+
+
+def take(model, batch):
+    """Take a step without an update; return loss, gradients and buffers."""
+    outputs = model(**batch)
+    outputs.loss.backward()
+    return result(model, outputs.loss)
+
+
+def result(model, loss):
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def assert_same_step(found, expected, tolerance=1e-12):
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=0)
+    assert_same_gradients(found[1], expected[1], tolerance)
+    torch.testing.assert_close(found[2], expected[2], rtol=tolerance, atol=tolerance)

@@ -31,35 +31,36 @@ def plain_model() -> ViTMSNModel:
     return ViTMSNModel(suncet_config().to_vit_msn_config()).eval()
 
 
-@pytest.mark.parametrize("make", [paws_model, plain_model, lambda: tiny_model().eval()], ids=["paws", "plain", "msn"])
+def convnet_model() -> PAWSForPreTraining:
+    return paws_model(timm_model="test_resnet", timm_options={"drop_path_rate": 0.1}, image_size=32)
+
+
+SOURCES = {"paws": paws_model, "plain": plain_model, "msn": lambda: tiny_model().eval(), "convnet": convnet_model}
+
+
+def pixels_and_features(source) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, and their features by the evaluated encoder in float64: the normalised [CLS], or pooled."""
+    side = source.config.image_size
+    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = getattr(source, "evaluation_encoder", source)(pixels)
+    return pixels, (features if torch.is_tensor(features) else features.last_hidden_state[:, 0]).double()
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("from_folder", [True, False])
-def test_a_vit_classifier_reads_the_normalised_cls_of_the_evaluated_encoder(make, from_folder, tmp_path):
-    source = make()
+def test_a_classifier_reads_the_features_of_the_evaluated_encoder(kind, from_folder, tmp_path):
+    source = SOURCES[kind]()
     if from_folder:
         source.save_pretrained(tmp_path)
     model = load_for_classification(
         tmp_path if from_folder else source, CLASSES, NAMES, 0, zero_init_head=False
     ).eval()
-    assert type(model) is ViTMSNForImageClassification and model.config.model_type == "vit_msn"
+    assert type(model) is (TimmWrapperForImageClassification if kind == "convnet" else ViTMSNForImageClassification)
     assert model.config.id2label == {0: "b", 1: "e", 2: "f"} and model.config.label2id == {"b": 0, "e": 1, "f": 2}
-    side = source.config.image_size
-    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
+    pixels, features = pixels_and_features(source)
     with torch.no_grad():
-        features = getattr(source, "evaluation_encoder", source)(pixels).last_hidden_state[:, 0].double()
         logits = model(pixels).logits
-    head = model.classifier
-    expected = features @ head.weight.double().T + head.bias.double()
-    assert expected.abs().max() > 0.01 and torch.allclose(logits.double(), expected, atol=1e-5)
-
-
-def test_a_timm_classifier_reads_the_pooled_features(tmp_path):
-    source = paws_model(timm_model="test_resnet", timm_options={"drop_path_rate": 0.1})
-    source.save_pretrained(tmp_path)
-    model = load_for_classification(tmp_path, CLASSES, NAMES, 0, zero_init_head=False).eval()
-    assert type(model) is TimmWrapperForImageClassification and model.config.id2label == {0: "b", 1: "e", 2: "f"}
-    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        features, logits = source.encoder(pixels).double(), model(pixels).logits
     head = linear_head(model)
     expected = features @ head.weight.double().T + head.bias.double()
     assert expected.abs().max() > 0.01 and torch.allclose(logits.double(), expected, atol=1e-5)
@@ -137,23 +138,20 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path):
         load_for_suncet(resnet, 0)
 
 
-@pytest.mark.parametrize("make", [paws_model, lambda: paws_model(timm_model="test_resnet"), tiny_model])
-def test_a_classifier_on_the_head_computes_its_first_layer_from_folder_and_model(make, tmp_path):
-    source = make()
+@pytest.mark.parametrize("kind", ["paws", "convnet", "msn"])
+def test_a_classifier_on_the_head_computes_its_first_layer_from_folder_and_model(kind, tmp_path):
+    source = SOURCES[kind]()
     head = getattr(source, "target_projection_head", None) or source.projection_head
     with torch.no_grad():
         head.bn1.running_mean.uniform_(-1, 1)
         head.bn1.running_var.uniform_(0.5, 2)
     source.save_pretrained(tmp_path / "source")
-    side = 32 if source.config.model_type == "paws" and source.config.timm_model else source.config.image_size
-    pixels = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(1))
-    for start in (source.eval(), tmp_path / "source"):
+    pixels, features = pixels_and_features(source)
+    for start in (source, tmp_path / "source"):
         arguments = (start, CLASSES, NAMES, 0, False, "fc1")
         model = load_for_classification(*arguments).eval()
         assert type(model) is HeadForImageClassification and model.config.id2label == {0: "b", 1: "e", 2: "f"}
         with torch.no_grad():
-            features = source.evaluation_encoder(pixels)
-            features = (features if torch.is_tensor(features) else features.last_hidden_state[:, 0]).double()
             hidden = features @ head.fc1.weight.double().T + head.fc1.bias.double()
             hidden = (hidden - head.bn1.running_mean) / (head.bn1.running_var.double() + 1e-5).sqrt()
             hidden = hidden * head.bn1.weight.double() + head.bn1.bias.double()

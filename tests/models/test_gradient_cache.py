@@ -8,8 +8,10 @@ from tiny import tiny_batch, tiny_model
 from tiny_semi_supervised import (
     RESNETV2,
     VIT,
-    assert_same_gradients,
+    assert_same_step,
+    result,
     semi_supervised_batch,
+    take,
     tiny_byol,
     tiny_paws,
     tiny_suncet,
@@ -50,28 +52,10 @@ CASES = {  # (model, batch, chunk sizes)
 }
 
 
-def take(model, batch, module=None):
-    """Return loss, gradients and buffers of a plain step."""
-    outputs = (module or model)(**batch)
-    outputs.loss.backward()
-    return result(model, outputs.loss)
-
-
 def take_cached(model, batch, chunk_size):
     with GradientCache(model, chunk_size=chunk_size) as cache:
         outputs = cache.backward(batch)
     return result(model, outputs.loss)
-
-
-def result(model, loss):
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, {name: buffer.clone() for name, buffer in model.named_buffers()}
-
-
-def assert_same_step(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=0)
-    assert_same_gradients(found[1], expected[1], tolerance)
-    torch.testing.assert_close(found[2], expected[2], rtol=tolerance, atol=tolerance)
 
 
 def encode_in_chunks(chunk_sizes):

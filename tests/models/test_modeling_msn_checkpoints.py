@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from states import same
 from tiny import tiny_batch, tiny_config, tiny_model
 from transformers import AutoModelForPreTraining, ViTMSNConfig, ViTMSNModel
 
@@ -42,20 +43,13 @@ def trunk(tmp_path):
     return model.eval(), tmp_path / "trunk"
 
 
-def assert_same_state(found: torch.nn.Module, expected: torch.nn.Module) -> None:
-    assert found.state_dict().keys() == expected.state_dict().keys()
-    for name, value in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value), name
-        assert found.state_dict()[name].dtype == value.dtype, name
-
-
 @pytest.mark.parametrize("loader", [MSNForPreTraining, AutoModelForPreTraining])
 def test_a_round_trip_is_exact(trained, folder, loader):
     loaded, info = loader.from_pretrained(folder, output_loading_info=True)
     assert type(loaded) is MSNForPreTraining and not info["missing_keys"]
     assert not loaded.training
     assert loaded.config.to_diff_dict() == trained.config.to_diff_dict()
-    assert_same_state(loaded, trained)
+    assert same(loaded.state_dict(), trained.state_dict())
     assert loaded.mask_state.tolist() == [0, STEPS]
     batch = tiny_batch(seed=9)
     assert torch.equal(loaded(**batch).loss, trained.eval()(**batch).loss)
@@ -84,7 +78,7 @@ def test_both_encoders_start_from_a_released_encoder(trunk):
     expected = plain(images).last_hidden_state
     for encoder in (model.encoder, model.target_encoder):
         assert torch.equal(encoder.eval()(images).last_hidden_state, expected)
-    assert_same_state(model.target_projection_head, model.projection_head)
+    assert same(model.target_projection_head.state_dict(), model.projection_head.state_dict())
     assert not any(p.requires_grad for p in model.target_encoder.parameters())
     assert all(p.requires_grad for p in model.encoder.parameters())
     assert (model.config.num_prototypes, model.config.hidden_size, model.config.image_size) == (8, 32, 16)
@@ -94,8 +88,8 @@ def test_both_encoders_start_from_a_released_encoder(trunk):
 
 def test_a_pretrained_msn_model_gives_its_target_encoder(trained, folder):
     model = MSNForPreTraining.from_backbone(folder, num_prototypes=20)
-    assert_same_state(model.encoder, trained.target_encoder)
-    assert_same_state(model.target_encoder, trained.target_encoder)
+    assert same(model.encoder.state_dict(), trained.target_encoder.state_dict())
+    assert same(model.target_encoder.state_dict(), trained.target_encoder.state_dict())
     assert not torch.equal(model.encoder.layernorm.bias, trained.encoder.layernorm.bias)
     assert model.prototypes.shape == (20, 16)
     assert model.config.mask_ratio == trained.config.mask_ratio

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradient_cache import assert_same_step, byol_views, msn, msn_views, take, take_cached
+from test_gradient_cache import byol_views, msn, msn_views, take_cached
 from tiny import tiny_config
-from tiny_semi_supervised import semi_supervised_batch, tiny_byol, tiny_paws, tiny_suncet
+from tiny_semi_supervised import assert_same_step, semi_supervised_batch, take, tiny_byol, tiny_paws, tiny_suncet
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_msn import PAWSForPreTraining, SequenceCompression
