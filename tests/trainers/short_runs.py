@@ -79,3 +79,17 @@ def assert_same_weights(model, expected) -> None:
     state, expected = model.state_dict(), expected.state_dict()
     differing = [name for name in expected if not torch.equal(state[name], expected[name])]
     assert not differing
+
+
+def whole_and_resumed(make, folder, step: int, **settings) -> list:
+    """Train, and again from the checkpoint of `step`, with the same end; return both trainers."""
+    trainers = [
+        make(folder / "whole", **settings, save_strategy="steps", save_steps=step),
+        make(folder / "resumed", **settings, save_strategy="no"),
+    ]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
+    assert_same_weights(trainers[1].model, trainers[0].model)
+    losses = logged(trainers[0])
+    assert logged(trainers[1]) == losses and len(losses) == trainers[1].state.global_step == trainers[0].args.max_steps
+    return trainers

@@ -4,7 +4,7 @@ import pytest
 import torch
 from launch import run_ranks
 from semi_supervised_runs import make_run
-from short_runs import RandomViews, assert_same_weights, logged, make_trainer
+from short_runs import RandomViews, logged, make_trainer, whole_and_resumed
 
 from hf_msn import CodistillationCallback, GossipCallback, MSNTrainingArguments, SlowMoCallback
 
@@ -63,13 +63,7 @@ def test_a_step_in_bf16_is_the_plain_one(tmp_path):
 
 
 def test_resume_with_dropout_is_bit_exact(tmp_path):
-    settings = {"encoder_chunk_size": 3, "model_fields": DROPOUT}
-    whole = make_trainer(tmp_path / "whole", save_steps=5, **settings)
-    whole.train()
-    resumed = make_trainer(tmp_path / "resumed", save_strategy="no", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
-    assert_same_weights(resumed.model, whole.model)
-    assert logged(resumed) == logged(whole)
+    whole_and_resumed(make_trainer, tmp_path, 5, encoder_chunk_size=3, model_fields=DROPOUT)
 
 
 CALLBACKS = {

@@ -64,44 +64,6 @@ def test_schedules_of_a_run_are_the_golden_ones(tmp_path):
         assert [entry[column] for entry in seen] == pytest.approx(GOLDEN[name], rel=1e-12)
 
 
-def test_prototypes_and_one_dimensional_parameters_do_not_decay(tmp_path):
-    trainer = make_trainer(tmp_path)
-    decayed = trainer.get_decay_parameter_names(trainer.model)
-    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    for name, parameter in parameters.items():
-        expected = parameter.ndim > 1 and name != "prototypes"
-        assert (name in decayed) == expected, name
-    optimizer = trainer.create_optimizer()
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
-
-
-def test_clipping_leaves_the_prototypes_alone(tmp_path):
-    trainer = make_trainer(tmp_path, max_grad_norm=0.5)
-    model = trainer.model
-    model(**MultiViewCollator()([RandomViews()[row] for row in range(4)])).loss.mul(100).backward()
-    prototypes = model.prototypes.grad.clone()
-    others = [p for name, p in model.named_parameters() if p.grad is not None and name != "prototypes"]
-    expected_norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in others))
-    norm = trainer._clip_grad_norm(model)
-    assert float(norm) == pytest.approx(expected_norm, rel=1e-5)
-    assert math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in others)) == pytest.approx(0.5, rel=1e-4)
-    assert torch.equal(model.prototypes.grad, prototypes)
-
-
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
-    # Without operations over a batch, two micro-batches of 4 equal one batch of 8.
-    fields = {"mask_ratio": 0.0, "projection_batch_norm": False, "me_max_weight": 0.0}
-    settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "save_strategy": "no"}
-    dataset = RandomViews(24)
-    accumulated = make_trainer(tmp_path, dataset, model_fields=fields, gradient_accumulation_steps=2, **settings)
-    accumulated.train()
-    whole = make_trainer(tmp_path, dataset, model_fields=fields, per_device_train_batch_size=8, **settings)
-    whole.train()
-    assert list(logged(accumulated).values()) == pytest.approx(list(logged(whole).values()), rel=1e-5)
-    for (name, parameter), expected in zip(accumulated.model.named_parameters(), whole.model.parameters()):
-        assert torch.allclose(parameter, expected, atol=2e-5), name
-
-
 def test_the_log_has_the_parts_of_the_loss(tmp_path):
     fields = {"mask_ratio": 0.0, "me_max_weight": 2.0}
     arguments = {
@@ -188,11 +150,6 @@ def test_too_few_images(tmp_path, num_images, batch, message):
         trainer.train()
 
 
-def test_a_mask_that_leaves_no_patch_of_smaller_views():
-    with pytest.raises(ValueError, match=r"`mask_ratio` 0\.8 .* 4 patches"):
-        tiny_model(mask_ratio=0.8)(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 3, 8, 8))
-
-
 @pytest.mark.parametrize("dataset", [load_images("digits"), [torch.zeros(3, 16, 16)] * 8], ids=["images", "tensors"])
 def test_items_that_are_no_views_are_refused(tmp_path, dataset):
     with pytest.raises(ValueError, match="MultiViewDataset"):
@@ -260,24 +217,6 @@ def test_views_must_be_of_the_models_size_and_whole_patches(tmp_path, name, size
 def test_an_argument_outside_of_its_range_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(ValueError, match=rf"`{name}` .*({value}|must be False)"):
         MSNTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
-
-
-def test_critical_gradients_take_part_in_every_update_but_the_first(tmp_path):
-    settings = {"save_strategy": "no", "max_steps": 3}
-    plain = make_trainer(tmp_path, **settings)
-    trainer = make_trainer(tmp_path, critical_gradients=5, **settings)
-    for one in (plain, trainer):
-        one.train()
-    losses, expected = ([*logged(one).values()] for one in (trainer, plain))
-    assert losses[:2] == expected[:2]
-    assert losses[2] != expected[2]
-    assert len(trainer.optimizer.state_dict()["critical_gradients"]["priorities"]) == 3
-
-
-def test_another_number_of_critical_gradients_is_refused_by_the_name_of_its_argument(tmp_path):
-    make_trainer(tmp_path, critical_gradients=2, max_steps=2, save_steps=2).train()
-    with pytest.raises(ValueError, match=r"`critical_gradients` .* 2, but is 3"):
-        make_trainer(tmp_path, critical_gradients=3).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])

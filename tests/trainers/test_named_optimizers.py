@@ -3,7 +3,8 @@
 import pytest
 import torch
 from finetuning_runs import VIEWS, classifier_arguments, digits, suncet_config
-from short_runs import assert_same_weights, make_trainer
+from short_runs import assert_same_weights, make_trainer, whole_and_resumed
+from tiny import tiny_model
 
 from hf_msn import CriticalGradients, MSNForPreTraining, finetune_classifier
 from hf_msn.trainers.checkpoints import CheckpointError
@@ -34,18 +35,14 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_keeps_its_groups_and_resumes_bit_exactly(tmp_path, name):
-    whole = make_trainer(tmp_path / "whole", save_steps=4, **RUNS[name])
-    before = {key: value.clone() for key, value in whole.model.named_parameters()}
-    whole.train()
+    before = dict(tiny_model().named_parameters())
+    whole, _ = whole_and_resumed(make_trainer, tmp_path, 4, **RUNS[name])
     trained = {key for key, value in whole.model.named_parameters() if value.requires_grad}
     assert all(not torch.equal(before[key], value) for key, value in whole.model.named_parameters() if key in trained)
     decayed, others = whole.optimizer.param_groups
     assert others["weight_decay"] == 0.0 and all(p.ndim > 1 for p in decayed["params"])
     whole.state.global_step -= 1
     assert decayed["weight_decay"] == whole.weight_decay_now()
-    resumed = make_trainer(tmp_path / "resumed", save_strategy="no", **RUNS[name])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert_same_weights(resumed.model, whole.model)
 
 
 NADAMW = {"optim": "timm:nadamw", "optim_args": "betas=(0.5,0.6)"}
@@ -86,15 +83,15 @@ def test_a_resume_with_another_optimizer_is_refused_and_other_settings_of_it_hol
     )
 
 
-@pytest.mark.parametrize("fields", [{"critical_gradients": 3}, {}])
-def test_the_buffer_of_critical_gradients_is_around_it(tmp_path, fields):
-    trainer = make_trainer(tmp_path, optim="timm:lion", save_strategy="no", max_steps=3, **fields)
+@pytest.mark.parametrize("optim", ["timm:lion", "adamw_torch"])
+def test_the_buffer_of_critical_gradients_is_around_it(tmp_path, optim):
+    settings = {"optim": optim, "save_strategy": "no", "max_steps": 3}
+    trainer, loop = make_trainer(tmp_path, critical_gradients=3, **settings), make_trainer(tmp_path, **settings)
     trainer.train()
-    loop = make_trainer(tmp_path, optim="timm:lion", save_strategy="no", max_steps=3)
-    if fields:
-        loop.create_optimizer()
-        CriticalGradients(loop.optimizer, 3, aggregate="mean")
+    loop.create_optimizer()
+    buffer = CriticalGradients(loop.optimizer, 3, aggregate="mean")
     loop.train()
+    assert len(buffer.priorities) == 3
     assert_same_weights(trainer.model, loop.model)
 
 

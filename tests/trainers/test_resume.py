@@ -8,7 +8,7 @@ import pytest
 import torch
 from launch import run_ranks
 from semi_supervised_runs import digits
-from short_runs import RandomViews, assert_same_weights, end_workers, logged, make_trainer
+from short_runs import RandomViews, assert_same_weights, end_workers, logged, make_trainer, whole_and_resumed
 
 from hf_msn import MultiViewDataset, MultiViewTransform, multi_view_dataset
 from hf_msn.files import read_json, write_json
@@ -50,16 +50,10 @@ def drawn_views(streamed: bool = False):
     ],
 )
 def test_resume_is_bit_exact(tmp_path, views, stop, settings):
-    whole = make_trainer(tmp_path / "whole", views(), save_steps=stop, **settings)
-    whole.train()
-    resumed = make_trainer(tmp_path / "resumed", views(), save_strategy="no", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    assert_same_weights(resumed.model, whole.model)
-    assert logged(resumed) == logged(whole)
-    assert resumed.state.global_step == 8
+    trainers = whole_and_resumed(lambda *it, **kw: make_trainer(*it, views(), **kw), tmp_path, stop, **settings)
     if "dataloader_num_workers" in settings:
-        end_workers(whole)
-        end_workers(resumed)
+        for trainer in trainers:
+            end_workers(trainer)
 
 
 @pytest.mark.slow

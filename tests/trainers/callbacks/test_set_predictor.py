@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from short_runs import assert_same_weights
+from short_runs import whole_and_resumed
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -79,16 +79,12 @@ def test_the_predictor_is_set_after_each_step_and_everything_else_is_trained(tmp
 
 
 def test_resume_is_bit_exact(tmp_path):
-    def trainer(name, **arguments):
-        made = make_trainer(tmp_path / name, **arguments)
-        made.add_callback(SetPredictorCallback(made, "predictor", update_every=2))
-        return made
+    def make(folder, **arguments):
+        trainer = make_trainer(folder, **arguments)
+        trainer.add_callback(SetPredictorCallback(trainer, "predictor", update_every=2))
+        return trainer
 
-    whole = trainer("whole", save_strategy="steps", save_steps=3)
-    whole.train()
-    resumed = trainer("resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same_weights(resumed.model, whole.model)
+    _, resumed = whole_and_resumed(make, tmp_path, 3)
     assert resumed.model.predictor.input_correlation.num_updates == 4
 
 
