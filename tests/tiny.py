@@ -4,6 +4,12 @@ import torch
 
 from hf_msn import MSNConfig, MSNForPreTraining
 
+TINY_RUN = (  # on the command line
+    "--image_size 8 --patch_size 4 --focal_size 4 --focal_views 1 --hidden_size 16 --num_hidden_layers 1 "
+    "--num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 8 --projection_dim 8 --use_cpu "
+    "--report_to none --disable_tqdm true"
+).split()
+
 
 def tiny_config(**fields) -> MSNConfig:
     """16 patches of 4 pixels, width 32, 2 layers, 8 prototypes; `fields` differ from that."""

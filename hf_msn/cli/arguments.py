@@ -14,7 +14,7 @@ from ..data.labels import draw_labelled_rows, labelled_rows
 from ..data.sources import load_images
 from ..evaluation.backbones import FeatureSpace
 from ..evaluation.low_shot import BASELINES
-from ..evaluation.probes import KNNProbe, LogisticProbe, Probe, SoftNearestNeighborProbe
+from ..evaluation.probes import KNNProbe, LogisticProbe, SoftNearestNeighborProbe
 from ..models.configuration_pretraining import VIT_FIELDS
 from ..trainers.argument_names import in_terms_of
 from .parser import Parser
@@ -215,10 +215,5 @@ class LowShotArguments:
         for count in self.low_shot_images_per_class:
             check_integer("low_shot_images_per_class", count)
         check_number("crop_fraction", self.crop_fraction, above=0, maximum=1, remedy="1 keeps the whole image.")
-
         for baseline in self.low_shot_baselines or ():
             check_choice("low_shot_baselines", baseline, BASELINES)
-
-    def make_probe(self) -> Probe:
-        """Return the probe that `low_shot_probe` names."""
-        return PROBES[self.low_shot_probe]()

@@ -43,6 +43,7 @@ from ..trainers.callbacks.low_shot import LowShotCallback
 from ..trainers.callbacks.sequence_compression import SequenceCompressionCallback
 from ..trainers.pretraining_arguments import uses_accelerator
 from .arguments import (
+    PROBES,
     DataArguments,
     LabelArguments,
     LowShotArguments,
@@ -205,7 +206,7 @@ class Recipe:
                 test,
                 image_processor=self.build_image_processor(),
                 **tasks,
-                probe=settings.make_probe(),
+                probe=PROBES[settings.low_shot_probe](),
                 baselines=settings.low_shot_baselines or (),
                 features=settings.low_shot_features,
                 seed=self.training.seed,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import tiny_model
+from tiny import TINY_RUN, tiny_model
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from hf_msn import ClassifierFinetuningArguments
@@ -213,15 +213,14 @@ def test_a_wrong_input_shows_the_message_alone_on_several_processes(tmp_path, mo
 def test_a_run_shows_its_supports_and_its_sync_method_on_rank_0(rank, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     settings = (
-        "--method paws --image_size 8 --patch_size 4 --focal_size 4 --focal_views 1 --hidden_size 16 "
-        "--num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 8 "
-        "--projection_dim 8 --use_cpu --report_to none --labelled_images_per_class 2 --warmup_steps 0 "
-        "--global_support_images_per_class 2 --per_device_train_batch_size 8 --sync slowmo --sync_every 2 --max_steps"
-    ).split()
-    main(["pretrain", "--output_dir", str(tmp_path / "run"), *settings, "2"])
+        "--method paws --labelled_images_per_class 2 --warmup_steps 0 --global_support_images_per_class 2 "
+        "--per_device_train_batch_size 8 --sync slowmo --sync_every 2"
+    )
+    settings = ["--output_dir", str(tmp_path / "run"), *TINY_RUN, *settings.split(), "--max_steps"]
+    main(["pretrain", *settings, "2"])
     shown = capsys.readouterr().err
     assert shown.count("Support of each step") == shown.count("SlowMo on 1 rank:") == (rank == "0")
-    main(["pretrain", "--output_dir", str(tmp_path / "run"), *settings, "3", "--resume_from_checkpoint", "true"])
+    main(["pretrain", *settings, "3", "--resume_from_checkpoint", "true"])
     assert ("checkpoint-2" in capsys.readouterr().err) == (rank == "0")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny import TINY_RUN
 
 from hf_msn import parse_recipe, read_recipe
 from hf_msn.cli.arguments import read_rows_file
@@ -160,13 +161,11 @@ def test_each_method_has_the_views_of_its_paper_by_default(out):
 
 @pytest.mark.parametrize("method", ["msn", "paws", "suncet"])
 def test_the_first_weights_depend_on_the_seed_alone(out, method):
-    sizes = "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16".split()
-    sizes += ["--projection_hidden_dim", "8", "--projection_dim", "8"]
     labels = [] if method == "msn" else ["--labelled_images_per_class", "5"]
 
     def weights(seed):
         torch.rand(seed + 3)  # whatever was drawn before
-        arguments = ["--output_dir", out, "--method", method, "--seed", str(seed), *labels, *sizes]
+        arguments = ["--output_dir", out, "--method", method, "--seed", str(seed), *labels, *TINY_RUN]
         return parse_recipe(arguments).build_model().state_dict()
 
     first, again, other = weights(1), weights(1), weights(2)
@@ -198,16 +197,11 @@ def test_a_file_of_rows_holds_numbers_or_a_mask(tmp_path):
         read_rows_file(tmp_path / "absent.npy", 4)
 
 
-SMALL = (
-    "--dataset digits --image_size 8 --patch_size 4 --focal_size 4 --focal_views 1 --hidden_size 16 "
-    "--num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 8 "
-    "--projection_dim 8 --use_cpu --report_to none"
-).split()
-SMALL_PAWS = [*SMALL, "--method", "paws", "--global_support_images_per_class", "1"]
+SMALL_PAWS = [*TINY_RUN, "--method", "paws", "--global_support_images_per_class", "1"]
 
 
 def test_low_shot_with_too_few_images_of_a_class_is_refused_before_training(out):
-    arguments = ["--output_dir", out, *SMALL, "--low_shot_every_epochs", "1"]
+    arguments = ["--output_dir", out, *TINY_RUN, "--low_shot_every_epochs", "1"]
     with pytest.raises(ValueError, match=r"`low_shot_images_per_class` = 200 .* 142"):
         parse_recipe([*arguments, "--low_shot_images_per_class", "1", "200"]).build_trainer()
 

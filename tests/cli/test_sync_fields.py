@@ -2,20 +2,15 @@
 
 import pytest
 import torch
+from tiny import TINY_RUN
 
 from hf_msn import CodistillationCallback, SlowMoCallback, parse_recipe
 from hf_msn.cli.sync import SYNC_METHODS, TOPOLOGIES, SyncArguments, sync_options
 
-TINY = (
-    "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 16 --projection_hidden_dim 16 "
-    "--projection_dim 8 --num_prototypes 8 --image_size 8 --patch_size 4 --focal_views 1 --focal_size 4 --use_cpu "
-    "--report_to none"
-).split()
-
 
 def callback_of(output_dir, *arguments):
     """The trainer of a recipe, and its sync callback."""
-    trainer = parse_recipe(["--output_dir", str(output_dir), *TINY, *arguments]).build_trainer()
+    trainer = parse_recipe(["--output_dir", str(output_dir), *TINY_RUN, *arguments]).build_trainer()
     classes = tuple(method.callback for method in SYNC_METHODS.values())
     found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, classes)]
     return trainer, found
