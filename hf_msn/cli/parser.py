@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,8 @@ def call(source: type | Callable, values: Mapping[str, Any], names: Mapping[str,
         return source(**{**arguments, **arguments_for(source, values, names)})
 
 
-def documentation(*sources: Any) -> dict[str, str]:
+@cache
+def documentation(*sources: Any) -> Mapping[str, str]:
     """Return the entries under `Args:` in the docstrings of objects and of their bases. The first entry counts."""
     found: dict[str, str] = {}
     for source in sources:

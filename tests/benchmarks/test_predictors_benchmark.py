@@ -10,7 +10,7 @@ from hf_msn import load_images
 
 @pytest.mark.slow
 def test_the_table_has_mean_and_deviation_over_the_seeds(run, tmp_path, monkeypatch):
-    parts = load_images("digits").select(range(120)), load_images("digits", split="test").select(range(40))
+    parts = load_images("digits").select(range(60)), load_images("digits", split="test").select(range(20))
     monkeypatch.setattr(predictors, "load", lambda name: parts)
     arguments = "--encoders resnet --predictors direct_copy --seeds 2 --steps 10 --batch_size 8".split()
     shown = run(predictors, *arguments, "--output", tmp_path / "found.json")

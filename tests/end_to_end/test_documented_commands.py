@@ -60,6 +60,8 @@ def shortened(words: list[str], images: Path) -> list[str]:
         flags += TINY.split()
     if "/path/to/images" in words or "imagenet" in " ".join(words):
         flags += ["--dataset", str(images)]
+    elif command == "evaluate":
+        flags += ["--train_split", "train[:300]", "--test_split", "test[:100]"]
     if "--max_minutes" in words:
         flags += ["--max_minutes", "0.01"]
     if "--to_original" in words:
