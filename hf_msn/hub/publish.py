@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from ..evaluation.weights_hash import file_sha256
 from ..files import CHECKSUMS_FILE, format_checksums, public_name, read_checksums, read_json, write_json
 from .cards import PRETRAINING_METHODS, card_files, check_repo_id
 from .export import export_backbone
-from .results import FINETUNING_FILE, WEIGHTS_INDEX, count_weights
+from .results import FINETUNING_FILE, WEIGHTS_INDEX, as_paths, count_weights
 from .run_record import RUN_FILE, public_run
 
 logger = logging.get_logger(__name__)
@@ -105,7 +106,7 @@ def publish_checkpoint(
     repo_id: str,
     *,
     what: Literal["backbone", "classifier", "pretraining"] | None = None,
-    results: Sequence = (),
+    results: str | os.PathLike | Sequence[str | os.PathLike] = (),
     figures: Sequence[str | Path] = (),
     private: bool | None = None,
     revision: str | None = None,
@@ -130,7 +131,7 @@ def publish_checkpoint(
             `AutoModel` (or timm, for a network of timm): the default for a pretraining checkpoint that is not
             fine-tuned. `"pretraining"`: that checkpoint itself with heads and prototypes, to continue training with
             hf_msn. `"classifier"`: a fine-tuned one. By default any other checkpoint is published as it is.
-        results (`Sequence`, *optional*): Result files of the evaluator, measured on this very model.
+        results (path or `Sequence[path]`, *optional*): Result files of the evaluator, measured on this very model.
         figures (`Sequence[str]`, *optional*): PNG files for the card.
         private (`bool`, *optional*): Visibility of a new repo. An existing repo must match, and is never changed.
         revision (`str`, *optional*): The branch, by default main. It is created if it does not exist.
@@ -151,7 +152,7 @@ def publish_checkpoint(
     """
     check_repo_id(repo_id)
     repository = None if dry_run else HubRepository(repo_id, revision, private, token)
-    card = {"results": results, "figures": figures, "license": license, "tags": tags, "repo_id": repo_id}
+    card = {"results": as_paths(results), "figures": figures, "license": license, "tags": tags, "repo_id": repo_id}
     with tempfile.TemporaryDirectory() as folder:
         files = list_files(checkpoint, Path(folder), what=what, without_results=without_results, **card)
         publication = Publication(repo_id, revision or "main", files)

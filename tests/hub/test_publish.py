@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from functools import partial
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -152,6 +153,12 @@ def test_a_dry_run_needs_neither_token_nor_hub(hub, run, monkeypatch, tmp_path):
     assert "LFS" in next(line for line in lines if line.startswith("model.safetensors"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert {f.path: f.size for f in publish(run).files} == {f.path: f.size for f in listed.files}
+
+
+@pytest.mark.parametrize("given", [str, Path, lambda path: [path]])
+def test_one_file_of_results_needs_no_list(made, given):
+    listed = publish_checkpoint(made["checkpoint"], NAME, results=given(made["results"]), dry_run=True)
+    assert [file.origin for file in listed.files if file.path == "README.md"] == ["the card, from 1 result files"]
 
 
 def test_figures_are_published_without_the_text_stored_beside_the_picture(hub, run, tmp_path):
