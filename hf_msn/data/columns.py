@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from .map_style import image_dataset
+from .map_style import AnyDataset, image_dataset
 
 logger = logging.get_logger(__name__)
 
@@ -14,12 +14,12 @@ LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target")
 
 
 def image_and_label(
-    dataset: datasets.Dataset | datasets.IterableDataset,
+    dataset: AnyDataset,
     source: str,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> AnyDataset:
     """Return a dataset with the columns `image`, undecoded, and, if labelled, `label`: `ClassLabel`, `int64` or text.
 
     `source` names its origin in errors. For the columns see [`~hf_msn.load_images`].
@@ -62,14 +62,12 @@ def image_and_label(
     return dataset
 
 
-def number_labels(
-    dataset: datasets.Dataset | datasets.IterableDataset,
-) -> datasets.Dataset | datasets.IterableDataset:
+def number_labels(dataset: AnyDataset) -> AnyDataset:
     """Return a dataset whose labels are numbers: of texts, by their alphabetical order."""
     return dataset.class_encode_column("label") if _is_text(dataset.features.get("label")) else dataset
 
 
-def undecoded(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
+def undecoded(dataset: Any) -> AnyDataset:
     """Return a dataset whose images `datasets` does not decode: a broken one would end the run without its row."""
     dataset = image_dataset(dataset)
     columns = getattr(dataset, "column_names", ())  # `None` for some streams

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..checks import check_choice, check_integer
 from .columns import undecoded
-from .decoding import BrokenImageError, decode_reduced_image
+from .decoding import BrokenImageError, Decoded, decode_reduced_image
 from .labels import class_names
 from .transforms import DrawnViews, gives_crops
 
@@ -53,6 +53,7 @@ def multi_view_dataset(
 class EncodedImages:
     """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views."""
 
+    dataset_class: type  # of `datasets`, that it reads
     transform_method = "__call__"  # makes the views of one image
 
     def __init__(self, dataset, transform, seed: int, on_broken_image: str):
@@ -64,6 +65,11 @@ class EncodedImages:
                 f"{transform!r:.80}. Pass one, such as `MultiViewTransform()`."
             )
         dataset = undecoded(dataset)
+        if not isinstance(dataset, self.dataset_class):
+            raise ValueError(
+                f"`dataset` must be a `{self.dataset_class.__name__}` for a {type(self).__name__}, but is a "
+                f"`{type(dataset).__name__}`. Use `multi_view_dataset`, which takes both kinds."
+            )
         self.class_names = class_names(dataset)  # from the features: no label is read
         self._dataset = dataset.with_format(None).select_columns("image")
         self.info, self.split = self._dataset.info, self._dataset.split
@@ -121,6 +127,7 @@ class EncodedImages:
 class RowImages(EncodedImages):
     """Images with row numbers, whose broken rows are remembered and not decoded again."""
 
+    dataset_class = datasets.Dataset
     rows: Sequence[int] | np.ndarray  # of the source, by position
 
     def __init__(self, dataset, transform, seed: int, on_broken_image: str):
@@ -142,9 +149,7 @@ class RowImages(EncodedImages):
         last = len(self._dataset) - 1
         return (self._dataset[row] for row in sorted({last * part // 15 for part in range(16)}))
 
-    def _first_readable(
-        self, position: int, value: dict, others: Iterable[np.ndarray], reduction
-    ) -> tuple[Image.Image, tuple[int, int]] | None:
+    def _first_readable(self, position: int, value: dict, others: Iterable[np.ndarray], reduction) -> Decoded | None:
         """Decode the image at a position, which holds `value`, or the first readable one of `others`, in chunks."""
         states = self._states.numpy()
         if states[position] != _BROKEN and (decoded := self._decoded(position, value, reduction)) is not None:
@@ -155,7 +160,7 @@ class RowImages(EncodedImages):
                     return decoded
         return None
 
-    def _decoded(self, position: int, value: dict, reduction) -> tuple[Image.Image, tuple[int, int]] | None:
+    def _decoded(self, position: int, value: dict, reduction) -> Decoded | None:
         try:
             decoded = decode_reduced_image(value, reduction, row=int(self.rows[position]))
             self._states[position] = _READABLE
@@ -234,7 +239,7 @@ class MultiViewDataset(_Epochs, RowImages, torch.utils.data.Dataset):
             for row, value in zip(indices, values)
         ]
 
-    def _readable(self, row: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
+    def _readable(self, row: int, value, reduction=None) -> Decoded:
         starts = range(row + 1, row + len(self), _ROWS_AHEAD)
         later = (np.arange(start, min(start + _ROWS_AHEAD, row + len(self))) % len(self) for start in starts)
         decoded = self._first_readable(row, value, later, reduction)
@@ -269,6 +274,8 @@ class StreamingMultiViewDataset(_Epochs, EncodedImages, torch.utils.data.Iterabl
         BrokenImageError: While reading, for a broken image under `"raise"`, or under `"skip"` if all of a worker's
             part are broken.
     """
+
+    dataset_class = datasets.IterableDataset
 
     def __init__(
         self,

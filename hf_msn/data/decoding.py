@@ -29,6 +29,8 @@ _FOLDERS_OF_TAGS = (0x8769, 0x8825, 0xA005)  # EXIF, GPS and interoperability
 _START_OF_SCAN, _NEEDED_MARKERS = b"\xff\xda", (b"\xff\xe1", b"\xff\xee")  # EXIF; Adobe's colour transform
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 
+Decoded = tuple[Image.Image, tuple[int, int]]  # with its width and height before it was reduced
+
 
 class BrokenImageError(ValueError):
     """An image that cannot be read: its `reason`, the `row` of the dataset and its `path`, if they are known.
@@ -90,7 +92,7 @@ def decode_image(value: Any, *, row: int | None = None) -> Image.Image:
 
 def decode_reduced_image(
     value: Any, reduction: Callable[[tuple[int, int]], int] | None = None, *, row: int | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
+) -> Decoded:
     """Decode an image as [`decode_image`] does, but a JPEG file no larger than needed, which is much faster.
 
     `reduction` returns for the displayed width and height the number by which the sides may be divided: 1, 2, 4 or 8.
@@ -109,9 +111,7 @@ def decode_reduced_image(
         raise BrokenImageError(_reason(error), row=row, path=_path_of(value)) from error
 
 
-def _decode(
-    value: Any, reduction: Callable[[tuple[int, int]], int] | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(value: Any, reduction: Callable[[tuple[int, int]], int] | None) -> Decoded:
     image = _open(value)
     if reduction is None or image is value or image.format != "JPEG":
         image = _to_rgb(image)

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import numpy as np
 
-from .map_style import image_dataset
+from .map_style import AnyDataset, image_dataset
 from .sources import image_file_names
 from .splits import check_labels, first_few, low_shot_indices, match_list_file
 
@@ -42,12 +43,7 @@ def labelled_rows(
     if (mask is None) == (list_file is None):
         given = "both" if mask is not None else "neither"
         raise ValueError(f"Exactly one of `mask` and `list_file` selects the labelled rows, but {given} is given.")
-    if not hasattr(dataset, "select"):
-        dataset = image_dataset(dataset)
-    if isinstance(dataset, datasets.IterableDataset):
-        raise ValueError(
-            f"`dataset` must have numbered rows, but is a {type(dataset).__name__}. Load it without `streaming`."
-        )
+    dataset = _with_numbered_rows(dataset)
     if list_file is not None:
         rows = np.sort(match_list_file(list_file, image_file_names(dataset)))
     else:
@@ -86,14 +82,14 @@ def draw_labelled_rows(
     Raises:
         ValueError: See [`~hf_msn.data.splits.low_shot_indices`] and [`class_numbers`].
     """
-    dataset = image_dataset(dataset)
+    dataset = _with_numbered_rows(dataset)
     labels = class_numbers(dataset)
     return low_shot_indices(
         labels, images_per_class=images_per_class, fraction=fraction, seed=seed, class_names=class_names(dataset)
     )
 
 
-def class_names(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
+def class_names(dataset: AnyDataset) -> list[str] | None:
     """Return the names by class number, from the features; `None` if the labels are plain numbers or absent.
 
     A dataset of views ([`~hf_msn.MultiViewDataset`], [`~hf_msn.SupportDataset`]) has them as an attribute.
@@ -130,9 +126,7 @@ def class_numbers(dataset: datasets.Dataset, rows: np.ndarray | None = None, whi
     return labels
 
 
-def check_class_names(
-    first: datasets.Dataset | datasets.IterableDataset, second: datasets.Dataset | datasets.IterableDataset
-) -> list[str] | None:
+def check_class_names(first: AnyDataset, second: AnyDataset) -> list[str] | None:
     """Check that the class numbers of two datasets mean the same classes. Reads their features, never a row.
 
     Returns the class names of the first. A dataset without class names agrees with any.
@@ -154,9 +148,7 @@ def check_class_names(
     return names
 
 
-def numbered_as(
-    train: datasets.Dataset | datasets.IterableDataset, test: datasets.Dataset | datasets.IterableDataset
-) -> datasets.Dataset | datasets.IterableDataset:
+def numbered_as(train: AnyDataset, test: AnyDataset) -> AnyDataset:
     """Return the test data with the class numbers of the train data.
 
     They differ if the classes are text, which each split numbers by itself, and the test data lacks one. Other
@@ -203,6 +195,15 @@ def check_rows(name: str, values: Sequence[int] | np.ndarray, num_rows: int) -> 
             "of 0 and 1 to booleans."
         )
     return rows
+
+
+def _with_numbered_rows(dataset: Any) -> datasets.Dataset:
+    dataset = dataset if hasattr(dataset, "select") else image_dataset(dataset)
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            f"`dataset` must have numbered rows, but is a {type(dataset).__name__}. Load it without `streaming`."
+        )
+    return dataset
 
 
 def _check_classes(dataset: datasets.Dataset, rows: np.ndarray, classes: Sequence[str] | Sequence[int]) -> None:

@@ -17,8 +17,10 @@ from .folders import image_files
 
 logger = logging.get_logger(__name__)
 
+AnyDataset = datasets.Dataset | datasets.IterableDataset
 
-def image_dataset(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
+
+def image_dataset(dataset: Any) -> AnyDataset:
     """Return a `Dataset` with the columns `image` and, if it is labelled, `label`; one of `datasets` stays as it is.
 
     torchvision's `ImageFolder` becomes its files, a `Subset` the rows of what it is a part of. The images of any other
@@ -28,7 +30,7 @@ def image_dataset(dataset: Any) -> datasets.Dataset | datasets.IterableDataset:
     Raises:
         ValueError: If it has splits instead of rows, no row numbers, no rows, or items without an image.
     """
-    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+    if isinstance(dataset, AnyDataset):
         return dataset
     if isinstance(dataset, Mapping):
         names = ", ".join(repr(str(name)) for name in dataset)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from .columns import LABEL_NAMES, find_image_column, find_label_column
 from .folders import SPLIT_NAMES, check_file_names, is_image_file
+from .map_style import AnyDataset
 
 SHARD_EXTENSIONS = (".parquet", ".tar")
 _STREAM_CHECKS = 5  # samples of each shard that are read before a stream begins
@@ -57,7 +58,7 @@ def check_shards(files: Sequence[str]) -> None:
             raise ValueError(f"`source` must hold images, but the shard '{path}' has no files. Remove it.")
 
 
-def read_parquet(files: Sequence[str], *, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def read_parquet(files: Sequence[str], *, streaming: bool) -> AnyDataset:
     """Return the rows of parquet files."""
     names = {path: set(pyarrow.parquet.read_schema(path).names) for path in files}
     for path in files:
@@ -84,7 +85,7 @@ def read_tars(
     streaming: bool,
     image_column: str | None = None,
     label_column: str | None = None,
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> AnyDataset:
     """Return the samples of webdataset tars with the columns `image` and, if the first sample has one, `label`.
 
     Columns are named by extension; `json.label` is a field of a `.json` file. Without `image_column` the image is the

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from .columns import image_and_label, number_labels
 from .folders import image_files, is_image_file, read_folder
+from .map_style import AnyDataset
 from .shards import SHARD_EXTENSIONS, check_shards, read_parquet, read_tars, shards_by_split
 
 _NUM_TEST_DIGITS = 360
@@ -79,7 +80,7 @@ def load_images(
         ConnectionError: If the source is a Hub id and the Hub cannot be reached.
         ValueError: If the split or a column does not exist, a column is ambiguous, or there are no rows.
     """
-    source = os.path.expanduser(os.fspath(source))
+    source, split = os.path.expanduser(os.fspath(source)), str(split)  # of a `datasets.Split`
     if not source:
         raise ValueError("`source` is empty. Give a folder, shards, a Hub id such as 'owner/name', or 'digits'.")
     columns = {"image_column": image_column, "label_column": label_column}
@@ -183,9 +184,7 @@ def _splits_of_shards(
     return {name: partial(read, shards, streaming=streaming) for name, shards in by_split.items()}
 
 
-def _select_split(
-    splits: dict[str, Callable], split: str, source: str
-) -> list[datasets.Dataset | datasets.IterableDataset]:
+def _select_split(splits: dict[str, Callable], split: str, source: str) -> list[AnyDataset]:
     """Load the splits that `split` names, such as "train[:10%]+test", and return its parts."""
     names = dict.fromkeys(part.strip().split("[")[0] for part in split.split("+"))
     if not names.keys() <= splits.keys():
@@ -201,7 +200,7 @@ def _select_split(
         raise _unknown_split(split, source, splits) from error
 
 
-def _concatenate(parts: list, split: str, source: str) -> datasets.Dataset | datasets.IterableDataset:
+def _concatenate(parts: list, split: str, source: str) -> AnyDataset:
     for name, part in zip(split.split("+"), parts):
         if part.features != parts[0].features:
             first, other = ({**features} for features in (parts[0].features, part.features))
@@ -212,13 +211,13 @@ def _concatenate(parts: list, split: str, source: str) -> datasets.Dataset | dat
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _stream(dataset: datasets.Dataset | datasets.IterableDataset) -> datasets.IterableDataset:
+def _stream(dataset: AnyDataset) -> datasets.IterableDataset:
     if isinstance(dataset, datasets.IterableDataset):
         return dataset
     return dataset.to_iterable_dataset(num_shards=max(1, min(_STREAMED_SHARDS, len(dataset))))
 
 
-def _load(source: str, split: str, streaming: bool, **settings) -> datasets.Dataset | datasets.IterableDataset:
+def _load(source: str, split: str, streaming: bool, **settings) -> AnyDataset:
     try:
         return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
     except ValueError as error:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..checks import check_integer
 from .datasets import RowImages, hash_numbers
-from .decoding import BrokenImageError
+from .decoding import BrokenImageError, Decoded
 from .labels import class_names, class_numbers, labelled_rows
 from .map_style import image_dataset
 from .samplers import ClassStratifiedSampler
@@ -97,7 +97,7 @@ class SupportDataset(RowImages, torch.utils.data.Dataset):
     def _views_of_other_transform(self, image: Image.Image) -> dict[str, torch.Tensor]:
         return {"support_pixel_values": self.transform.global_views(image, self.views_per_image)}
 
-    def _readable(self, position: int, value, reduction=None) -> tuple[Image.Image, tuple[int, int]]:
+    def _readable(self, position: int, value, reduction=None) -> Decoded:
         of_class = np.flatnonzero(self.labels == self.labels[position])
         others = np.roll(of_class, -int(np.searchsorted(of_class, position)))[1:]
         decoded = self._first_readable(position, value, [others], reduction)

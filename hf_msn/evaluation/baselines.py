@@ -3,13 +3,13 @@
 import copy
 from typing import Any
 
-import datasets
 import timm
 import torch
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, ViTMSNModel
 
+from ..data.map_style import AnyDataset
 from ..models.configuration_pretraining import PretrainingConfig
 from ..models.encoder import PatchDroppingViTMSNModel
 from .backbones import FeatureSpace, find_backbone, is_timm_model, unwrapped
@@ -18,9 +18,7 @@ from .features import Features, pixel_features, process_image, unit_range
 MAX_PIXEL_SIZE = 64
 
 
-def raw_pixel_features(
-    dataset: datasets.Dataset | datasets.IterableDataset, image_processor: Any, **extraction: Any
-) -> Features:
+def raw_pixel_features(dataset: AnyDataset, image_processor: Any, **extraction: Any) -> Features:
     """Return the RGB values in [0, 1] of whole images as features, with the arguments of `pixel_features`.
 
     The images are resized, where they differ, to the size that `image_processor` gives, but at most 64 x 64: 12,288

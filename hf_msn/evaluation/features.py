@@ -23,6 +23,7 @@ from ..checks import check_choice, check_integer
 from ..data.columns import undecoded
 from ..data.decoding import BrokenImageError, decode_image
 from ..data.labels import check_rows
+from ..data.map_style import AnyDataset
 from ..data.spare_cores import spare_cores
 from ..distributed.collectives import rank, world_size
 from ..files import whole_file
@@ -107,6 +108,7 @@ def extract_features(
             out of range.
     """
     check_integer("batch_size", batch_size, meaning="counts images")
+    check_choice("dtype", dtype, (None, torch.float32, torch.bfloat16, torch.float16, torch.float64))
     module, forward = evaluated_module(model, features, num_last_layers)
     image_processor = resolve_image_processor(model) if image_processor is None else image_processor
     weights_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
@@ -175,9 +177,7 @@ def unit_range(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def _selected_rows(
-    images: datasets.Dataset | datasets.IterableDataset, rows: np.ndarray | None = None
-) -> np.ndarray | None:
+def _selected_rows(images: AnyDataset, rows: np.ndarray | None = None) -> np.ndarray | None:
     """Return the rows to extract, ascending; `None` for a stream, of which all are."""
     if isinstance(images, datasets.IterableDataset):
         if rows is not None:
@@ -187,7 +187,7 @@ def _selected_rows(
 
 
 def _extract(
-    images: datasets.Dataset | datasets.IterableDataset,
+    images: AnyDataset,
     loader: DataLoader,
     compute: Callable[[torch.Tensor], torch.Tensor],
     on_broken_image: str,
@@ -289,7 +289,7 @@ def _write_cache(path: Path, rows: _RankRows) -> None:
 
 
 def _image_loader(
-    images: datasets.Dataset | datasets.IterableDataset,
+    images: AnyDataset,
     rows: np.ndarray | None,
     image_processor: Any,
     batch_size: int,

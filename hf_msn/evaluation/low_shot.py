@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..checks import check_choice, check_integer
 from ..data.decoding import BrokenImageError
 from ..data.labels import check_every_class_is_learnt, check_rows, class_names, class_numbers, numbered_as
-from ..data.map_style import image_dataset
+from ..data.map_style import AnyDataset, image_dataset
 from ..data.sources import image_file_names
 from ..data.splits import low_shot_indices, match_list_file
 from ..distributed.collectives import rank, world_size
@@ -378,9 +378,7 @@ def _lists_by_task(
     return tasks
 
 
-def _read_labels(
-    dataset: datasets.Dataset | datasets.IterableDataset, which: str, rows: np.ndarray | None = None
-) -> np.ndarray | None:
+def _read_labels(dataset: AnyDataset, which: str, rows: np.ndarray | None = None) -> np.ndarray | None:
     """Return the labels of a dataset; `None` for a stream, whose labels come with its features."""
     if isinstance(dataset, datasets.IterableDataset):
         columns = dataset.column_names
@@ -390,7 +388,7 @@ def _read_labels(
     return class_numbers(dataset, rows, which)
 
 
-def _describe_data(features: Features, dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Any]:
+def _describe_data(features: Features, dataset: AnyDataset) -> dict[str, Any]:
     split = getattr(dataset, "split", None)
     labels_and_rows = np.stack([features.rows, features.labels]).astype(np.int64)
     return {

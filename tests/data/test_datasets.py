@@ -175,6 +175,13 @@ def test_arguments_out_of_range_are_refused(image_rows, change, settings, named)
         multi_view_dataset(change(images) if change else images, **{"transform": TRANSFORM, **settings})
 
 
+@pytest.mark.parametrize("kind", [MultiViewDataset, StreamingMultiViewDataset])
+def test_data_of_the_other_kind_is_refused(image_rows, kind):
+    images = image_rows(2) if kind is StreamingMultiViewDataset else image_rows(2).to_iterable_dataset()
+    with pytest.raises(ValueError, match=f"`{type(images).__name__}`.*multi_view_dataset"):
+        kind(images, TRANSFORM)
+
+
 def test_stream_is_sharded_over_workers_with_the_same_views(image_rows):
     def stream():
         return StreamingMultiViewDataset(image_rows(8).to_iterable_dataset(num_shards=4), TRANSFORM, seed=5)

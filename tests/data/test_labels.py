@@ -104,8 +104,12 @@ def test_drawn_rows_are_those_of_the_low_shot_split():
         np.testing.assert_array_equal(draw_labelled_rows(dataset, **settings), low_shot_indices(labels, **settings))
     with pytest.raises(ValueError, match="dog has 3, fox has 3"):
         draw_labelled_rows(dataset, images_per_class=4, seed=0)
-    with pytest.raises(ValueError, match=r"\['image'\]"):
-        draw_labelled_rows(dataset.select_columns("image"), images_per_class=1, seed=0)
+    for other, named in (
+        (dataset.select_columns("image"), r"\['image'\]"),
+        (dataset.to_iterable_dataset(), "streaming"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            draw_labelled_rows(other, images_per_class=1, seed=0)
 
 
 def test_same_or_missing_class_names_agree():

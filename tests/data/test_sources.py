@@ -31,6 +31,7 @@ def test_digits_can_be_sliced_and_streamed():
     whole = load_images("digits")
     assert image_file_names(load_images("digits", split="train[:100]")) == image_file_names(whole)[:100]
     assert len(load_images("digits", split="train+test")) == 1797
+    assert len(load_images("digits", split=datasets.Split.TEST)) == 360
     streamed = list(load_images("digits", streaming=True))
     assert [row["label"] for row in streamed] == whole["label"][:]
 
@@ -89,10 +90,10 @@ def test_missing_empty_and_foreign_sources_are_refused(tmp_path, folder, encoded
         load_images("")
 
 
-@pytest.mark.parametrize("split", ["val", "train2[:10%]"])
+@pytest.mark.parametrize("split", ["val", "train2[:10%]", None])
 def test_unknown_split_is_refused(folder, split):
     root = folder({"train/1.png": 1, "test/2.png": 2})
-    with pytest.raises(ValueError, match=r"'train'.* but is '(val|train2)"):
+    with pytest.raises(ValueError, match=r"'train'.* but is '(val|train2|None)"):
         load_images(root, split=split)
     with pytest.raises(ValueError, match="'train', 'test' of 'digits'"):
         load_images("digits", split=split)

@@ -220,6 +220,7 @@ def test_image_processor_without_a_repr_is_not_cached(tiny_vit, some_digits, tmp
         ({"batch_size": 0}, "`batch_size` .* but is 0"),
         ({"on_broken_image": "ignore"}, "`on_broken_image` .* but is 'ignore'"),
         ({"rows": np.array([24])}, "`rows` .* from 0 to 23, but holds 24"),
+        ({"dtype": "bfloat16"}, "`dtype` .* but is 'bfloat16'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tiny_vit, some_digits, processor, arguments, message):
