@@ -20,6 +20,7 @@ from ..checks import check_choice, check_integer
 from .columns import undecoded
 from .decoding import BrokenImageError, Decoded, decode_reduced_image
 from .labels import class_names
+from .map_style import AnyDataset
 from .transforms import DrawnViews, gives_crops
 
 logger = logging.get_logger(__name__)
@@ -53,7 +54,7 @@ def multi_view_dataset(
 class EncodedImages:
     """The encoded images of a dataset and the views drawn from them: the common part of the datasets of views."""
 
-    dataset_class: type  # of `datasets`, that it reads
+    dataset_class: type[AnyDataset]
     transform_method = "__call__"  # makes the views of one image
 
     def __init__(self, dataset, transform, seed: int, on_broken_image: str):

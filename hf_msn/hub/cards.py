@@ -74,8 +74,10 @@ def create_model_card(
         ValueError: If results are of other weights, if there are none without `without_results`, or if a folder, an
             id, a licence or a figure is not valid.
     """
-    names = {"repo_id": repo_id, "model_name": model_name, "base_model": base_model, "license": license}
-    made = card_files(checkpoint, results, figures=figures, without_results=without_results, run=run, **names)
+    names: dict[str, Any] = {"repo_id": repo_id, "model_name": model_name, "base_model": base_model}
+    made = card_files(
+        checkpoint, results, figures=figures, license=license, without_results=without_results, run=run, **names
+    )
     return ModelCard(made[CARD_FILE].decode())
 
 
