@@ -150,19 +150,6 @@ class FinetuningResult:
             lines.append(f"Test: {measured} of {self.num_test_images} images.")
         return "\n".join(lines)
 
-    def _describe_run(self) -> dict[str, Any]:
-        args = self.args
-        data = {**describe_data(self.labelled), "num_images": self.num_trained_images}
-        return {
-            "method": f"fine-tuning, {self.head}",
-            "data": data,
-            "hardware": describe_hardware(args),
-            "epochs": self.best_epoch,
-            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            "seed": args.seed,
-            **self.run,
-        }
-
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_STAGING}*"):  # by a killed run
@@ -174,7 +161,16 @@ class FinetuningResult:
             rows = np.union1d(self.trained_rows, self.held_out_rows)
             labelled = {"rows": rows.tolist(), "labels": self.labels.tolist(), "class_names": self.class_names}
             write_json(staging / LABELLED_IMAGES_FILE, labelled)
-            write_run(staging, self._describe_run())
+            args = self.args
+            run = {
+                "method": f"fine-tuning, {self.head}",
+                "data": {**describe_data(self.labelled), "num_images": self.num_trained_images},
+                "hardware": describe_hardware(args),
+                "epochs": self.best_epoch,
+                "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+                "seed": args.seed,
+            }
+            write_run(staging, {**run, **self.run})
             # the hash of the encoder is the same for every head on it, that of the files is not
             files = {file.name: file_sha256(file) for file in sorted(staging.glob("*.safetensors"))}
             write_json(staging / RESULT_FILE, {**self.to_dict(), "files": files})

@@ -28,9 +28,5 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
 
 
 def check_temperature(name: str, value: float) -> None:
-    """Check that a temperature is above 0.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raise a `ValueError` unless a temperature is above 0."""
     check_number(name, value, above=0, meaning="divides similarities or logarithms")

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -189,7 +188,12 @@ class PretrainingModel(PreTrainedModel):
         kept_patches: torch.Tensor | None,
         patch_size: int | None,
     ) -> torch.Tensor:
-        encode = partial(_encode, encoder, patch_size=patch_size)
+        def encode(images: torch.Tensor, kept_patches: torch.Tensor | None) -> torch.Tensor:
+            if not isinstance(encoder, PatchDroppingViTMSNModel):
+                return encoder(images)
+            outputs = encoder(images, kept_patches=kept_patches, cls_only=True, patch_size=patch_size)
+            return outputs.last_hidden_state[:, 0]
+
         if self.encoder_chunks is None:
             return encode(concatenate(parts), kept_patches)
         return self.encoder_chunks.encode(encoder, encode, parts, kept_patches)
@@ -392,15 +396,6 @@ class SemiSupervisedModel(AnyEncoderModel):
         rows = rows.to(torch.promote_types(weight.dtype, torch.float32))  # keeps a float64 model in float64
         smoothing = self.config.label_smoothing
         return rows * (1 - smoothing) + smoothing / len(classes)
-
-
-def _encode(
-    encoder: nn.Module, images: torch.Tensor, kept_patches: torch.Tensor | None, patch_size: int | None
-) -> torch.Tensor:
-    if isinstance(encoder, PatchDroppingViTMSNModel):
-        settings = {} if patch_size is None else {"patch_size": patch_size}
-        return encoder(images, kept_patches=kept_patches, cls_only=True, **settings).last_hidden_state[:, 0]
-    return encoder(images)
 
 
 def _forget_mask_draw(model: PretrainingModel, incompatible_keys) -> None:

@@ -44,7 +44,13 @@ def read_source(name_or_path: str | Path) -> PreTrainedConfig | None:
     """
     name = str(name_or_path)
     if name.startswith("timm:"):
-        _check_name(f"The name in '{name}'", name.removeprefix("timm:"))
+        architecture = name.removeprefix("timm:")
+        _check_name(f"The name in '{name}'", architecture)
+        if not timm.is_model_pretrained(architecture):
+            raise ValueError(
+                f"'{name}' must name weights that timm has released, but there are none of '{architecture}'. "
+                f"`timm.list_pretrained('{architecture.partition('.')[0]}.*')` lists them."
+            )
         return None
     try:
         config = AutoConfig.from_pretrained(name_or_path)

@@ -173,20 +173,6 @@ def write_checksums(checkpoint: str | Path) -> None:
     write_text(Path(checkpoint, CHECKSUMS_FILE), format_checksums({file.name: file_sha256(file) for file in files}))
 
 
-def find_changed_file(checkpoint: str | Path) -> str | None:
-    """Return the first file of a checkpoint that differs from its checksum, if any.
-
-    Files that were added or removed since are not judged, nor checkpoints of earlier versions, without checksums.
-    """
-    for name, sha256 in read_checksums(checkpoint).items():
-        file = Path(checkpoint, name)
-        if not name:  # of a broken line
-            return CHECKSUMS_FILE
-        if file.is_file() and file_sha256(file) != sha256:
-            return name
-    return None
-
-
 def find_fault(checkpoint: str | Path) -> str | None:
     """Return why a run cannot resume from a folder, or `None` if it can. Reads every file to verify its checksum."""
     checkpoint = Path(checkpoint)
@@ -204,9 +190,10 @@ def find_fault(checkpoint: str | Path) -> str | None:
         return "'model.safetensors' is missing"
     if not rng_states:
         return "'rng_state.pth' is missing (was it saved with `save_only_model`?)"
-    changed = find_changed_file(checkpoint)
-    if changed is not None:
-        return f"'{changed}' is damaged (its SHA-256 is not that of '{CHECKSUMS_FILE}')"
+    for name, sha256 in read_checksums(checkpoint).items():  # earlier versions have none; a broken line has no name
+        file = checkpoint / name
+        if not name or (file.is_file() and file_sha256(file) != sha256):
+            return f"'{name or CHECKSUMS_FILE}' is damaged (its SHA-256 is not that of '{CHECKSUMS_FILE}')"
     try:
         read_json(checkpoint / "config.json")
         step = read_json(checkpoint / "trainer_state.json")["global_step"]

@@ -22,7 +22,7 @@ class MSNTrainer(TargetTrainer):
 
     def __init__(self, model: MSNForPreTraining, args: MSNTrainingArguments, data_collator=None, **kwargs):
         super().__init__(model, args, data_collator, **kwargs)
-        self._prototypes_used = torch.zeros(model.config.num_prototypes, dtype=torch.bool, device=args.device)
+        self._prototypes_used = torch.zeros(len(self.model.prototypes), dtype=torch.bool, device=args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "sharpen_temperature": self.sharpen_temperature_now()}

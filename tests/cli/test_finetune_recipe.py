@@ -80,6 +80,8 @@ def test_views_are_a_crop_and_a_flip_by_default(tmp_path):
         (["--model", "timm:test_resnet", "--hidden_size", "8"], "`hidden_size`"),
         (["--model", "/no/such"], "'/no/such'"),
         (["--model", "timm:nonsense"], "'timm:nonsense'"),
+        (["--model", "timm:resnet18.nonsense"], "'resnet18.nonsense'"),
+        (["--model", "timm:paws_wide_resnet"], "'paws_wide_resnet'"),
         (["--patch_size", "5"], "`image_size` must be a multiple of `patch_size`"),
     ],
 )

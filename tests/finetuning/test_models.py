@@ -134,6 +134,8 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path):
     resnet.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'resnet'"):
         load_for_suncet(tmp_path, 0)
+    with pytest.raises(ValueError, match="typo' cannot be loaded"):
+        load_for_suncet(tmp_path / "typo", 0)
     with pytest.raises(ValueError, match="is a ResNetModel, but must be a pretraining model"):
         load_for_suncet(resnet, 0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import RandomViews, StopAt, assert_same_weights, logged, make_trainer
+from short_runs import SHORT, RandomViews, StopAt, assert_same_weights, logged, make_trainer
 from tiny import tiny_model
 from transformers import TrainingArguments
 
@@ -154,6 +154,13 @@ def test_too_few_images(tmp_path, num_images, batch, message):
 def test_items_that_are_no_views_are_refused(tmp_path, dataset):
     with pytest.raises(ValueError, match="MultiViewDataset"):
         make_trainer(tmp_path, dataset).train()
+
+
+def test_a_model_that_is_made_by_the_trainer_trains(tmp_path):
+    args = MSNTrainingArguments(str(tmp_path), **SHORT)
+    trainer = MSNTrainer(None, args, model_init=lambda: tiny_model(), train_dataset=RandomViews())
+    trainer.train()
+    assert trainer.state.global_step == 8 and 1 <= logged(trainer, "prototypes_in_use")[8] <= 8
 
 
 def test_arguments_of_another_trainer_are_refused(tmp_path):

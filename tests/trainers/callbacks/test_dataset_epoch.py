@@ -19,10 +19,3 @@ def test_the_data_set_gets_each_epoch_before_it_is_read(tmp_path):
     dataset = RecordedViews(8)
     make_trainer(tmp_path, dataset, max_steps=-1, num_train_epochs=3, save_strategy="no").train()
     assert sorted(dataset.reads) == [(epoch, row) for epoch in range(3) for row in range(8)]
-
-
-def test_a_data_set_without_epochs_trains(tmp_path):
-    dataset = [RandomViews()[row] for row in range(8)]
-    trainer = make_trainer(tmp_path, dataset, max_steps=4, save_strategy="no")
-    trainer.train()
-    assert trainer.state.global_step == 4
