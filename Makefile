@@ -33,9 +33,9 @@ card: $(VENV)/.installed runs/demo/model/config.json  ## Measure what `make demo
 runs/demo/model/config.json:
 	@$(MAKE) demo
 
-# Tests of ranks and of scripts mostly wait: two workers take little more than half of the time of one. A file stays with one.
+# Tests of ranks mostly wait, for one another and for deadlines: three workers keep two cores busy. A file stays with one.
 test: $(VENV)/.installed  ## Run all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --durations 20
 
 test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer in about 2 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"

@@ -244,8 +244,8 @@ def plot_compressions(measured: list[dict[str, Any]], path: str | os.PathLike) -
     panels = figure.subplots(1, 3, sharey=True)
     titles = {"bias2": "squared bias", "ca_variance": "cost-adjusted variance", "ca_mse": "CA-MSE"}
     for axes, (key, title) in zip(panels, titles.items()):
-        values, errors = ([row[name] / unit[row["progress"]] for row in measured] for name in (key, f"{key}_error"))
-        values, errors = (np.reshape(numbers, (len(points), len(names))).T for numbers in (values, errors))
+        both = ([row[name] / unit[row["progress"]] for row in measured] for name in (key, f"{key}_error"))
+        values, errors = (np.reshape(numbers, (len(points), len(names))).T for numbers in both)
         axes.imshow(values, cmap="Oranges", alpha=0.6, aspect="auto", vmin=0, vmax=2)
         for row, column in np.ndindex(values.shape):
             text = f"{values[row, column]:.2f}\n±{errors[row, column]:.2f}"
