@@ -1,6 +1,7 @@
 """scripts/benchmarks/step.py, and that its plain step does the work of ours."""
 
 import json
+from functools import partial
 
 import plain_step
 import pytest
@@ -10,7 +11,7 @@ from tiny import tiny_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from hf_msn import MSNTrainer, MSNTrainingArguments
+from hf_msn import MSNConfig, MSNTrainer, MSNTrainingArguments
 
 TINY = (
     "--hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --patch_size 8 --image_size 32 --focal_size 16 "
@@ -78,8 +79,11 @@ def test_the_plain_mask_keeps_the_same_patches_of_all_images():
 
 
 @pytest.mark.slow
-def test_table_and_json_have_both_steps_at_both_precisions(run, tmp_path):
+def test_table_and_json_have_both_steps_at_both_precisions(run, tmp_path, monkeypatch):
     output = tmp_path / "new" / "steps.json"
+    heads = {"projection_hidden_dim": 32, "projection_dim": 16, "num_prototypes": 16}
+    monkeypatch.setattr(step, "MSNConfig", partial(MSNConfig, **heads))
+    monkeypatch.setattr(step, "product_rates", partial(step.product_rates, repeats=1))
     printed = run(step, *TINY, "--profile", "--peak_tflops", 0.5, "--gradient_checkpointing", "--output", output)
     results = json.loads(output.read_text())
     for precision in ("fp32", "bf16"):

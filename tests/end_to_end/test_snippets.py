@@ -28,6 +28,12 @@ REPLACED = {
     "max_steps=1000": f"**{SHORT}",
     "/path/to/images": "images",
     "path/to/images": "images",
+    "patch_size=8, hidden_size=192, num_attention_heads=3, intermediate_size=768": (
+        "patch_size=16, hidden_size=24, num_attention_heads=3, intermediate_size=24, num_hidden_layers=1, "
+        "projection_hidden_dim=16, num_prototypes=8"
+    ),
+    'load_images("digits")': 'load_images("digits", split="train[:300]")',
+    'load_images("digits", split="test")': 'load_images("digits", split="test[:100]")',
     "chunk_size=64": "chunk_size=2",
     "@24": "@2",
     "patch_size=24": "patch_size=2",
@@ -58,30 +64,35 @@ def classifier_and_rows() -> tuple[nn.Module, list[dict]]:
     return ViTForImageClassification(ViTConfig(**VIT, num_labels=3)), rows
 
 
-def given(page: str) -> dict:
-    """Return the names that the text of a page takes as given; a docstring's are those of its module, too."""
+def given(page: str, code: str) -> dict:
+    """Return the names that a page takes as given and its code has; a docstring's are those of its module, too."""
     names = {"Trainer": Trainer, **{name: getattr(hf_msn, name) for name in hf_msn.__all__}}
-    images = hf_msn.load_images("images")
-    model, rows = classifier_and_rows()
-    batches = torch.utils.data.DataLoader(rows, batch_size=4)
-    if not on_ranks(page):
-        model, batches = tiny_model(), [tiny_batch()]
+    if on_ranks(page):
+        model, rows = classifier_and_rows()
+        batches = torch.utils.data.DataLoader(rows, batch_size=4)
+    else:
+        model, rows, batches = tiny_model(), [], [tiny_batch()]
         model.predictor = nn.Linear(4, 4, bias=False)
-    return {
-        **(names if page.endswith(".py") else {}),
-        "model": model,
-        "trainer": Trainer(model, TrainingArguments("runs/given", **SHORT), train_dataset=rows),
-        "optimizer": (optimizer := torch.optim.SGD(model.parameters(), lr=0.01)),
-        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
-        "batches": batches,
-        "loader": batches,
-        "accelerator": Accelerator(cpu=True),
-        "images": images,
-        "image": Image.new("RGB", (20, 20)),
-        "evaluator": hf_msn.LowShotEvaluator(
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images = hf_msn.load_images("images")
+    makers = {
+        "trainer": lambda: Trainer(model, TrainingArguments("runs/given", **SHORT), train_dataset=rows),
+        "scheduler": lambda: torch.optim.lr_scheduler.ConstantLR(optimizer),
+        "accelerator": lambda: Accelerator(cpu=True),
+        "image": lambda: Image.new("RGB", (20, 20)),
+        "evaluator": lambda: hf_msn.LowShotEvaluator(
             images, hf_msn.load_images("images", split="test"), image_processor=hf_msn.evaluation_image_processor(16)
         ),
-        "config": hf_msn.PAWSConfig(**{**VIT, "image_size": 8}),
+        "config": lambda: hf_msn.PAWSConfig(**{**VIT, "image_size": 8}),
+    }
+    return {
+        **(names if page.endswith(".py") else {}),
+        **{name: make() for name, make in makers.items() if re.search(rf"\b{name}\b", code)},
+        "model": model,
+        "optimizer": optimizer,
+        "batches": batches,
+        "loader": batches,
+        "images": images,
         "labelled_rows": list(range(200)),
     }
 
@@ -92,7 +103,7 @@ def run_page(page: str, code: str, folder: Path) -> dict:
         code = code.replace(written, replacement)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        names = given(page)
+        names = given(page, code)
         exec(compile(code, page, "exec"), names)
     return names
 
