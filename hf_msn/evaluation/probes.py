@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 from ..checks import check_integer, check_number
@@ -144,23 +144,22 @@ class KNNProbe(Probe):
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "KNNProbe":
         """Fit the probe anew. Arguments and errors are those of [`LogisticProbe.fit`]."""
-        features, self.classes_, self._columns = _check_inputs(features, labels)
+        features, self.classes_, columns = _check_inputs(features, labels)
         self._width = features.shape[1]
         neighbours = min(self.k, len(features))
-        self._index = NearestNeighbors(n_neighbors=neighbours, metric="cosine", algorithm="brute")
-        self._index.fit(features.astype(np.float64))
+        vote = KNeighborsClassifier(neighbours, weights=self._weights, metric="cosine", algorithm="brute")
+        self._vote = vote.fit(features.astype(np.float64), columns)
         self.fit_report = {"k": neighbours}
         return self
+
+    def _weights(self, distances: np.ndarray) -> np.ndarray:
+        # relative to the nearest neighbour: the ratio is the same and cannot overflow
+        return np.exp((distances[:, :1] - distances) / self.temperature)
 
     def predict_scores(self, features: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, C): the share of each class in the weighted vote; rows sum to 1."""
         features = _check_queries(self, features)
-        distances, nearest = self._index.kneighbors(features.astype(np.float64))
-        # relative to the nearest neighbour: the ratio is the same and cannot overflow
-        weights = np.exp((distances[:, :1] - distances) / self.temperature)
-        scores = np.zeros((len(distances), len(self.classes_)))
-        np.add.at(scores, (np.arange(len(scores))[:, None], self._columns[nearest]), weights)
-        return scores / scores.sum(axis=1, keepdims=True)
+        return self._vote.predict_proba(features.astype(np.float64))
 
 
 class SoftNearestNeighborProbe(Probe):
