@@ -108,15 +108,12 @@ def extract_features(
             out of range.
     """
     check_integer("batch_size", batch_size, meaning="counts images")
-    check_choice("dtype", dtype, (None, torch.float32, torch.bfloat16, torch.float16, torch.float64))
     module, forward = evaluated_module(model, features, num_last_layers)
     image_processor = resolve_image_processor(model) if image_processor is None else image_processor
     weights_dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-    if dtype is not None and weights_dtype != torch.float32 and dtype != weights_dtype:
-        raise ValueError(
-            f"`dtype` must be that of the weights, {weights_dtype}, unless they are float32, but is {dtype}. Load the "
-            "model with dtype=torch.float32."
-        )
+    autocast = (torch.bfloat16, torch.float16) if weights_dtype == torch.float32 else ()
+    remedy = "Only float32 weights are computed in another dtype: load the model with dtype=torch.float32."
+    check_choice("dtype", dtype, (None, weights_dtype, *autocast), remedy=remedy)
     images = undecoded(dataset)
     rows = _selected_rows(images, rows)
     fingerprint = getattr(images, "_fingerprint", None)

@@ -74,7 +74,7 @@ def test_bfloat16_is_close_and_comes_back_as_float32(tiny_vit, some_digits, proc
     assert 1e-4 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
     rounded = extract_features(tiny_vit.bfloat16(), some_digits.remove_columns("label"), processor)
     assert np.abs(rounded.features - exact).max() < 0.1 * np.abs(exact).max() and rounded.labels is None
-    with pytest.raises(ValueError, match=r"the weights, torch.bfloat16, .* but is torch.float32"):
+    with pytest.raises(ValueError, match=r"`dtype` .* None, torch.bfloat16, but is torch.float32"):
         extract_features(tiny_vit, some_digits, processor, dtype=torch.float32)
 
 
@@ -221,6 +221,7 @@ def test_image_processor_without_a_repr_is_not_cached(tiny_vit, some_digits, tmp
         ({"on_broken_image": "ignore"}, "`on_broken_image` .* but is 'ignore'"),
         ({"rows": np.array([24])}, "`rows` .* from 0 to 23, but holds 24"),
         ({"dtype": "bfloat16"}, "`dtype` .* but is 'bfloat16'"),
+        ({"dtype": torch.float64}, "`dtype` .* but is torch.float64"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tiny_vit, some_digits, processor, arguments, message):
