@@ -93,7 +93,7 @@ class AsyncGossip(BackgroundGossip):
     """
 
     can_be_base = False
-    waits_for_silent = True
+    _on_silent = "raise"
 
     def __init__(
         self,

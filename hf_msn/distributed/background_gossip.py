@@ -21,7 +21,7 @@ _CLOSE_SECONDS = 5.0
 class BackgroundGossip(LocalUpdate):
     """Base class of [`OverlapGossip`] and [`AsyncGossip`]: x and w, a mailbox, its members and their agreements."""
 
-    waits_for_silent = False  # whether `sync` raises an error where a rank is silent, instead of passing it over
+    _on_silent = "pass over"  # what `sync` does where a rank is silent, see [`Agreement`]
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class BackgroundGossip(LocalUpdate):
             changed=self._member_changed,
             tolerant=self._inner is None,
         )
-        self._agreement = Agreement(self._peers, self._receive, self.waits_for_silent)
+        self._agreement = Agreement(self._peers, self._receive, self._on_silent)
         self._is_attached = self._is_settled = True
         self._mailbox.start()
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..checks import check_choice, check_integer, check_number
 from .comm.exchange import Exchange, PeerError
 from .comm.flat import FlatTensors, split_into_buckets
+from .comm.wire import checked_wire_dtype
 from .gradient_sync import GradientSync, find_wrapper, require_free
 from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
 from .same_batch import batch_digest, compare_digests, event_digest
@@ -24,7 +25,6 @@ from .training_state import (
     trainable_parameters,
 )
 
-_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model
 _PROBED_UPDATES = (0, 1, 10, 100, 1000, 10000)  # after the burn-in, where the ranks compare alpha
 
@@ -215,7 +215,7 @@ class Codistillation:
         self.ramp_steps = check_integer("ramp_steps", ramp_steps, 0, meaning="counts updates")
         self.burn_in_steps = check_integer("burn_in_steps", burn_in_steps, 0, meaning="counts updates")
         self.distance = PredictionDistance(distance, temperature, top_k)
-        self.wire_dtype = check_choice("wire_dtype", wire_dtype, tuple(_DTYPES))
+        self.wire_dtype, self._wire_dtype = wire_dtype, checked_wire_dtype(wire_dtype)
         self.copies_dtype = check_choice("copies_dtype", copies_dtype, (None, "bfloat16"))
         self.copies_device = check_choice("copies_device", copies_device, (None, "cpu"))
         if exchange == "checkpoints" and (top_k is not None or wire_dtype is not None):
@@ -300,7 +300,7 @@ class Codistillation:
         """Return the packed predictions of each peer for the batch, in the order of the replicas."""
         if self._checkpoints is not None:
             return [[self._predictions(output)] for output in self._checkpoints.outputs(batch, self._forward)]
-        packed = self.distance.pack(own, _DTYPES[self.wire_dtype])
+        packed = self.distance.pack(own, self._wire_dtype)
         compare_digests(self._outer, batch_digest(batch, packed[0].device))
         gathered = []
         for tensor in packed:
@@ -363,7 +363,7 @@ class Codistillation:
             warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
         elif self.exchange == "checkpoints":
             inner_group = None if self._inner is None else self._inner.group
-            dtype = _DTYPES[self.copies_dtype]
+            dtype = None if self.copies_dtype is None else torch.bfloat16
             self._checkpoints = PeerCheckpoints(self.model, self._outer, inner_group, dtype, self.copies_device)
             self._checkpoints.connect()
         elif self._state is None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .comm.exchange import Exchange, PeerError
+from .comm.wire import as_bytes, from_bytes
 from .gradient_sync import ForwardScope
 from .training_state import frozen_and_buffers
 
@@ -48,7 +49,7 @@ class PeerCheckpoints:
         self._copies = {peer: _frozen_copy(model, dtype, device) for peer in peers}
         for module in self._copies.values():
             ForwardScope(module).limit_to(inner_group)
-        self._num_bytes = as_bytes(self._model, self._dtype).numel()
+        self._num_bytes = checkpoint_of(self._model, self._dtype).numel()
         self._seconds = exchange.timeout_seconds or _DEFAULT_SECONDS
         self._received: dict[int, dict[int, torch.Tensor]] = {}  # by step and peer
         self._works: dict[int, dict[int, list]] = {}  # by step and peer, until they are known to be complete
@@ -73,7 +74,7 @@ class PeerCheckpoints:
 
     def send(self, step: int) -> None:
         """Send the model as it is after `step` updates, and prepare to receive those of the peers. Does not wait."""
-        snapshot = as_bytes(self._model, self._dtype)
+        snapshot = checkpoint_of(self._model, self._dtype)
         self._received[step] = {peer: torch.empty_like(snapshot) for peer in self._copies}
         self._works[step] = {
             peer: self._swap(peer, step, snapshot, self._received[step][peer]) for peer in self._copies
@@ -102,7 +103,7 @@ class PeerCheckpoints:
     def state(self) -> dict[str, Any]:
         """Return the checkpoints in use and those in transfer, for which it waits."""
         self._complete_transfers()
-        in_use = {} if self.step is None else {peer: as_bytes(module, None) for peer, module in self._copies.items()}
+        in_use = {} if self.step is None else {peer: checkpoint_of(module) for peer, module in self._copies.items()}
         return {"step": self.step, "in_use": in_use, "received": {**self._received}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -161,11 +162,9 @@ class PeerCheckpoints:
     def _fill(self, step: int, payloads: Mapping[int, torch.Tensor]) -> None:
         self.step = step
         for peer, payload in payloads.items():
-            tensors = [tensor for tensor in exchanged_tensors(self._copies[peer]) if tensor.numel()]
-            parts = payload.split([tensor.numel() * tensor.element_size() for tensor in tensors])
-            for tensor, part in zip(tensors, parts):
-                # `clone` aligns the part for its dtype.
-                tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+            tensors = exchanged_tensors(self._copies[peer])
+            for tensor, part in zip(tensors, from_bytes(payload, tensors)):
+                tensor.copy_(part)
 
 
 def _error_of(works: list | RuntimeError, deadline: float) -> RuntimeError | None:
@@ -186,10 +185,9 @@ def exchanged_tensors(model: nn.Module) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def as_bytes(model: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:
+def checkpoint_of(model: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return the checkpoint of a model, `(number of bytes,)` of uint8 on the CPU."""
-    tensors = [_in_dtype(tensor.detach(), dtype) for tensor in exchanged_tensors(model) if tensor.numel()]
-    return torch.cat([tensor.reshape(-1).cpu().view(torch.uint8) for tensor in tensors])
+    return as_bytes([_in_dtype(tensor.detach(), dtype) for tensor in exchanged_tensors(model)])
 
 
 def _frozen_copy(model: nn.Module, dtype: torch.dtype | None, device: str | None) -> nn.Module:

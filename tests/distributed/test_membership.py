@@ -115,11 +115,11 @@ class Killed(Exception):
 class Rank(threading.Thread):
     """A rank that reaches `num` agreements on the sum of all ranks' numbers."""
 
-    def __init__(self, rank, network, *, size=3, waits=False, num=1, timeout_seconds=0.4, delay=0.0, collective=True):
+    def __init__(self, rank, network, *, on_silent="pass over", num=1, delay=0.0, collective=True):
         super().__init__(daemon=True)
-        self.mailbox = LocalMailbox(rank, size, network)
-        self.peers = Membership(self.mailbox, timeout_seconds, lambda message: self.agreement.receive(message))
-        self.agreement = Agreement(self.peers, self.pass_on, waits)
+        self.mailbox = LocalMailbox(rank, 3, network)
+        self.peers = Membership(self.mailbox, 0.4, lambda message: self.agreement.receive(message))
+        self.agreement = Agreement(self.peers, self.pass_on, on_silent)
         self.number, self.num, self.delay, self.collective = float(10**rank), num, delay, collective
         self.results, self.passed_on, self.errors = [], [], []
 
@@ -163,10 +163,10 @@ def run_all(ranks):
         assert not rank.is_alive()
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_all_ranks_use_collectives_and_messages_of_a_faster_rank_come_after_the_end(waits):
+@pytest.mark.parametrize("on_silent", ["pass over", "raise"])
+def test_all_ranks_use_collectives_and_messages_of_a_faster_rank_come_after_the_end(on_silent):
     network = {}
-    ranks = [Rank(r, network, waits=waits, num=3, delay=0.05 * r) for r in range(3)]
+    ranks = [Rank(r, network, on_silent=on_silent, num=3, delay=0.05 * r) for r in range(3)]
     run_all(ranks)
     for rank in ranks:
         assert rank.results == [None] * 3
@@ -182,10 +182,10 @@ def test_if_collectives_fail_on_one_rank_all_take_the_result_by_messages():
     assert [rank.results for rank in ranks] == [[111.0, 111.0]] * 3
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_rank_that_dies_before_or_inside_an_agreement_is_left_out(waits):
+@pytest.mark.parametrize("on_silent", ["pass over", "raise"])
+def test_a_rank_that_dies_before_or_inside_an_agreement_is_left_out(on_silent):
     network = {}
-    ranks = [Rank(r, network, waits=waits, num=2, collective=False) for r in range(3)]
+    ranks = [Rank(r, network, on_silent=on_silent, num=2, collective=False) for r in range(3)]
     victim = ranks[0]
 
     def die():
@@ -209,7 +209,7 @@ def test_a_silent_rank_is_passed_over_and_takes_the_results_when_it_comes():
 @pytest.mark.slow
 def test_a_rank_that_waits_for_silent_ones_raises_an_error_and_goes_on_when_they_come():
     network = {}
-    ranks = [Rank(r, network, waits=True, delay=1.2 if r == 1 else 0.0) for r in range(3)]
+    ranks = [Rank(r, network, on_silent="raise", delay=1.2 if r == 1 else 0.0) for r in range(3)]
     run_all(ranks)
     for rank in (ranks[0], ranks[2]):
         assert rank.errors

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_msn.distributed.peer_checkpoints import PeerCheckpoints, as_bytes
+from hf_msn.distributed.peer_checkpoints import PeerCheckpoints, checkpoint_of
 
 
 class WithEverything(torch.nn.Module):
@@ -47,7 +47,7 @@ def test_copies_predict_as_their_replica_does_in_eval_mode(device):
     x, before = torch.randn(5, 3, requires_grad=True), copy.deepcopy(model.state_dict())
     assert checkpoints.outputs(x, lambda module, batch: module(batch)) == []
     checkpoints.load_state(
-        {"step": 7, "in_use": {0: as_bytes(peers[0], None), 2: as_bytes(peers[1], None)}, "received": {}}
+        {"step": 7, "in_use": {0: checkpoint_of(peers[0]), 2: checkpoint_of(peers[1])}, "received": {}}
     )
     outputs = checkpoints.outputs(x, lambda module, batch: (module(batch), copy.deepcopy(module.state_dict())))
     for (output, state), peer in zip(outputs, peers):
@@ -61,7 +61,7 @@ def test_copies_predict_as_their_replica_does_in_eval_mode(device):
 def test_copies_in_bfloat16_are_half_as_large_and_close():
     model = WithEverything()
     peer, counter = changed(model, 1), 8  # num_batches_tracked stays an int64
-    whole, half = as_bytes(peer, None), as_bytes(peer, torch.bfloat16)
+    whole, half = checkpoint_of(peer), checkpoint_of(peer, torch.bfloat16)
     assert whole.numel() - counter == 2 * (half.numel() - counter)
     checkpoints = checkpoints_of(model, dtype=torch.bfloat16)
     checkpoints.load_state({"step": 1, "in_use": {0: half, 2: half}, "received": {}})
@@ -84,6 +84,6 @@ def test_copies_call_their_own_forward_if_that_of_the_model_was_replaced():
     model.forward = types.MethodType(lambda self, x: forward(self, x) + 1.0, model)  # as accelerate does
     peer, x = changed(model, 1), torch.randn(5, 3)
     checkpoints = checkpoints_of(model)
-    checkpoints.load_state({"step": 1, "in_use": {0: as_bytes(peer, None), 2: as_bytes(peer, None)}, "received": {}})
+    checkpoints.load_state({"step": 1, "in_use": {0: checkpoint_of(peer), 2: checkpoint_of(peer)}, "received": {}})
     for output in checkpoints.outputs(x, lambda module, batch: module(batch)):
         assert torch.equal(output, peer.eval()(x))

@@ -40,19 +40,13 @@ class Agreement:
     A rank that was passed over and comes later takes the RESULT of the others. Messages of other kinds are passed on;
     those that arrive between 1 and the end belong to the time after it, and are held back until then.
 
-    `peers` hands its messages to `receive`. With `waits_for_silent` a silent rank is an error, with `loses_silent` it
-    is lost, and told so by LOST, else it is passed over.
+    `peers` hands its messages to `receive`. By `on_silent` a silent rank is an error ("raise"), lost, and told so by
+    LOST ("lose"), or passed over ("pass over").
     """
 
-    def __init__(
-        self,
-        peers: Membership,
-        pass_on: Callable[[Message], None],
-        waits_for_silent: bool,
-        loses_silent: bool = False,
-    ):
-        self._peers, self._pass_on, self._waits_for_silent = peers, pass_on, waits_for_silent
-        self._loses_silent, self._lost_to = loses_silent, False
+    def __init__(self, peers: Membership, pass_on: Callable[[Message], None], on_silent: str):
+        self._peers, self._pass_on, self._on_silent = peers, pass_on, on_silent
+        self._lost_to = False
         self._event: tuple[float, ...] = ()  # a number for what this rank comes to, compared in `repeat`
         self._number = self._attempt = 0
         self._has_succeeded = False  # in the last attempt of `repeat`
@@ -67,7 +61,7 @@ class Agreement:
     def members(self) -> list[int]:
         """Ranks that take part, this one among them."""
         peers = self._peers
-        members = {peers.rank, *peers.connected} if self._waits_for_silent else peers.members
+        members = {peers.rank, *peers.connected} if self._on_silent == "raise" else peers.members
         return sorted(members - self._excluded)
 
     @property
@@ -236,7 +230,7 @@ class Agreement:
         for seen in views.values():
             for peer in peers.connected:
                 if seen[peer] == _LOST:  # lost to one is lost to all, even where only one connection has failed
-                    if self._loses_silent:
+                    if self._on_silent == "lose":
                         peers.tell([peer], LOST, (self._number, self._attempt))
                         peers.lose([peer], "is lost to another rank")
                         continue
@@ -309,9 +303,9 @@ class Agreement:
         return {peer: heard[peer] for peer in members if peer in heard}
 
     def _wait_for(self, missing: Callable[[], Collection[int]], needs_all: bool = True) -> None:
-        fails, lost = self._waits_for_silent and needs_all, self._peers.lost
-        on_silent = self._fail if fails else self.lose if self._loses_silent else self._peers.pass_over
-        self._peers.wait_for(lambda: [peer for peer in missing() if peer not in lost], on_silent)
+        rules = {"lose": self.lose, "pass over": self._peers.pass_over}
+        on_silent = rules.get(self._on_silent, self._fail if needs_all else self._peers.pass_over)
+        self._peers.wait_for(lambda: [peer for peer in missing() if peer not in self._peers.lost], on_silent)
 
     def _fail(self, silent: Collection[int]) -> None:
         peers = self._peers

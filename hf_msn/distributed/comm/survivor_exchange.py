@@ -59,7 +59,7 @@ class SurvivorExchange(Exchange):
         numbers, seconds = 4 + self.size, self.timeout_seconds
         self._mailbox = Mailbox([], self.group, num_numbers=numbers, connect_seconds=seconds)
         self._peers = Membership(self._mailbox, self.timeout_seconds, lambda message: self._agreement.receive(message))
-        self._agreement = Agreement(self._peers, lambda _: None, waits_for_silent=False, loses_silent=True)
+        self._agreement = Agreement(self._peers, lambda _: None, on_silent="lose")
         self._group_of_all = self.group  # `close` puts it back, also where a peer does not come
         self._mailbox.start()
         self.group = None

@@ -12,13 +12,13 @@ BLOCK = 128  # numbers that share a scale: 132 bytes in int8, 68 in int4
 
 
 def checked_wire_dtype(wire_dtype: str | None, *, blocks: bool = False) -> torch.dtype | int | None:
-    """Return the dtype of a `wire_dtype` argument; `None` stands for the dtype of the parameters.
+    """Return the dtype of a `wire_dtype` argument; `None` stands for the dtype of what is sent.
 
     With `blocks`, "int8" and "int4" are allowed, for which the number of bits is returned.
     """
     known: dict = _WIRE_DTYPES | (_BITS if blocks else {})
     remedy = "" if blocks else "'int8' and 'int4' are for LocalSGD, SlowMo and DiLoCo." * (wire_dtype in _BITS)
-    meaning = "is the precision in which parameters are sent"
+    meaning = "is the precision in which numbers are sent"
     return known[check_choice("wire_dtype", wire_dtype, list(known), meaning=meaning, remedy=remedy)]
 
 
