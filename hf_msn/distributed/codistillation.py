@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,22 +11,17 @@ from torch import nn
 
 from ..checks import check_choice, check_integer, check_number
 from .comm.exchange import Exchange, PeerError
-from .comm.flat import FlatTensors, split_into_buckets
 from .comm.wire import checked_wire_dtype
-from .gradient_sync import GradientSync, find_wrapper, require_free
+from .gradient_sync import SyncObject, require_free
 from .peer_checkpoints import PeerCheckpoints, exchanged_tensors
 from .same_batch import batch_digest, compare_digests, event_digest
-from .step_calls import StepCalls
 from .training_state import (
     compare_ranks,
     frozen_and_buffers,
     of_this_version,
-    plain_optimizer,
-    refuse_unsupported,
     trainable_parameters,
 )
 
-_BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model
 _PROBED_UPDATES = (0, 1, 10, 100, 1000, 10000)  # after the burn-in, where the ranks compare alpha
 
 
@@ -98,7 +94,7 @@ class PredictionDistance:
         return nn.functional.log_softmax(predictions.to(_precision(predictions)) / self.temperature, dim=-1)
 
 
-class Codistillation:
+class Codistillation(SyncObject):
     """Train n replicas without averaging: each adds its distance from the predictions of the others to its loss.
 
     Example:
@@ -224,9 +220,7 @@ class Codistillation:
                 f"`{name}` is for predictions and must be None with `exchange='checkpoints'`, but is {value!r}. "
                 "`copies_dtype='bfloat16'` halves the bytes of checkpoints."
             )
-        self._ddp, self.model = find_wrapper(model)
-        self.optimizer, self._gradient_state = plain_optimizer(optimizer)
-        refuse_unsupported(self.model, self.optimizer)
+        super().__init__(model, optimizer)
         if weight_decay_schedule is not None and any("weight_decay" not in g for g in self.optimizer.param_groups):
             raise ValueError(
                 "`weight_decay_schedule` needs a `weight_decay` in each parameter group of the optimizer, but "
@@ -234,12 +228,10 @@ class Codistillation:
             )
         self.weight_decay_schedule = weight_decay_schedule
         self._predictions, self._forward = predictions or logits_of, forward or call_model
-        self._outer = Exchange(group, timeout_seconds)
+        self._exchange = Exchange(group, timeout_seconds)
         self._inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
-        self.steps = 0
         self._last_distance: torch.Tensor | None = None
         self._checkpoints: PeerCheckpoints | None = None
-        self._gradients: GradientSync | None = None
         self._state: dict[str, Any] | None = None  # loaded before `start`
 
     # Loss and step
@@ -269,7 +261,7 @@ class Codistillation:
         self._require_started()
         own = _check_predictions(self._predictions(output))
         alpha = self.alpha_at(self.steps)
-        is_off = alpha == 0.0 or self._outer.size == 1 or not torch.is_grad_enabled()
+        is_off = alpha == 0.0 or self._exchange.size == 1 or not torch.is_grad_enabled()
         distances = [] if is_off else [self.distance(own, peer, mask) for peer in self._peer_predictions(own, batch)]
         if not distances:
             return torch.zeros((), device=own.device)
@@ -279,12 +271,7 @@ class Codistillation:
 
     def step(self) -> None:
         """Count an update, and send or use checkpoints when they are due. Call it after `optimizer.step()`."""
-        self._require_started()
-        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
-            return
-        self.steps += 1
-        self._calls.note_call()
-        if self._checkpoints is not None:
+        if self._count_step() and self._checkpoints is not None:
             if self._is_snapshot_step(self.steps):
                 self._checkpoints.send(self.steps)
             if self._is_snapshot_step(self.steps - self.transfer_steps):
@@ -301,13 +288,13 @@ class Codistillation:
         if self._checkpoints is not None:
             return [[self._predictions(output)] for output in self._checkpoints.outputs(batch, self._forward)]
         packed = self.distance.pack(own, self._wire_dtype)
-        compare_digests(self._outer, batch_digest(batch, packed[0].device))
+        compare_digests(self._exchange, batch_digest(batch, packed[0].device))
         gathered = []
         for tensor in packed:
-            flat = tensor.new_empty(self._outer.size * tensor.numel())
-            self._outer.gather_(flat, tensor.reshape(-1))
-            gathered.append(flat.view(self._outer.size, *tensor.shape))
-        return [list(parts) for place, parts in enumerate(zip(*gathered)) if place != self._outer.rank]
+            flat = tensor.new_empty(self._exchange.size * tensor.numel())
+            self._exchange.gather_(flat, tensor.reshape(-1))
+            gathered.append(flat.view(self._exchange.size, *tensor.shape))
+        return [list(parts) for place, parts in enumerate(zip(*gathered)) if place != self._exchange.rank]
 
     # Measures, and the end of training
 
@@ -334,7 +321,8 @@ class Codistillation:
     def take_replica(self, place: int) -> None:
         """Replace parameters and buffers by those of the replica at `place`. All ranks must call it."""
         self.wait_for_all(f"replica {place}")
-        self._broadcast(self._outer, place)
+        take = partial(Exchange.broadcast_, place=place)
+        self._exchange_in_place(take, self._own_tensors, [self._exchange])
 
     def wait_for_all(self, event: str) -> None:
         """Wait until all replicas come to the same event, such as a collective of others that has no deadline.
@@ -355,25 +343,23 @@ class Codistillation:
         self._trained = [parameter for _, parameter, _ in parameters]
         self._device = self._trained[0].device
         for exchange in self._exchanges:
-            exchange.check_devices(self._trained + frozen_and_buffers(self.model))
+            exchange.check_devices(self._own_tensors)
             compare_ranks(exchange, self._description(parameters), self._device)
         if self._inner is not None and self._state is None:
-            self._broadcast(self._inner, 0)
-        if self._outer.size == 1:
+            self._exchange_in_place(Exchange.broadcast_, self._own_tensors, [self._inner])
+        if self._exchange.size == 1:
             warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
         elif self.exchange == "checkpoints":
             inner_group = None if self._inner is None else self._inner.group
             dtype = None if self.copies_dtype is None else torch.bfloat16
-            self._checkpoints = PeerCheckpoints(self.model, self._outer, inner_group, dtype, self.copies_device)
+            self._checkpoints = PeerCheckpoints(self.model, self._exchange, inner_group, dtype, self.copies_device)
             self._checkpoints.connect()
         elif self._state is None:
             self._warn_if_equal()
-        self._gradients = GradientSync(self.model, self._ddp, self.optimizer, self._trained, self._outer, self._inner)
-        self._gradients.keep_local()
         groups = [] if self.weight_decay_schedule is None else self.optimizer.param_groups
         self._initial_weight_decay = [group["weight_decay"] for group in groups]
-        self._step_hook = self.optimizer.register_step_pre_hook(self._before_update)
-        self._calls = StepCalls(type(self).__name__, self.optimizer, self._trained)
+        self._add_hooks(self._trained, self._before_update)
+        self._gradients.keep_local()
         if self._state is not None:
             try:
                 self._restore()
@@ -395,21 +381,12 @@ class Codistillation:
             self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        self._gradients.restore()
-        self._gradients = None
-        self._step_hook.remove()
-        self._calls.remove()
+        self._remove_hooks()
         self._scale_weight_decay(1.0)
         if self._checkpoints is not None:
             self._checkpoints.close(wait=error is None)
         if error is None:
             self._calls.check(is_last=True)
-
-    def __enter__(self) -> "Codistillation":
-        return self.start()
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        self.stop(error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of *this rank* for a resume that is exact to the bit. Save it on each rank.
@@ -451,13 +428,12 @@ class Codistillation:
     # Internals
 
     @property
-    def _exchanges(self) -> list[Exchange]:
-        return [exchange for exchange in (self._inner, self._outer) if exchange is not None]
+    def _own_tensors(self) -> list[torch.Tensor]:
+        return self._trained + frozen_and_buffers(self.model)
 
     @property
     def _origin(self) -> dict[str, Any]:
-        ranks = [number for exchange in self._exchanges for number in (exchange.rank, exchange.size)]
-        return {"method": type(self).__name__, "exchange": self.exchange, "ranks": ranks}
+        return {"method": type(self).__name__, "exchange": self.exchange, "ranks": list(self._place)}
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that must be equal on all ranks."""
@@ -478,7 +454,7 @@ class Codistillation:
         lines += [f"{name} {tuple(p.shape)} {p.dtype} in group {index}" for name, p, index in parameters]
         return lines + [f"parameter or buffer {tuple(t.shape)} {t.dtype}" for t in exchanged_tensors(self.model)]
 
-    def _before_update(self, *_: Any) -> None:
+    def _before_update(self) -> None:
         if self.weight_decay_schedule is not None:
             self._scale_weight_decay(self.weight_decay_schedule(self.steps))
 
@@ -486,27 +462,13 @@ class Codistillation:
         for group, initial in zip(self.optimizer.param_groups, self._initial_weight_decay):
             group["weight_decay"] = factor * initial
 
-    @torch.no_grad()
-    def _broadcast(self, exchange: Exchange, place: int) -> None:
-        for bucket in _in_buckets(self._trained + frozen_and_buffers(self.model)):
-            flat = FlatTensors(bucket)
-            exchange.broadcast_(flat.copy_in(), place)
-            flat.copy_back()
-
     def _warn_if_equal(self) -> None:
         sums = [parameter.detach().abs().double().sum().item() for parameter in self._trained]
-        if self._outer.texts_that_differ(repr(sums), self._device) is None:
+        if self._exchange.texts_that_differ(repr(sums), self._device) is None:
             warnings.warn(
                 "All replicas have the same parameters and see the same batches: apart from dropout they stay equal "
                 "and learn nothing. Initialise each with its own seed, after DDP.",
                 stacklevel=3,
-            )
-
-    def _require_started(self) -> None:
-        if self._gradients is None:
-            raise RuntimeError(
-                "Codistillation must be entered before use, but is not. Write `with ... as codistillation:`, or call "
-                "`start()` first."
             )
 
 
@@ -558,7 +520,3 @@ def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
 
 def _precision(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _in_buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    return [[tensors[i] for i in bucket] for bucket in split_into_buckets(tensors, _BUCKET_BYTES)]

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .batch_norm import CrossRankBatchNorm
 from .collectives import group_scope
 from .comm.exchange import Exchange
-from .comm.flat import FlatTensors
+from .comm.flat import FlatTensors, split_into_buckets
+from .step_calls import StepCalls
 from .subgroups import subgroup
-from .training_state import is_sharded, local
+from .training_state import is_sharded, local, plain_optimizer, refuse_unsupported
 
 # Models and optimizers with a sync object: two on one would undo each other's work.
 _in_use: "weakref.WeakSet[nn.Module | torch.optim.Optimizer]" = weakref.WeakSet()
@@ -117,6 +119,85 @@ class GradientSync:
         for parameter, gradient in gradients.items():
             if parameter.grad is None and bool((gradient.full_tensor() if is_sharded(gradient) else gradient).any()):
                 parameter.grad = gradient
+
+
+class SyncObject:
+    """Base of what runs beside a model and its optimizer while gradients are local.
+
+    A subclass makes `_exchange` and `_inner`, and has `start`, which calls `_add_hooks`, and `stop`.
+    """
+
+    _exchange: Exchange
+    _inner: Exchange | None
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, takes_shards: bool = False):
+        self._ddp, self.model = find_wrapper(model)
+        self.optimizer, self._gradient_state = plain_optimizer(optimizer)
+        refuse_unsupported(self.model, self.optimizer, takes_shards)
+        self.steps = 0
+        self._gradients: GradientSync | None = None
+        self._calls: StepCalls | None = None
+        self._step_hook: Any = None
+
+    def __enter__(self) -> Any:
+        return self.start()
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.stop(error)
+
+    @property
+    def _exchanges(self) -> list[Exchange]:
+        return [exchange for exchange in (self._inner, self._exchange) if exchange is not None]
+
+    @property
+    def _place(self) -> tuple[int, ...]:
+        return tuple(number for exchange in self._exchanges for number in (exchange.rank, exchange.size))
+
+    def _require_started(self) -> None:
+        if self._gradients is None:
+            raise RuntimeError(
+                f"{type(self).__name__} must be entered before it is used, but is not. Use `with ... as sync:`, or "
+                "call `start()` first."
+            )
+
+    def _add_hooks(self, parameters: list[torch.Tensor], before_step: Callable[[], None]) -> None:
+        own = self.model, self._ddp, self.optimizer
+        self._gradients = GradientSync(*own, parameters, self._exchange, self._inner)
+        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: before_step())
+        self._calls = StepCalls(type(self).__name__, self.optimizer, parameters)
+
+    def _remove_hooks(self) -> None:
+        if self._gradients is not None:
+            self._gradients.restore()
+            self._gradients = None
+        for hook in (self._step_hook, self._calls):
+            if hook is not None:
+                hook.remove()
+
+    def _count_step(self) -> bool:
+        """Count an optimizer step. Return `False` for one in which accelerate only accumulates gradients."""
+        self._require_started()
+        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
+            return False
+        self.steps += 1
+        self._calls.note_call()
+        return True
+
+    def _exchange_in_place(
+        self,
+        operation: Callable[[Exchange, list[torch.Tensor]], None],
+        tensors: list[torch.Tensor],
+        exchanges: Sequence[Exchange] | None = None,
+    ) -> None:
+        exchanges = exchanges or self._exchanges
+        whole = [t for t in tensors if not is_sharded(t)], exchanges
+        shards = [local(t) for t in tensors if is_sharded(t)], [one for one in exchanges if one is self._exchange]
+        for tensors, exchanges in (whole, shards):
+            for bucket in split_into_buckets(tensors):
+                flat = FlatTensors([tensors[i] for i in bucket])
+                for exchange in exchanges:
+                    operation(exchange, flat.copy_in())
+                    flat.copy_back()
 
 
 class ForwardScope:

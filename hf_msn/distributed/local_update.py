@@ -1,7 +1,7 @@
 """Base class of local training: steps on each rank alone, and an exchange every few of them."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +11,13 @@ from torch import nn
 from ..checks import check_choice, check_integer
 from .comm.exchange import Exchange
 from .comm.flat import FlatTensors, split_into_buckets
-from .gradient_sync import GradientSync, find_wrapper, require_free
-from .step_calls import StepCalls
+from .gradient_sync import SyncObject, require_free
 from .training_state import (
     compare_ranks,
     frozen_and_buffers,
     is_sharded,
     local,
     of_this_version,
-    plain_optimizer,
-    refuse_unsupported,
     reset_moments,
     reshard,
     shard_group,
@@ -28,10 +25,8 @@ from .training_state import (
     trainable_parameters,
 )
 
-_BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model; enough to use a network fully
 
-
-class LocalUpdate:
+class LocalUpdate(SyncObject):
     """Base class of the methods that train on each rank alone and exchange parameters every `sync_every` steps.
 
     Example:
@@ -113,9 +108,7 @@ class LocalUpdate:
         self.sync_every = check_integer("sync_every", sync_every, meaning="counts optimizer steps", remedy=remedy)
         self.sync_start_step = check_integer("sync_start_step", sync_start_step, 0, meaning="counts optimizer steps")
         self.base_buffers = check_choice("base_buffers", base_buffers, ("maintain", "reset", "average"))
-        self._ddp, self.model = find_wrapper(model)
-        self.optimizer, self._gradient_state = plain_optimizer(optimizer)
-        refuse_unsupported(self.model, self.optimizer, self.takes_shards)
+        super().__init__(model, optimizer, self.takes_shards)
         if hasattr(self.optimizer, "eval") and not (self._only_averages and self.base_buffers == "average"):
             raise ValueError(
                 f"The two sets of weights of a schedule-free optimizer must move together, but {type(self).__name__} "
@@ -124,14 +117,10 @@ class LocalUpdate:
         self._exchange = Exchange(group, timeout_seconds)
         inner_group = self._inner_group(inner_group)
         self._inner = None if inner_group is None else Exchange(inner_group, timeout_seconds)
-        self.steps = 0
         self.local_steps = 0
         self._learning_rates: list[float] = []
         self._used_learning_rates: list[float] | None = None
         self._restored = False
-        self._gradients: GradientSync | None = None
-        self._step_hook: Any = None
-        self._calls: StepCalls | None = None
 
     @property
     def bytes_sent(self) -> int:
@@ -163,9 +152,7 @@ class LocalUpdate:
             tensors = [p for _, p, _ in self._parameters]
             if not self._restored:
                 self._exchange_in_place(Exchange.broadcast_, tensors + frozen_and_buffers(self.model))
-            self._gradients = GradientSync(self.model, self._ddp, self.optimizer, tensors, self._exchange, self._inner)
-            self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: self._before_any_step())
-            self._calls = StepCalls(type(self).__name__, self.optimizer, tensors)
+            self._add_hooks(tensors, self._before_any_step)
             if self.steps < self.sync_start_step:
                 self._gradients.average_over_all()
             else:
@@ -190,20 +177,8 @@ class LocalUpdate:
             self._leave()
 
     def _leave(self) -> None:
-        if self._gradients is not None:
-            self._gradients.restore()
-            self._gradients = None
-        for hook in (self._step_hook, self._calls):
-            if hook is not None:
-                hook.remove()
-        self._step_hook = self._calls = None
+        self._remove_hooks()
         self._detach()
-
-    def __enter__(self) -> "LocalUpdate":
-        return self.start()
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        self.stop(error)
 
     def step(self) -> None:
         """Count an optimizer step, and take the outer step after `sync_every` local ones.
@@ -211,11 +186,8 @@ class LocalUpdate:
         Call it directly after `optimizer.step()`, on every rank equally often, also after a step that a gradient
         scaler skipped on one rank.
         """
-        self._require_started()
-        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
+        if not self._count_step():
             return
-        self.steps += 1
-        self._calls.note_call()
         # A scheduler may have moved on since the hook of the step; a skipped step calls no hook.
         self._learning_rates = self._used_learning_rates or self._current_learning_rates()
         self._used_learning_rates = None
@@ -343,7 +315,7 @@ class LocalUpdate:
             shards = [f"{name} {tuple(local(p).shape)}" for name, p, _ in self._parameters]
             own = f"shard {self._inner.rank} of {self._inner.size}"
             compare_ranks(self._exchange, [own, *shards], self._device)
-        self._buckets = split_into_buckets(self._tensors, _BUCKET_BYTES)
+        self._buckets = split_into_buckets(self._tensors)
 
     def _detach(self) -> None:
         """Release what `_attach` collected. After an error other ranks may be gone."""
@@ -397,14 +369,6 @@ class LocalUpdate:
 
     # Used by the methods
 
-    @property
-    def _exchanges(self) -> list[Exchange]:
-        return [exchange for exchange in (self._inner, self._exchange) if exchange is not None]
-
-    @property
-    def _place(self) -> tuple[int, ...]:
-        return tuple(number for exchange in self._exchanges for number in (exchange.rank, exchange.size))
-
     def _description(self) -> list[str]:
         """Return one line for each thing that must be the same on all ranks."""
         lines = [f"method {type(self).__name__}"]
@@ -439,13 +403,6 @@ class LocalUpdate:
         tensors = self._tensors
         return [[tensors[i] for i in bucket] for bucket in self._buckets]
 
-    def _require_started(self) -> None:
-        if self._gradients is None:
-            raise RuntimeError(
-                f"{type(self).__name__} must be entered before it is used, but is not. Use `with ... as sync:`, or "
-                "call `start()` first."
-            )
-
     def _before_any_step(self) -> None:
         self._used_learning_rates = self._current_learning_rates()
         if self.steps >= self.sync_start_step:
@@ -477,22 +434,6 @@ class LocalUpdate:
         for exchange in self._exchanges:
             moments = shared_moments(self.optimizer, exchange, self._device)
             self._exchange_in_place(Exchange.mean_, moments, [exchange])
-
-    def _exchange_in_place(
-        self,
-        operation: Callable[[Exchange, list[torch.Tensor]], None],
-        tensors: list[torch.Tensor],
-        exchanges: Sequence[Exchange] | None = None,
-    ) -> None:
-        exchanges = exchanges or self._exchanges
-        whole = [t for t in tensors if not is_sharded(t)], exchanges
-        shards = [local(t) for t in tensors if is_sharded(t)], [one for one in exchanges if one is self._exchange]
-        for tensors, exchanges in (whole, shards):
-            for bucket in split_into_buckets(tensors, _BUCKET_BYTES):
-                flat = FlatTensors([tensors[i] for i in bucket])
-                for exchange in exchanges:
-                    operation(exchange, flat.copy_in())
-                    flat.copy_back()
 
     def _current_learning_rates(self) -> list[float]:
         rates = [group.get("lr") for group in self.optimizer.param_groups]

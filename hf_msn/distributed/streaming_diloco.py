@@ -19,7 +19,6 @@ from .comm.exchange import Exchange, num_bytes
 from .comm.flat import split_into_buckets
 from .diloco import OUTER_SGD, DiLoCo
 from .fragments import split_parameters
-from .local_update import _BUCKET_BYTES
 from .subgroups import subgroup
 from .training_state import trainable_parameters
 
@@ -173,7 +172,7 @@ class StreamingDiLoCo(DiLoCo):
         super()._attach()
         self._buckets, self._buckets_of, tensors = [], [], self._tensors
         for fragment in self._fragments:
-            buckets = split_into_buckets([tensors[i] for i in fragment], _BUCKET_BYTES)
+            buckets = split_into_buckets([tensors[i] for i in fragment])
             self._buckets_of.append(range(len(self._buckets), len(self._buckets) + len(buckets)))
             self._buckets += [[fragment[i] for i in bucket] for bucket in buckets]
         if self._exchange.size > 1:

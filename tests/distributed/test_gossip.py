@@ -25,7 +25,7 @@ from topologies import Star
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import local_update
+from hf_msn.distributed.comm import flat as flat_buffers
 from hf_msn.distributed.gossip import Gossip
 from hf_msn.distributed.topology import ExponentialTopology, RandomOnePeerTopology, RingTopology, Topology
 
@@ -56,7 +56,7 @@ CASES = {
 
 def _train_all_cases(rank, n):
     results = {name: train(rank, case, n) for name, case in CASES.items()}
-    local_update._BUCKET_BYTES = 1  # a bucket for each tensor
+    flat_buffers.BUCKET_BYTES = 1  # a bucket for each tensor
     small = {name: train(rank, CASES[name], n) for name in ("sgp", "sgp, irregular", "d-psgd", "qgm")}
     return results, small
 

@@ -8,7 +8,7 @@ from launch import run_ranks
 from states import resumed_in_two_ways, same
 
 from hf_msn import NoLoCo, RandomOnePeerTopology, SlowMo
-from hf_msn.distributed import local_update
+from hf_msn.distributed.comm import flat as flat_buffers
 
 DEFAULTS = {"sync_every": 3, "outer_lr": 0.7, "outer_momentum": 0.5, "pull": 0.7, "seed": 0}
 CASES = {
@@ -130,9 +130,9 @@ def _bytes_and_pairs(rank):
 def _train_all(rank):
     size = dist.get_world_size()
     found = {name: train(rank, case) for name, case in CASES.items()}
-    bucket_bytes, local_update._BUCKET_BYTES = local_update._BUCKET_BYTES, 1  # a bucket for each tensor
+    bucket_bytes, flat_buffers.BUCKET_BYTES = flat_buffers.BUCKET_BYTES, 1  # a bucket for each tensor
     small = train(rank, CASES["three constants"])
-    local_update._BUCKET_BYTES = bucket_bytes
+    flat_buffers.BUCKET_BYTES = bucket_bytes
     return found, small, _resume(rank), _bytes_and_pairs(rank) if size == 4 else None
 
 

@@ -7,7 +7,7 @@ from gossip_reference import CHANGING, NUM_STEPS, WITH_ZEROS, data, make_model, 
 from launch import run_ranks
 from states import resumed_in_two_ways, same
 
-from hf_msn.distributed import local_update
+from hf_msn.distributed.comm import flat as flat_buffers
 from hf_msn.distributed.local_sgd import LocalSGD
 from hf_msn.distributed.slowmo import SlowMo
 
@@ -115,7 +115,7 @@ def reference(num_ranks, case):
 
 def _train_all_cases(rank):
     results = {name: train(rank, case) for name, case in CASES.items()}
-    local_update._BUCKET_BYTES = 1  # a bucket for each tensor
+    flat_buffers.BUCKET_BYTES = 1  # a bucket for each tensor
     small = {name: train(rank, CASES[name]) for name in ("zeros", "sharded zeros", "adam average")}
     return results, small
 

@@ -14,7 +14,7 @@ from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
 from states import same
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_msn.distributed import local_update
+from hf_msn.distributed.comm import flat as flat_buffers
 from hf_msn.distributed.comm.agreement import DONE, HERE
 from hf_msn.distributed.comm.exchange import PeerError
 from hf_msn.distributed.diloco import DiLoCo
@@ -63,7 +63,7 @@ def no_store():
 
 
 def _outlive(rank):
-    local_update._BUCKET_BYTES = 8  # a bucket for each parameter
+    flat_buffers.BUCKET_BYTES = 8  # a bucket for each parameter
     lines = Warnings()
     runs = {name: make_run(name, seed=rank) for name in METHODS}  # made equal when entering
     for _, _, sync in runs.values():

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+BUCKET_BYTES = 32 * 2**20  # memory of an exchange beside the model; enough to use a network fully
+
 
 class FlatTensors:
     """Copies of tensors in one flat buffer per dtype and device.
@@ -78,10 +80,10 @@ class FlatTensors:
                 torch._foreach_copy_(group, torch._foreach_div(views, divisor))
 
 
-def split_into_buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> list[list[int]]:
-    """Group the indices of tensors into lists of one dtype and device and at most `max_bytes` each, in order.
+def split_into_buckets(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Group the indices of tensors into lists of one dtype and device and at most 32 MiB each, in order.
 
-    A tensor larger than `max_bytes` gets a bucket of its own. Working through a model bucket by bucket needs a buffer
+    A tensor larger than that gets a bucket of its own. Working through a model bucket by bucket needs a buffer
     of one bucket instead of a second model.
     """
     open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
@@ -89,7 +91,7 @@ def split_into_buckets(tensors: Sequence[torch.Tensor], max_bytes: int) -> list[
     for index, tensor in enumerate(tensors):
         key, size = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
         bucket, filled = open_buckets.get(key, (None, 0))
-        if bucket is None or filled + size > max_bytes:
+        if bucket is None or filled + size > BUCKET_BYTES:
             bucket, filled = [], 0
             buckets.append(bucket)
         bucket.append(index)
