@@ -77,6 +77,10 @@ def take_step(model, optimizer, rates, rank, step):
         group["lr"] = 123.0  # a scheduler that has moved on
 
 
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -103,12 +107,10 @@ def resume(rank, case, n):
         optimizer = make_optimizer(model, case.get("momentum", 0.9))
         return model, optimizer, make_sync(model, optimizer, case, n)
 
-    def run(model, optimizer, sync, steps):
-        for step in steps:
-            take_step(model, optimizer, (0.1, 0.2), rank, step)
-            sync.step()
+    def step_of(model, optimizer, step):
+        take_step(model, optimizer, (0.1, 0.2), rank, step)
 
-    return resumed_in_two_ways(make, run, NUM_STEPS)
+    return resumed_in_two_ways(make, step_of, NUM_STEPS)
 
 
 def gradient(z, rank, step):

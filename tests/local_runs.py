@@ -1,7 +1,22 @@
 """Small models and batches for the tests of local training."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+
+def groups_of(rank):
+    """The groups of 4 ranks of which 0 and 1, and 2 and 3, act as one."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("between", "inside"))
+    return {"group": mesh.get_group("between"), "inner_group": mesh.get_group("inside")}
+
+
+def error_of(function):
+    try:
+        function()
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
 
 
 def batch(rank, step):

@@ -13,15 +13,17 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-def resumed_in_two_ways(make, run, num_steps):
+def resumed_in_two_ways(make, take_step, num_steps):
     """Train `num_steps` straight on, and after going on from a save at step 4 in two ways.
 
-    `make(seed)` returns a model, its optimizer and its sync object, and `run(model, optimizer, sync, steps)` trains
-    them. Return the states and models at the end, the straight ones first, and the states at the save.
+    `make(seed)` returns a model, its optimizer and its sync object, and `take_step(model, optimizer, step)` steps the
+    optimizer. Return the states and models at the end, the straight ones first, and the states at the save.
     """
 
     def train(model, optimizer, sync, steps):
-        run(model, optimizer, sync, steps)
+        for step in steps:
+            take_step(model, optimizer, step)
+            sync.step()
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         return copy.deepcopy(states) | {"sync": saved_and_loaded(sync.state_dict())}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from local_runs import groups_of
 from lost_ranks import run_ranks_that_are_left
 from states import same, saved_and_loaded
 from torch.nn.parallel import DistributedDataParallel
@@ -230,11 +231,6 @@ def test_gradients_are_those_of_the_equation(num_replicas):
                 theirs = [by_checkpoints[peer][i][in_use[-1]][0] for peer in peers if in_use]
                 expected = gradient_of_the_loss(own, theirs, data(rank, step), 1.0)
                 torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
-
-
-def groups_of(rank):
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inner"))
-    return {"group": mesh.get_group("replica"), "inner_group": mesh.get_group("inner")}
 
 
 def _train_replicas_of_two(rank):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from gossip_reference import NUM_STEPS, make_model, take_step
+from gossip_reference import NUM_STEPS, make_model, take_step, values
 from launch import run_ranks
 from states import resumed_in_two_ways, same
 
@@ -20,10 +20,6 @@ OUTER["heavy ball"] = partial(SGD, lr=0.7, momentum=0.6)
 
 def make_optimizer(model):
     return torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias]}], weight_decay=0.1)
-
-
-def values(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def train(rank, method, **settings):
@@ -72,12 +68,10 @@ def _resume(rank, wire):
         optimizer = make_optimizer(model)
         return model, optimizer, DiLoCo(model, optimizer, sync_every=3, wire_dtype=wire)
 
-    def run(model, optimizer, sync, steps):
-        for step in steps:
-            take_step(model, optimizer, RATES, rank, step)
-            sync.step()
+    def step_of(model, optimizer, step):
+        take_step(model, optimizer, RATES, rank, step)
 
-    return resumed_in_two_ways(make, run, NUM_STEPS)
+    return resumed_in_two_ways(make, step_of, NUM_STEPS)
 
 
 def _run_all(rank):

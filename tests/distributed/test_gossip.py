@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from gossip_reference import (
     NUM_STEPS,
     QUASI_GLOBAL,
@@ -20,6 +19,7 @@ from gossip_reference import (
     train,
 )
 from launch import run_ranks
+from local_runs import error_of, groups_of
 from states import same
 from topologies import Star
 from torch import nn
@@ -77,15 +77,13 @@ def test_every_variant_follows_its_equations_on_every_rank_at_every_step():
 
 
 def _hierarchical(rank):
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("between", "inside"))
-    outer, inner = mesh.get_group("between"), mesh.get_group("inside")
-    results = []
+    groups, results = groups_of(rank), []
     cases = ({}, {"topology": Star(2)}, {"quasi_global_momentum": 0.9, "topology": Star(2), "consensus_target": 0.3})
     for wrap, options in ((wrap, options) for wrap in (False, True) for options in cases):
         model = make_model(rank)
         optimizer = make_optimizer(model, 0.0)
-        given = DistributedDataParallel(model, process_group=inner) if wrap else model
-        with Gossip(given, optimizer, group=outer, inner_group=inner, **options) as sync:
+        given = DistributedDataParallel(model, process_group=groups["inner_group"]) if wrap else model
+        with Gossip(given, optimizer, **groups, **options) as sync:
             seen = [flat(model)]
             for step in range(NUM_STEPS):
                 take_step(given, optimizer, (0.1, 0.2), rank, step)
@@ -195,13 +193,6 @@ def test_quasi_global_momentum_needs_plain_sgd():
 
 
 def _refusals_on_ranks(rank):
-    def error_of(function):
-        try:
-            function()
-        except ValueError as error:
-            return str(error)
-        return None
-
     def make(**options):
         model = make_model()
         return Gossip(model, make_optimizer(model, 0.0), **options)

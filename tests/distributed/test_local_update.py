@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from launch import run_ranks
-from local_runs import backward, batch, flat, make_model, parameters, sgd
+from local_runs import backward, batch, flat, groups_of, make_model, parameters, sgd
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,17 +21,17 @@ def gradients(model):
 
 
 def _train_by_ddp_and_by_local_sgd(rank):
-    def run(use_ddp, inner=None, outer=None):
+    def run(groups):
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         torch.manual_seed(0)
         for p in model.parameters():
             nn.init.normal_(p)
         optimizer = sgd(model)
         sync = None
-        if use_ddp:
+        if groups is None:
             model = DistributedDataParallel(model)
         else:
-            sync = LocalSGD(model, optimizer, sync_every=1, group=outer, inner_group=inner).start()
+            sync = LocalSGD(model, optimizer, sync_every=1, **groups).start()
         for step in range(10):
             backward(model, optimizer, rank, step)
             optimizer.step()
@@ -39,8 +39,7 @@ def _train_by_ddp_and_by_local_sgd(rank):
                 sync.step()
         return parameters(model)
 
-    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
-    return run(True), run(False), run(False, inner=groups[rank // 2], outer=groups[2 + rank % 2])
+    return run(None), run({}), run(groups_of(rank))
 
 
 @pytest.mark.distributed
@@ -51,16 +50,14 @@ def test_averaging_after_every_sgd_step_is_training_with_averaged_gradients():
 
 
 def _ddp_with_inner_groups(rank):
-    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
-    inner, outer = groups[rank // 2], groups[2 + rank % 2]
-    model = make_model()
+    groups, model = groups_of(rank), make_model()
     ddp = DistributedDataParallel(model)
     optimizer = sgd(model)
     own = copy.deepcopy(model)
     backward(own, sgd(own), rank, 0)
     mean = gradients(own)
-    dist.all_reduce(mean, group=inner)
-    with SlowMo(ddp, optimizer, sync_every=2, group=outer, inner_group=inner) as sync:
+    dist.all_reduce(mean, group=groups["inner_group"])
+    with SlowMo(ddp, optimizer, sync_every=2, **groups) as sync:
         seen = []
         for step in range(4):
             backward(ddp, optimizer, rank, step)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from gossip_reference import flat, make_model
 from launch import run_ranks
+from local_runs import groups_of
 from overlap_runs import MOMENTUM, NUM_STEPS, RATE, reference, take_step, weight_under_way
 from states import resumed_in_two_ways, same, saved_and_loaded
 from topologies import Star
@@ -169,18 +170,9 @@ def test_a_rank_waits_for_a_slow_one_when_it_is_the_bound_ahead_and_not_before()
 
 
 def _inner_groups(rank):
-    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-    sync = OverlapGossip(
-        model,
-        optimizer,
-        group=groups[2 + rank % 2],
-        inner_group=groups[rank // 2],
-        deterministic=True,
-        timeout_seconds=20,
-    )
-    with sync:
+    with OverlapGossip(model, optimizer, **groups_of(rank), deterministic=True, timeout_seconds=20) as sync:
         seen = []
         for step in range(5):
             take_step(model, optimizer, rank, step)
@@ -212,12 +204,10 @@ def make_run(rank, kind, seed=0):
 
 
 def _resume(rank, kind):
-    def run(model, optimizer, sync, steps):
-        for step in steps:
-            take_step(model, optimizer, rank, step)
-            sync.step()
+    def step_of(model, optimizer, step):
+        take_step(model, optimizer, rank, step)
 
-    ends, saved = resumed_in_two_ways(lambda seed: make_run(rank, kind, seed), run, NUM_STEPS)
+    ends, saved = resumed_in_two_ways(lambda seed: make_run(rank, kind, seed), step_of, NUM_STEPS)
     gossip = saved["sync"] if kind == "alone" else saved["sync"]["base"]
     return ends, len(gossip["unmerged"])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from gossip_reference import CHANGING, NUM_STEPS, WITH_ZEROS, data, make_model, take_step
+from gossip_reference import CHANGING, NUM_STEPS, WITH_ZEROS, data, make_model, take_step, values
 from launch import run_ranks
 from states import resumed_in_two_ways, same
 
@@ -36,10 +36,6 @@ def make_optimizer(model, name):
     if name == "adam":
         return torch.optim.Adam(groups, lr=0.1)
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-
-
-def values(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def train(rank, case):
@@ -202,12 +198,10 @@ def _resume(rank, case):
         optimizer = make_optimizer(model, name)
         return model, optimizer, SlowMo(model, optimizer, **case)
 
-    def run(model, optimizer, sync, steps):
-        for step in steps:
-            take_step(model, optimizer, rates[step], rank, step)
-            sync.step()
+    def step_of(model, optimizer, step):
+        take_step(model, optimizer, rates[step], rank, step)
 
-    return resumed_in_two_ways(make, run, NUM_STEPS)
+    return resumed_in_two_ways(make, step_of, NUM_STEPS)
 
 
 RESUMED = [{}, {"shard_state": True, "optimizer": "adam", "base_buffers": "average"}, {"sync_start_step": 5}]

@@ -101,12 +101,10 @@ def _resume(rank, wire):
         settings = {"fragments": NAMES, "delay": 3, "wire_dtype": wire}
         return model, optimizer, StreamingDiLoCo(model, optimizer, sync_every=H, **settings)
 
-    def run(model, optimizer, sync, steps):
-        for step in steps:
-            take_step(model, optimizer, rank, step)
-            sync.step()
+    def step_of(model, optimizer, step):
+        take_step(model, optimizer, rank, step)
 
-    return resumed_in_two_ways(make, run, NUM_STEPS)
+    return resumed_in_two_ways(make, step_of, NUM_STEPS)
 
 
 def _run_all(rank):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from gossip_reference import make_model, take_step
+from gossip_reference import make_model, take_step, values
 from launch import run_ranks
 from lost_ranks import Warnings, all_pids, run_ranks_that_are_left
 from states import same
@@ -39,10 +39,6 @@ def make_run(method, seed=0, **settings):
     method, own = METHODS[method]
     settings = {"sync_every": PERIOD, "timeout_seconds": 10.0, "on_lost_rank": "continue", **own, **settings}
     return model, optimizer, method(model, optimizer, **settings)
-
-
-def values(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def die_in_the_second_bucket(sync):
