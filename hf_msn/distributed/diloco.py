@@ -106,7 +106,8 @@ class DiLoCo(LocalSGD):
         for index in range(len(self._buckets)):
             change = self._change(index)
             self._mean_change_(index, change.buffers[0])
-            self._set_gradients(index, change)
+            for i, (part, _) in zip(self._buckets[index], change.pairs):
+                self._anchors[i].grad = part.to(self._anchors[i].dtype)
         self._step_anchors(0)
         torch._foreach_copy_(self._tensors, self._anchors)
 
@@ -118,10 +119,6 @@ class DiLoCo(LocalSGD):
         anchors = [self._anchors[i].to(change.dtype) for i in self._buckets[index]]
         torch._foreach_add_([part for part, _ in flat.pairs], anchors)
         return flat
-
-    def _set_gradients(self, index: int, change: FlatTensors) -> None:
-        for i, (part, _) in zip(self._buckets[index], change.pairs):
-            self._anchors[i].grad = part.to(self._anchors[i].dtype)
 
     def _step_anchors(self, fragment: int) -> None:
         self._outer_optimizers[fragment].step()

@@ -304,14 +304,13 @@ class Gossip(PeerUpdate):
             )
         for name in ("numerators", "quasi_global_momentum"):
             check_state_size(f"A state of {type(self).__name__}", name, state[name], self.model, self.optimizer)
-        device = next(p for group in self.optimizer.param_groups for p in group["params"]).device
         self._reset()
         for name in ("rounds", "extra_rounds", "push_sum_weight"):
             setattr(self, name, state[name])
         if state["numerators"] is not None:
-            self._numerators = [x.to(device, copy=True) for x in state["numerators"]]
+            self._numerators = [x.to(self._device, copy=True) for x in state["numerators"]]
         if self._momentum is not None:
-            self._momentum.buffers = [m.to(device, copy=True) for m in state["quasi_global_momentum"]]
+            self._momentum.buffers = [m.to(self._device, copy=True) for m in state["quasi_global_momentum"]]
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ def test_values_of_every_dtype_and_layout_come_back_into_the_same_memory():
     places = [tensor.data_ptr() for tensor in tensors]
     flat = FlatTensors(tensors)
     assert [buffer.tolist() for buffer in flat.copy_in()] == [[0, 3, 1, 4, 2, 5, 3, 7, 7, 7, 7], [0, 1, 2, 3], [1, 1]]
-    assert flat.num_bytes == 11 * 4 + 4 * 8 + 2 * 2
     for buffer in flat.buffers:
         buffer.mul_(2)
     assert tensors[0].tolist() == [[0, 3], [1, 4], [2, 5]]  # a copy

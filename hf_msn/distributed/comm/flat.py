@@ -51,11 +51,6 @@ class FlatTensors:
             self._views.append([part.view(tensor.shape) for part, tensor in zip(parts, group)])
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
-
-    @property
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs `(part, tensor)`: a view of a buffer, and the tensor that it is a copy of, of the same shape."""
         return [pair for views, group in zip(self._views, self._groups) for pair in zip(views, group)]
