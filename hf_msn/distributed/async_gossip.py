@@ -94,6 +94,7 @@ class AsyncGossip(BackgroundGossip):
 
     can_be_base = False
     _on_silent = "raise"
+    _setting_names = (*BackgroundGossip._setting_names, "method", "rate_correction", "wire_dtype", "seed")
 
     def __init__(
         self,
@@ -138,11 +139,6 @@ class AsyncGossip(BackgroundGossip):
     def weight(self) -> float:
         """w of this rank."""
         return 1.0 if self._push_sum is None else self._push_sum.weight
-
-    def _settings(self) -> dict[str, Any]:
-        own = ("method", "rate_correction", "wire_dtype", "seed")
-        settings = {name: getattr(self, name) for name in own}
-        return {**super()._settings(), **settings, "topology": self.topology.description()}
 
     # From entering to leaving
 

@@ -63,6 +63,9 @@ class BackgroundGossip(LocalUpdate):
         absent = self._peers.lost | self._peers.silent if self._is_attached else ()
         return sorted(self._mailbox.global_ranks[peer] for peer in absent)
 
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "topology": self.topology.description()}
+
     def _attach(self) -> None:
         super()._attach()
         size, seconds = self._exchange.size, self._exchange.timeout_seconds

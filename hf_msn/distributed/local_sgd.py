@@ -60,6 +60,7 @@ class LocalSGD(LocalUpdate):
     """
 
     takes_shards = True
+    _setting_names = (*LocalUpdate._setting_names, "wire_dtype")
     _only_averages = True
 
     def __init__(
@@ -102,9 +103,6 @@ class LocalSGD(LocalUpdate):
     @property
     def absent_ranks(self) -> list[int]:
         return [] if self._survivors is None else self._survivors.absent_ranks
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "wire_dtype": self.wire_dtype}
 
     def _description(self) -> list[str]:
         return [*super()._description(), f"setting on_lost_rank={self.on_lost_rank!r}"]

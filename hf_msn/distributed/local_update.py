@@ -91,6 +91,7 @@ class LocalUpdate(SyncObject):
     takes_shards = False  # whether FSDP2 may shard a replica
     _only_averages = False  # whether nothing but means moves parameters and moments
     _acts_alone = False  # whether one rank alone trains otherwise than without the method
+    _setting_names: tuple[str, ...] = ("sync_every", "sync_start_step", "base_buffers")
 
     def __init__(
         self,
@@ -359,7 +360,7 @@ class LocalUpdate(SyncObject):
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that must be the same on all ranks and in a resumed run."""
-        return {name: getattr(self, name) for name in ("sync_every", "sync_start_step", "base_buffers")}
+        return {name: getattr(self, name) for name in self._setting_names}
 
     def _method_state(self) -> dict[str, Any]:
         return {}

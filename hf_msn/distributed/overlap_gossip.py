@@ -76,6 +76,8 @@ class OverlapGossip(BackgroundGossip):
         PeerError: If a peer does not connect when entering; with `inner_group` also if a peer dies or is silent.
     """
 
+    _setting_names = (*BackgroundGossip._setting_names, "staleness_bound", "deterministic", "wire_dtype")
+
     def __init__(
         self,
         model: nn.Module,
@@ -126,11 +128,6 @@ class OverlapGossip(BackgroundGossip):
     def alive(self) -> list[int]:
         """Places of the ranks that are neither lost nor silent, as this rank sees it."""
         return sorted(range(self._exchange.size) if self._push_sum is None else self._peers.members)
-
-    def _settings(self) -> dict[str, Any]:
-        own = ("staleness_bound", "deterministic", "wire_dtype")
-        settings = {name: getattr(self, name) for name in own}
-        return {**super()._settings(), **settings, "topology": self.topology.description()}
 
     # From entering to leaving
 

@@ -64,6 +64,7 @@ class SlowMo(LocalSGD):
 
     can_be_base = False
     _acts_alone = True
+    _setting_names = (*LocalSGD._setting_names, "slow_momentum", "slow_lr", "average", "shard_state")
 
     def __init__(
         self,
@@ -117,10 +118,6 @@ class SlowMo(LocalSGD):
     @property
     def _num_shards(self) -> int:
         return self._exchange.size if self.shard_state else 1
-
-    def _settings(self) -> dict[str, Any]:
-        own = ("slow_momentum", "slow_lr", "average", "shard_state")
-        return {**super()._settings(), **{name: getattr(self, name) for name in own}}
 
     @property
     def bytes_sent(self) -> int:
