@@ -30,12 +30,10 @@ class LocalMailbox:
             messages, self._inbox = self._inbox, []
         return messages
 
-    def post(self, peer, kind, tensors=None, *, numbers=()):
+    def post(self, peer, kind, *, payload=None, numbers=()):
+        tensors = None if payload is None else [payload]
         if peer not in self.died and self.rank not in self._network[peer].died:
             self._network[peer].deliver(Message(self.rank, kind, self.step, numbers=tuple(numbers), tensors=tensors))
-
-    def post_bytes(self, peer, kind, payload, *, numbers=()):
-        self.post(peer, kind, [payload], numbers=numbers)
 
     def ping(self, peer):
         self.post(peer, -1)

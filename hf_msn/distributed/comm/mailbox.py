@@ -135,22 +135,19 @@ class Mailbox:
         kind: int,
         tensors: Sequence[torch.Tensor] | None = None,
         *,
+        payload: torch.Tensor | None = None,
         weight: float = 0.0,
         numbers: Sequence[float] = (),
     ) -> None:
-        """Send a plain message with a copy of `tensors`. Never waits."""
-        buffers = None
+        """Send a plain message with a copy of `tensors`, or a uint8 `payload` of any size, uncopied. Never waits."""
+        buffers = None if payload is None else [payload]
         if tensors is not None:
             buffers = self.buffers.take()
             for buffer, tensor in zip(buffers, tensors):
                 buffer.copy_(tensor)
         self.weight_posted[peer] += weight
         message = Message(self.rank, kind, self.step, self.step_ended, weight, tuple(numbers), buffers)
-        self._connections[peer].put(message)
-
-    def post_bytes(self, peer: int, kind: int, payload: torch.Tensor, *, numbers: Sequence[float] = ()) -> None:
-        """Send a plain message with a flat CPU tensor of uint8, of any size, which is not copied."""
-        message = Message(self.rank, kind, self.step, self.step_ended, 0.0, tuple(numbers), [payload], is_bytes=True)
+        message.is_bytes = payload is not None
         self._connections[peer].put(message)
 
     @torch.no_grad()

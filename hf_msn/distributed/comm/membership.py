@@ -72,10 +72,7 @@ class Membership:
     def tell(self, peers: Collection[int], kind: int, numbers: Sequence[float], payload=None) -> None:
         """Post numbers, and a flat uint8 tensor if there is one, to several peers."""
         for peer in peers:
-            if payload is None:
-                self.mailbox.post(peer, kind, numbers=numbers)
-            else:
-                self.mailbox.post_bytes(peer, kind, payload, numbers=numbers)
+            self.mailbox.post(peer, kind, payload=payload, numbers=numbers)
 
     def ping(self) -> None:
         """Let the peers know from time to time that this rank is there, and how far it is."""
