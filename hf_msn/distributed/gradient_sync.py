@@ -1,4 +1,4 @@
-"""Switches that keep gradients local: for the averaging of `DistributedDataParallel` and of losses over ranks."""
+"""Local gradients: switches for the averaging of DDP and of losses over ranks, and the base of what uses them."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -121,85 +121,6 @@ class GradientSync:
                 parameter.grad = gradient
 
 
-class SyncObject:
-    """Base of what runs beside a model and its optimizer while gradients are local.
-
-    A subclass makes `_exchange` and `_inner`, and has `start`, which calls `_add_hooks`, and `stop`.
-    """
-
-    _exchange: Exchange
-    _inner: Exchange | None
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, takes_shards: bool = False):
-        self._ddp, self.model = find_wrapper(model)
-        self.optimizer, self._gradient_state = plain_optimizer(optimizer)
-        refuse_unsupported(self.model, self.optimizer, takes_shards)
-        self.steps = 0
-        self._gradients: GradientSync | None = None
-        self._calls: StepCalls | None = None
-        self._step_hook: Any = None
-
-    def __enter__(self) -> Any:
-        return self.start()
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        self.stop(error)
-
-    @property
-    def _exchanges(self) -> list[Exchange]:
-        return [exchange for exchange in (self._inner, self._exchange) if exchange is not None]
-
-    @property
-    def _place(self) -> tuple[int, ...]:
-        return tuple(number for exchange in self._exchanges for number in (exchange.rank, exchange.size))
-
-    def _require_started(self) -> None:
-        if self._gradients is None:
-            raise RuntimeError(
-                f"{type(self).__name__} must be entered before it is used, but is not. Use `with ... as sync:`, or "
-                "call `start()` first."
-            )
-
-    def _add_hooks(self, parameters: list[torch.Tensor], before_step: Callable[[], None]) -> None:
-        own = self.model, self._ddp, self.optimizer
-        self._gradients = GradientSync(*own, parameters, self._exchange, self._inner)
-        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: before_step())
-        self._calls = StepCalls(type(self).__name__, self.optimizer, parameters)
-
-    def _remove_hooks(self) -> None:
-        if self._gradients is not None:
-            self._gradients.restore()
-            self._gradients = None
-        for hook in (self._step_hook, self._calls):
-            if hook is not None:
-                hook.remove()
-
-    def _count_step(self) -> bool:
-        """Count an optimizer step. Return `False` for one in which accelerate only accumulates gradients."""
-        self._require_started()
-        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
-            return False
-        self.steps += 1
-        self._calls.note_call()
-        return True
-
-    def _exchange_in_place(
-        self,
-        operation: Callable[[Exchange, list[torch.Tensor]], None],
-        tensors: list[torch.Tensor],
-        exchanges: Sequence[Exchange] | None = None,
-    ) -> None:
-        exchanges = exchanges or self._exchanges
-        whole = [t for t in tensors if not is_sharded(t)], exchanges
-        shards = [local(t) for t in tensors if is_sharded(t)], [one for one in exchanges if one is self._exchange]
-        for tensors, exchanges in (whole, shards):
-            for bucket in split_into_buckets(tensors):
-                flat = FlatTensors([tensors[i] for i in bucket])
-                for exchange in exchanges:
-                    operation(exchange, flat.copy_in())
-                    flat.copy_back()
-
-
 class ForwardScope:
     """While limited, `group=None` means another group in the forward and backward pass of a model.
 
@@ -280,3 +201,82 @@ def _switch_of(ddp: DistributedDataParallel) -> _Switch:
             f"takes one, but `{hook.__qualname__}` is registered. Leave that one out."
         )
     return switch
+
+
+class SyncObject:
+    """Base of what runs beside a model and its optimizer while gradients are local.
+
+    A subclass makes `_exchange` and `_inner`, and has `start`, which calls `_add_hooks`, and `stop`.
+    """
+
+    _exchange: Exchange
+    _inner: Exchange | None
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, takes_shards: bool = False):
+        self._ddp, self.model = find_wrapper(model)
+        self.optimizer, self._gradient_state = plain_optimizer(optimizer)
+        refuse_unsupported(self.model, self.optimizer, takes_shards)
+        self.steps = 0
+        self._gradients: GradientSync | None = None
+        self._calls: StepCalls | None = None
+        self._step_hook: Any = None
+
+    def __enter__(self) -> Any:
+        return self.start()
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.stop(error)
+
+    @property
+    def _exchanges(self) -> list[Exchange]:
+        return [exchange for exchange in (self._inner, self._exchange) if exchange is not None]
+
+    @property
+    def _place(self) -> tuple[int, ...]:
+        return tuple(number for exchange in self._exchanges for number in (exchange.rank, exchange.size))
+
+    def _require_started(self) -> None:
+        if self._gradients is None:
+            raise RuntimeError(
+                f"{type(self).__name__} must be entered before it is used, but is not. Use `with ... as sync:`, or "
+                "call `start()` first."
+            )
+
+    def _add_hooks(self, parameters: list[torch.Tensor], before_step: Callable[[], None]) -> None:
+        own = self.model, self._ddp, self.optimizer
+        self._gradients = GradientSync(*own, parameters, self._exchange, self._inner)
+        self._step_hook = self.optimizer.register_step_pre_hook(lambda *_: before_step())
+        self._calls = StepCalls(type(self).__name__, self.optimizer, parameters)
+
+    def _remove_hooks(self) -> None:
+        if self._gradients is not None:
+            self._gradients.restore()
+            self._gradients = None
+        for hook in (self._step_hook, self._calls):
+            if hook is not None:
+                hook.remove()
+
+    def _count_step(self) -> bool:
+        """Count an optimizer step. Return `False` for one in which accelerate only accumulates gradients."""
+        self._require_started()
+        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
+            return False
+        self.steps += 1
+        self._calls.note_call()
+        return True
+
+    def _exchange_in_place(
+        self,
+        operation: Callable[[Exchange, list[torch.Tensor]], None],
+        tensors: list[torch.Tensor],
+        exchanges: Sequence[Exchange] | None = None,
+    ) -> None:
+        exchanges = exchanges or self._exchanges
+        whole = [t for t in tensors if not is_sharded(t)], exchanges
+        shards = [local(t) for t in tensors if is_sharded(t)], [one for one in exchanges if one is self._exchange]
+        for tensors, exchanges in (whole, shards):
+            for bucket in split_into_buckets(tensors):
+                flat = FlatTensors([tensors[i] for i in bucket])
+                for exchange in exchanges:
+                    operation(exchange, flat.copy_in())
+                    flat.copy_back()
