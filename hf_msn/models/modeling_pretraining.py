@@ -173,7 +173,8 @@ class PretrainingModel(PreTrainedModel):
         kinds = [kinds] * len(parts) if kinds is None or isinstance(kinds, str) else kinds
         settings = [(self._compression_of(kind), self.mask_ratio_of(kind)) for kind in kinds]
         features = []
-        for (view, mask_ratio), group in groupby(zip(settings, parts), key=itemgetter(0)):  # share a pass
+        # Neighbours that lose the same share a pass.
+        for (view, mask_ratio), group in groupby(zip(settings, parts), key=itemgetter(0)):
             rows = [part for _, part in group]
             kept_patches = self._draw_kept_patches(rows, view.drop_ratio(mask_ratio), view.patch_size)
             if self.compression is not None and self.training:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from loss_inputs import softmax_rows
 
-from hf_msn.losses.sinkhorn import log_sinkhorn, sinkhorn
+from hf_msn.losses.sinkhorn import sinkhorn
 
 
 def loop_sinkhorn(probabilities, iterations):
@@ -26,11 +26,6 @@ def test_sinkhorn_equals_the_loop(iterations):
     torch.testing.assert_close(
         sinkhorn(probabilities, iterations), loop_sinkhorn(probabilities, iterations), rtol=1e-12, atol=0
     )
-
-
-def test_sinkhorn_of_logarithms_equals_sinkhorn_of_probabilities():
-    probabilities = softmax_rows(6, 4)
-    torch.testing.assert_close(log_sinkhorn(probabilities.log(), 3).exp(), sinkhorn(probabilities, 3))
 
 
 def test_many_sinkhorn_iterations_give_each_prototype_the_same_mass():

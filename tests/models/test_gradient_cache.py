@@ -105,35 +105,6 @@ def test_random_draws_of_a_chunk_are_the_same_in_both_passes(make, batch, monkey
     assert (take(copy.deepcopy(model), batch)[0] - expected[0]).abs() > 1e-6  # the draws matter
 
 
-def test_the_equations_of_the_paper():
-    """Features without gradient, u = dL/dfeatures, then the gradient of <features, u>, one chunk after the other."""
-    model = tiny_suncet(**VIT)
-    batch = semi_supervised_batch(small_crops=0)
-    found = take_cached(copy.deepcopy(model), batch, 5)
-
-    images = torch.cat([batch["support_pixel_values"], batch["pixel_values"], batch["anchor_pixel_values"][:, 0]])
-    chunks = images.split(4)
-    with torch.no_grad():
-        features = torch.cat([model.encoder(chunk).last_hidden_state[:, 0] for chunk in chunks])
-    features.requires_grad_()
-    encoder, model.encoder = model.encoder, Given(features)
-    loss = model(**batch).loss
-    loss.backward()
-    model.encoder = encoder
-    for chunk, u in zip(chunks, features.grad.split(4)):
-        (model.encoder(chunk).last_hidden_state[:, 0] * u).sum().backward()
-    assert_same_step(found, result(model, loss))
-
-
-class Given(nn.Module):
-    def __init__(self, features):
-        super().__init__()
-        self.features = features
-
-    def forward(self, images):
-        return self.features
-
-
 @pytest.mark.parametrize("make", [lambda: msn(**DROPOUT), lambda: tiny_paws(**DROP_PATH)], ids=["ours", "timm"])
 def test_with_gradient_checkpointing(make):
     model = make()

@@ -66,13 +66,6 @@ def test_a_finished_run_is_not_trained_any_further(tmp_path, steps):
     assert_same_weights(again.model, finished.model)
 
 
-def test_every_epoch_has_its_own_views_and_masks(tmp_path):
-    still = {"learning_rate": 1e-30, "start_learning_rate": 1e-30, "final_learning_rate": 0.0}
-    trainer = make_trainer(tmp_path, save_strategy="no", **still)
-    trainer.train()
-    assert len(set(logged(trainer).values())) == 8
-
-
 def _die_while_saving(rank, folder):
     save, saves = torch.save, 0
 
