@@ -162,10 +162,8 @@ def gradient_of_the_loss(own, peers, batch, alpha, **options):
     def logits_of(parameters):
         return batch["x"] @ parameters["linear.weight"].T + parameters["linear.bias"]
 
-    own, distance = (
-        {name: value.clone().requires_grad_() for name, value in own.items()},
-        PredictionDistance(**options),
-    )
+    own = {name: value.clone().requires_grad_() for name, value in own.items()}
+    distance = PredictionDistance(**options)
     loss = torch.nn.functional.cross_entropy(logits_of(own), batch["labels"])
     for peer in peers:
         loss = loss + alpha / len(peers) * distance(logits_of(own), distance.pack(logits_of(peer)))

@@ -43,13 +43,11 @@ def reference(num_ranks):
     for step in range(NUM_STEPS):
         for rank in range(num_ranks):
             take_step(models[rank], optimizers[rank], RATES, rank, step)
-        if (step + 1) % 3 and step + 1 < NUM_STEPS:
+        if (step + 1) % 3:
             for rank in range(num_ranks):
                 seen[rank].append(values(models[rank]))
-            continue
-        if (step + 1) % 3:  # the last step; the outer step is taken when leaving
-            for rank in range(num_ranks):
-                seen[rank].append(values(models[rank]))
+            if step + 1 < NUM_STEPS:  # the last outer step is taken when leaving
+                continue
         with torch.no_grad():
             for i in range(2):
                 delta = sum(x0[i] - own[i] for own in x) / num_ranks

@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-from gossip_reference import (
-    Lopsided,
-    distance,
-)
+from gossip_reference import Lopsided, distance
 from launch import run_ranks
 from topologies import Star
 from torch import nn
