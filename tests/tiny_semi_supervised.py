@@ -2,14 +2,7 @@
 
 import torch
 
-from hf_msn import (
-    BYOLConfig,
-    BYOLForPreTraining,
-    PAWSConfig,
-    PAWSForPreTraining,
-    SuNCEtConfig,
-    SuNCEtForPreTraining,
-)
+from hf_msn import BYOLConfig, BYOLForPreTraining, PAWSConfig, PAWSForPreTraining, SuNCEtConfig, SuNCEtForPreTraining
 
 HEADS = {"projection_hidden_dim": 16, "projection_dim": 8}
 VIT = {

@@ -9,13 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ...hub.run_record import (
-    describe_training,
-    find_differences,
-    public_run,
-    read_run,
-    write_run,
-)
+from ...hub.run_record import describe_training, find_differences, public_run, read_run, write_run
 from ..checkpoints import CheckpointError
 from .local_update import find_per_rank_callback
 
