@@ -2,6 +2,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tiny_semi_supervised import VIT
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from hf_msn.data.sources import load_images
@@ -41,16 +42,8 @@ def processor():
 def tiny_vit():
     """An untrained ViTMSN with different blocks, norms and positions."""
     torch.manual_seed(0)
-    config = ViTMSNConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=2,
-        hidden_dropout_prob=0.1,
-    )
-    model = ViTMSNModel(config).eval()
+    sizes = {**VIT, "image_size": 8, "patch_size": 2, "num_hidden_layers": 3}
+    model = ViTMSNModel(ViTMSNConfig(**sizes, hidden_dropout_prob=0.1)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

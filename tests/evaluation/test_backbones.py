@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from tiny_semi_supervised import VIT
 from transformers import (
     BertConfig,
     BertModel,
@@ -35,14 +36,7 @@ from hf_msn.models.modeling_msn import MSNForPreTraining
 from hf_msn.models.modeling_paws import PAWSForPreTraining
 from hf_msn.models.modeling_suncet import SuNCEtForPreTraining
 
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 8,
-    "patch_size": 2,
-}
+SMALL = {**VIT, "image_size": 8, "patch_size": 2}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from tiny_semi_supervised import VIT
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from hf_msn.data.sources import load_images
@@ -21,10 +22,7 @@ BROKEN_ROW, WORLD_SIZE = 10, 2
 
 def make_model():
     torch.manual_seed(0)
-    config = ViTMSNConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=2
-    )
-    return ViTMSNModel(config)
+    return ViTMSNModel(ViTMSNConfig(**{**VIT, "image_size": 8, "patch_size": 2}))
 
 
 def make_data(broken=()):
