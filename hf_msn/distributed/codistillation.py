@@ -342,30 +342,30 @@ class Codistillation(SyncObject):
         parameters = trainable_parameters(self.model, self.optimizer)
         self._trained = [parameter for _, parameter, _ in parameters]
         self._device = self._trained[0].device
-        for exchange in self._exchanges:
-            exchange.check_devices(self._own_tensors)
-            compare_ranks(exchange, self._description(parameters), self._device)
-        if self._inner is not None and self._state is None:
-            self._exchange_in_place(Exchange.broadcast_, self._own_tensors, [self._inner])
-        if self._exchange.size == 1:
-            warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
-        elif self.exchange == "checkpoints":
-            inner_group = None if self._inner is None else self._inner.group
-            dtype = None if self.copies_dtype is None else torch.bfloat16
-            self._checkpoints = PeerCheckpoints(self.model, self._exchange, inner_group, dtype, self.copies_device)
-            self._checkpoints.connect()
-        elif self._state is None:
-            self._warn_if_equal()
         groups = [] if self.weight_decay_schedule is None else self.optimizer.param_groups
         self._initial_weight_decay = [group["weight_decay"] for group in groups]
-        self._add_hooks(self._trained, self._before_update)
-        self._gradients.keep_local()
-        if self._state is not None:
-            try:
+        try:
+            for exchange in self._exchanges:
+                exchange.check_devices(self._own_tensors)
+                compare_ranks(exchange, self._description(parameters), self._device)
+            if self._inner is not None and self._state is None:
+                self._exchange_in_place(Exchange.broadcast_, self._own_tensors, [self._inner])
+            if self._exchange.size == 1:
+                warnings.warn("Codistillation has one replica only and changes nothing.", stacklevel=2)
+            elif self.exchange == "checkpoints":
+                inner_group = None if self._inner is None else self._inner.group
+                dtype = None if self.copies_dtype is None else torch.bfloat16
+                self._checkpoints = PeerCheckpoints(self.model, self._exchange, inner_group, dtype, self.copies_device)
+                self._checkpoints.connect()
+            elif self._state is None:
+                self._warn_if_equal()
+            self._add_hooks(self._trained, self._before_update)  # after the copies, which would have them too
+            self._gradients.keep_local()
+            if self._state is not None:
                 self._restore()
-            except ValueError as error:
-                self.stop(error)
-                raise
+        except BaseException as error:
+            self._leave(error)
+            raise
         return self
 
     def stop(self, error: BaseException | None = None) -> None:

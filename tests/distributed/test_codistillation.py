@@ -14,6 +14,7 @@ from launch import run_ranks
 from local_runs import groups_of
 from lost_ranks import run_ranks_that_are_left
 from states import same, saved_and_loaded
+from test_subgroups import gloo_threads
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_msn.distributed.codistillation import Codistillation, PredictionDistance
@@ -415,6 +416,13 @@ def _differ(rank):
         with pytest.raises(ValueError) as error:
             make(0, **options)[2].start()
         messages.append(str(error.value))
+    model = DistributedDataParallel(Classifier(rank))
+    model.register_comm_hook(None, lambda state, bucket: None)
+    codistillation = Codistillation(model, torch.optim.SGD(model.parameters(), lr=0.1), exchange="checkpoints")
+    threads = gloo_threads()
+    with pytest.raises(ValueError, match="lambda"):
+        codistillation.start()
+    assert gloo_threads() == threads  # the connections of checkpoints have ended
     return messages
 
 

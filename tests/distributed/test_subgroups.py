@@ -12,7 +12,7 @@ from hf_msn.distributed.comm.peer_exchange import PeerExchange
 from hf_msn.distributed.subgroups import subgroup
 
 
-def _gloo_threads() -> int:
+def gloo_threads() -> int:
     names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
     return sum("gloo" in name for name in names)
 
@@ -36,11 +36,11 @@ def _leave(rank):
     exchange.connect()
     received = torch.zeros(3)
     exchange.send_and_receive({1 - rank: [torch.full((3,), float(rank))]}, {1 - rank: [received]})
-    during = _gloo_threads()
+    during = gloo_threads()
     del exchange
     dist.destroy_process_group()
     gc.collect()
-    after = _gloo_threads()
+    after = gloo_threads()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the launcher
     return received.tolist(), during, after
 
