@@ -8,7 +8,7 @@ import torch
 
 from ..checks import check_choice, check_integer
 from ..distributed import collectives
-from .splits import check_labels, first_few
+from .splits import check_labels, first_few, random_stream
 
 # low_shot_indices draws from (seed, class): a third number separates the steps' streams from those
 _STREAM = 1
@@ -105,20 +105,16 @@ class ClassStratifiedSampler(torch.utils.data.Sampler[list[int]]):
     def batch(self, step: int) -> list[int]:
         """Return this rank's part of a step's support: positions in `labels`, whose places in it are `places`."""
         num_classes, drawn_classes = len(self._rows), self.global_classes
-        random = self._random(step)
+        random = random_stream(self.seed, step, _STREAM)
         order = random.permutation(num_classes)
         turn = step % -(-num_classes // drawn_classes)
         if turn:
-            order = self._random(step - turn).permutation(num_classes)  # that of the first step of the cycle
+            first = random_stream(self.seed, step - turn, _STREAM)  # of the cycle
+            order = first.permutation(num_classes)
         drawn = order.take(range(turn * drawn_classes, (turn + 1) * drawn_classes), mode="wrap")
         # resize repeats the shuffled class if it is too small
         rows = [np.resize(random.permutation(self._rows[number]), self.global_images_per_class) for number in drawn]
         return np.concatenate(rows)[self.places].tolist()
-
-    def _random(self, step: int) -> np.random.RandomState:
-        sequence = np.random.SeedSequence([int(self.seed), int(step), _STREAM])
-        # RandomState is frozen by numpy: its streams are the same in every version
-        return np.random.RandomState(np.random.MT19937(sequence))
 
     def describe(self, views_per_image: int) -> str:
         """Return the global support in one line, for the log."""

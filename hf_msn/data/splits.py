@@ -64,10 +64,13 @@ def low_shot_indices(
         if len(rows) == 0:
             continue
         k = images_per_class if fraction is None else max(1, int(fraction * len(rows) + 0.5))
-        # RandomState is frozen by numpy: its streams are the same in every version
-        order = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, number]))).permutation(len(rows))
-        chosen.append(rows[order[:k]])
+        chosen.append(rows[random_stream(seed, number).permutation(len(rows))[:k]])
     return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def random_stream(*numbers: int) -> np.random.RandomState:
+    """Return the stream of random numbers of some integers. numpy has frozen it: it is the same in every version."""
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([int(number) for number in numbers])))
 
 
 def check_labels(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ..data.splits import random_stream
 from ..data.support import SupportBatches, SupportCollator, SupportDataset, SupportKey
 from ..distributed import collectives
 from ..trainers.semi_supervised_trainer import make_support_sampler
@@ -32,9 +33,7 @@ class LabelledBatches(torch.utils.data.Sampler[list[SupportKey]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[SupportKey]]:
-        sequence = np.random.SeedSequence([self.seed, self.epoch, _STREAM])
-        # RandomState is frozen by numpy: its streams are the same in every version
-        order = np.random.RandomState(np.random.MT19937(sequence)).permutation(self.num_images)
+        order = random_stream(self.seed, self.epoch, _STREAM).permutation(self.num_images)
         rank, world_size = collectives.rank(), collectives.world_size()
         for batch in np.array_split(order, self.num_batches):
             even = np.resize(batch, math.ceil(len(batch) / world_size) * world_size)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..data.splits import random_stream
+
 # low_shot_indices draws from (seed, class), the supports from (seed, step, 1): this keeps the streams apart
 _STREAM = 2
 _SHOWN = 5
@@ -32,9 +34,7 @@ def validation_split(
     held_out = []
     for number, count in zip(classes.tolist(), counts.tolist()):
         size = min(max(1, int(fraction * count + 0.5)), count - 1)
-        sequence = np.random.SeedSequence([seed, number, _STREAM])
-        # RandomState is frozen by numpy: its streams are the same in every version
-        order = np.random.RandomState(np.random.MT19937(sequence)).permutation(count)
+        order = random_stream(seed, number, _STREAM).permutation(count)
         held_out.append(np.sort(rows[labels == number])[order[:size]])
     held_out = np.sort(np.concatenate(held_out))
     return np.setdiff1d(rows, held_out), held_out

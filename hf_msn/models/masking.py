@@ -12,11 +12,7 @@ def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 def patches_per_side(side: int, patch_size: int) -> int:
-    """Return the number of patches of `patch_size` pixels nearest to `side` pixels.
-
-    Raises:
-        ValueError: If it is 0.
-    """
+    """Return the number of patches of `patch_size` pixels nearest to `side` pixels; 0 is a `ValueError`."""
     number = (2 * side + patch_size) // (2 * patch_size)
     if number < 1:
         raise ValueError(
