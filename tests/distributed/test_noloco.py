@@ -201,8 +201,6 @@ def test_the_bound_of_pull_is_where_the_spread_stops_to_contract(momentum):
         {"outer_lr": 0.0},
         {"outer_momentum": 1.0},
         {"seed": -1},
-        {"seed": 0.5},
-        {"sync_every": 0},
         {"pull": float("nan")},
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_msn.distributed.comm.mailbox import Message
-from hf_msn.distributed.push_sum import PushSum, check_state_size
+from hf_msn.distributed.push_sum import PushSum
 
 
 def make_parameters(seed=0):
@@ -60,12 +60,3 @@ def test_the_mean_by_messages_weights_x_averages_floats_and_takes_the_integers_o
         real = [torch.view_as_real(v[index]) if v[index].is_complex() else v[index] for v in z]
         torch.testing.assert_close(parameter, sum((r + 1) * v for r, v in enumerate(real)) / 6)
     assert [t.item() for t in others[1]] == [1.0, 5]
-
-
-def test_a_state_of_another_size_is_refused():
-    model = torch.nn.Linear(2, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    check_state_size("A state", "x", None, model, optimizer)
-    check_state_size("A state", "x", [torch.zeros(6), torch.zeros(3)], model, optimizer)
-    with pytest.raises(ValueError, match="holds 8"):
-        check_state_size("A state", "x", [torch.zeros(8)], model, optimizer)

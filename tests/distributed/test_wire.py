@@ -4,7 +4,7 @@ from launch import run_ranks
 from torch import nn
 
 from hf_msn import Gossip, LocalSGD, SlowMo
-from hf_msn.distributed.comm.wire import checked_wire_dtype, decode_blocks, encode_blocks
+from hf_msn.distributed.comm.wire import decode_blocks, encode_blocks
 
 pytestmark = pytest.mark.distributed
 STEPS, SIZE = 12, 50
@@ -100,16 +100,6 @@ def test_a_bfloat16_wire_halves_the_bytes_stays_near_full_precision_and_resumes_
             assert torch.equal(half["weight"], resumed["weight"])
             difference = (half["weight"] - full["weight"]).abs().max()
             assert 0 < difference < 5e-3 * full["weight"].abs().max()
-
-
-def test_an_unknown_wire_dtype_is_refused():
-    assert checked_wire_dtype(None) is None
-    with pytest.raises(ValueError, match="'fp8'"):
-        checked_wire_dtype("fp8")
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="`shard_state=True`"):
-        SlowMo(model, optimizer, shard_state=True, wire_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 127), (4, 7)])
