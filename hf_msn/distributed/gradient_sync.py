@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -203,6 +203,9 @@ def _switch_of(ddp: DistributedDataParallel) -> _Switch:
     return switch
 
 
+_Self = TypeVar("_Self", bound="SyncObject")
+
+
 class SyncObject:
     """Base of what runs beside a model and its optimizer while gradients are local.
 
@@ -221,7 +224,7 @@ class SyncObject:
         self._calls: StepCalls | None = None
         self._step_hook: Any = None
 
-    def __enter__(self) -> Any:
+    def __enter__(self: _Self) -> _Self:
         return self.start()
 
     def __exit__(self, error_type, error, traceback) -> None:
