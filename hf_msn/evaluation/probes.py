@@ -54,8 +54,9 @@ class LogisticProbe(Probe):
 
     Args:
         l2 (`float`, *optional*):
-            The penalty lambda. By default 0.0025 up to 10 images per class on average and 0.075 above: the paper gives
-            0.0025 for 5 images per class and 0.075 for 1 % of ImageNet, which is 13 images per class.
+            The penalty lambda. By default 0.0025, the paper's for 5 images per class, and 0.075, the paper's for 1 % of
+            ImageNet, from 1,000 classes on with more than 10 images per class on average. (With few classes 0.075 is
+            too much: docs/evaluation.md has a table.)
         max_iter (`int`, *optional*, defaults to 300):
             Most L-BFGS iterations, part of the protocol. `fit_report["converged"]` tells whether they sufficed.
         tol (`float`, *optional*, defaults to 1e-8):
@@ -84,7 +85,7 @@ class LogisticProbe(Probe):
 
     @property
     def settings(self) -> dict[str, Any]:
-        l2 = self.l2 if self.l2 is not None else "0.0025 up to 10 images per class on average, else 0.075"
+        l2 = self.l2 if self.l2 is not None else "0.0025, or 0.075 for 1,000 classes with over 10 images on average"
         return {"probe": "logistic", "l2": l2, "max_iter": self.max_iter, "tol": self.tol}
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> "LogisticProbe":
@@ -99,8 +100,10 @@ class LogisticProbe(Probe):
         """
         features, self.classes_, targets = _check_inputs(features, labels)
         self._width = features.shape[1]
-        images_per_class = len(targets) / len(self.classes_)
-        l2 = self.l2 if self.l2 is not None else (0.0025 if images_per_class <= 10 else 0.075)
+        l2 = self.l2
+        if l2 is None:
+            classes = len(self.classes_)
+            l2 = 0.075 if classes >= 1000 and len(targets) > 10 * classes else 0.0025
         solution = fit_softmax_regression(
             torch.from_numpy(centre_and_normalize(features)).to(self.device),
             torch.from_numpy(targets).to(self.device),
