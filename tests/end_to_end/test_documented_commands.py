@@ -30,7 +30,7 @@ SHORT = {
     "pretrain": "--use_cpu true --bf16 false --max_steps 2 --warmup_steps 0 --per_device_train_batch_size 8 "
     "--num_processes 1 --dataloader_num_workers 0 --report_to none --disable_tqdm true --overwrite_output_dir true",
     "finetune": "--use_cpu true --num_train_epochs 1 --disable_tqdm true --overwrite_output_dir true",
-    "evaluate": "--num_splits 1",
+    "evaluate": "--num_splits 1 --images_per_class 1",
     "find-compression": "--batches 3 --dropouts 0 0.5",
     "plan-sync": "--ranks 8",
     "publish": "--dry_run true",
@@ -73,6 +73,7 @@ def shortened(words: list[str], images: Path) -> list[str]:
 def test_every_documented_command_runs(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_color_images(tmp_path / "images")
+    Path("spaces").symlink_to(ROOT / "spaces")
     Path("labelled.txt").write_text("".join(f"{name}_train_{row}.png\n" for name in COLORS for row in range(5)))
     torch.save(msn_checkpoint(), "vits16_800ep.pth.tar")
     made = commands()
