@@ -54,9 +54,9 @@ class LogisticProbe(Probe):
 
     Args:
         l2 (`float`, *optional*):
-            The penalty lambda. By default 0.0025, the paper's for 5 images per class, and 0.075, the paper's for 1 % of
-            ImageNet, from 1,000 classes on with more than 10 images per class on average. (With few classes 0.075 is
-            too much: docs/evaluation.md has a table.)
+            The penalty lambda. By default 0.0025, the paper's for 5 images per class; from 1,000 classes on with more
+            than 10 images per class on average 0.075, the paper's for 1 % of ImageNet. (With few classes that is too
+            much: docs/evaluation.md has a table.)
         max_iter (`int`, *optional*, defaults to 300):
             Most L-BFGS iterations, part of the protocol. `fit_report["converged"]` tells whether they sufficed.
         tol (`float`, *optional*, defaults to 1e-8):

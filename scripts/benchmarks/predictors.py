@@ -19,7 +19,7 @@ from report import check_known, machine, markdown_table, mean_and_deviation, opt
 from small_images import load
 from transformers import HfArgumentParser, PrinterCallback
 
-from hf_msn import LowShotEvaluator, read_recipe
+from hf_msn import LogisticProbe, LowShotEvaluator, read_recipe
 from hf_msn.checks import check_integer
 from hf_msn.cli.main import run_script
 from hf_msn.cli.pretrain import make_recipe
@@ -75,16 +75,13 @@ def accuracies(args: BenchmarkArguments, data, encoder: str, ema: bool, predicto
         made.images = train
         trainer = made.build_trainer()
         trainer.remove_callback(PrinterCallback)
-        evaluator = LowShotEvaluator(
-            train,
-            test,
-            image_processor=made.build_image_processor(),
-            images_per_class=(5,),
-            rows={"all": range(len(train))},
-        )
+        measured_on = {"test_dataset": test, "image_processor": made.build_image_processor()}
+        few = LowShotEvaluator(train, images_per_class=(5,), **measured_on)
+        rows, probe = {"all": range(len(train))}, LogisticProbe(l2=0.075)
+        every = LowShotEvaluator(train, images_per_class=(), rows=rows, probe=probe, **measured_on)
         if predictor != UNTRAINED:
             trainer.train()
-        found = evaluator(trainer.model)
+        found = few(trainer.model) | every(trainer.model)
     last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     names = ("loss", "feature_std", "correlation_rank", "predictor_alignment")
     return {

@@ -17,7 +17,8 @@ def checked_wire_dtype(wire_dtype: str | None, *, blocks: bool = False) -> torch
     With `blocks`, "int8" and "int4" are allowed, for which the number of bits is returned.
     """
     known: dict = _WIRE_DTYPES | (_BITS if blocks else {})
-    remedy = "" if blocks else "'int8' and 'int4' are for LocalSGD, SlowMo and DiLoCo." * (wire_dtype in _BITS)
+    takers = "'int8' and 'int4' are for LocalSGD, SlowMo, DiLoCo and StreamingDiLoCo."
+    remedy = takers if wire_dtype in _BITS and not blocks else ""
     meaning = "is the precision in which numbers are sent"
     return known[check_choice("wire_dtype", wire_dtype, list(known), meaning=meaning, remedy=remedy)]
 
