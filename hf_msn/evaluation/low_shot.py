@@ -26,7 +26,7 @@ from .backbones import FeatureSpace, describe_image_processor, find_backbone, re
 from .baselines import raw_pixel_features, untrained_like
 from .features import Features, extract_features
 from .gathering import run_on_every_rank
-from .metrics import ranks_of_labels
+from .metrics import TopKAccuracy, rank_classes
 from .probes import KNNProbe, LogisticProbe, Probe
 from .results import BASELINE_NAMES, LowShotResults, SplitResult, TaskResult, package_versions
 
@@ -346,8 +346,10 @@ class LowShotEvaluator:
         columns = np.searchsorted(probe.classes_, test.labels)
         num_classes = len(probe.classes_)
         ks = (1, 5) if num_classes > 5 else (1,)
-        ranks = ranks_of_labels(scores, columns)
-        values = {k: 100 * float((ranks < k).mean()) for k in ks}
+        ranked, accuracy = rank_classes(scores, max(ks)), TopKAccuracy(keep_in_memory=True)
+        values = {
+            k: 100 * accuracy.compute(predictions=ranked, references=columns, k=k)[f"top{k}_accuracy"] for k in ks
+        }
         counts = np.unique(labels, return_counts=True)[1]
         result = SplitResult(
             seed=split.seed,

@@ -18,6 +18,7 @@ from ..files import write_text
 from .charts import accuracy_chart, environment, map_chart, project, styles, thumbnail
 from .features import Features
 from .low_shot import LowShotEvaluator, Split
+from .metrics import rank_classes
 from .results import BASELINE_NAMES, LowShotResults, TaskResult, cells, images_that_were_read
 
 _MOST_CLASSES_IN_MATRIX = 30
@@ -101,7 +102,7 @@ def _fit_first_split(evaluator: LowShotEvaluator, train: Features, test: Feature
     found = np.isin(train.rows, split.rows)
     labelled = Features(train.features[found], train.labels[found], train.rows[found])
     probe = evaluator.probe.fit(labelled.features, labelled.labels)
-    predicted = probe.classes_[probe.predict_scores(test.features).argmax(axis=1)]
+    predicted = probe.classes_[rank_classes(probe.predict_scores(test.features), 1)[:, 0]]
     accuracy = 100 * float((predicted == test.labels).mean())
     if abs(accuracy - task.splits[0].top1) > 1e-6:
         raise ValueError(

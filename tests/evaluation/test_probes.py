@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_msn.evaluation import probes
-from hf_msn.evaluation.metrics import ranks_of_labels
+from hf_msn.evaluation.metrics import rank_classes
 from hf_msn.evaluation.probes import (
     KNNProbe,
     LinearProbe,
@@ -94,7 +94,7 @@ def test_soft_nearest_neighbor_ranks_every_class_at_any_temperature(temperature)
     angles = np.array([170.0, 20.0, 95.0, 60.0, 130.0, 5.0])
     supports = np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1).astype(np.float32)
     scores = SoftNearestNeighborProbe(temperature).fit(supports, np.arange(6)).predict_scores(np.array([[1.0, 0.0]]))
-    np.testing.assert_array_equal(ranks_of_labels(np.repeat(scores, 6, axis=0), np.arange(6)), [5, 1, 3, 2, 4, 0])
+    np.testing.assert_array_equal(rank_classes(scores, 6)[0], [5, 1, 3, 2, 4, 0])
 
 
 def test_soft_nearest_neighbor_scores_are_the_same_in_chunks(clusters, monkeypatch):
