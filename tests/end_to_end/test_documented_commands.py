@@ -58,6 +58,8 @@ def shortened(words: list[str], images: Path) -> list[str]:
     flags = SHORT[command].split()
     if command == "pretrain" and "--timm_model" not in words:
         flags += TINY.split()
+    if "resnet18" in words:
+        flags += ["--timm_options", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}']
     if "/path/to/images" in words or "imagenet" in " ".join(words):
         flags += ["--dataset", str(images)]
     elif command == "evaluate":
