@@ -37,8 +37,8 @@ runs/demo/model/config.json:
 test: $(VENV)/.installed  ## Run all tests
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --durations 20
 
-test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer in about 2 minutes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+test-fast: $(VENV)/.installed  ## Run the tests that are not slow: an answer in 3 to 4 minutes
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m "not slow"
 
 # uv resolves every direct dependency to the lowest version that pyproject.toml allows.
 OLDEST := .venv-oldest

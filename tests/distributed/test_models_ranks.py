@@ -74,7 +74,7 @@ def test_ranks_equal_one_rank_with_everything():
             for result in results:
                 assert_same_gradients(result["gradients"], one["gradients"], 1e-8)
                 torch.testing.assert_close(result["state"], one["state"], rtol=1e-8, atol=1e-10)
-        # What the comparison is there for: a rank alone has another loss, or another F.
+        # The comparison can fail: a rank alone has another loss, or another F.
         part = {key: value.chunk(2)[0] for key, value in whole_batch(name).items()}
         if "support_labels" in part:
             part["support_labels"] = part["support_labels"].masked_fill(part["support_labels"] == 17, 99)

@@ -65,7 +65,7 @@ def test_ranks_equal_one_rank_with_the_concatenated_batch(num_ranks, use_sinkhor
     settings = {"use_sinkhorn": use_sinkhorn, "me_max_weight": 2.0, "entropy_weight": 0.5}
     ranks = run_ranks(_loss_of_this_rank, num_ranks, num_ranks, settings)
     assert_ranks_equal_one(ranks, settings)
-    # What the comparison is there for: without the other ranks, neither would be right.
+    # The comparison can fail: without the other ranks, neither would be right.
     anchors, targets, prototypes = whole_batch(num_ranks)
     alone = loss_and_gradients(anchors[:, :IMAGES], targets[:IMAGES], prototypes, settings)
     assert (alone["me_max"] - ranks[0]["me_max"]).abs() > 1e-3

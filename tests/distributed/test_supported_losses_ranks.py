@@ -80,7 +80,7 @@ def test_ranks_equal_one_rank_with_everything(num_ranks):
             gathered = torch.cat([result[name][place] for result in ranks], dimension) / num_ranks
             torch.testing.assert_close(gathered, one[name][place], **close)
             assert one[name][place].norm() > 1e-3
-    # What the comparison is there for: a rank alone is another loss.
+    # The comparison can fail: a rank alone is another loss.
     alone = losses(
         {k: v[:SUPPORTS] if "supports" in k else v[:, :IMAGES] for k, v in whole(num_ranks).items()},
         labels(num_ranks)[:SUPPORTS] + 0,

@@ -113,7 +113,7 @@ def test_labels_of_other_rows_do_not_change_a_bit(folder, tmp_path, kind, method
         logged = pretrain(tmp_path / name, "--dataset", data, *arguments)
         assert len(logged["loss"]) == 2 and len(logged["eval_low_shot/labelled/top1"]) == 1
     assert_same_run(tmp_path / "other", tmp_path / "true")
-    # What the comparison is there for: another label of a labelled row is another run.
+    # The comparison can fail: another label of a labelled row is another run.
     if kind == "parquet":
         data = write_dataset(tmp_path / "wrong data", folder, kind, lambda row, label: 0 if row == 9 else label)
         pretrain(tmp_path / "wrong", "--dataset", data, *arguments)
